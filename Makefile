@@ -1,0 +1,58 @@
+# The front door. `make` lists the targets; every one sets up what it needs.
+#
+#   make export MODEL=allenai/OLMo-2-0425-1B REVISION=main OUT=packages/olmo2 VARIANTS="fp32"
+
+MODEL     ?= demo
+REVISION  ?=
+OUT       ?= packages/$(notdir $(patsubst %/,%,$(MODEL)))
+VARIANTS  ?= fp32
+PRECISION ?= bf16
+PROMPT    ?= In the beginning
+PYTHON    ?= $(shell command -v python3.11 || command -v python3)
+
+VENV      := .venv
+BIN       := $(VENV)/bin
+STAMP     := $(VENV)/.installed
+REVISION_FLAG := $(if $(REVISION),--revision $(REVISION))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup export test check format lint types bench clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with everything pinned by constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+export: $(STAMP) ## MODEL -> package, parity, TensorRT engine, and a sample of text
+	$(BIN)/olmo2-export export "$(MODEL)" --out "$(OUT)" --force $(REVISION_FLAG) $(addprefix --variant ,$(VARIANTS))
+	$(BIN)/olmo2-export verify "$(OUT)" --reference "$(MODEL)" $(REVISION_FLAG)
+	$(BIN)/olmo2-export build "$(OUT)" --precision $(PRECISION)
+	$(BIN)/olmo2-run generate "$(OUT)" --prompt "$(PROMPT)" --max-new-tokens 80 --stats
+
+test: $(STAMP) ## the tests
+	$(BIN)/python -m pytest
+
+check: $(STAMP) format lint types test ## format, lint, types and tests: what CI runs
+
+format: $(STAMP)
+	$(BIN)/ruff format --check .
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+bench: $(STAMP) ## time and peak memory of exporting and building the 1B shape
+	$(BIN)/python -m olmo2_export.bench
+
+clean: ## remove .venv, packages and caches
+	rm -rf $(VENV) packages .pytest_cache .mypy_cache .ruff_cache *.egg-info build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,160 @@
+"""olmo2-export VERB: the command line of the exporter. Each verb imports only what it needs."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+
+from runtimes.errors import Olmo2ExportError
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; bad usage exits with 2 before anything is imported or written."""
+    parser = argparse.ArgumentParser(prog="olmo2-export", description="OLMo 2 from checkpoint to verified inference.")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and debug logging")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    verb = verbs.add_parser("export", help="checkpoint -> package folder")
+    verb.add_argument("model", metavar="MODEL", help="Hub id (allenai/OLMo-2-0425-1B), folder, or 'demo'")
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="the package folder to write")
+    verb.add_argument("--variant", action="append", metavar="V", help="fp32 (the default); may be repeated")
+    verb.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub id")
+    verb.add_argument("--force", action="store_true", help="replace the package that is there")
+    verb.set_defaults(handler=_export)
+
+    verb = verbs.add_parser("verify", help="package against PyTorch: exit 1 if any gate fails")
+    verb.add_argument("package", type=Path, metavar="PACKAGE")
+    verb.add_argument("--reference", required=True, metavar="MODEL", help="the checkpoint it was exported from")
+    verb.add_argument("--revision", metavar="REV", help="of the reference, if it is a Hub id")
+    verb.add_argument(
+        "--variant", action="append", metavar="V", help="default: all of the export; trt_fp32 after build"
+    )
+    verb.add_argument("--backend", choices=["ort"], default="ort", help="what runs the graphs")
+    verb.set_defaults(handler=_verify)
+
+    verb = verbs.add_parser("build", help="package -> TensorRT engine, also without a GPU")
+    verb.add_argument("package", type=Path, metavar="PACKAGE")
+    verb.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="bf16")
+    verb.add_argument(
+        "--compute-capability",
+        action="append",
+        metavar="X.Y",
+        help="a GPU generation to compile for, as 8.9; may be repeated; default: all that the precision runs on",
+    )
+    verb.add_argument("--max-batch-size", type=int, default=1, metavar="N")
+    verb.add_argument("--max-cache-length", type=int, metavar="N", help="tokens; default: the context, at most 4096")
+    verb.set_defaults(handler=_build)
+
+    verb = verbs.add_parser("inspect", help="what a package holds; checks every file")
+    verb.add_argument("package", type=Path, metavar="PACKAGE")
+    verb.set_defaults(handler=_inspect)
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run one verb; return 0, or 1 if a check failed. Errors are raised."""
+    handler: Callable[[argparse.Namespace], int] = args.handler
+    return handler(args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `olmo2-export`: 0 done, 1 ran but failed a check or a resource, 2 bad usage or input."""
+    args = parse_args(argv)
+    logging.basicConfig(
+        level=logging.DEBUG if args.debug else logging.WARNING, format="olmo2-export: %(levelname)s: %(message)s"
+    )
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return run(args)
+    except Olmo2ExportError as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"olmo2-export: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("olmo2-export: interrupted; nothing was changed", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        if args.debug:
+            traceback.print_exc()
+        print(
+            f"olmo2-export: error: {error.name} is not installed; run: pip install 'olmo2-export[export]'",
+            file=sys.stderr,
+        )
+        return 2
+
+
+def _terminate(signal_number: int, _: FrameType | None) -> None:
+    """Leave through `finally` clauses, so that temporary folders go."""
+    raise SystemExit(128 + signal_number)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from olmo2_export.checkpoint import open_checkpoint
+    from olmo2_export.package import export
+
+    started = time.monotonic()
+    manifest = export(
+        open_checkpoint(args.model, args.revision), args.out, variants=args.variant or ["fp32"], force=args.force
+    )
+    seconds = time.monotonic() - started
+    size = sum(entry.size for entry in manifest.files.values())
+    at = f"@{manifest.source.revision[:12]}" if manifest.source.revision else ""
+    for variant in manifest.variants.values():
+        counts = ", ".join(f"{n} {op}" for op, n in variant.op_counts.items())
+        print(f"{variant.name}: opset {variant.opset}, {counts}")
+    print(
+        f"exported {manifest.source.model}{at} to {args.out}: {_megabytes(size)} in {seconds:.1f} s, "
+        f"peak memory {_peak_megabytes()}"
+    )
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from olmo2_export.checkpoint import open_checkpoint
+    from olmo2_export.verify import format_reports, verify
+
+    checkpoint = open_checkpoint(args.reference, args.revision)
+    reports = verify(args.package, checkpoint, variants=args.variant or [], backend=args.backend)
+    print(format_reports(reports))
+    passed = all(report.passed for report in reports)
+    print(f"{'verified' if passed else 'NOT verified'}: {args.package} against {checkpoint.model}")
+    return 0 if passed else 1
+
+
+def _build(args: argparse.Namespace) -> int:
+    from olmo2_export.engine import build
+
+    report = build(
+        args.package,
+        precision=args.precision,
+        compute_capabilities=args.compute_capability,
+        max_batch_size=args.max_batch_size,
+        max_cache_length=args.max_cache_length,
+    )
+    print(report)
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from olmo2_export.inspect import inspect
+
+    print(inspect(args.package))
+    return 0
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _peak_megabytes() -> str:
+    import resource
+
+    return _megabytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -1,0 +1,65 @@
+"""Graph passes: one transformation per file, applied in the order of the visible lists below.
+
+A pass is a function `(ir.Model) -> int` that changes the model in place and returns how often it did. A pass that
+must apply a known number of times is checked by its caller, with `check_op_counts` or against what it returned.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import onnx_ir as ir
+
+from olmo2_export.fuse.drop_unused import drop_unused
+from olmo2_export.fuse.float32_logits import float32_logits
+from olmo2_export.fuse.float32_norm import float32_norm
+from olmo2_export.fuse.float32_rotary import float32_rotary
+from olmo2_export.fuse.fold_weight_transpose import fold_weight_transpose
+from olmo2_export.fuse.gather_logit_row import gather_logit_row
+from olmo2_export.fuse.plain_reshape import plain_reshape
+from olmo2_export.fuse.static_cache import static_cache
+from olmo2_export.fuse.write_index_positions import write_index_positions
+from runtimes.errors import FusionError
+
+Pass = Callable[[ir.Model], int]
+
+PORTABLE: list[Pass] = [
+    fold_weight_transpose,
+]
+"""traced graph -> onnx/model.onnx"""
+
+TENSORRT: list[Pass] = [
+    gather_logit_row,
+    write_index_positions,
+    static_cache,
+    float32_norm,
+    float32_rotary,
+    float32_logits,
+    plain_reshape,
+    drop_unused,
+]
+"""portable graph -> the static-cache graph; `set_precision` and `set_cache_length` make it trt/model_{precision}.onnx"""
+
+
+def apply(model: ir.Model, passes: list[Pass]) -> dict[str, int]:
+    """Apply passes in order; return how often each changed the graph."""
+    return {a_pass.__name__: a_pass(model) for a_pass in passes}
+
+
+def op_counts(model: ir.Model) -> Counter[str]:
+    """Count the nodes of the main graph by operator, `domain::op` outside the default domain."""
+    return Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in model.graph)
+
+
+def check_op_counts(model: ir.Model, expected: Mapping[str, int]) -> dict[str, int]:
+    """Return the counts of the expected operators.
+
+    Raises:
+        FusionError: an operator occurs more or less often than expected; it names all of them.
+    """
+    counts = op_counts(model)
+    wrong = [f"{op}: expected {n}, found {counts[op]}" for op, n in expected.items() if counts[op] != n]
+    if wrong:
+        raise FusionError(f"graph {model.graph.name}: {'; '.join(wrong)}")
+    return {op: counts[op] for op in expected}

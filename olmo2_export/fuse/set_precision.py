@@ -1,0 +1,119 @@
+"""Give the graph its precision: weights, activations and the KV cache; what is between casts to float32 stays.
+
+Matches:
+
+    a float32 value that no Cast to float32 separates from the weights or the cache
+
+Becomes:
+
+    the same value in float32, float16 or bfloat16
+
+Nodes and connections do not change: the precisions of one model differ in dtypes alone. The dtype flows along the
+edges. A Cast decides what comes out of it; every other node hands on the dtype of what it reads, to its outputs and to
+its own initializers. So the norm weights and the rotary tables, read in float32, stay float32, and the residual stream
+has the graph's precision, as in transformers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from olmo2_export.fuse.edit import TO_PRECISION, is_op, name_of
+from runtimes.errors import FailedError, FusionError, first_names
+
+
+class WeightRounding:
+    """Rounds weights, one at a time and only when they are read, to nearest-even; remembers those that overflow."""
+
+    def __init__(self, dtype: ir.DataType) -> None:
+        self.dtype = dtype
+        self.overflowed: set[str] = set()
+
+    def __call__(self, name: str, tensor: ir.TensorProtocol) -> ir.LazyTensor:
+        def rounded() -> ir.Tensor:
+            with np.errstate(over="ignore"):  # it is looked for below
+                data = tensor.numpy().astype(self.dtype.numpy())
+            if not np.isfinite(data).all():
+                self.overflowed.add(name)
+            return ir.Tensor(data, dtype=self.dtype, name=name)
+
+        return ir.LazyTensor(rounded, dtype=self.dtype, shape=ir.Shape(tensor.shape), name=name)
+
+    def check(self) -> None:
+        """Refuse weights that did not fit; to be called when all have been read.
+
+        Raises:
+            FailedError: naming them.
+        """
+        if self.overflowed:
+            names = sorted(self.overflowed)
+            raise FailedError(
+                f"{len(names)} tensors have weights beyond the range of {self.dtype.name.lower()}: {first_names(names)}; "
+                "use --precision bf16, which has the range of float32"
+            )
+
+
+def set_precision(model: ir.Model, dtype: ir.DataType) -> WeightRounding:
+    """Apply to the whole graph.
+
+    Args:
+        model: a float32 graph that has been through the TensorRT passes.
+        dtype: FLOAT, FLOAT16 or BFLOAT16.
+
+    Returns:
+        What rounds the weights; its `check` tells whether all of them fitted, once they have been written.
+
+    Raises:
+        FusionError: a node would read two precisions, or an initializer would need two.
+    """
+    rounding = WeightRounding(dtype)
+    settled: set[ir.Value] = set()
+    for value in model.graph.inputs:
+        if value.dtype == ir.DataType.FLOAT:
+            value.dtype = dtype
+    for node in model.graph:
+        if is_op(node, "Cast"):
+            if node.meta.get(TO_PRECISION, False):
+                node.attributes["to"] = ir.AttrInt64("to", int(dtype))
+                node.outputs[0].dtype = dtype
+            continue
+        flowing = _dtype_of(node, dtype)
+        for value in node.inputs:
+            if (
+                value is None
+                or not value.is_initializer()
+                or value.dtype is None
+                or not value.dtype.is_floating_point()
+            ):
+                continue
+            if value in settled:
+                if value.dtype != flowing:
+                    raise FusionError(
+                        f"{name_of(value)}: {node.name} needs it in {flowing.name}, others in {value.dtype.name}"
+                    )
+                continue
+            settled.add(value)
+            if flowing != ir.DataType.FLOAT:
+                value.dtype = flowing
+                if value.const_value is not None:
+                    value.const_value = rounding(name_of(value), value.const_value)
+        for value in node.outputs:
+            if value.dtype == ir.DataType.FLOAT:
+                value.dtype = flowing
+    return rounding
+
+
+def _dtype_of(node: ir.Node, precision: ir.DataType) -> ir.DataType:
+    """Return the float dtype in which a node computes: that of its computed inputs; the precision if it has none."""
+    found = {
+        value.dtype
+        for value in node.inputs
+        if value is not None
+        and not value.is_initializer()
+        and value.dtype is not None
+        and value.dtype.is_floating_point()
+    }
+    if len(found) > 1:
+        raise FusionError(f"{node.name}: {node.op_type} reads {' and '.join(sorted(d.name for d in found))}")
+    return found.pop() if found else precision

@@ -1,0 +1,112 @@
+"""Say in words what a package holds, after checking every file of it against its manifests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from olmo2_export.verify import PARITY_NAME
+from runtimes.errors import IntegrityError
+from runtimes.manifest import (
+    Engine,
+    Manifest,
+    TensorSpec,
+    TrtManifest,
+    Variant,
+    check_files,
+    load_manifest,
+    load_trt_manifest,
+    package_checksum,
+    read_sealed,
+)
+
+
+def inspect(package: Path) -> str:
+    """Check and describe a package.
+
+    Args:
+        package: the package folder.
+
+    Returns:
+        The text that the command line prints.
+
+    Raises:
+        PackageNotFoundError: it is none.
+        IntegrityError: naming every file that is not the one that was written.
+    """
+    manifest = load_manifest(package)
+    trt = load_trt_manifest(package)
+    check_files(package, manifest.files | (trt.files if trt else {}))
+    parity = _parity_lines(package)
+    sections = [_model(package, manifest), *(_variant(v) for v in manifest.variants.values())]
+    if trt:
+        sections += [*(_variant(v) for v in trt.variants.values()), *(_engine(e) for e in trt.engines.values())]
+    sections += [_files(manifest, trt), parity]
+    return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def _model(package: Path, manifest: Manifest) -> list[str]:
+    m, source = manifest.model, manifest.source
+    revision = f" @ {source.revision}" if source.revision else ""
+    return [
+        f"{package}: olmo2-export {manifest.exporter_version}, format {manifest.format_version}, every file intact",
+        f"  source   {source.model}{revision} ({source.kind})",
+        f"  model    {m.model_type}: {m.num_hidden_layers} layers, hidden {m.hidden_size}, {m.num_attention_heads} heads "
+        f"({m.num_key_value_heads} KV) of {m.head_dim}, vocabulary {m.vocab_size}, "
+        f"context {m.max_position_embeddings}",
+        f"  made by  {', '.join(f'{name} {version}' for name, version in manifest.libraries.items())}",
+    ]
+
+
+def _variant(variant: Variant) -> list[str]:
+    kv = variant.kv_cache
+    counts = ", ".join(f"{n} {op}" for op, n in variant.op_counts.items())
+    return [
+        f"variant {variant.name}: {variant.graph}, {variant.precision}, opset {variant.opset}",
+        f"  ops      {counts}",
+        f"  KV cache {kv.form}, {kv.dtype}, {kv.num_layers} layers of 2 x [batch, {kv.num_key_value_heads}, "
+        f"{kv.max_cache_length if kv.form == 'static' else 'length'}, {kv.head_dim}]",
+        *_io("inputs", variant.inputs),
+        *_io("outputs", variant.outputs),
+    ]
+
+
+def _io(title: str, specs: Iterable[TensorSpec]) -> list[str]:
+    """One line per tensor; of the KV cache only the first layer."""
+    shown = [s for s in specs if "." not in s.name or ".0." in s.name]
+    return [f"  {title if i == 0 else '':<8} {s.name:<24} {s.dtype:<8} {list(s.shape)}" for i, s in enumerate(shown)]
+
+
+def _engine(engine: Engine) -> list[str]:
+    lines = [
+        f"engine {engine.name}: {engine.plan}, {engine.precision}, {engine.backend} {engine.backend_version}",
+        f"  compute capabilities {', '.join(engine.compute_capabilities)}; batch up to {engine.max_batch_size}, "
+        f"cache {engine.max_cache_length} tokens",
+        f"  layers   {', '.join(f'{n} {kind}' for kind, n in engine.layer_counts.items())}",
+    ]
+    for name, ranges in engine.profiles.items():
+        first = next(r for r in ranges if r.name == "input_ids")
+        lines.append(f"  profile  {name}: input_ids {list(first.min)} .. {list(first.opt)} .. {list(first.max)}")
+    return lines
+
+
+def _files(manifest: Manifest, trt: TrtManifest | None) -> list[str]:
+    entries = manifest.files | (trt.files if trt else {})
+    width = max(len(name) for name in entries)
+    rows = [f"  {name:<{width}}  {entry.size:>15,}  sha256 {entry.sha256[:16]}" for name, entry in entries.items()]
+    return [f"{len(entries)} files, {sum(e.size for e in entries.values()):,} bytes", *rows]
+
+
+def _parity_lines(package: Path) -> list[str]:
+    path = package / PARITY_NAME
+    if not path.is_file():
+        return [f"parity: never verified; run: olmo2-export verify {package} --reference MODEL"]
+    document = read_sealed(path)
+    if document["package_checksum"] != package_checksum(package):
+        raise IntegrityError(f"{path}: of another export; run: olmo2-export verify {package} --reference MODEL")
+    lines = [f"parity against {document['reference']['model']}"]
+    for name, report in document["variants"].items():
+        worst = max((float(c["error_ratio"]) for c in report["cases"]), default=float("nan"))
+        verdict = "passed" if report["passed"] else "FAILED"
+        lines.append(f"  {name:<8} {verdict} on {report['backend']}: worst error {worst:.2f} x PyTorch's own")
+    return lines

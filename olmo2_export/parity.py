@@ -1,0 +1,245 @@
+"""Numbers that say how far logits are from the reference, and one gate per precision. Arrays in, report out.
+
+KL alone is blind (a graph that ignores one q_norm has a KL of 3e-4) and top-1 alone is coarse, so a gate is a set of
+limits and each must hold. The sharpest is the error ratio: the error against float64, measured in units of the error
+that PyTorch itself makes at the same precision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The limits of one precision; a limit that is None does not apply."""
+
+    error_ratio: float
+    """most: RMS error against float64 / that of PyTorch at the same precision"""
+    kl_mean: float
+    """most: nats per token"""
+    top1: float
+    """least: share of positions, near-ties counting as agreement"""
+    near_tie: float
+    """logit gap between the reference's first two tokens below which either is right"""
+    nmse: float | None = None
+    """most: squared error against float64 / variance of the reference"""
+    max_abs: float | None = None
+    """most: logit units, against PyTorch"""
+
+
+GATES: dict[str, Gate] = {
+    # Different summation order only: a few times PyTorch's own rounding, and nothing visible in any token.
+    "fp32": Gate(error_ratio=4.0, nmse=1e-11, max_abs=1e-3, kl_mean=1e-10, top1=1.0, near_tie=1e-4),
+    # Rounding to 11 or 8 bits dominates; a faithful graph rounds in the same places as PyTorch, so 1.5 times is ample.
+    "fp16": Gate(error_ratio=1.5, kl_mean=5e-5, top1=0.995, near_tie=2e-2),
+    "bf16": Gate(error_ratio=1.5, kl_mean=2e-4, top1=0.985, near_tie=1.5e-1),
+}
+"""reliability gates; see the README for where each number comes from"""
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One way of running the graph, compared at every position."""
+
+    mode: str
+    """prefill | decode | chunked"""
+    batch_size: int
+    positions: int
+    max_abs: float
+    """against PyTorch at the gate's precision"""
+    nmse: float
+    """against float64"""
+    error_ratio: float
+    top1: float
+    top5: float
+    kl_mean: float
+    """nats per token, KL(float64 reference || test)"""
+    kl_p99: float
+    failures: tuple[str, ...]
+    """the limits that do not hold, with both numbers"""
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+
+@dataclass(frozen=True)
+class GreedyResult:
+    """Free-running greedy decoding against PyTorch's."""
+
+    prompts: int
+    tokens: int
+    """compared, over all prompts"""
+    equal: int
+    near_ties: int
+    """prompts whose first difference is between two tokens that the reference holds equal"""
+    failures: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """All that was measured of one variant on one backend."""
+
+    variant: str
+    backend: str
+    precision: str
+    sequences: tuple[int, ...]
+    """lengths of the token sequences"""
+    tokens_from: str
+    """text | random ids"""
+    seed: int
+    gate: Gate
+    cases: tuple[CaseResult, ...]
+    greedy: GreedyResult
+    libraries: dict[str, str] = field(hash=False)
+
+    @property
+    def passed(self) -> bool:
+        return all(case.passed for case in self.cases) and self.greedy.passed
+
+    def to_document(self) -> dict[str, Any]:
+        """Return the JSON form; numbers that are not finite become strings."""
+        document = asdict(self) | {"passed": self.passed}
+        for case in document["cases"]:
+            case |= {k: str(v) for k, v in case.items() if isinstance(v, float) and not math.isfinite(v)}
+        return document
+
+
+def compare(
+    mode: str,
+    test: Sequence[np.ndarray],
+    exact: Sequence[np.ndarray],
+    torch_logits: Sequence[np.ndarray],
+    gate: Gate,
+) -> CaseResult:
+    """Compare logits at all positions of all sequences.
+
+    Args:
+        mode: how `test` was computed, for the report.
+        test: per sequence, float32 [length, vocab_size].
+        exact: the same from PyTorch in float64.
+        torch_logits: the same from PyTorch at the gate's precision.
+        gate: the limits.
+
+    Returns:
+        The metrics and the limits that do not hold. Logits of another shape, or not finite, fail.
+    """
+    shapes = [a.shape for a in test], [a.shape for a in exact]
+    if shapes[0] != shapes[1]:
+        return failed_case(mode, len(test), f"shapes {shapes[0]}, expected {shapes[1]}")
+    got, truth, own = (np.concatenate(list(a)).astype(np.float64) for a in (test, exact, torch_logits))  # (N, V)
+    if not np.isfinite(got).all():
+        return failed_case(
+            mode, len(test), f"{int((~np.isfinite(got)).any(axis=1).sum())} of {len(got)} positions not finite"
+        )
+    error = _rms(got - truth)
+    own_error = _rms(own - truth)
+    kl = kl_divergence(truth, got)
+    top1, top5 = _top1_agreement(truth, got, gate.near_tie), _topk_agreement(truth, got, 5)
+    values = {
+        "error_ratio": error / own_error if own_error > 0 else (0.0 if error == 0 else math.inf),
+        "nmse": error**2 / float(truth.var()),
+        "max_abs": float(np.abs(got - own).max()),
+        "kl_mean": float(kl.mean()),
+        "top1": top1,
+    }
+    return CaseResult(
+        mode=mode,
+        batch_size=len(test),
+        positions=len(got),
+        top5=top5,
+        kl_p99=float(np.quantile(kl, 0.99)),
+        failures=_broken_limits(values, gate),
+        **values,
+    )
+
+
+def compare_greedy(
+    test: Sequence[np.ndarray], reference: Sequence[np.ndarray], gaps: Sequence[np.ndarray], gate: Gate
+) -> GreedyResult:
+    """Compare greedy continuations token by token, up to each prompt's first difference.
+
+    Args:
+        test: per prompt int64 [new_tokens].
+        reference: the same from PyTorch.
+        gaps: per prompt float [new_tokens]: the reference's logit gap between its first and second choice.
+        gate: for its near-tie margin.
+    """
+    equal = near_ties = 0
+    failures: list[str] = []
+    for row, (got, wanted, gap) in enumerate(zip(test, reference, gaps, strict=True)):
+        different = np.flatnonzero(got != wanted)
+        first = int(different[0]) if len(different) else len(wanted)
+        equal += first
+        if first == len(wanted):
+            continue
+        if gap[first] < gate.near_tie:
+            near_ties += 1
+        else:
+            failures.append(f"prompt {row}: token {first} is {got[first]}, PyTorch says {wanted[first]}")
+    return GreedyResult(len(test), sum(len(r) for r in reference), equal, near_ties, tuple(failures))
+
+
+def kl_divergence(reference: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """Return KL(reference || test) per position, in nats.
+
+    Args:
+        reference: logits [N, V].
+        test: logits [N, V].
+    """
+    log_p, log_q = _log_softmax(reference), _log_softmax(test)
+    divergence: np.ndarray = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+    np.maximum(divergence, 0.0, out=divergence)  # rounding can make a zero slightly negative
+    return divergence
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    shifted = x.astype(np.float64) - x.max(axis=-1, keepdims=True)
+    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return result
+
+
+def _rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(x))))
+
+
+def _top1_agreement(reference: np.ndarray, test: np.ndarray, near_tie: float) -> float:
+    chosen = test.argmax(axis=-1)
+    behind = reference.max(axis=-1) - np.take_along_axis(reference, chosen[:, None], axis=-1)[:, 0]
+    return float(np.mean(behind < near_tie))
+
+
+def _topk_agreement(reference: np.ndarray, test: np.ndarray, k: int) -> float:
+    k = min(k, reference.shape[-1])
+    best_reference = np.argpartition(-reference, k - 1, axis=-1)[:, :k]
+    best_test = np.argpartition(-test, k - 1, axis=-1)[:, :k]
+    common = [len(np.intersect1d(a, b)) for a, b in zip(best_reference, best_test, strict=True)]
+    return float(np.mean(common)) / k
+
+
+def _broken_limits(values: dict[str, float], gate: Gate) -> tuple[str, ...]:
+    broken = []
+    for name, value in values.items():
+        limit: float | None = getattr(gate, name)
+        if limit is None:
+            continue
+        good = value >= limit if name == "top1" else value <= limit
+        if not good:
+            broken.append(f"{name} {value:.3g}, the gate is {limit:g}")
+    return tuple(broken)
+
+
+def failed_case(mode: str, batch_size: int, reason: str) -> CaseResult:
+    """Return the result of a case that gave no logits to compare."""
+    nan = math.nan
+    return CaseResult(mode, batch_size, 0, nan, nan, nan, nan, nan, nan, nan, failures=(reason,))

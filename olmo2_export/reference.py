@@ -1,0 +1,110 @@
+"""PyTorch logits taken as truth: transformers' own Olmo2ForCausalLM, which shares no code with this project's model."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+
+from olmo2_export.checkpoint import Checkpoint
+from runtimes.errors import CheckpointError, first_names
+
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+class Reference:
+    """transformers' model at one precision; use it inside `open_reference`."""
+
+    def __init__(self, model: nn.Module, precision: str) -> None:
+        self._model = model
+        self._result = torch.float64 if precision == "fp64" else torch.float32
+
+    @torch.inference_mode()
+    def logits(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Run each sequence alone, whole and without padding.
+
+        Args:
+            sequences: int64 token ids, each [length].
+
+        Returns:
+            Per sequence the logits of all positions [length, vocab_size]; float64 for fp64, else float32.
+        """
+        return [self._model(torch.from_numpy(ids)[None]).logits[0].to(self._result).numpy() for ids in sequences]
+
+    @torch.inference_mode()
+    def greedy(self, prompt: np.ndarray, new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Continue a prompt greedily; an end-of-text token does not stop it.
+
+        Returns:
+            int64 [new_tokens] and the logit gap between the first and the second choice, float32 [new_tokens].
+        """
+        ids, cache = torch.from_numpy(prompt)[None], None
+        tokens, gaps = [], []
+        for _ in range(new_tokens):
+            output = self._model(ids, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            top = output.logits[0, -1].float().topk(2)
+            tokens.append(int(top.indices[0]))
+            gaps.append(float(top.values[0] - top.values[1]))
+            ids = torch.tensor([[tokens[-1]]])
+        return np.array(tokens, dtype=np.int64), np.array(gaps, dtype=np.float32)
+
+
+@contextmanager
+def open_reference(checkpoint: Checkpoint, precision: str) -> Iterator[Reference]:
+    """Load the reference weights into PyTorch; they are dropped at the end.
+
+    Args:
+        checkpoint: the weights.
+        precision: fp32, fp16 or bf16: the dtype of weights and activations; fp64: the exact answer.
+
+    Raises:
+        CheckpointError: PyTorch could not load every tensor.
+    """
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # ours is enough
+    model: Any
+    info: dict[str, Any]
+    model, info = transformers.Olmo2ForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with loading info
+        checkpoint.folder,
+        dtype=TORCH_DTYPES[precision],
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    # transformers fills what is missing with fresh values and only reports it.
+    wrong = sorted(
+        {str(name) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") for name in info[kind]}
+    )
+    if wrong:
+        raise CheckpointError(f"{checkpoint.folder}: PyTorch could not load {first_names(wrong)}")
+    if precision == "fp64":
+        _use_float64_norms(model)
+    try:
+        yield Reference(model.eval(), precision)
+    finally:
+        del model
+        gc.collect()
+
+
+def _use_float64_norms(model: nn.Module) -> None:
+    """Replace the norms: transformers computes them in float32 whatever the model's dtype."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Olmo2RMSNorm):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], _Float64Norm(module))
+
+
+class _Float64Norm(nn.Module):
+    def __init__(self, norm: Olmo2RMSNorm) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)

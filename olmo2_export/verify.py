@@ -1,0 +1,242 @@
+"""Run a package against PyTorch: every way of feeding the graph, all positions, one verdict per variant.
+
+| case            | what is fed                                                                     |
+|-----------------|---------------------------------------------------------------------------------|
+| prefill         | the whole sequence in one call                                                  |
+| decode          | token by token (a ragged batch: a prefix each, then token by token to the end)  |
+| chunked         | three pieces, of other sizes in every row                                       |
+| batch 1, batch 3| the first sequence alone; all three, ragged                                     |
+| greedy          | free-running continuation of each sequence's first tokens                       |
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from olmo2_export.checkpoint import Checkpoint
+from olmo2_export.config import ModelConfig
+from olmo2_export.parity import GATES, CaseResult, Gate, ParityReport, compare, compare_greedy, failed_case
+from olmo2_export.reference import open_reference
+from runtimes import Runner, open_runner
+from runtimes.errors import ConfigError, NumericError, PackageError
+from runtimes.manifest import (
+    FORMAT_VERSION,
+    check_files,
+    find_variant,
+    load_manifest,
+    package_checksum,
+    read_sealed,
+    seal,
+)
+
+PARITY_NAME = "parity.json"
+SEED = 0
+LENGTHS = (61, 37, 13)
+"""tokens of the three sequences; odd, and all different"""
+GREEDY_TOKENS = 24
+GREEDY_PROMPT = 5
+MODES = ("prefill", "decode", "chunked")
+_TEXT = Path(__file__).parent / "demo" / "heldout.txt"
+
+
+def verify(
+    package: Path, checkpoint: Checkpoint, *, variants: Sequence[str] = (), backend: Literal["ort"] = "ort"
+) -> list[ParityReport]:
+    """Compare variants of a package with PyTorch on the reference weights, and write `parity.json` beside the manifest.
+
+    Args:
+        package: the package folder; all its files are checked against the manifest first.
+        checkpoint: the reference weights.
+        variants: which; none means all of the export.
+        backend: what runs the graphs.
+
+    Returns:
+        One report per variant; look at `passed`.
+
+    Raises:
+        IntegrityError: a file of the package changed.
+        ConfigError: package and reference are not of one shape.
+    """
+    manifest = load_manifest(package)
+    check_files(package, manifest.files)
+    config = ModelConfig.from_json(checkpoint.folder / "config.json")
+    if manifest.model != config.spec:
+        different = [k for k, v in vars(config.spec).items() if getattr(manifest.model, k) != v]
+        raise ConfigError(f"{package}: not of the reference's shape: {', '.join(different)} differ")
+    names = list(variants) or list(manifest.variants)
+    precisions = {name: find_variant(package, name)[0].precision for name in names}
+    sequences, origin = _sequences(package, config)
+    prompts = [ids[:GREEDY_PROMPT] for ids in sequences]
+    new_tokens = min(GREEDY_TOKENS, config.max_position_embeddings - GREEDY_PROMPT)
+
+    with tqdm(
+        total=2 + len(set(precisions.values()) - {"fp32"}) + len(names), desc="verifying", unit="step", leave=False
+    ) as bar:
+
+        def step(what: str) -> None:
+            bar.set_postfix_str(what)
+            bar.update()
+
+        with open_reference(checkpoint, "fp64") as truth:
+            exact = truth.logits(sequences)
+        step("PyTorch fp64")
+        with open_reference(checkpoint, "fp32") as torch_model:
+            own = {"fp32": torch_model.logits(sequences)}
+            continuations = [torch_model.greedy(prompt, new_tokens) for prompt in prompts]
+        step("PyTorch fp32")
+        for precision in sorted(set(precisions.values()) - own.keys()):
+            with open_reference(checkpoint, precision) as torch_model:
+                own[precision] = torch_model.logits(sequences)
+            step(f"PyTorch {precision}")
+        reports = []
+        for name in names:
+            gate = GATES[precisions[name]]
+            with open_runner(package, variant=name, backend=backend) as runner:
+                cases = [
+                    _case(runner, mode, sequences[:batch], exact[:batch], own[precisions[name]][:batch], gate)
+                    for batch in (1, len(sequences))
+                    for mode in MODES
+                ]
+                greedy = compare_greedy(
+                    _greedy(runner, prompts, new_tokens),
+                    [tokens for tokens, _ in continuations],
+                    [gaps for _, gaps in continuations],
+                    gate,
+                )
+            reports.append(
+                ParityReport(
+                    variant=name,
+                    backend=backend,
+                    precision=precisions[name],
+                    sequences=tuple(len(s) for s in sequences),
+                    tokens_from=origin,
+                    seed=SEED,
+                    gate=gate,
+                    cases=tuple(cases),
+                    greedy=greedy,
+                    libraries={n: importlib.metadata.version(n) for n in ("onnxruntime", "torch", "transformers")},
+                )
+            )
+            step(name)
+    _write(package, checkpoint, reports)
+    return reports
+
+
+def format_reports(reports: Sequence[ParityReport]) -> str:
+    """Return the table that the command line prints: a line per case, then the greedy verdicts and what failed."""
+    head = "variant case batch positions max_abs NMSE err/torch top-1 top-5 KL_mean KL_p99 verdict".split()
+    rows, notes = [head], []
+    for report in reports:
+        for c in report.cases:
+            numbers = [f"{c.max_abs:.1e}", f"{c.nmse:.1e}", f"{c.error_ratio:.2f}", f"{c.top1:.1%}", f"{c.top5:.1%}"]
+            numbers += [f"{c.kl_mean:.1e}", f"{c.kl_p99:.1e}"]
+            verdict = "ok" if c.passed else "FAIL"
+            rows.append([report.variant, c.mode, str(c.batch_size), str(c.positions), *numbers, verdict])
+            notes += [f"{report.variant} {c.mode} batch {c.batch_size}: {failure}" for failure in c.failures]
+        g = report.greedy
+        ties = f" ({g.near_ties} prompts part at a near-tie)" if g.near_ties else ""
+        notes.append(f"{report.variant} greedy: {g.equal} of {g.tokens} tokens equal over {g.prompts} prompts{ties}")
+        notes += [f"{report.variant} greedy: {failure}" for failure in g.failures]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    left = {0, 1, len(head) - 1}
+    lines = [
+        "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    return "\n".join([line.rstrip() for line in lines] + notes)
+
+
+def _case(
+    runner: Runner,
+    mode: str,
+    sequences: list[np.ndarray],
+    exact: list[np.ndarray],
+    own: list[np.ndarray],
+    gate: Gate,
+) -> CaseResult:
+    runner.reset()
+    try:
+        return compare(mode, _FEEDS[mode](runner, sequences), exact, own, gate)
+    except NumericError as error:
+        return failed_case(mode, len(sequences), str(error))
+
+
+def _prefill(runner: Runner, sequences: list[np.ndarray]) -> list[np.ndarray]:
+    return runner.prefill(sequences, all_positions=True)
+
+
+def _decode(runner: Runner, sequences: list[np.ndarray]) -> list[np.ndarray]:
+    steps = min(len(s) for s in sequences) - 1
+    rows = [[logits] for logits in runner.prefill([s[: len(s) - steps] for s in sequences], all_positions=True)]
+    for step in range(steps, 0, -1):
+        logits = runner.decode([int(s[-step]) for s in sequences])  # (B, V)
+        for row, last in zip(rows, logits, strict=True):
+            row.append(last[None])
+    return [np.concatenate(row) for row in rows]
+
+
+def _chunked(runner: Runner, sequences: list[np.ndarray]) -> list[np.ndarray]:
+    pieces = []
+    for row, ids in enumerate(sequences):
+        first, second = len(ids) // (3 + row), len(ids) // 2 + row
+        pieces.append([ids[:first], ids[first:second], ids[second:]])
+    chunks = [runner.prefill(list(chunk), all_positions=True) for chunk in zip(*pieces, strict=True)]
+    return [np.concatenate(row) for row in zip(*chunks, strict=True)]
+
+
+_FEEDS = {"prefill": _prefill, "decode": _decode, "chunked": _chunked}
+
+
+def _greedy(runner: Runner, prompts: list[np.ndarray], new_tokens: int) -> list[np.ndarray]:
+    results = []
+    for prompt in prompts:
+        runner.reset()
+        found = [int(runner.prefill([prompt])[0][-1].argmax())]
+        while len(found) < new_tokens:
+            found.append(int(runner.decode(found[-1:])[0].argmax()))
+        results.append(np.array(found, dtype=np.int64))
+    return results
+
+
+def _sequences(package: Path, config: ModelConfig) -> tuple[list[np.ndarray], str]:
+    """Return the token sequences: text where the package has a tokenizer, the last row always random ids."""
+    generator = np.random.default_rng(SEED)
+    lengths = [min(n, config.max_position_embeddings - i) for i, n in enumerate(LENGTHS)]
+    rows = [generator.integers(0, config.vocab_size, n, dtype=np.int64) for n in lengths]
+    tokenizer_file = package / "tokenizer.json"
+    if not tokenizer_file.exists():
+        return rows, "random ids"
+    text = _TEXT.read_text(encoding="utf-8")[: 50 * sum(lengths)]
+    ids = np.array(Tokenizer.from_file(str(tokenizer_file)).encode(text, add_special_tokens=False).ids, dtype=np.int64)
+    rows[:-1] = np.split(ids[: sum(lengths[:-1])], np.cumsum(lengths[:-2]))
+    return rows, "text, the last row random ids"
+
+
+def _write(package: Path, checkpoint: Checkpoint, reports: Sequence[ParityReport]) -> None:
+    """Write parity.json, keeping what it says of other variants of the same export."""
+    path = package / PARITY_NAME
+    checksum = package_checksum(package)
+    kept: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            before = read_sealed(path)
+        except PackageError:  # damaged or of another version: it is only a report, and is written anew
+            before = {}
+        kept = before.get("variants", {}) if before.get("package_checksum") == checksum else {}
+    document = {
+        "format_version": FORMAT_VERSION,
+        "package_checksum": checksum,
+        "reference": {"model": checkpoint.model, "revision": checkpoint.revision},
+        "variants": kept | {report.variant: report.to_document() for report in reports},
+    }
+    temporary = path.with_name(f".{PARITY_NAME}.{os.getpid()}")
+    temporary.write_bytes(seal(document))
+    temporary.replace(path)

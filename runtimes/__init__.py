@@ -1,0 +1,105 @@
+"""Run the packages that olmo2-export writes: numpy, tokenizers and one backend, nothing of the exporter.
+
+    with open_runner("packages/olmo2-1b") as runner:
+        logits = runner.prefill([[100257, 644, 279, 7314]])[0]
+
+Text in and text out: `runtimes.generate`. Command line: `olmo2-run`, or `python -m runtimes`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, TypeAlias, get_args
+
+from runtimes.errors import (
+    BackendError,
+    ContextLengthError,
+    InputError,
+    IntegrityError,
+    NumericError,
+    Olmo2ExportError,
+    PackageError,
+    PackageNotFoundError,
+    UsageError,
+    VariantNotFoundError,
+)
+from runtimes.manifest import FileEntry, Variant, check_files, find_variant, load_manifest
+from runtimes.runner import Runner
+
+__all__ = [
+    "Backend",
+    "BackendError",
+    "ContextLengthError",
+    "InputError",
+    "IntegrityError",
+    "NumericError",
+    "Olmo2ExportError",
+    "PackageError",
+    "PackageNotFoundError",
+    "Runner",
+    "UsageError",
+    "VariantNotFoundError",
+    "open_runner",
+]
+
+Backend: TypeAlias = Literal["ort"]
+"""what runs a graph; ort: onnxruntime on the CPU"""
+
+
+def open_runner(
+    package: str | os.PathLike[str],
+    *,
+    variant: str | None = None,
+    backend: Backend = "ort",
+    check_hashes: bool = True,
+    threads: int | None = None,
+) -> Runner:
+    """Open one graph of a package; close it, or use it in a `with`.
+
+    Args:
+        package: the package folder.
+        variant: which graph; None means the package's first.
+        backend: what runs it.
+        check_hashes: read the graph and the weights once more to compare them with the manifest; without it only their
+            presence and size are checked.
+        threads: CPU threads of an operator; None means one per physical core.
+
+    Returns:
+        The runner, with an empty cache.
+
+    Raises:
+        UsageError: threads below 1.
+        BackendError: an unknown backend, or one whose library is not installed.
+        PackageNotFoundError, VariantNotFoundError: no such package, no such variant in it.
+        IntegrityError: a file is not the one that was exported.
+        PackageError: the backend cannot load the graph, or it is not the graph the manifest describes.
+    """
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise UsageError(f"threads {threads!r}: expected an integer of at least 1")
+    folder = Path(package)
+    match backend:
+        case "ort":
+            try:
+                from runtimes.ort_runner import open_ort
+            except ImportError as error:
+                raise BackendError(
+                    f"backend ort: onnxruntime cannot be imported ({error}); pip install 'olmo2-export[cpu]'"
+                ) from error
+            model = load_manifest(folder).model
+            chosen, files = find_variant(folder, variant)
+            _check_files(folder, files, chosen, check_hashes)
+            return open_ort(folder, chosen, model, threads)
+        case _:
+            raise BackendError(f"backend {backend!r}: there is {', '.join(get_args(Backend))}")
+
+
+def _check_files(folder: Path, files: Mapping[str, FileEntry], variant: Variant, check_hashes: bool) -> None:
+    if check_hashes:
+        check_files(folder, files, variant.files)
+        return
+    for name in variant.files:
+        path, entry = folder / name, files.get(name)
+        if entry is None or not path.is_file() or path.stat().st_size != entry.size:
+            check_files(folder, files, [name])  # which raises, and says why

@@ -1,0 +1,158 @@
+"""`olmo2-run`: run a package from the command line.
+
+Exit codes: 0 done; 1 it ran but failed; 2 bad usage or input; 130 interrupted; 141 the reader of stdout went away;
+143 terminated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
+
+from runtimes import open_runner
+from runtimes.errors import InputError, Olmo2ExportError, UsageError
+from runtimes.generate import Generation, encode_prompt, generate
+from runtimes.sampling import Sampler
+from runtimes.tokenizer import Tokenizer
+
+_DEFAULT_NEW_TOKENS = 128
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line.
+
+    Raises:
+        UsageError: it makes no sense.
+    """
+    parser = _Parser(prog="olmo2-run", description="Run a package written by olmo2-export.", allow_abbrev=False)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verb = verbs.add_parser(
+        "generate",
+        help="continue a prompt",
+        description="Continue a prompt; the new text goes to stdout as it is made.",
+        allow_abbrev=False,
+    )
+    verb.add_argument("package", metavar="PACKAGE", help="the package folder")
+    verb.add_argument("--prompt", required=True, metavar="TEXT", help="- reads stdin, less one newline at its end")
+    verb.add_argument("--variant", metavar="V", help="which graph of the package (default: its first)")
+    verb.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"must fit in the context (default: {_DEFAULT_NEW_TOKENS}, or as many as fit)",
+    )
+    verb.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
+    verb.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest (default: 0, off)")
+    verb.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that sum to P (default: 1, off)"
+    )
+    verb.add_argument("--seed", type=int, metavar="S", help="draw the same tokens every time")
+    verb.add_argument("--stop", action="append", default=[], metavar="S", help="end before this text; may be repeated")
+    verb.add_argument("--backend", default="ort", help="ort: onnxruntime on the CPU (default)")
+    verb.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one per physical core)")
+    verb.add_argument("--skip-hash-check", action="store_true", help="trust the files; check only their sizes")
+    verb.add_argument("--stats", action="store_true", help="end with a line of tokens and times on stderr")
+    verb.add_argument("--debug", action="store_true", help="show where an error came from")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the command line asks.
+
+    Args:
+        args: from `parse_args`.
+
+    Raises:
+        Olmo2ExportError: whatever is wrong.
+    """
+    sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
+    check_hashes = not args.skip_hash_check
+    tokenizer = Tokenizer.from_package(args.package, check_hashes=check_hashes)
+    prompt_ids = encode_prompt(tokenizer, _read_stdin() if args.prompt == "-" else args.prompt)
+    with open_runner(
+        args.package, variant=args.variant, backend=args.backend, check_hashes=check_hashes, threads=args.threads
+    ) as runner:
+        room = max(0, runner.max_cache_length - len(prompt_ids))
+        new = min(_DEFAULT_NEW_TOKENS, room) if args.max_new_tokens is None else args.max_new_tokens
+        result = generate(
+            runner, tokenizer, prompt_ids, sampler=sampler, max_new_tokens=new, stop=args.stop, on_text=_write
+        )
+    _write("\n")
+    if args.stats:
+        sys.stderr.write(_stats(result) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the text
+    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    before = signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        run(parse_args(argv))
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except _Terminated:
+        return 128 + signal.SIGTERM
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit is quiet too
+        return 128 + signal.SIGPIPE
+    except Olmo2ExportError as error:
+        return _report(str(error), error.exit_code, debug)
+    except OSError as error:  # a file that cannot be read
+        return _report(str(error), Olmo2ExportError.exit_code, debug)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"stdin: byte {error.start} is not UTF-8; convert the prompt first") from error
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _stats(result: Generation) -> str:
+    first, rate = result.time_to_first_token, result.decode_tokens_per_second
+    return ", ".join(
+        [
+            f"{len(result.prompt_token_ids)} prompt tokens",
+            f"{len(result.token_ids)} new tokens",
+            f"time to first token {'-' if first is None else f'{first * 1000:.1f}'} ms",
+            f"{'-' if rate is None else f'{rate:.1f}'} tokens/s",
+            f"finish reason {result.finish_reason}",
+        ]
+    )
+
+
+def _on_sigterm(_signal: int, _frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def _report(message: str, exit_code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    sys.stderr.write(f"olmo2-run: error: {' '.join(message.splitlines())}\n")
+    return exit_code

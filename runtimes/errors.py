@@ -1,0 +1,105 @@
+"""The errors of the runners and of the exporter, one tree.
+
+    Olmo2ExportError                       exit code 2: bad usage or input
+    ├── UsageError          (ValueError)         an option or a combination of options that means nothing
+    ├── ConfigError         (ValueError)         config.json says what this version cannot express
+    ├── CheckpointError     (ValueError)         the checkpoint's files or tensors are not what config.json says
+    │   └── CheckpointNotFoundError (FileNotFoundError)
+    ├── PackageError        (ValueError)         the package or its manifest is not usable
+    │   ├── PackageNotFoundError (FileNotFoundError)
+    │   ├── VariantNotFoundError (LookupError)
+    │   └── IntegrityError                       a file is not the one the manifest vouches for
+    ├── InputError          (ValueError)         token ids, shapes or sampling options out of range
+    │   └── ContextLengthError                   more tokens than the context or the cache holds
+    ├── BackendError        (RuntimeError)       a backend, library or execution provider that is not there
+    └── FailedError                         exit code 1: it ran but failed a check or a resource
+        ├── FusionError     (RuntimeError)       a graph pass did not find what it must find
+        ├── EngineBuildError (RuntimeError)      TensorRT refused or failed
+        ├── NumericError    (ArithmeticError)    NaN or Inf where a number must be
+        └── ResourceError   (OSError)            disk full, folder locked
+
+Every message says what was found, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class Olmo2ExportError(Exception):
+    """Base of every error this distribution raises on purpose; `exit_code` is what the command lines return."""
+
+    exit_code = 2
+
+
+class UsageError(Olmo2ExportError, ValueError):
+    """An option, or a combination of options, that means nothing."""
+
+
+class ConfigError(Olmo2ExportError, ValueError):
+    """config.json holds a value that this version cannot express."""
+
+
+class CheckpointError(Olmo2ExportError, ValueError):
+    """The checkpoint's files or tensors are not what its config.json promises."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no checkpoint at the given folder or Hub id."""
+
+
+class PackageError(Olmo2ExportError, ValueError):
+    """The package or one of its manifests is not usable."""
+
+
+class PackageNotFoundError(PackageError, FileNotFoundError):
+    """The folder is not a package."""
+
+
+class VariantNotFoundError(PackageError, LookupError):
+    """The package has no variant of that name."""
+
+
+class IntegrityError(PackageError):
+    """A file of the package is not the one its manifest vouches for."""
+
+
+class InputError(Olmo2ExportError, ValueError):
+    """Token ids, shapes or sampling options out of range."""
+
+
+class ContextLengthError(InputError):
+    """More tokens than the model's context or the cache holds."""
+
+
+class BackendError(Olmo2ExportError, RuntimeError):
+    """A backend, library or execution provider that is not there."""
+
+
+class FailedError(Olmo2ExportError):
+    """It ran but failed a check or a resource."""
+
+    exit_code = 1
+
+
+class FusionError(FailedError, RuntimeError):
+    """A graph pass did not find what it must find."""
+
+
+class EngineBuildError(FailedError, RuntimeError):
+    """TensorRT refused or failed to compile the graph."""
+
+
+class NumericError(FailedError, ArithmeticError):
+    """NaN or Inf where a number must be."""
+
+
+class ResourceError(FailedError, OSError):
+    """The disk is full, or another process holds the folder."""
+
+
+def first_names(names: Iterable[str], limit: int = 5) -> str:
+    """Return `a, b, c, d, e and 12 more` for use in messages."""
+    listed = list(names)
+    shown = ", ".join(listed[:limit])
+    return shown if len(listed) <= limit else f"{shown} and {len(listed) - limit} more"

@@ -1,0 +1,239 @@
+"""Prompt -> text, in layers: `generate_tokens` (ids) -> `stream_text` (pieces of text) -> `generate` (the result).
+
+Time to first token is measured here: from the call of `generate` until the first new id is known, so it holds the
+prefill and one sampling.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+from runtimes.errors import ContextLengthError, InputError
+from runtimes.runner import Runner
+from runtimes.sampling import Sampler
+from runtimes.tokenizer import Tokenizer
+
+FinishReason: TypeAlias = Literal["eos", "stop", "length"]
+"""an end-of-sequence token, a stop string, or as many tokens as were asked for or fit"""
+
+
+class Piece(NamedTuple):
+    """A piece of generated text."""
+
+    text: str
+    """whole characters; empty only in the last piece"""
+    finish_reason: FinishReason | None
+    """set in the last piece"""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `generate` made and how long it took."""
+
+    text: str
+    """without the prompt, the stop string and special tokens"""
+    token_ids: tuple[int, ...]
+    """every id that was sampled, also the end-of-sequence token and those of the stop string"""
+    prompt_token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    time_to_first_token: float | None
+    """seconds; None if no token was asked for"""
+    decode_seconds: float
+    """from the first id to the last"""
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """Tokens after the first, per second; None if there is only one."""
+        after_first = len(self.token_ids) - 1
+        return after_first / self.decode_seconds if after_first > 0 and self.decode_seconds > 0 else None
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Return the ids of a prompt, at least one.
+
+    Raises:
+        InputError: the text is not valid Unicode, or is empty and the model has no token that begins a text.
+    """
+    ids = tokenizer.encode(prompt)
+    if ids:
+        return ids
+    if tokenizer.bos_token_id is None:
+        raise InputError("empty prompt, and the model has no bos_token_id to begin with; give some text")
+    return [tokenizer.bos_token_id]
+
+
+def generate_tokens(
+    runner: Runner, prompt_ids: Sequence[int], *, sampler: Sampler, max_new_tokens: int | None = None
+) -> Iterator[int]:
+    """Append a prompt to what the runner holds and sample new ids, forever or until the limit.
+
+    The caller ends it by not asking for more: an id is fed to the model only when the next one is wanted, so the last
+    id is in no cache.
+
+    Args:
+        runner: with an empty cache, or a cache of one row.
+        prompt_ids: at least one id.
+        sampler: picks each next id.
+        max_new_tokens: None means as many as fit.
+
+    Returns:
+        An iterator of ids; the model runs when it is advanced.
+
+    Raises:
+        InputError: no prompt id, or max_new_tokens is no integer of at least 0. At once.
+        ContextLengthError: prompt and new tokens together do not fit. At once.
+        NumericError: the model broke down; in the iterator.
+    """
+    if len(prompt_ids) == 0:
+        raise InputError("expected at least one prompt id, found none")
+    limit = _new_token_limit(runner, len(prompt_ids), max_new_tokens)
+    return _sample(runner, prompt_ids, sampler, limit)
+
+
+def stream_text(
+    tokenizer: Tokenizer,
+    token_ids: Iterable[int],
+    *,
+    stop: Sequence[str] = (),
+    eos_token_ids: Collection[int] | None = None,
+) -> Iterator[Piece]:
+    """Turn ids into text as they come; ask for no id after the end of the text.
+
+    Text that could be the beginning of a stop string is held back until it is decided, so no part of one is given out.
+
+    Args:
+        tokenizer: of the package.
+        token_ids: as from `generate_tokens`.
+        stop: the text ends before the first of them to be complete.
+        eos_token_ids: the text ends at any of these ids; None means the tokenizer's, () none.
+
+    Returns:
+        An iterator of pieces; the last one, and only it, has a finish_reason.
+
+    Raises:
+        InputError: stop is a single string, or holds an empty one. At once.
+    """
+    if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
+        raise InputError(f"stop {stop!r}: expected a list of strings, none of them empty")
+    return _pieces(tokenizer, token_ids, stop, tokenizer.eos_token_ids if eos_token_ids is None else eos_token_ids)
+
+
+def generate(
+    runner: Runner,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int],
+    *,
+    sampler: Sampler,
+    max_new_tokens: int | None = None,
+    stop: Sequence[str] = (),
+    eos_token_ids: Collection[int] | None = None,
+    on_text: Callable[[str], object] | None = None,
+) -> Generation:
+    """Generate the continuation of one prompt; what the runner holds is forgotten first.
+
+    Args:
+        runner: any.
+        tokenizer: of the same package.
+        prompt: text, or ids.
+        sampler: picks each next id.
+        max_new_tokens: None means as many as fit.
+        stop: the text ends before the first of them to be complete.
+        eos_token_ids: the text ends at any of these ids; None means the tokenizer's, () none.
+        on_text: called with each piece of text as soon as it is there.
+
+    Raises:
+        InputError, ContextLengthError: as `encode_prompt`, `generate_tokens` and `stream_text`; before the model runs.
+        NumericError: the model broke down.
+    """
+    started = time.perf_counter()
+    prompt_ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+    runner.reset()
+    sampled: list[int] = []
+    times: list[float] = []
+
+    def recorded(ids: Iterator[int]) -> Iterator[int]:
+        for token_id in ids:
+            times.append(time.perf_counter())
+            sampled.append(token_id)
+            yield token_id
+
+    ids = recorded(generate_tokens(runner, prompt_ids, sampler=sampler, max_new_tokens=max_new_tokens))
+    text: list[str] = []
+    reason: FinishReason = "length"
+    for piece in stream_text(tokenizer, ids, stop=stop, eos_token_ids=eos_token_ids):
+        if piece.text:
+            text.append(piece.text)
+            if on_text is not None:
+                on_text(piece.text)
+        reason = piece.finish_reason or reason
+    return Generation(
+        text="".join(text),
+        token_ids=tuple(sampled),
+        prompt_token_ids=tuple(prompt_ids),
+        finish_reason=reason,
+        time_to_first_token=times[0] - started if times else None,
+        decode_seconds=times[-1] - times[0] if times else 0.0,
+    )
+
+
+def _new_token_limit(runner: Runner, prompt_tokens: int, max_new_tokens: int | None) -> int:
+    if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 0):
+        raise InputError(f"max_new_tokens {max_new_tokens!r}: expected an integer of at least 0")
+    used = prompt_tokens + sum(runner.cache_lengths)
+    if used + (max_new_tokens or 0) > runner.max_cache_length:
+        new = "" if max_new_tokens is None else f" and {max_new_tokens} new ones make {used + max_new_tokens}"
+        raise ContextLengthError(
+            f"a prompt of {used} tokens{new}: the context holds {runner.max_cache_length}; "
+            "shorten the prompt or ask for fewer new tokens"
+        )
+    return runner.max_cache_length - used if max_new_tokens is None else max_new_tokens
+
+
+def _sample(runner: Runner, prompt_ids: Sequence[int], sampler: Sampler, limit: int) -> Iterator[int]:
+    if limit == 0:
+        return
+    token_id = sampler(runner.prefill([prompt_ids])[0][-1])
+    yield token_id
+    for _ in range(limit - 1):
+        token_id = sampler(runner.decode([token_id])[0])
+        yield token_id
+
+
+def _pieces(
+    tokenizer: Tokenizer, token_ids: Iterable[int], stop: Sequence[str], eos_token_ids: Collection[int]
+) -> Iterator[Piece]:
+    stream = tokenizer.stream()
+    held = ""
+    reason: FinishReason = "length"
+    for token_id in token_ids:
+        if token_id in eos_token_ids:
+            reason = "eos"
+            break
+        held += stream.push(token_id)
+        cut = _find_stop(held, stop)
+        if cut is not None:
+            yield Piece(held[:cut], "stop")
+            return
+        free = len(held) - _undecided(held, stop)
+        if free:
+            yield Piece(held[:free], None)
+            held = held[free:]
+    held += stream.flush()
+    cut = _find_stop(held, stop)
+    yield Piece(held, reason) if cut is None else Piece(held[:cut], "stop")
+
+
+def _find_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Return where the stop string begins that is complete first; the longest, if several end there."""
+    ends = [(at + len(s), at) for s in stop if (at := text.find(s)) >= 0]
+    return min(ends)[1] if ends else None
+
+
+def _undecided(text: str, stop: Sequence[str]) -> int:
+    """Return the length of the longest end of `text` that could become a stop string."""
+    longest = max((len(s) for s in stop), default=1) - 1
+    sizes = range(min(longest, len(text)), 0, -1)
+    return next((n for n in sizes if any(s.startswith(text[-n:]) for s in stop)), 0)

@@ -1,0 +1,390 @@
+"""The package folder's contract between the exporter and the runners: manifest.json, typed. Standard library only.
+
+    <package>/manifest.json         Manifest         what was exported: model, source, variants, and every file's hash
+    <package>/trt/manifest.json     TrtManifest      TensorRT graphs and engines, made later by `olmo2-export build`
+
+Both are sealed: `checksum` is the sha256 of the rest of the document, and the bytes on disk are exactly what
+`seal` writes, so that a change of any byte of a manifest is refused. Every other file is vouched for by `files`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from runtimes.errors import IntegrityError, PackageError, PackageNotFoundError, VariantNotFoundError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+TRT_FOLDER = "trt"
+_HASH_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What one file of the package must be."""
+
+    sha256: str
+    size: int
+    """bytes"""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a graph."""
+
+    name: str
+    dtype: str
+    """numpy's name, or `bfloat16`"""
+    shape: tuple[int | str, ...]
+    """fixed sizes as integers, dynamic ones by their symbol"""
+
+
+@dataclass(frozen=True)
+class KVCacheSpec:
+    """How a graph takes and gives its KV cache."""
+
+    form: str
+    """`concat`: present = past + new tokens, past of any length.
+    `static`: past and present are one buffer of max_cache_length, written at write_indices."""
+    dtype: str
+    num_layers: int
+    num_key_value_heads: int
+    head_dim: int
+    max_cache_length: int
+    """tokens: for `concat` the model's context, for `static` the capacity of the buffer"""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One graph of a package."""
+
+    name: str
+    precision: str
+    """of the weights: fp32, fp16, bf16"""
+    graph: str
+    """path of the ONNX file in the package"""
+    data: tuple[str, ...]
+    """paths of its external data"""
+    opset: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    kv_cache: KVCacheSpec
+    op_counts: dict[str, int] = field(hash=False)
+    """the fused operators that were counted when the graph was made"""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Everything a runner opens."""
+        return (self.graph, *self.data)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The shape of the model, as far as runners need it."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    """tokens: the context limit"""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights came from."""
+
+    model: str
+    """Hub id, `demo`, or the name (not the path) of a local folder"""
+    kind: str
+    """hub | folder | demo"""
+    revision: str | None
+    """the resolved commit, for kind hub"""
+    files: dict[str, FileEntry] = field(hash=False)
+    """the safetensors files that were read"""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json of a package."""
+
+    format_version: int
+    exporter_version: str
+    source: Source
+    model: ModelSpec
+    variants: dict[str, Variant] = field(hash=False)
+    libraries: dict[str, str] = field(hash=False)
+    """name -> version of what made the graphs"""
+    files: dict[str, FileEntry] = field(hash=False)
+    """path in the package -> what it must be; all files but this one, parity.json and trt/"""
+
+
+@dataclass(frozen=True)
+class ProfileRange:
+    """One input's shapes in an optimization profile."""
+
+    name: str
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One serialised TensorRT plan: native code for one TensorRT version and the listed GPUs."""
+
+    name: str
+    plan: str
+    """path in the package"""
+    variant: str
+    """the TensorRT graph it was compiled from"""
+    precision: str
+    backend: str
+    """trt_rtx | trt"""
+    backend_version: str
+    compute_capabilities: tuple[str, ...]
+    """as in 8.9"""
+    profiles: dict[str, tuple[ProfileRange, ...]] = field(hash=False)
+    """in the order of the plan's profile indices: decode, prefill"""
+    max_batch_size: int
+    max_cache_length: int
+    layer_counts: dict[str, int] = field(hash=False)
+    """layers of the TensorRT network that were counted before the build"""
+    aliases: dict[str, str] = field(hash=False)
+    """present -> past: outputs that must be bound to the memory of that input"""
+
+
+@dataclass(frozen=True)
+class TrtManifest:
+    """trt/manifest.json of a package; all paths are relative to the package."""
+
+    format_version: int
+    exporter_version: str
+    package_checksum: str
+    """the `checksum` of the manifest.json this was built from"""
+    variants: dict[str, Variant] = field(hash=False)
+    engines: dict[str, Engine] = field(hash=False)
+    files: dict[str, FileEntry] = field(hash=False)
+
+
+def seal(document: Mapping[str, Any]) -> bytes:
+    """Return the JSON bytes of a document with its checksum; the same document gives the same bytes."""
+    body = {k: v for k, v in document.items() if k != "checksum"}
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    sealed = {**body, "checksum": hashlib.sha256(canonical).hexdigest()}
+    return (json.dumps(sealed, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read a document written with `seal`.
+
+    Raises:
+        IntegrityError: a byte differs from what was written.
+        PackageError: the document is of another format version.
+    """
+    raw = path.read_bytes()
+    try:
+        document = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{path}: not valid JSON ({error}); export the package again") from error
+    if not isinstance(document, dict):
+        raise IntegrityError(f"{path}: expected a JSON object; export the package again")
+    version = document.get("format_version")
+    if version != FORMAT_VERSION:
+        raise PackageError(
+            f"{path}: format_version {version!r}, this version reads {FORMAT_VERSION}; export the package again"
+        )
+    try:
+        intact = seal(document) == raw
+    except ValueError:  # NaN or Infinity
+        intact = False
+    if not intact:
+        raise IntegrityError(f"{path}: changed since it was written (checksum mismatch); export the package again")
+    return document
+
+
+def to_document(manifest: Manifest | TrtManifest) -> dict[str, Any]:
+    """Return the JSON form of a manifest, ready for `seal`."""
+    return asdict(manifest)
+
+
+def load_manifest(package: str | os.PathLike[str]) -> Manifest:
+    """Read and check `<package>/manifest.json`.
+
+    Raises:
+        PackageNotFoundError: no such folder, or no manifest in it.
+        IntegrityError: the manifest was changed.
+    """
+    return _manifest(_read(Path(package), MANIFEST_NAME))
+
+
+def load_trt_manifest(package: str | os.PathLike[str]) -> TrtManifest | None:
+    """Read and check `<package>/trt/manifest.json`; None if nothing was built yet.
+
+    Raises:
+        IntegrityError: the manifest was changed, or was built from another export than the one in the folder.
+    """
+    package = Path(package)
+    if not (package / TRT_FOLDER / MANIFEST_NAME).is_file():
+        return None
+    manifest = _trt_manifest(_read(package, f"{TRT_FOLDER}/{MANIFEST_NAME}"))
+    if manifest.package_checksum != package_checksum(package):
+        raise IntegrityError(
+            f"{package / TRT_FOLDER / MANIFEST_NAME}: built from another export than {MANIFEST_NAME} beside it; "
+            f"run: olmo2-export build {package}"
+        )
+    return manifest
+
+
+def package_checksum(package: Path) -> str:
+    """Return the checksum of the package's manifest, which identifies the whole export."""
+    return str(_read(package, MANIFEST_NAME)["checksum"])
+
+
+def find_variant(package: str | os.PathLike[str], name: str | None) -> tuple[Variant, dict[str, FileEntry]]:
+    """Return a variant, of the export or of the TensorRT graphs, and the files table that vouches for it.
+
+    Args:
+        package: the package folder.
+        name: the variant; None means the only or first one of the export.
+
+    Raises:
+        VariantNotFoundError: naming the variants there are.
+    """
+    manifest = load_manifest(package)
+    if name is None:
+        return next(iter(manifest.variants.values())), manifest.files
+    if name in manifest.variants:
+        return manifest.variants[name], manifest.files
+    trt = load_trt_manifest(package)
+    if trt is not None and name in trt.variants:
+        return trt.variants[name], trt.files
+    known = [*manifest.variants, *(trt.variants if trt else ())]
+    raise VariantNotFoundError(f"{package}: no variant {name!r}; it has {', '.join(known)}")
+
+
+def hash_file(path: Path) -> FileEntry:
+    """Return the sha256 and size of a file, read in pieces."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(_HASH_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileEntry(digest.hexdigest(), size)
+
+
+def hash_files(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
+    """Return the entries of several files of a folder, hashed on all cores, in the order given."""
+    names = list(names)
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(hash_file, [folder / n for n in names]), strict=True))
+
+
+def check_files(package: Path, files: Mapping[str, FileEntry], names: Iterable[str] | None = None) -> None:
+    """Compare files with what the manifest says of them: presence and size first, then sha256.
+
+    Args:
+        package: the package folder.
+        files: the manifest's table.
+        names: which of them; None means all.
+
+    Raises:
+        IntegrityError: naming every file that differs.
+    """
+    wanted = list(files) if names is None else list(names)
+    problems: list[str] = []
+    to_hash: list[str] = []
+    for name in wanted:
+        path = package / name
+        if name not in files:
+            problems.append(f"{name}: not in the manifest")
+        elif not path.is_file():
+            problems.append(f"{name}: missing")
+        elif (size := path.stat().st_size) != files[name].size:
+            problems.append(f"{name}: {size} bytes, the manifest says {files[name].size}")
+        else:
+            to_hash.append(name)
+    for name, entry in hash_files(package, to_hash).items():
+        if entry.sha256 != files[name].sha256:
+            problems.append(f"{name}: sha256 {entry.sha256[:12]}..., the manifest says {files[name].sha256[:12]}...")
+    if problems:
+        raise IntegrityError(f"{package}: {'; '.join(problems)}; export the package again")
+
+
+def _read(package: Path, name: str) -> dict[str, Any]:
+    path = package / name
+    if not package.is_dir():
+        raise PackageNotFoundError(
+            f"{package}: no such folder; make a package with: olmo2-export export MODEL --out DIR"
+        )
+    if not path.is_file():
+        raise PackageNotFoundError(
+            f"{package}: not a package (no {name}); make one with: olmo2-export export MODEL --out DIR"
+        )
+    return read_sealed(path)
+
+
+def _manifest(document: Mapping[str, Any]) -> Manifest:
+    source = document["source"]
+    return Manifest(
+        format_version=document["format_version"],
+        exporter_version=document["exporter_version"],
+        source=Source(source["model"], source["kind"], source["revision"], _files(source["files"])),
+        model=ModelSpec(**document["model"]),
+        variants={name: _variant(v) for name, v in document["variants"].items()},
+        libraries=dict(document["libraries"]),
+        files=_files(document["files"]),
+    )
+
+
+def _trt_manifest(document: Mapping[str, Any]) -> TrtManifest:
+    return TrtManifest(
+        format_version=document["format_version"],
+        exporter_version=document["exporter_version"],
+        package_checksum=document["package_checksum"],
+        variants={name: _variant(v) for name, v in document["variants"].items()},
+        engines={name: _engine(e) for name, e in document["engines"].items()},
+        files=_files(document["files"]),
+    )
+
+
+def _files(table: Mapping[str, Any]) -> dict[str, FileEntry]:
+    for name in table:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name:
+            raise PackageError(f"manifest: file name {name!r} leads out of the package")
+    return {name: FileEntry(**entry) for name, entry in table.items()}
+
+
+def _variant(document: Mapping[str, Any]) -> Variant:
+    def tensors(specs: Iterable[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in specs)
+
+    return Variant(
+        **{
+            **document,
+            "data": tuple(document["data"]),
+            "inputs": tensors(document["inputs"]),
+            "outputs": tensors(document["outputs"]),
+            "kv_cache": KVCacheSpec(**document["kv_cache"]),
+        }
+    )
+
+
+def _engine(document: Mapping[str, Any]) -> Engine:
+    profiles = {
+        name: tuple(ProfileRange(r["name"], tuple(r["min"]), tuple(r["opt"]), tuple(r["max"])) for r in ranges)
+        for name, ranges in document["profiles"].items()
+    }
+    capabilities = tuple(document["compute_capabilities"])
+    return Engine(**{**document, "profiles": profiles, "compute_capabilities": capabilities})

@@ -1,0 +1,190 @@
+"""What every runner offers, and the checks that all of them make before and after a call of the graph.
+
+| call                           | takes                               | gives                                       |
+|--------------------------------|-------------------------------------|---------------------------------------------|
+| prefill                        | B rows of n_b token ids, any int    | per row float32 [1, vocab_size]: the last   |
+| prefill, all_positions=True    | the same                            | per row float32 [n_b, vocab_size]           |
+| decode                         | B token ids, any int                | float32 [B, vocab_size]                     |
+
+The graphs behind it are described where they are called: `ort_runner.py` and `trt_runner.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from runtimes.errors import ContextLengthError, InputError, NumericError
+from runtimes.manifest import ModelSpec, Variant
+
+Logits: TypeAlias = npt.NDArray[np.float32]
+TokenIds: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
+
+
+class Runner(Protocol):
+    """One graph of a package, loaded, with the KV cache of one batch of sequences.
+
+    A call that raises leaves the runner as it was. A runner serves one thread at a time.
+    """
+
+    variant: Variant
+    model: ModelSpec
+    max_cache_length: int
+    """tokens a row can hold"""
+
+    @property
+    def cache_lengths(self) -> tuple[int, ...]:
+        """Tokens in the cache, per row; () when it is empty."""
+        ...
+
+    def prefill(self, sequences: Sequence[TokenIds], *, all_positions: bool = False) -> list[Logits]:
+        """Append tokens to every row of the cache.
+
+        The first call sets the number of rows. A later one appends to what is there: a prompt may come in chunks, and
+        a conversation feeds only what is new.
+
+        Args:
+            sequences: one sequence of token ids per row; their lengths may differ.
+            all_positions: return the logits of every given token, not only of each row's last.
+
+        Returns:
+            Per row, float32 [1, vocab_size], or [n_row, vocab_size] for all positions.
+
+        Raises:
+            InputError: no row, an empty row, another number of rows than the cache has, or an id that is no integer or
+                not in the vocabulary.
+            ContextLengthError: more tokens than `max_cache_length` in a row.
+            NumericError: a logit is NaN or infinite.
+        """
+        ...
+
+    def decode(self, token_ids: TokenIds) -> Logits:
+        """Append one token to every row of the cache.
+
+        Args:
+            token_ids: one id per row.
+
+        Returns:
+            float32 [B, vocab_size], the logits of the next token.
+
+        Raises:
+            InputError: the cache is empty; otherwise as `prefill`.
+            ContextLengthError, NumericError: as `prefill`.
+        """
+        ...
+
+    def reset(self) -> None:
+        """Empty the cache; the next prefill may have another number of rows."""
+        ...
+
+    def close(self) -> None:
+        """Free the model and the cache; the runner cannot be used again. Closing twice is harmless."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def check_rows(
+    sequences: Sequence[TokenIds], *, vocab_size: int, cache_lengths: tuple[int, ...], max_cache_length: int
+) -> list[npt.NDArray[np.int64]]:
+    """Check what a caller wants to append, before anything runs.
+
+    onnxruntime would wrap a negative id around, misread a big-endian array and die of a batch of none.
+
+    Args:
+        sequences: one sequence of token ids per row.
+        vocab_size: ids must be below it.
+        cache_lengths: tokens in the cache per row; () when it is empty.
+        max_cache_length: tokens a row can hold.
+
+    Returns:
+        Per row, int64 [n_row], contiguous and in native byte order.
+
+    Raises:
+        InputError, ContextLengthError: see `Runner.prefill`.
+    """
+    if not isinstance(sequences, (Sequence, np.ndarray)):
+        raise InputError(f"expected a sequence of rows of token ids, found {type(sequences).__name__}")
+    if len(sequences) == 0:
+        raise InputError("expected at least one row of token ids, found none")
+    if cache_lengths and len(sequences) != len(cache_lengths):
+        raise InputError(
+            f"{len(sequences)} rows, but the cache holds {len(cache_lengths)}; give one per row, or reset() first"
+        )
+    rows = [_check_ids(row, index, vocab_size) for index, row in enumerate(sequences)]
+    for index, row in enumerate(rows):
+        used = cache_lengths[index] if cache_lengths else 0
+        if used + len(row) > max_cache_length:
+            raise ContextLengthError(
+                f"row {index}: {used} tokens in the cache and {len(row)} new ones make {used + len(row)}, "
+                f"at most {max_cache_length} fit"
+            )
+    return rows
+
+
+def check_token_ids(token_ids: TokenIds, cache_lengths: tuple[int, ...]) -> list[list[int]]:
+    """Turn `decode`'s one id per row into the rows that `check_rows` takes.
+
+    Raises:
+        InputError: the cache is empty, or token_ids is no sequence.
+    """
+    if not cache_lengths:
+        raise InputError("decode needs a cache that is not empty; prefill first")
+    if not isinstance(token_ids, (Sequence, np.ndarray)):
+        raise InputError(f"expected a sequence with one token id per row, found {type(token_ids).__name__}")
+    return [[token] for token in token_ids]
+
+
+def check_finite(logits: Sequence[Logits], cache_lengths: Sequence[int]) -> None:
+    """Refuse logits that no sampler could use.
+
+    Args:
+        logits: per row float32 [n, vocab_size], of the last n tokens of the row.
+        cache_lengths: tokens of each row, those just computed included.
+
+    Raises:
+        NumericError: a logit is NaN or infinite; names the row and the position in it.
+    """
+    for row, (values, length) in enumerate(zip(logits, cache_lengths, strict=True)):
+        finite = np.isfinite(values).all(axis=-1)
+        if not finite.all():
+            first = int(np.argmin(finite))
+            count = int(np.count_nonzero(~np.isfinite(values[first])))
+            raise NumericError(
+                f"row {row}, position {length - len(values) + first}: {count} of {values.shape[-1]} logits are NaN or "
+                "infinite; the weights or this precision are broken: run olmo2-export verify on the package"
+            )
+
+
+def _check_ids(row: TokenIds, index: int, vocab_size: int) -> npt.NDArray[np.int64]:
+    if not isinstance(row, (Sequence, np.ndarray)) or isinstance(row, (str, bytes)):
+        raise InputError(f"row {index}: expected a sequence of token ids, found {type(row).__name__}")
+    ids: npt.NDArray[Any]
+    if isinstance(row, np.ndarray):
+        if row.ndim != 1 or row.dtype.kind not in "iu":
+            raise InputError(f"row {index}: expected a 1-d array of integers, found {row.ndim}-d {row.dtype}")
+        ids = row
+    else:
+        for position, value in enumerate(row):
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+                raise InputError(
+                    f"row {index}, position {position}: expected an integer token id, found {type(value).__name__}"
+                )
+        ids = np.array(row, dtype=object)  # integers of any size, so that 2**70 gets as far as the range check
+    if len(ids) == 0:
+        raise InputError(f"row {index}: expected at least one token id, found none")
+    wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    if len(wrong):
+        position = int(wrong[0])
+        raise InputError(
+            f"row {index}, position {position}: token id {ids[position]}, the vocabulary has 0 to {vocab_size - 1}"
+        )
+    return np.ascontiguousarray(ids, dtype=np.int64)

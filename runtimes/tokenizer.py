@@ -1,0 +1,143 @@
+"""Text <-> token ids, with the tokenizer.json of a package."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers.decoders import DecodeStream
+
+from runtimes.errors import InputError, PackageError
+from runtimes.manifest import check_files, load_manifest
+
+_TOKENIZER = "tokenizer.json"
+_CONFIGS = ("generation_config.json", "config.json")
+"""where the special ids are, the first that has one counts"""
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """The tokenizer of a package and the ids that begin, end and pad its sequences."""
+
+    _backend: tokenizers.Tokenizer = field(repr=False)
+    eos_token_ids: tuple[int, ...] = ()
+    """any of them ends a text; may be empty"""
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    @classmethod
+    def from_package(cls, package: str | os.PathLike[str], *, check_hashes: bool = True) -> Tokenizer:
+        """Read the tokenizer of a package.
+
+        Args:
+            package: the package folder.
+            check_hashes: compare the files with the manifest first.
+
+        Raises:
+            PackageNotFoundError: the folder is not a package.
+            IntegrityError: a file is not the one that was exported.
+            PackageError: the package has no tokenizer, or a file cannot be read.
+        """
+        folder = Path(package)
+        files = load_manifest(folder).files
+        if _TOKENIZER not in files:
+            raise PackageError(f"{folder}: no {_TOKENIZER}; add it to the checkpoint and export the package again")
+        if check_hashes:
+            check_files(folder, files, [name for name in (_TOKENIZER, *_CONFIGS) if name in files])
+        configs = [_read_object(folder / name) for name in _CONFIGS]
+        bos, eos, pad = (_special_ids(folder, configs, f"{kind}_token_id") for kind in ("bos", "eos", "pad"))
+        return cls(_load(folder / _TOKENIZER), eos, bos[0] if bos else None, pad[0] if pad else None)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, with what tokenizer.json itself adds.
+
+        The text is only text: `<|endoftext|>` in it becomes the tokens of these characters, not the special token.
+
+        Raises:
+            InputError: the text holds half of a surrogate pair, which no UTF-8 can express.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"text: character {error.start} is the lone surrogate U+{ord(text[error.start]):04X}; "
+                "expected valid Unicode"
+            ) from error
+        ids: list[int] = self._backend.encode(text).ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of ids, without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        text: str = self._backend.decode(list(token_ids))
+        return text
+
+    def stream(self) -> TextStream:
+        """Return a decoder that takes ids one by one."""
+        return TextStream(self._backend)
+
+
+class TextStream:
+    """Ids one by one -> text, in whole characters.
+
+    All that `push` returned and `flush` at the end make up exactly what `Tokenizer.decode` gives for the same ids.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self._backend = backend
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._ids: list[int] = []
+        self._given = 0  # characters
+
+    def push(self, token_id: int) -> str:
+        """Add one id; return the text that is complete now, which may be empty."""
+        self._ids.append(token_id)
+        text: str = self._stream.step(self._backend, token_id) or ""
+        self._given += len(text)
+        return text
+
+    def flush(self) -> str:
+        """Return what is left at the end: U+FFFD for each piece of a character that was never completed."""
+        text: str = self._backend.decode(self._ids)[self._given :]
+        self._given += len(text)
+        return text
+
+
+def _load(path: Path) -> tokenizers.Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except BaseException as error:
+        # tokenizers raises a bare Exception, or pyo3's PanicException: a BaseException that cannot be imported.
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        reason = str(error).strip().replace("\n", " ")[:200]
+        raise PackageError(f"{path}: tokenizers cannot load it ({reason}); export the package again") from error
+    backend.encode_special_tokens = True  # text from users never becomes a special token
+    backend.no_truncation()  # both may be left in the file from training
+    backend.no_padding()
+    return backend
+
+
+def _special_ids(folder: Path, configs: Sequence[dict[str, Any]], name: str) -> tuple[int, ...]:
+    """Return a field's ids from the first file that has it, () if none has."""
+    value: Any = next((config[name] for config in configs if config.get(name) is not None), [])
+    ids = value if isinstance(value, list) else [value]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise PackageError(f"{folder}: {name} {value!r} is neither a token id nor a list of them")
+    return tuple(ids)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise PackageError(f"{path}: not valid JSON ({type(error).__name__}); export the package again") from error
+    if not isinstance(document, dict):
+        raise PackageError(f"{path}: expected a JSON object, found {type(document).__name__}")
+    return document

@@ -1,0 +1,122 @@
+"""config.json in both forms, and refusals by name."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import SHAPE
+
+from olmo2_export.config import ModelConfig
+from runtimes.errors import ConfigError
+
+V5: dict[str, Any] = SHAPE | {"model_type": "olmo2", "hidden_act": "silu"}
+V4: dict[str, Any] = {k: v for k, v in V5.items() if k != "rope_parameters"} | {
+    "rope_theta": 500000,
+    "rope_scaling": None,
+}
+
+
+def test_both_forms_give_the_same_config() -> None:
+    config = ModelConfig.from_dict(V5)
+    assert config == ModelConfig.from_dict(V4)
+    assert config.rope_theta == 500000.0
+    assert (config.head_dim, config.num_key_value_heads, config.rms_norm_eps) == (16, 2, 1e-6)
+    assert (config.attention_bias, config.tie_word_embeddings) == (False, False)
+
+
+def test_defaults_are_those_of_transformers() -> None:
+    raw = {
+        k: v for k, v in V4.items() if k not in ("num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling")
+    }
+    config = ModelConfig.from_dict(raw)
+    assert (config.num_key_value_heads, config.rms_norm_eps, config.rope_theta) == (6, 1e-5, 10_000.0)
+
+
+def test_optional_fields_are_read() -> None:
+    config = ModelConfig.from_dict(
+        V5 | {"attention_bias": True, "tie_word_embeddings": True, "rms_norm_eps": 0.003, "head_dim": 20}
+    )
+    assert (config.attention_bias, config.tie_word_embeddings, config.rms_norm_eps, config.head_dim) == (
+        True,
+        True,
+        0.003,
+        20,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "olmo3"}, "model_type 'olmo3'"),
+        ({"model_type": "llama"}, "model_type 'llama'"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"hidden_size": -5}, "hidden_size -5"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000"),
+        ({"num_attention_heads": 5}, "no multiple of the 5 heads"),
+        ({"num_key_value_heads": 4}, "no multiple of num_key_value_heads 4"),
+        ({"head_dim": 15}, "head_dim 15 is odd"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps nan"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps 0"),
+        ({"vocab_size": True}, "vocab_size True"),
+        ({"vocab_size": "131"}, "vocab_size '131'"),
+        ({"attention_bias": 1}, "attention_bias 1"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8}}, "rope_type 'yarn'"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_theta 0"),
+        ({"rope_parameters": {"rope_theta": 1e4, "factor": 8.0}}, "factor"),
+        ({"rope_parameters": [1]}, "rope_parameters [1]"),
+        ({"rope_theta": 1e4}, "rope_theta 10000 beside rope_parameters.rope_theta 500000"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
+        ({"clip_qkv": 8.0}, "clip_qkv 8.0"),
+        ({"sliding_window": 4096}, "sliding_window 4096"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused_by_name(change: dict[str, Any], named: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_dict(V5 | change)
+    assert named in str(caught.value)
+    assert time.monotonic() - started < 1
+
+
+def test_every_problem_is_in_one_message() -> None:
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_dict(V5 | {"hidden_act": "relu", "vocab_size": 0, "clip_qkv": 1.0})
+    assert all(name in str(caught.value) for name in ("hidden_act", "vocab_size", "clip_qkv"))
+
+
+def test_null_fields_of_other_models_are_fine() -> None:
+    assert ModelConfig.from_dict(V5 | {"clip_qkv": None, "sliding_window": None, "mlp_bias": False})
+
+
+def test_unknown_fields_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        ModelConfig.from_dict(V5 | {"new_trick": 3})
+    assert "new_trick" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[1]", "{", "\xff\xfe", '{"a": ' * 100_000], ids=["empty", "list", "cut", "latin", "deep"]
+)
+def test_unreadable_files_are_one_error(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        ModelConfig.from_json(path)
+
+
+def test_missing_file_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        ModelConfig.from_json(tmp_path / "config.json")
+
+
+def test_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(V4))
+    assert ModelConfig.from_json(path) == ModelConfig.from_dict(V5)
