@@ -180,7 +180,7 @@ def _locate(model: str, revision: str | None) -> tuple[Path, str, str]:
             f"{model}: the Hub cannot be reached and the cache has no copy; check the network or HF_HUB_OFFLINE"
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointNotFoundError(f"{model}@{revision or 'main'}: {reason}") from error
     return Path(snapshot), model, "hub"
 

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import NoReturn
 
 from runtimes import open_runner
-from runtimes.errors import InputError, Olmo2ExportError, UsageError
+from runtimes.errors import FailedError, InputError, Olmo2ExportError, UsageError
 from runtimes.generate import Generation, encode_prompt, generate
 from runtimes.sampling import Sampler
 from runtimes.tokenizer import Tokenizer
@@ -117,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(str(error), error.exit_code, debug)
     except OSError as error:  # a file that cannot be read
         return _report(str(error), Olmo2ExportError.exit_code, debug)
+    except MemoryError:
+        return _report("out of memory; use a smaller model or a shorter prompt", FailedError.exit_code, debug)
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0

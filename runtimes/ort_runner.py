@@ -28,8 +28,8 @@ Ids: TypeAlias = npt.NDArray[np.int64]
 Values: TypeAlias = dict[str, Any]
 """name of a past_key_values input -> its OrtValue"""
 
-# onnxruntime's exceptions have no common base but Exception.
-_ORT_ERRORS = (
+# What loading raises; these have no common base but Exception.
+_LOAD_ERRORS = (
     ort_state.EPFail,
     ort_state.Fail,
     ort_state.InvalidArgument,
@@ -141,7 +141,7 @@ class OrtRunner(ABC, Generic[Cache]):
             binding.bind_output(name)
         try:
             self._session.run_with_iobinding(binding)
-        except _ORT_ERRORS as error:
+        except RuntimeError as error:
             raise FailedError(f"onnxruntime failed in {self.variant.graph}: {_one_line(error)}") from error
         present: Values = dict(zip(self._outputs, binding.get_outputs(), strict=True))
         logits: Logits = present.pop("logits").numpy()
@@ -267,7 +267,7 @@ def _open_session(graph: Path, threads: int | None) -> ort.InferenceSession:
         options.intra_op_num_threads = threads
     try:
         return ort.InferenceSession(graph, options, providers=[PROVIDER])
-    except _ORT_ERRORS as error:
+    except _LOAD_ERRORS as error:
         raise PackageError(f"{graph}: onnxruntime cannot load it ({_one_line(error)}); export it again") from error
 
 

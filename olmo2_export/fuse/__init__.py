@@ -39,7 +39,7 @@ TENSORRT: list[Pass] = [
     plain_reshape,
     drop_unused,
 ]
-"""portable graph -> the static-cache graph; `set_precision` and `set_cache_length` make it trt/model_{precision}.onnx"""
+"""portable graph -> the static-cache graph; set_precision and set_cache_length make trt/model_{precision}.onnx of it"""
 
 
 def apply(model: ir.Model, passes: list[Pass]) -> dict[str, int]:

@@ -35,14 +35,15 @@ def is_dimension(graph: ir.Graph, node: ir.Node | None, axis: int) -> bool:
     )
 
 
-def new_token_count(graph: ir.Graph, input_ids: ir.Value) -> ir.Value:
-    """Return the sequence length of this call, int64 [1]; computed at the top of the graph."""
+def new_token_count(graph: ir.Graph) -> ir.Node:
+    """Return the node that gives the sequence length of this call, int64 [1]; added if it is not there yet."""
     for node in graph:
         if is_dimension(graph, node, 1):
-            return node.outputs[0]
-    node = new_node("Shape", [input_ids], "sequence_length", ir.DataType.INT64, [1], {"start": 1, "end": 2})
+            return node
+    inputs = [find_input(graph, "input_ids")]
+    node = new_node("Shape", inputs, "sequence_length", ir.DataType.INT64, [1], {"start": 1, "end": 2})
     graph.insert_before(next(iter(graph)), node)
-    return node.outputs[0]
+    return node
 
 
 def constant(
@@ -52,7 +53,7 @@ def constant(
     if name not in graph.initializers:
         tensor = ir.tensor(data, dtype=dtype, name=name)
         graph.register_initializer(
-            ir.Value(name=name, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(dtype))
+            ir.Value(name=name, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(dtype))
         )
     return graph.initializers[name]
 
@@ -79,7 +80,7 @@ def new_node(
 
 
 def new_cast(value: ir.Value, output: str, *, to_precision: bool) -> ir.Node:
-    """Return a Cast of a float value: up to float32, or down to the precision of the graph (for now float32 as well)."""
+    """Return a Cast of a float value, to float32; `set_precision` changes that if it is marked `to_precision`."""
     node = new_node("Cast", [value], output, ir.DataType.FLOAT, value.shape, {"to": int(ir.DataType.FLOAT)})
     if to_precision:
         node.meta[TO_PRECISION] = True

@@ -19,7 +19,7 @@ import logging
 
 import onnx_ir as ir
 
-from olmo2_export.fuse.edit import constant_ints, ensure_input, find_input, is_op, name_of, new_node, only_user
+from olmo2_export.fuse.edit import constant_ints, ensure_input, find_input, is_op, new_node, only_user
 
 logger = logging.getLogger(__name__)
 
@@ -28,19 +28,19 @@ def gather_logit_row(model: ir.Model) -> int:
     """Apply the rewrite; return 1, or 0 if the graph does not end in this way."""
     graph = model.graph
     for node in list(graph):
-        if not is_op(node, "Slice") or (reason := _why_not(graph, node)) is not None:
-            if is_op(node, "Slice"):
-                logger.debug("gather_logit_row: %s: %s", node.name, reason)
+        if not is_op(node, "Slice"):
             continue
-        x, sliced = node.inputs[0], node.outputs[0]
-        assert x is not None  # _why_not has seen to it
+        if (reason := _why_not(graph, node)) is not None:
+            logger.debug("gather_logit_row: %s: %s", node.name, reason)
+            continue
         index = ensure_input(graph, "logit_index", ["batch_size", 1])
-        gather = new_node("GatherND", [x, index], "logit_row", ir.DataType.FLOAT, _two_dimensions(x), {"batch_dims": 1})
+        shape = _without_axis_1(node.outputs[0])
+        gather = new_node("GatherND", [node.inputs[0], index], "logit_row", ir.DataType.FLOAT, shape, {"batch_dims": 1})
         graph.insert_before(node, gather)
-        sliced.replace_all_uses_with(gather.outputs[0])
+        node.outputs[0].replace_all_uses_with(gather.outputs[0])
         graph.remove(node, safe=True)
         for value in _to_the_end(gather.outputs[0]):
-            value.shape = _two_dimensions(value)
+            value.shape = _without_axis_1(value)
         return 1
     return 0
 
@@ -48,27 +48,31 @@ def gather_logit_row(model: ir.Model) -> int:
 def _why_not(graph: ir.Graph, node: ir.Node) -> str | None:
     """Return why the pattern does not match, or None if it does."""
     count = find_input(graph, "num_logits_to_keep")
-    x, start = node.inputs[0], node.inputs[1]
     if count is None:
         return "no input num_logits_to_keep"
-    if x is None or x.shape is None or len(x.shape) != 3:
-        return "not a slice of three dimensions"
-    source = start
-    while source is not None and is_op(source.producer(), "Reshape"):
-        source = source.producer().inputs[0]  # type: ignore[union-attr]  # is_op refuses None
-    negation = source.producer() if source is not None else None
-    if negation is None or not is_op(negation, "Neg") or negation.inputs[0] is not count:
-        return "does not start at -num_logits_to_keep"
-    if constant_ints(node.inputs[3]) != [1]:
+    if len(node.inputs) < 4 or constant_ints(node.inputs[3]) != [1]:
         return "not along axis 1"
-    ops = [v.producer().op_type for v in _to_the_end(node.outputs[0])]  # type: ignore[union-attr]
-    if ops != ["RMSNormalization", "MatMul"]:
-        return f"leads to {', '.join(ops) or 'nothing'}, not to the final norm and the head"
+    if not _is_negated(node.inputs[1], count):
+        return "does not start at -num_logits_to_keep"
+    following = _to_the_end(node.outputs[0])
+    producers = [value.producer() for value in following]
+    if len(producers) != 2 or not is_op(producers[0], "RMSNormalization") or not is_op(producers[1], "MatMul"):
+        return f"leads to {len(producers)} nodes and an output, not to the final norm and the head"
+    if any(value.shape is None or len(value.shape) != 3 for value in (node.outputs[0], *following)):
+        return "not of three dimensions"
     return None
 
 
+def _is_negated(value: ir.Value | None, source: ir.Value) -> bool:
+    """Tell whether a value is the negative of an input, reshaped or not."""
+    node = value.producer() if value is not None else None
+    if node is not None and is_op(node, "Reshape"):
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return node is not None and is_op(node, "Neg") and node.inputs[0] is source
+
+
 def _to_the_end(value: ir.Value) -> list[ir.Value]:
-    """Return what follows a value as long as each has one user, up to an output of the graph."""
+    """Return what follows a value, as long as each has one user."""
     chain: list[ir.Value] = []
     while (user := only_user(value)) is not None and len(user.outputs) == 1:
         value = user.outputs[0]
@@ -76,9 +80,6 @@ def _to_the_end(value: ir.Value) -> list[ir.Value]:
     return chain
 
 
-def _two_dimensions(value: ir.Value) -> ir.Shape:
-    """Return the shape [batch_size, last dimension]."""
-    assert value.shape is not None
-    last = value.shape[-1]
-    assert isinstance(last, int), f"{name_of(value)}: last dimension {last}"
-    return ir.Shape(["batch_size", last])
+def _without_axis_1(value: ir.Value) -> ir.Shape:
+    assert value.shape is not None  # _why_not has seen to it
+    return ir.Shape([value.shape[0], value.shape[2]])

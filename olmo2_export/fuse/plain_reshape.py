@@ -58,4 +58,3 @@ def _constant_tail(graph: ir.Graph, node: ir.Node) -> list[int] | None:
             return None
         tail += numbers
     return tail
-

@@ -16,6 +16,8 @@ has the graph's precision, as in transformers.
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import numpy as np
 import onnx_ir as ir
 
@@ -31,14 +33,14 @@ class WeightRounding:
         self.overflowed: set[str] = set()
 
     def __call__(self, name: str, tensor: ir.TensorProtocol) -> ir.LazyTensor:
-        def rounded() -> ir.Tensor:
+        def rounded() -> ir.TensorProtocol:
             with np.errstate(over="ignore"):  # it is looked for below
                 data = tensor.numpy().astype(self.dtype.numpy())
             if not np.isfinite(data).all():
                 self.overflowed.add(name)
             return ir.Tensor(data, dtype=self.dtype, name=name)
 
-        return ir.LazyTensor(rounded, dtype=self.dtype, shape=ir.Shape(tensor.shape), name=name)
+        return ir.LazyTensor(rounded, dtype=self.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
 
     def check(self) -> None:
         """Refuse weights that did not fit; to be called when all have been read.
@@ -49,8 +51,8 @@ class WeightRounding:
         if self.overflowed:
             names = sorted(self.overflowed)
             raise FailedError(
-                f"{len(names)} tensors have weights beyond the range of {self.dtype.name.lower()}: {first_names(names)}; "
-                "use --precision bf16, which has the range of float32"
+                f"{len(names)} tensors have weights beyond the range of {self.dtype.name.lower()}: "
+                f"{first_names(names)}; use --precision bf16, which has the range of float32"
             )
 
 
@@ -70,7 +72,7 @@ def set_precision(model: ir.Model, dtype: ir.DataType) -> WeightRounding:
     rounding = WeightRounding(dtype)
     settled: set[ir.Value] = set()
     for value in model.graph.inputs:
-        if value.dtype == ir.DataType.FLOAT:
+        if _is_float(value):
             value.dtype = dtype
     for node in model.graph:
         if is_op(node, "Cast"):
@@ -79,41 +81,34 @@ def set_precision(model: ir.Model, dtype: ir.DataType) -> WeightRounding:
                 node.outputs[0].dtype = dtype
             continue
         flowing = _dtype_of(node, dtype)
-        for value in node.inputs:
-            if (
-                value is None
-                or not value.is_initializer()
-                or value.dtype is None
-                or not value.dtype.is_floating_point()
-            ):
-                continue
-            if value in settled:
-                if value.dtype != flowing:
-                    raise FusionError(
-                        f"{name_of(value)}: {node.name} needs it in {flowing.name}, others in {value.dtype.name}"
-                    )
-                continue
-            settled.add(value)
-            if flowing != ir.DataType.FLOAT:
-                value.dtype = flowing
-                if value.const_value is not None:
-                    value.const_value = rounding(name_of(value), value.const_value)
-        for value in node.outputs:
-            if value.dtype == ir.DataType.FLOAT:
-                value.dtype = flowing
+        for weight in [value for value in node.inputs if _is_float(value) and value.is_initializer()]:
+            if weight not in settled:
+                settled.add(weight)
+                _give(weight, flowing, rounding)
+            elif weight.dtype != flowing:
+                raise FusionError(f"{node.name} needs {name_of(weight)} in {flowing.name}, another node does not")
+        for result in filter(_is_float, node.outputs):
+            result.dtype = flowing
     return rounding
+
+
+def _is_float(value: ir.Value | None) -> TypeGuard[ir.Value]:
+    return value is not None and value.dtype is not None and value.dtype.is_floating_point()
 
 
 def _dtype_of(node: ir.Node, precision: ir.DataType) -> ir.DataType:
     """Return the float dtype in which a node computes: that of its computed inputs; the precision if it has none."""
-    found = {
-        value.dtype
-        for value in node.inputs
-        if value is not None
-        and not value.is_initializer()
-        and value.dtype is not None
-        and value.dtype.is_floating_point()
-    }
+    computed = [value for value in node.inputs if _is_float(value) and not value.is_initializer()]
+    found = {value.dtype for value in computed if value.dtype is not None}
     if len(found) > 1:
         raise FusionError(f"{node.name}: {node.op_type} reads {' and '.join(sorted(d.name for d in found))}")
     return found.pop() if found else precision
+
+
+def _give(weight: ir.Value, dtype: ir.DataType, rounding: WeightRounding) -> None:
+    """Give an initializer its dtype, and its data a rounding to it."""
+    if dtype == weight.dtype:
+        return
+    weight.dtype = dtype
+    if weight.const_value is not None:
+        weight.const_value = rounding(name_of(weight), weight.const_value)

@@ -24,8 +24,8 @@ INT64 = ir.DataType.INT64
 def write_index_positions(model: ir.Model) -> int:
     """Apply the rewrite; return the number of RotaryEmbedding nodes that now count for themselves."""
     graph = model.graph
-    position_ids, input_ids = find_input(graph, "position_ids"), find_input(graph, "input_ids")
-    if position_ids is None or input_ids is None:
+    position_ids = find_input(graph, "position_ids")
+    if position_ids is None or find_input(graph, "input_ids") is None:
         return 0
     uses = list(position_ids.uses())
     if not uses or any(not is_op(use.node, "RotaryEmbedding") or use.idx != 3 for use in uses):
@@ -33,16 +33,14 @@ def write_index_positions(model: ir.Model) -> int:
     write_indices = ensure_input(graph, "write_indices", ["batch_size"])
     zero, one = constant(graph, "zero", 0), constant(graph, "one", 1)
     axis = constant(graph, "axis_1", [1])
-    count = new_token_count(graph, input_ids)
-    scalar = new_node("Squeeze", [count], "sequence_length_scalar", INT64, [])
+    count = new_token_count(graph)
+    scalar = new_node("Squeeze", [count.outputs[0]], "sequence_length_scalar", INT64, [])
     steps = new_node("Range", [zero, scalar.outputs[0], one], "steps", INT64, ["sequence_length"])
     first = new_node("Unsqueeze", [write_indices, axis], "first_position", INT64, ["batch_size", 1])
     positions = new_node(
         "Add", [first.outputs[0], steps.outputs[0]], "positions", INT64, ["batch_size", "sequence_length"]
     )
-    producer = count.producer()
-    assert producer is not None  # a Shape
-    graph.insert_after(producer, [scalar, steps, first, positions])
+    graph.insert_after(count, [scalar, steps, first, positions])
     for use in uses:
         use.node.replace_input_with(use.idx, positions.outputs[0])
     return len(uses)

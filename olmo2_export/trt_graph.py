@@ -1,0 +1,169 @@
+"""Package -> the static-cache graph that TensorRT compiles and onnxruntime runs.
+
+| tensor                         | shape                                                  | dtype     |
+|--------------------------------|--------------------------------------------------------|-----------|
+| input_ids                      | [batch_size, sequence_length]                          | int64     |
+| write_indices                  | [batch_size]: the cache slot of each row's first token | int64     |
+| logit_index                    | [batch_size, 1]: the token of each row to get logits   | int64     |
+| past_key_values.N.key, .value  | [batch_size, kv_heads, max_cache_length, head_dim]     | precision |
+| -> logits                      | [batch_size, vocab_size]                               | float32   |
+| -> present.N.key, .value       | the past with the new tokens written in it             | precision |
+
+Row b's token i goes to slot, and has the position, write_indices[b] + i; it sees the slots up to its own. TensorRT
+writes in place: present must be bound to the memory of past. Every write_indices[b] + sequence_length must be at most
+max_cache_length. Prompts of different lengths are padded on the right: logit_index picks each one's last token, and
+its next token is written over its padding.
+
+Weights, embedding, head, attention and the residual stream have the precision, as in transformers; RMSNorm, rotary
+embedding and the scaling of the queries are computed in float32. The graphs of the precisions differ in dtypes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal, get_args
+
+import onnx_ir as ir
+
+from olmo2_export.fuse import TENSORRT, apply, check_op_counts
+from olmo2_export.fuse.set_cache_length import set_cache_length
+from olmo2_export.fuse.set_precision import WeightRounding, set_precision
+from olmo2_export.fuse.static_cache import OPSET
+from runtimes.errors import FusionError
+from runtimes.manifest import KVCacheSpec, Manifest, ModelSpec, TensorSpec, Variant
+
+Precision = Literal["bf16", "fp16", "fp32"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+DTYPES = {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
+_DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def static_inputs(model: ModelSpec, precision: Precision, max_cache_length: int) -> tuple[TensorSpec, ...]:
+    """Return the inputs of the static-cache graph, in order."""
+    return (
+        TensorSpec("input_ids", "int64", ("batch_size", "sequence_length")),
+        TensorSpec("write_indices", "int64", ("batch_size",)),
+        TensorSpec("logit_index", "int64", ("batch_size", 1)),
+        *_caches("past_key_values", model, precision, max_cache_length),
+    )
+
+
+def static_outputs(model: ModelSpec, precision: Precision, max_cache_length: int) -> tuple[TensorSpec, ...]:
+    """Return the outputs of the static-cache graph, in order."""
+    return (
+        TensorSpec("logits", "float32", ("batch_size", model.vocab_size)),
+        *_caches("present", model, precision, max_cache_length),
+    )
+
+
+def expected_op_counts(model: ModelSpec) -> dict[str, int]:
+    """Return how often each fused operator must occur in the static-cache graph."""
+    layers = model.num_hidden_layers
+    return {
+        "RMSNormalization": 4 * layers + 1,
+        "RotaryEmbedding": 2 * layers,
+        "TensorScatter": 2 * layers,
+        "trt::TRT_Attention": layers,
+        "Attention": 0,
+    }
+
+
+def static_graph(
+    portable: ir.Model, model: ModelSpec, precision: Precision, max_cache_length: int
+) -> tuple[ir.Model, WeightRounding]:
+    """Turn the portable graph into the static-cache graph, in place.
+
+    Args:
+        portable: as `trace` returns it or as it is loaded from a package; float32. Weights stay where they are until
+            the graph is written, and are then rounded one at a time.
+        model: the model's shape.
+        precision: of weights, activations and cache.
+        max_cache_length: slots of the cache, in tokens.
+
+    Returns:
+        The graph, and what rounds its weights, whose `check` is to be called when they have been written.
+
+    Raises:
+        FusionError: a pass did not find what it must find, or the result is not the graph of the table above.
+    """
+    layers = model.num_hidden_layers
+    applied = apply(portable, TENSORRT)
+    expected = {
+        "gather_logit_row": 1,
+        "write_index_positions": 2 * layers,
+        "static_cache": layers,
+        "float32_norm": 4 * layers + 1,
+        "float32_rotary": 2 * layers,
+        "float32_logits": 1,
+        "plain_reshape": 4 * layers,
+    }
+    wrong = [
+        f"{name}: expected {n}, applied {applied[name]} times" for name, n in expected.items() if applied[name] != n
+    ]
+    if wrong:
+        raise FusionError(f"graph {portable.graph.name}: {'; '.join(wrong)}; it is not a graph of this exporter")
+    rounding = set_precision(portable, DTYPES[precision])
+    set_cache_length(portable, max_cache_length)
+    check_op_counts(portable, expected_op_counts(model))
+    _check_interface(portable.graph.inputs, static_inputs(model, precision, max_cache_length))
+    _check_interface(portable.graph.outputs, static_outputs(model, precision, max_cache_length))
+    return portable, rounding
+
+
+def load_static_graph(
+    package: Path, manifest: Manifest, precision: Precision, max_cache_length: int
+) -> tuple[ir.Model, WeightRounding]:
+    """Make the static-cache graph of a package from its fp32 variant; arguments and errors as `static_graph`."""
+    portable = ir.load(package / manifest.variants["fp32"].graph)
+    return static_graph(portable, manifest.model, precision, max_cache_length)
+
+
+def static_variant(model: ModelSpec, precision: Precision, max_cache_length: int, op_counts: dict[str, int]) -> Variant:
+    """Return the manifest's entry of a static-cache graph."""
+    graph = f"trt/model_{precision}.onnx"
+    return Variant(
+        name=f"trt_{precision}",
+        precision=precision,
+        graph=graph,
+        data=(f"{graph}_data",),
+        opset=OPSET,
+        inputs=static_inputs(model, precision, max_cache_length),
+        outputs=static_outputs(model, precision, max_cache_length),
+        kv_cache=KVCacheSpec(
+            form="static",
+            dtype=_DTYPE_NAMES[precision],
+            num_layers=model.num_hidden_layers,
+            num_key_value_heads=model.num_key_value_heads,
+            head_dim=model.head_dim,
+            max_cache_length=max_cache_length,
+        ),
+        op_counts=op_counts,
+    )
+
+
+def _caches(prefix: str, model: ModelSpec, precision: Precision, max_cache_length: int) -> Iterator[TensorSpec]:
+    shape = ("batch_size", model.num_key_value_heads, max_cache_length, model.head_dim)
+    for layer in range(model.num_hidden_layers):
+        for kind in ("key", "value"):
+            yield TensorSpec(f"{prefix}.{layer}.{kind}", _DTYPE_NAMES[precision], shape)
+
+
+def _check_interface(values: Iterable[ir.Value], specs: tuple[TensorSpec, ...]) -> None:
+    """Compare the inputs or outputs of a graph with the table.
+
+    Raises:
+        FusionError: naming the first that differs.
+    """
+    found = [_spec(value) for value in values]
+    for one, other in zip(found, specs, strict=False):
+        if one != other:
+            raise FusionError(f"static-cache graph has {one}, expected {other}")
+    if len(found) != len(specs):
+        raise FusionError(f"static-cache graph has {len(found)} inputs or outputs, expected {len(specs)}")
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    dtype = value.dtype.numpy().name if value.dtype is not None else "none"
+    dimensions = tuple(d if isinstance(d, int) else str(d) for d in value.shape or ())
+    return TensorSpec(str(value.name), dtype, dimensions)

@@ -1,0 +1,103 @@
+"""A Hugging Face Hub of one repository, on this machine: enough of its HTTP interface for huggingface_hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REPOSITORY = "owner/tiny-olmo2"
+
+
+@dataclass
+class Hub:
+    """What the server is asked to do, and what it has seen."""
+
+    url: str = ""
+    cut_once: str | None = None
+    """a file whose first transfer breaks off half-way"""
+    downloads: list[tuple[str, str | None]] = field(default_factory=list)
+    """(file, Range header) of every GET"""
+
+
+@contextmanager
+def local_hub(folder: Path) -> Iterator[Hub]:
+    """Serve a checkpoint folder as `REPOSITORY`, branch main at `COMMIT`."""
+    hub = Hub()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self.answer(body=False)
+
+        def do_GET(self) -> None:
+            self.answer(body=True)
+
+        def answer(self, body: bool) -> None:
+            path = self.path.split("?")[0]
+            if path in {f"/api/models/{REPOSITORY}/revision/{rev}" for rev in ("main", COMMIT)}:
+                names = sorted(p.name for p in folder.iterdir())
+                info = {"id": REPOSITORY, "sha": COMMIT, "siblings": [{"rfilename": n} for n in names]}
+                self.send(200, json.dumps(info).encode(), {"Content-Type": "application/json"}, body)
+                return
+            if path == f"/api/models/{REPOSITORY}/tree/{COMMIT}":
+                files = sorted(folder.iterdir())
+                tree = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0" * 40} for p in files]
+                self.send(200, json.dumps(tree).encode(), {"Content-Type": "application/json"}, body)
+                return
+            for revision in (COMMIT, "main"):
+                prefix = f"/{REPOSITORY}/resolve/{revision}/"
+                if path.startswith(prefix) and (folder / path[len(prefix) :]).is_file():
+                    self.send_file(path[len(prefix) :], body)
+                    return
+            self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
+
+        def send_file(self, name: str, body: bool) -> None:
+            data = (folder / name).read_bytes()
+            headers = {
+                "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
+                "X-Repo-Commit": COMMIT,
+                "Accept-Ranges": "bytes",
+            }
+            wanted = self.headers.get("Range")
+            if body:
+                hub.downloads.append((name, wanted))
+            start = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted else 0
+            if start:
+                headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            cut = body and hub.cut_once == name
+            if cut:
+                hub.cut_once = None
+            self.send(206 if start else 200, data[start:], headers, body, cut)
+
+        def send(self, status: int, data: bytes, headers: dict[str, str], body: bool, cut: bool = False) -> None:
+            self.send_response(status)
+            for key, value in (headers | {"Content-Length": str(len(data))}).items():
+                self.send_header(key, value)
+            self.end_headers()
+            if body:
+                self.wfile.write(data[: len(data) // 2] if cut else data)
+            if cut:
+                self.wfile.flush()
+                self.close_connection = True
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,270 @@
+"""Generation in its layers: stop strings, ends, limits, what is fed to the model, and the same text as transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from runtimes import open_runner
+from runtimes.errors import ContextLengthError, InputError, NumericError
+from runtimes.generate import Piece, generate, generate_tokens, stream_text
+from runtimes.sampling import Sampler
+from runtimes.tokenizer import Tokenizer
+
+GREEDY = Sampler()
+VOCAB = 4096
+
+
+class ScriptedRunner:
+    """A runner whose most probable next tokens are those of a script."""
+
+    def __init__(self, script: Sequence[int], max_cache_length: int = 64) -> None:
+        self.script = list(script)
+        self.max_cache_length = max_cache_length
+        self.fed: list[list[int]] = []
+
+    @property
+    def cache_lengths(self) -> tuple[int, ...]:
+        return (sum(map(len, self.fed)),) if self.fed else ()
+
+    def reset(self) -> None:
+        self.fed = []
+
+    def prefill(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        (row,) = sequences
+        self.fed.append(list(row))
+        logits = np.zeros((1, VOCAB), np.float32)
+        logits[0, self.script[len(self.fed) - 1]] = 1
+        return [logits]
+
+    def decode(self, token_ids: Sequence[int]) -> np.ndarray:
+        return self.prefill([token_ids])[0]
+
+
+class PieceTokenizer:
+    """A tokenizer whose ids are positions in a list of pieces of text."""
+
+    eos_token_ids = ()
+
+    def __init__(self, pieces: Sequence[str], rest: str = "") -> None:
+        self.pieces, self.rest = pieces, rest
+
+    def stream(self) -> PieceTokenizer:
+        return self
+
+    def push(self, token_id: int) -> str:
+        return self.pieces[token_id]
+
+    def flush(self) -> str:
+        return self.rest
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_package: Path) -> Tokenizer:
+    return Tokenizer.from_package(demo_package)
+
+
+def streamed(pieces: Sequence[str], stop: Sequence[str], rest: str = "") -> list[Piece]:
+    return list(stream_text(PieceTokenizer(pieces, rest), range(len(pieces)), stop=stop))
+
+
+def cut_by_hand(text: str, stop: Sequence[str]) -> tuple[str, str]:
+    """The definition: read character by character until a stop string is complete."""
+    for end in range(len(text) + 1):
+        complete = [s for s in stop if text[:end].endswith(s)]
+        if complete:
+            return text[: end - max(map(len, complete))], "stop"
+    return text, "length"
+
+
+def test_text_is_the_same_for_every_way_to_cut_it_into_pieces() -> None:
+    random = np.random.default_rng(0)
+    seen = set()
+    for _ in range(2000):
+        text = "".join(random.choice(list("ab\n"), 12))
+        stop = ["".join(random.choice(list("ab\n"), n)) for n in random.integers(2, 6, random.integers(0, 4))]
+        cuts = np.sort(random.choice(13, 4))
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, 12], strict=True)]
+        expected, reason = cut_by_hand(text, stop)
+        found = streamed(pieces[:-1], stop, rest=pieces[-1])
+        assert ("".join(p.text for p in found), found[-1].finish_reason) == (expected, reason)
+        assert all(p.text and p.finish_reason is None for p in found[:-1])
+        seen.add(reason)
+    assert seen == {"stop", "length"}
+
+
+def test_stop_string_across_pieces_is_never_given_out_in_part() -> None:
+    found = streamed(["one ", "\n", "Us", "er", ": two"], ["\nUser:"])
+    assert found == [Piece("one ", None), Piece("", "stop")]
+
+
+def test_text_held_back_comes_when_it_is_no_stop_string() -> None:
+    found = streamed(["one\n", "Us", "ual"], ["\nUser:"])
+    assert found == [Piece("one", None), Piece("\nUsual", None), Piece("", "length")]
+    assert streamed(["one\nUs"], ["\nUser:"]) == [Piece("one", None), Piece("\nUs", "length")]
+
+
+def test_no_id_is_asked_for_after_a_stop_string() -> None:
+    asked = []
+
+    def ids() -> Iterator[int]:
+        for i in range(3):
+            asked.append(i)
+            yield i
+
+    list(stream_text(PieceTokenizer(["a", "stop", "b"]), ids(), stop=["to"]))
+    assert asked == [0, 1]
+
+
+@pytest.mark.parametrize("stop", [[""], ["a", ""], "ab", [3]])
+def test_stop_that_means_nothing_is_refused_at_once(tokenizer: Tokenizer, stop: Any) -> None:
+    with pytest.raises(InputError, match="none of them empty"):
+        stream_text(tokenizer, [], stop=stop)
+
+
+def test_eos_ends_the_text_and_gives_none(tokenizer: Tokenizer) -> None:
+    (eos,) = tokenizer.eos_token_ids
+    runner = ScriptedRunner([*tokenizer.encode("the end"), eos, 5])
+    result = generate(runner, tokenizer, "x", sampler=GREEDY)
+    assert (result.text, result.finish_reason) == ("the end", "eos")
+    assert result.token_ids == (*tokenizer.encode("the end"), eos)
+
+
+def test_eos_can_be_chosen_or_ignored(tokenizer: Tokenizer) -> None:
+    (eos,) = tokenizer.eos_token_ids
+    a, b = tokenizer.encode("a")[0], tokenizer.encode("b")[0]
+    runner = ScriptedRunner([a, eos, b, a])
+    ignored = generate(runner, tokenizer, "x", sampler=GREEDY, max_new_tokens=4, eos_token_ids=())
+    assert (ignored.text, ignored.finish_reason) == ("aba", "length")
+    chosen = generate(runner, tokenizer, "x", sampler=GREEDY, max_new_tokens=4, eos_token_ids=[b])
+    assert (chosen.text, chosen.finish_reason, len(chosen.token_ids)) == ("a", "eos", 3)
+
+
+def test_stop_in_the_last_token_is_a_stop(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("one two")
+    runner = ScriptedRunner(ids)
+    result = generate(runner, tokenizer, "x", sampler=GREEDY, max_new_tokens=len(ids), stop=["two"])
+    assert (result.text, result.finish_reason) == ("one ", "stop")
+
+
+def test_half_a_character_at_the_limit_is_a_replacement_character(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("👍")
+    assert len(ids) > 1
+    pieces: list[str] = []
+    result = generate(
+        ScriptedRunner(ids),
+        tokenizer,
+        "x",
+        sampler=GREEDY,
+        max_new_tokens=len(ids) - 1,
+        on_text=pieces.append,
+    )
+    assert result.text == "\ufffd" == "".join(pieces)
+
+
+def test_the_last_token_is_not_fed_to_the_model(tokenizer: Tokenizer) -> None:
+    runner = ScriptedRunner([7, 8, 9, 10])
+    assert list(generate_tokens(runner, [1, 2], sampler=GREEDY, max_new_tokens=3)) == [7, 8, 9]
+    assert runner.fed == [[1, 2], [7], [8]]
+    stopped = ScriptedRunner([*tokenizer.eos_token_ids, 9])
+    generate(stopped, tokenizer, [1, 2], sampler=GREEDY, max_new_tokens=3)
+    assert stopped.fed == [[1, 2]]
+
+
+def test_generate_forgets_what_the_runner_held_and_generate_tokens_does_not(tokenizer: Tokenizer) -> None:
+    runner = ScriptedRunner([7, 8, 9, 10])
+    runner.prefill([[1, 1, 1]])
+    ids = generate_tokens(runner, [2], sampler=GREEDY, max_new_tokens=2)
+    assert list(ids) == [8, 9]
+    assert runner.fed == [[1, 1, 1], [2], [8]]
+    generate(runner, tokenizer, [3], sampler=GREEDY, max_new_tokens=1)
+    assert runner.fed == [[3]]
+
+
+def test_prompt_and_new_tokens_beyond_the_context_are_refused_before_the_model_runs(tokenizer: Tokenizer) -> None:
+    runner = ScriptedRunner(range(20), max_cache_length=12)
+    with pytest.raises(ContextLengthError, match=r"5 tokens and 8 new ones make 13: the context holds 12"):
+        generate_tokens(runner, [1] * 5, sampler=GREEDY, max_new_tokens=8)
+    with pytest.raises(ContextLengthError, match=r"a prompt of 13 tokens: the context holds 12"):
+        generate(runner, tokenizer, [1] * 13, sampler=GREEDY)
+    assert runner.fed == []
+    runner.prefill([[1] * 6])
+    with pytest.raises(ContextLengthError, match=r"a prompt of 11 tokens and 2 new ones make 13"):
+        generate_tokens(runner, [1] * 5, sampler=GREEDY, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(("prompt", "asked", "new"), [(5, 7, 7), (5, None, 7), (12, None, 0), (12, 0, 0), (3, 0, 0)])
+def test_exactly_the_context_works(tokenizer: Tokenizer, prompt: int, asked: int | None, new: int) -> None:
+    runner = ScriptedRunner(range(20, 40), max_cache_length=12)
+    result = generate(runner, tokenizer, [1] * prompt, sampler=GREEDY, max_new_tokens=asked, eos_token_ids=())
+    assert (len(result.token_ids), result.finish_reason) == (new, "length")
+    assert sum(map(len, runner.fed)) == (prompt + new - 1 if new else 0)
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, "3"])
+def test_max_new_tokens_that_is_no_count_is_refused(value: Any) -> None:
+    with pytest.raises(InputError, match="max_new_tokens"):
+        generate_tokens(ScriptedRunner([]), [1], sampler=GREEDY, max_new_tokens=value)
+
+
+def test_empty_prompt_begins_with_bos_if_there_is_one(tokenizer: Tokenizer) -> None:
+    runner = ScriptedRunner([9])
+    with_bos = replace(tokenizer, bos_token_id=6)
+    result = generate(runner, with_bos, "", sampler=GREEDY, max_new_tokens=1)
+    assert result.prompt_token_ids == (6,)
+    with pytest.raises(InputError, match="empty prompt"):
+        generate(runner, replace(tokenizer, bos_token_id=None), "", sampler=GREEDY)
+    with pytest.raises(InputError, match="at least one prompt id"):
+        generate(runner, tokenizer, [], sampler=GREEDY)
+
+
+def test_times_are_measured(tokenizer: Tokenizer) -> None:
+    result = generate(ScriptedRunner([7, 8, 9]), tokenizer, "x", sampler=GREEDY, max_new_tokens=3)
+    assert result.time_to_first_token is not None
+    assert result.time_to_first_token > 0
+    assert result.decode_tokens_per_second == pytest.approx(2 / result.decode_seconds)
+    one = generate(ScriptedRunner([7]), tokenizer, "x", sampler=GREEDY, max_new_tokens=1)
+    assert one.decode_tokens_per_second is None
+    none = generate(ScriptedRunner([7]), tokenizer, "x", sampler=GREEDY, max_new_tokens=0)
+    assert none.time_to_first_token is None
+
+
+def test_broken_model_gives_an_error_and_no_token(tokenizer: Tokenizer) -> None:
+    class Broken(ScriptedRunner):
+        def prefill(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+            return [np.full((1, VOCAB), np.nan, np.float32) for _ in sequences]
+
+    with pytest.raises(NumericError):
+        generate(Broken([7]), tokenizer, "x", sampler=GREEDY)
+
+
+def test_greedy_text_equals_transformers(demo_package: Path, tokenizer: Tokenizer) -> None:
+    import olmo2_export.demo
+
+    model = AutoModelForCausalLM.from_pretrained(Path(olmo2_export.demo.__file__).parent)
+    prompt = "And it came to pass"
+    ids = torch.tensor([tokenizer.encode(prompt)])
+    expected = model.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :].tolist()
+    with open_runner(demo_package) as runner:
+        pieces: list[str] = []
+        result = generate(runner, tokenizer, prompt, sampler=GREEDY, max_new_tokens=24, on_text=pieces.append)
+    assert list(result.token_ids) == expected
+    assert result.text == "".join(pieces) == tokenizer.decode(expected)
+
+
+def test_same_seed_gives_the_same_text(demo_package: Path, tokenizer: Tokenizer) -> None:
+    with open_runner(demo_package) as runner:
+
+        def text(seed: int) -> str:
+            sampler = Sampler(temperature=1.0, top_p=0.95, seed=seed)
+            return generate(runner, tokenizer, "And", sampler=sampler, max_new_tokens=12).text
+
+        assert text(1) == text(1)
+        assert text(1) != text(2)

@@ -1,0 +1,106 @@
+"""The runners need nothing of the exporter: read from the source, and proved with the libraries out of reach."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import runtimes
+
+FOLDER = Path(runtimes.__file__).parent
+MODULES = sorted(p.stem for p in FOLDER.glob("*.py"))
+FORBIDDEN = {"torch", "transformers", "onnx", "olmo2_export"}
+# Each file imports only from the groups before its own.
+ORDER = [
+    {"errors"},
+    {"manifest"},
+    {"runner", "sampling", "tokenizer", "nvidia"},
+    {"ort_runner", "trt_runner"},
+    {"__init__"},
+    {"generate"},
+    {"cli"},
+    {"__main__"},
+]
+# The one file that may import a library at its top; whoever needs the file imports it in a `match` case.
+OWNERS = {"onnxruntime": "ort_runner", "tokenizers": "tokenizer"}
+
+BLOCKER = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ImportError(f"blocked: {{name}}")
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def imports(module: str) -> Iterator[tuple[str, ast.stmt]]:
+    """Every import of a file, also those inside functions: the dotted name and its node."""
+    for node in ast.walk(ast.parse((FOLDER / f"{module}.py").read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            yield str(node.module), node
+
+
+def rank(module: str) -> int:
+    return next(i for i, group in enumerate(ORDER) if module in group)
+
+
+def run_blocked(code: str, blocked: set[str]) -> subprocess.CompletedProcess[str]:
+    source = BLOCKER.format(blocked=blocked) + code
+    return subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, cwd=FOLDER.parent)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_file_imports_only_what_is_before_it(module: str) -> None:
+    for name, _ in imports(module):
+        if name.split(".")[0] == "runtimes":
+            other = name.split(".")[1] if "." in name else "__init__"
+            assert rank(other) < rank(module), f"{module} imports {other}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_file_imports_nothing_of_the_exporter(module: str) -> None:
+    assert not FORBIDDEN & {name.split(".")[0] for name, _ in imports(module)}
+
+
+@pytest.mark.parametrize(("library", "owner"), OWNERS.items())
+def test_library_has_one_owner_that_imports_it_at_its_top(library: str, owner: str) -> None:
+    found = {m for m in MODULES for name, _ in imports(m) if name.split(".")[0] == library}
+    assert found == {owner}
+    assert all(node.col_offset == 0 for name, node in imports(owner) if name.split(".")[0] == library)
+
+
+def test_every_module_imports_and_a_package_runs_without_the_exporter(demo_package: Path) -> None:
+    code = f"""
+import importlib
+for name in {[m for m in MODULES if m != "__main__"]!r}:
+    importlib.import_module("runtimes" if name == "__init__" else "runtimes." + name)
+from runtimes.cli import main
+code = main(["generate", {str(demo_package)!r}, "--prompt", "In the beginning", "--max-new-tokens", "7"])
+assert not {FORBIDDEN!r} & {{name.partition(".")[0] for name in sys.modules}}
+sys.exit(code)
+"""
+    result = run_blocked(code, FORBIDDEN)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.strip()) > 7
+
+
+def test_base_install_imports_without_any_backend() -> None:
+    backends = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
+    result = run_blocked("import runtimes, runtimes.cli, runtimes.generate", FORBIDDEN | backends)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_blocker_blocks() -> None:
+    result = run_blocked("import torch", FORBIDDEN)
+    assert "ImportError: blocked: torch" in result.stderr
