@@ -150,9 +150,11 @@ def _mapped_weights(graph: Path) -> Iterator[tuple[bytes, dict[str, tuple[int, i
             entry = {item.key: item.value for item in tensor.external_data}
             weights[tensor.name] = (base + int(entry["offset"]), int(entry["length"]))
     del model
-    yield serialised, weights
-    del data
-    mapped.close()
+    try:
+        yield serialised, weights
+    finally:
+        del data
+        mapped.close()
 
 
 def _parse(tensorrt: TensorRT, parser: Any, model: bytes, weights: Mapping[str, tuple[int, int]]) -> None:
@@ -198,17 +200,24 @@ def _texts(messages: Sequence[Message]) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Compile what the request file says; return the exit code. See the top of this file for what is printed."""
-    _fix_addresses()
+    fixed = _fix_addresses()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would wait for the end of the build
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints must not mix with the messages
     logging.basicConfig(level=logging.DEBUG, handlers=[_ChannelHandler(channel)])
+    if not fixed:
+        logger.info("addresses are randomised here: two plans of one graph can differ in some bytes")
 
     def send(message: dict[str, object]) -> None:
         channel.write(json.dumps(message) + "\n")
 
     try:
-        result = compile_plan(read_request(Path(arguments[0])), lambda phase: send({"phase": phase}))
+        request = read_request(Path(arguments[0]))
+        import threading
+        box=[]
+        t=threading.Thread(target=lambda: box.append(compile_plan(request, lambda phase: send({"phase": phase}))))
+        t.start(); t.join()
+        result=box[0]
     except Olmo2ExportError as error:
         send({"error": type(error).__name__, "text": str(error)})
         return error.exit_code
@@ -241,16 +250,17 @@ class _ChannelHandler(logging.Handler):
         self.channel.write(json.dumps({"log": record.levelno, "text": record.getMessage()}) + "\n")
 
 
-def _fix_addresses() -> None:
-    """Start this process again without address randomisation, where the system lets it."""
+def _fix_addresses() -> bool:
+    """Start this process again without address randomisation; tell whether it runs without."""
     if sys.platform != "linux":
-        return
+        return False
     libc = ctypes.CDLL(None)
     current = libc.personality(0xFFFFFFFF)  # reads it
     if current == -1 or current & _ADDR_NO_RANDOMIZE:
-        return
+        return bool(current != -1)
     if libc.personality(current | _ADDR_NO_RANDOMIZE) != -1:
         os.execv(sys.executable, sys.orig_argv)
+    return False
 
 
 if __name__ == "__main__":

@@ -394,4 +394,4 @@ def _swap(staging: Path, target: Path) -> None:
 
 def _resource_error(path: Path, error: OSError) -> ResourceError:
     free = shutil.disk_usage(path.parent if path.parent.exists() else path.anchor).free
-    return ResourceError(f"{path}: {error.strerror or error}; {free:,} bytes are free")
+    return ResourceError(f"{path}: writing failed ({error.strerror or error}); {free:,} bytes are free: disk full?")

@@ -35,6 +35,7 @@ _INSTALL: dict[TensorRTBackend, str] = {
 }
 # Said of every int64 input; the runners bind int64.
 _HARMLESS = ("has Int64 binding",)
+_PHASE_DEPTH = 2  # below it there are thousands
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,18 @@ class TensorRT:
                 raise BackendError(f"compute capability {capabilities[index]}: refused by TensorRT {self.version}")
 
     def progress_monitor(self, on_phase: Callable[[str], None]) -> Any:
-        """Return an IProgressMonitor that calls `on_phase` with the name of each phase as it starts."""
+        """Return an IProgressMonitor that calls `on_phase` with the name of each larger phase as it starts."""
         base: Any = self.module.IProgressMonitor
 
         class Monitor(base):  # type: ignore[misc]  # the bindings are untyped
             def __init__(self) -> None:
                 base.__init__(self)
+                self.depths: dict[str | None, int] = {None: -1}
 
             def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:  # noqa: ARG002
-                on_phase(phase_name)
+                self.depths[phase_name] = depth = self.depths.get(parent_phase, 0) + 1
+                if depth <= _PHASE_DEPTH:
+                    on_phase(phase_name)
 
             def step_complete(self, phase_name: str, step: int) -> bool:  # noqa: ARG002
                 return True

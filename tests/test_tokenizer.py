@@ -35,7 +35,7 @@ def stream(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 
 def edit(package: Path, out: Path, **files: Any) -> Path:
-    """A copy of the text files of a package, some replaced (or removed, if None), with a manifest that vouches for them."""
+    """A copy of a package's text files, some replaced (None: removed), with a manifest that vouches for them."""
     out.mkdir()
     manifest = read_sealed(package / MANIFEST_NAME)
     names = [n for n in manifest["files"] if not n.startswith("onnx/")]
