@@ -8,11 +8,14 @@ OUT       ?= packages/$(notdir $(patsubst %/,%,$(MODEL)))
 VARIANTS  ?= fp32
 PRECISION ?= bf16
 PROMPT    ?= In the beginning
+EXTRAS    ?= dev
 PYTHON    ?= $(shell command -v python3.11 || command -v python3)
 
 VENV      := .venv
 BIN       := $(VENV)/bin
 STAMP     := $(VENV)/.installed
+# torch first: a package that merely allows it must not choose another build of it
+PIP       := pip install --quiet --disable-pip-version-check --constraint constraints.txt
 REVISION_FLAG := $(if $(REVISION),--revision $(REVISION))
 
 .DEFAULT_GOAL := help
@@ -26,8 +29,8 @@ setup: $(STAMP) ## make .venv with everything pinned by constraints.txt
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(if $(filter dev export,$(EXTRAS)),$(BIN)/$(PIP) torch)
+	$(BIN)/$(PIP) --editable '.[$(EXTRAS)]'
 	@touch $@
 
 export: $(STAMP) ## MODEL -> package, parity, TensorRT engine, and a sample of text

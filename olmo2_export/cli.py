@@ -46,9 +46,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--compute-capability",
         action="append",
         metavar="X.Y",
-        help="a GPU generation to compile for, as 8.9; may be repeated; default: all that the precision runs on",
+        help="a GPU generation to compile for, as 8.9; may be repeated; default: 8.0, 8.6, 8.9 and 12.0",
     )
-    verb.add_argument("--max-batch-size", type=int, default=1, metavar="N")
+    verb.add_argument("--max-batch-size", type=int, default=4, metavar="N", help="rows per call; default 4")
     verb.add_argument("--max-cache-length", type=int, metavar="N", help="tokens; default: the context, at most 4096")
     verb.set_defaults(handler=_build)
 
@@ -130,16 +130,21 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from olmo2_export.engine import build
+    from olmo2_export.engine import CAPABILITIES, build
 
     report = build(
         args.package,
         precision=args.precision,
-        compute_capabilities=args.compute_capability,
+        compute_capabilities=args.compute_capability or CAPABILITIES,
         max_batch_size=args.max_batch_size,
         max_cache_length=args.max_cache_length,
     )
-    print(report)
+    engine = report.engine
+    print(f"{engine.plan}: {', '.join(f'{n} {kind}' for kind, n in engine.layer_counts.items())}")
+    print(
+        f"built for {', '.join(engine.compute_capabilities)} with {engine.backend} {engine.backend_version}: "
+        f"{_megabytes(report.plan_bytes)} in {report.seconds:.1f} s, peak memory {_megabytes(report.peak_rss)}"
+    )
     return 0
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +155,7 @@ class _Fields:
         return value
 
     def number(self, name: str, default: float | None = None, source: Mapping[str, Any] | None = None) -> float:
-        value = (self.raw if source is None else source).get(name)
+        value: Any = (self.raw if source is None else source).get(name)
         if value is None and default is not None:
             return default
         if type(value) not in (int, float) or not 0 < (found := float(value)) < 1e30:  # false for NaN, too

@@ -62,6 +62,8 @@ from runtimes.nvidia import RTX_CAPABILITIES, TensorRTBackend, check_installed
 
 logger = logging.getLogger(__name__)
 
+_ENVIRONMENT = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")  # what a compiler may need
+
 CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 """the default GPUs: A100, RTX 30, RTX 40 and L4/L40, RTX 50; not 7.5, which has no bfloat16"""
 MAX_CACHE_LENGTH = 4096
@@ -352,10 +354,11 @@ def _compile(request: CompileRequest, progress: bool) -> CompileResult:
 
 
 def _environment() -> dict[str, str]:
-    """Return the compiler's environment: it finds this package, and its memory does not depend on a hash seed."""
+    """Return the compiler's environment: it finds this package, and nothing else decides where its memory lies."""
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0"}
+    kept = {name: value for name, value in os.environ.items() if name in _ENVIRONMENT}
+    return {**kept, "PYTHONPATH": path, "PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}
 
 
 def _follow(process: subprocess.Popen[bytes], name: str, progress: bool) -> dict[str, Any]:

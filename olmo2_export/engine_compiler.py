@@ -23,6 +23,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -214,10 +215,12 @@ def main(arguments: Sequence[str]) -> int:
     try:
         request = read_request(Path(arguments[0]))
         import threading
-        box=[]
-        t=threading.Thread(target=lambda: box.append(compile_plan(request, lambda phase: send({"phase": phase}))))
-        t.start(); t.join()
-        result=box[0]
+
+        box = []
+        t = threading.Thread(target=lambda: box.append(compile_plan(request, lambda phase: send({"phase": phase}))))
+        t.start()
+        t.join()
+        result = box[0]
     except Olmo2ExportError as error:
         send({"error": type(error).__name__, "text": str(error)})
         return error.exit_code

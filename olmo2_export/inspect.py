@@ -51,9 +51,9 @@ def _model(package: Path, manifest: Manifest) -> list[str]:
     return [
         f"{package}: olmo2-export {manifest.exporter_version}, format {manifest.format_version}, every file intact",
         f"  source   {source.model}{revision} ({source.kind})",
-        f"  model    {m.model_type}: {m.num_hidden_layers} layers, hidden {m.hidden_size}, {m.num_attention_heads} heads "
-        f"({m.num_key_value_heads} KV) of {m.head_dim}, vocabulary {m.vocab_size}, "
-        f"context {m.max_position_embeddings}",
+        f"  model    {m.model_type}: {m.num_hidden_layers} layers, hidden {m.hidden_size}, "
+        f"{m.num_attention_heads} heads ({m.num_key_value_heads} KV) of {m.head_dim}, "
+        f"vocabulary {m.vocab_size}, context {m.max_position_embeddings}",
         f"  made by  {', '.join(f'{name} {version}' for name, version in manifest.libraries.items())}",
     ]
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +48,21 @@ MODES = ("prefill", "decode", "chunked")
 _TEXT = Path(__file__).parent / "demo" / "heldout.txt"
 
 
+@dataclass(frozen=True)
+class Truth:
+    """What PyTorch says of the test sequences."""
+
+    sequences: list[np.ndarray]
+    """int64 token ids, each [length]"""
+    tokens_from: str
+    exact: list[np.ndarray]
+    """per sequence float64 [length, vocab_size]"""
+    own: dict[str, list[np.ndarray]]
+    """precision -> per sequence float32 [length, vocab_size]"""
+    continuations: list[tuple[np.ndarray, np.ndarray]]
+    """greedy tokens after each sequence's first GREEDY_PROMPT, and the gaps by which they were chosen"""
+
+
 def verify(
     package: Path, checkpoint: Checkpoint, *, variants: Sequence[str] = (), backend: Literal["ort"] = "ort"
 ) -> list[ParityReport]:
@@ -67,67 +83,94 @@ def verify(
     """
     manifest = load_manifest(package)
     check_files(package, manifest.files)
-    config = ModelConfig.from_json(checkpoint.folder / "config.json")
-    if manifest.model != config.spec:
-        different = [k for k, v in vars(config.spec).items() if getattr(manifest.model, k) != v]
-        raise ConfigError(f"{package}: not of the reference's shape: {', '.join(different)} differ")
-    names = list(variants) or list(manifest.variants)
-    precisions = {name: find_variant(package, name)[0].precision for name in names}
-    sequences, origin = _sequences(package, config)
-    prompts = [ids[:GREEDY_PROMPT] for ids in sequences]
-    new_tokens = min(GREEDY_TOKENS, config.max_position_embeddings - GREEDY_PROMPT)
-
-    with tqdm(
-        total=2 + len(set(precisions.values()) - {"fp32"}) + len(names), desc="verifying", unit="step", leave=False
-    ) as bar:
-
-        def step(what: str) -> None:
-            bar.set_postfix_str(what)
-            bar.update()
-
-        with open_reference(checkpoint, "fp64") as truth:
-            exact = truth.logits(sequences)
-        step("PyTorch fp64")
-        with open_reference(checkpoint, "fp32") as torch_model:
-            own = {"fp32": torch_model.logits(sequences)}
-            continuations = [torch_model.greedy(prompt, new_tokens) for prompt in prompts]
-        step("PyTorch fp32")
-        for precision in sorted(set(precisions.values()) - own.keys()):
-            with open_reference(checkpoint, precision) as torch_model:
-                own[precision] = torch_model.logits(sequences)
-            step(f"PyTorch {precision}")
+    names = list(dict.fromkeys(variants)) or list(manifest.variants)
+    precisions = {find_variant(package, name)[0].precision for name in names}
+    with tqdm(total=1 + len(precisions | {"fp32"}) + len(names), desc="verifying", unit="step", leave=False) as bar:
+        truth = ask_pytorch(package, checkpoint, precisions, bar)
         reports = []
         for name in names:
-            gate = GATES[precisions[name]]
-            with open_runner(package, variant=name, backend=backend) as runner:
-                cases = [
-                    _case(runner, mode, sequences[:batch], exact[:batch], own[precisions[name]][:batch], gate)
-                    for batch in (1, len(sequences))
-                    for mode in MODES
-                ]
-                greedy = compare_greedy(
-                    _greedy(runner, prompts, new_tokens),
-                    [tokens for tokens, _ in continuations],
-                    [gaps for _, gaps in continuations],
-                    gate,
-                )
-            reports.append(
-                ParityReport(
-                    variant=name,
-                    backend=backend,
-                    precision=precisions[name],
-                    sequences=tuple(len(s) for s in sequences),
-                    tokens_from=origin,
-                    seed=SEED,
-                    gate=gate,
-                    cases=tuple(cases),
-                    greedy=greedy,
-                    libraries={n: importlib.metadata.version(n) for n in ("onnxruntime", "torch", "transformers")},
-                )
-            )
-            step(name)
+            reports.append(measure(package, name, truth, backend))
+            bar.update()
     _write(package, checkpoint, reports)
     return reports
+
+
+def ask_pytorch(
+    package: Path, checkpoint: Checkpoint, precisions: Collection[str], bar: tqdm[Any] | None = None
+) -> Truth:
+    """Compute what is compared against, once for all variants.
+
+    Args:
+        package: for its tokenizer and its shape.
+        checkpoint: the reference weights.
+        precisions: of the variants to be measured.
+        bar: advanced after each PyTorch model.
+
+    Raises:
+        ConfigError: package and reference are not of one shape.
+    """
+    config = ModelConfig.from_json(checkpoint.folder / "config.json")
+    spec = load_manifest(package).model
+    if spec != config.spec:
+        different = [k for k, v in vars(config.spec).items() if getattr(spec, k) != v]
+        raise ConfigError(f"{package}: not of the reference's shape: {', '.join(different)} differ")
+    sequences, origin = _sequences(package, config)
+    new_tokens = min(GREEDY_TOKENS, config.max_position_embeddings - GREEDY_PROMPT)
+    exact: list[np.ndarray] = []
+    own: dict[str, list[np.ndarray]] = {}
+    continuations: list[tuple[np.ndarray, np.ndarray]] = []
+    for precision in ["fp64", *sorted({"fp32", *precisions})]:
+        with open_reference(checkpoint, precision) as torch_model:
+            logits = torch_model.logits(sequences)
+            if precision == "fp32":
+                continuations = [torch_model.greedy(ids[:GREEDY_PROMPT], new_tokens) for ids in sequences]
+        if precision == "fp64":
+            exact = logits
+        else:
+            own[precision] = logits
+        if bar is not None:
+            bar.update()
+    return Truth(sequences, origin, exact, own, continuations)
+
+
+def measure(package: Path, variant: str, truth: Truth, backend: Literal["ort"] = "ort") -> ParityReport:
+    """Run one variant through every case and compare.
+
+    Args:
+        package: the package folder.
+        variant: its name.
+        truth: what `ask_pytorch` found.
+        backend: what runs the graph.
+
+    Raises:
+        IntegrityError: the variant's files changed.
+    """
+    precision = find_variant(package, variant)[0].precision
+    gate, own = GATES[precision], truth.own[precision]
+    with open_runner(package, variant=variant, backend=backend) as runner:
+        cases = [
+            _case(runner, mode, truth.sequences[:batch], truth.exact[:batch], own[:batch], gate)
+            for batch in (1, len(truth.sequences))
+            for mode in MODES
+        ]
+        tokens = [
+            _greedy(runner, ids[:GREEDY_PROMPT], len(wanted))
+            for ids, (wanted, _) in zip(truth.sequences, truth.continuations, strict=True)
+        ]
+    return ParityReport(
+        variant=variant,
+        backend=backend,
+        precision=precision,
+        sequences=tuple(len(s) for s in truth.sequences),
+        tokens_from=truth.tokens_from,
+        seed=SEED,
+        gate=gate,
+        cases=tuple(cases),
+        greedy=compare_greedy(
+            tokens, [wanted for wanted, _ in truth.continuations], [gaps for _, gaps in truth.continuations], gate
+        ),
+        libraries={name: importlib.metadata.version(name) for name in ("onnxruntime", "torch", "transformers")},
+    )
 
 
 def format_reports(reports: Sequence[ParityReport]) -> str:
@@ -195,15 +238,17 @@ def _chunked(runner: Runner, sequences: list[np.ndarray]) -> list[np.ndarray]:
 _FEEDS = {"prefill": _prefill, "decode": _decode, "chunked": _chunked}
 
 
-def _greedy(runner: Runner, prompts: list[np.ndarray], new_tokens: int) -> list[np.ndarray]:
-    results = []
-    for prompt in prompts:
-        runner.reset()
-        found = [int(runner.prefill([prompt])[0][-1].argmax())]
+def _greedy(runner: Runner, prompt: np.ndarray, new_tokens: int) -> np.ndarray:
+    """Return greedy tokens; where the logits stop being finite, -1, which no token is."""
+    found: list[int] = []
+    runner.reset()
+    try:
+        found.append(int(runner.prefill([prompt])[0][-1].argmax()))
         while len(found) < new_tokens:
             found.append(int(runner.decode(found[-1:])[0].argmax()))
-        results.append(np.array(found, dtype=np.int64))
-    return results
+    except NumericError:
+        found += [-1] * (new_tokens - len(found))
+    return np.array(found, dtype=np.int64)
 
 
 def _sequences(package: Path, config: ModelConfig) -> tuple[list[np.ndarray], str]:

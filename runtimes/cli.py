@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import signal
 import sys
 import traceback
@@ -111,7 +110,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _Terminated:
         return 128 + signal.SIGTERM
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit is quiet too
         return 128 + signal.SIGPIPE
     except Olmo2ExportError as error:
         return _report(str(error), error.exit_code, debug)

@@ -102,7 +102,7 @@ class Sampler:
         if self.top_p < 1:
             weights /= weights.sum()
             # Tokens below this share sum to less than 1 - top_p: leaving them out first makes the sort short.
-            likely = np.flatnonzero(weights >= min(weights.max(), (1 - self.top_p) / len(weights)))
+            likely = np.flatnonzero(weights >= (1 - self.top_p) / len(weights))
             order = likely[np.argsort(-weights[likely], kind="stable")]
             count = int(weights[order].cumsum().searchsorted(self.top_p)) + 1
             ids, weights = ids[order[:count]], weights[order[:count]]

@@ -105,6 +105,11 @@ def test_stop_string_across_pieces_is_never_given_out_in_part() -> None:
     assert found == [Piece("one ", None), Piece("", "stop")]
 
 
+def test_the_stop_string_that_is_complete_first_counts() -> None:
+    assert streamed(["abcd"], ["abcd", "bc"]) == [Piece("a", "stop")]
+    assert streamed(["xabc"], ["bc", "abc"]) == [Piece("x", "stop")]
+
+
 def test_text_held_back_comes_when_it_is_no_stop_string() -> None:
     found = streamed(["one\n", "Us", "ual"], ["\nUser:"])
     assert found == [Piece("one", None), Piece("\nUsual", None), Piece("", "length")]

@@ -29,7 +29,9 @@ def export(
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_checkpoint(tmp_path_factory.mktemp("served") / "tiny", shards=2, vocab_size=60_000)  # more than huggingface_hub's 10 MB pieces
+    folder = make_checkpoint(
+        tmp_path_factory.mktemp("served") / "tiny", shards=2, vocab_size=60_000
+    )  # more than huggingface_hub's 10 MB pieces
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04 never downloaded")
     (folder / "consolidated.safetensors").write_bytes(b"never downloaded")
     return folder

@@ -296,9 +296,12 @@ def test_terminal_that_cannot_show_a_character_does_not_end_the_text(
 
 
 def test_sigterm_handler_is_put_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    refused(capsys, "generate", tmp_path, "--prompt", "x")
-    assert signal.getsignal(signal.SIGTERM) is before
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        refused(capsys, "generate", tmp_path, "--prompt", "x")
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_prompt_that_is_not_unicode_is_one_line(demo_package: Path, capsys: pytest.CaptureFixture[str]) -> None:

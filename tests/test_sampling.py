@@ -109,6 +109,11 @@ def test_top_p_of_a_large_flat_vocabulary_keeps_its_share() -> None:
     assert np.count_nonzero(found) == pytest.approx(50_176, abs=1)
 
 
+def test_top_p_that_is_met_exactly_keeps_no_more() -> None:
+    found = Sampler(temperature=1.0, top_p=0.5, seed=0).probabilities(np.zeros(4, np.float32))
+    assert found.tolist() == [0.5, 0.5, 0.0, 0.0]
+
+
 def test_top_k_keeps_all_that_equal_the_kth() -> None:
     logits = np.array([1.0, 2.0, 1.0, 0.0], np.float32)
     assert np.flatnonzero(Sampler(temperature=1.0, top_k=2, seed=0).probabilities(logits)).tolist() == [0, 1, 2]

@@ -50,7 +50,11 @@ def _match(graph: ir.Graph, node: ir.Node) -> list[int] | str:
     if not all(is_dimension(graph, producer, axis) for axis, producer in enumerate(producers)):
         return "its shape does not begin with those of input_ids"
     for value in (x, node.outputs[0]):
-        if value is None or value.shape is None or [str(d) for d in value.shape[:2]] != ["batch_size", "sequence_length"]:
+        if (
+            value is None
+            or value.shape is None
+            or [str(d) for d in value.shape[:2]] != ["batch_size", "sequence_length"]
+        ):
             return "not [batch_size, sequence_length, ...]"
     tail = list(node.outputs[0].shape[2:]) if node.outputs[0].shape is not None else []
     static = [d for d in tail if isinstance(d, int)]

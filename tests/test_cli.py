@@ -1,0 +1,124 @@
+"""olmo2-export as a user runs it: every flag, every exit code, one line per error."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import make_checkpoint
+
+from olmo2_export import cli
+from runtimes.errors import UsageError
+from runtimes.manifest import load_manifest
+
+
+def test_export_verify_inspect(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    arguments = ["export", str(tiny_checkpoint), "--out", str(out), "--variant", "fp32"]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr()
+    assert "13 RMSNormalization, 6 RotaryEmbedding, 3 Attention" in printed.out
+    assert "exported tiny to" in printed.out
+    assert "peak memory" in printed.out
+    assert "checking weights" in printed.err  # the progress bars
+    assert "writing model.onnx" in printed.err
+
+    assert cli.main(arguments) == 2
+    assert "--force replaces it" in capsys.readouterr().err
+    assert cli.main([*arguments, "--force"]) == 0
+    capsys.readouterr()
+
+    command = ["verify", str(out), "--reference", str(tiny_checkpoint), "--variant", "fp32", "--backend", "ort"]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr()
+    assert "verified:" in printed.out
+    assert "verifying" in printed.err
+    assert cli.main(["inspect", str(out)]) == 0
+    described = capsys.readouterr().out
+    for expected in ("every file intact", "past_key_values.0.key", "onnx/model.onnx_data", "passed on ort"):
+        assert expected in described
+
+
+def test_a_failed_gate_is_exit_code_1(tiny_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = shutil.copytree(tiny_package, tmp_path / "copy")
+    other = make_checkpoint(tmp_path / "other", seed=1)
+    assert cli.main(["verify", str(copy), "--reference", str(other)]) == 1
+    printed = capsys.readouterr().out
+    assert "NOT verified" in printed
+    assert "error_ratio" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["export", "no/such", "--out", "x", "--revision"], "expected one argument"),
+        (["export", "demo"], "--out"),
+        (["export", "demo", "--out", "x", "--turbo"], "--turbo"),
+        (["build", "x", "--precision", "int3"], "int3"),
+        (["verify", "x"], "--reference"),
+        (["verify", "x", "--reference", "demo", "--backend", "gpu"], "gpu"),
+        (["frobnicate"], "frobnicate"),
+        ([], "VERB"),
+    ],
+)
+def test_bad_usage_is_exit_code_2(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["export", "{tmp}/nothing", "--out", "{tmp}/out"], "no such folder"),
+        (["export", "demo", "--out", "{tmp}/out", "--revision", "main"], "only Hub ids have revisions"),
+        (["export", "demo", "--out", "{tmp}/out", "--variant", "q3"], "variant q3"),
+        (["export", "demo", "--out", "{tmp}/file/out"], "cannot be created"),
+        (["verify", "{tmp}", "--reference", "demo"], "not a package"),
+        (["inspect", "{tmp}/nothing"], "no such folder"),
+        (["build", "{tmp}/nothing"], "no such folder"),
+    ],
+)
+def test_bad_input_is_exit_code_2_and_one_line(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main([a.format(tmp=tmp_path) for a in arguments]) == 2
+    errors = capsys.readouterr().err
+    assert said in errors
+    assert errors.startswith("olmo2-export: error: ")
+    assert errors.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--debug", "inspect", str(tmp_path)]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_run_raises_what_main_reports(tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        cli.run(cli.parse_args(["export", "demo", "--out", str(tmp_path / "x"), "--variant", "q3"]))
+
+
+def test_module_and_script_are_the_same_and_light() -> None:
+    """Help must not wait for torch."""
+    code = "import sys; from olmo2_export.cli import parse_args; parse_args(['inspect', 'x']); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    for command in ([sys.executable, "-m", "olmo2_export"], [str(Path(sys.executable).parent / "olmo2-export")]):
+        result = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
+        assert result.stdout.startswith("usage: olmo2-export")
+        assert all(verb in result.stdout for verb in ("export", "verify", "build", "inspect"))
+
+
+def test_spaces_and_unicode_in_paths(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(tiny_checkpoint, tmp_path / "ein Modell ü")
+    out = tmp_path / "ein Paket 模型"
+    assert cli.main(["export", str(source), "--out", str(out)]) == 0
+    assert load_manifest(out).source.model == "ein Modell ü"
+    assert cli.main(["verify", str(out), "--reference", str(source)]) == 0

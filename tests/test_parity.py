@@ -1,0 +1,100 @@
+"""The metrics, against numbers worked out by hand, and the gates."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from olmo2_export.parity import GATES, Gate, compare, compare_greedy, kl_divergence
+
+GATE = Gate(error_ratio=4.0, nmse=1e-2, max_abs=1.0, kl_mean=0.1, top1=0.75, near_tie=0.01)
+
+
+def test_kl_is_that_of_the_textbook() -> None:
+    p, q = np.array([0.5, 0.25, 0.25]), np.array([0.25, 0.5, 0.25])
+    expected = 0.5 * math.log(2) - 0.25 * math.log(2)
+    # logits are log-probabilities up to any constant
+    found = kl_divergence(np.log(p)[None] + 700.0, np.log(q)[None] - 300.0)
+    assert found == pytest.approx([expected], rel=1e-12)
+    assert kl_divergence(np.log(p)[None], np.log(p)[None]) == [0.0]
+
+
+def test_every_metric_is_as_defined() -> None:
+    exact = np.array([[0.0, 1.0, 2.0, 3.0, 4.0, 5.0], [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]])
+    test = exact.copy()
+    test[1, 1] += 1.5  # now the largest of its row, and 5 of 12 values are right in no other way
+    own = exact + 0.1
+    case = compare("prefill", [test.astype(np.float32)], [exact], [own.astype(np.float32)], GATE)
+    rms = math.sqrt(1.5**2 / 12)
+    assert case.positions == 2
+    assert case.max_abs == pytest.approx(1.4, rel=1e-6)
+    assert case.nmse == pytest.approx(rms**2 / exact.var(), rel=1e-6)
+    assert case.error_ratio == pytest.approx(rms / 0.1, rel=1e-5)
+    assert case.top1 == 0.5
+    assert case.top5 == 1.0
+    assert case.kl_mean == pytest.approx(kl_divergence(exact, test).mean(), rel=1e-5)
+    assert {f.split()[0] for f in case.failures} == {"error_ratio", "nmse", "max_abs", "kl_mean", "top1"}
+
+
+def test_a_near_tie_counts_as_agreement() -> None:
+    exact = np.array([[1.0, 1.005, 0.0]])
+    test = np.array([[1.006, 1.005, 0.0]])
+    assert compare("prefill", [test], [exact], [exact + 1e-3], GATE).top1 == 1.0
+    exact[0, 1] = 1.02
+    assert compare("prefill", [test], [exact], [exact + 1e-3], GATE).top1 == 0.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_number_that_is_not_finite_fails(bad: float) -> None:
+    exact = np.ones((5, 7))
+    test = exact.copy()
+    test[3, 2] = bad
+    case = compare("decode", [test], [exact], [exact + 1e-9], GATE)
+    assert case.failures == ("1 of 5 positions not finite",)
+
+
+def test_logits_of_another_shape_fail() -> None:
+    exact = np.ones((5, 7))
+    for test in (np.ones((4, 7)), np.ones((5, 8))):
+        assert not compare("decode", [test], [exact], [exact], GATE).passed
+    assert not compare("decode", [exact], [exact, exact], [exact], GATE).passed
+
+
+def test_constant_logits_fail_the_fp32_gate() -> None:
+    exact = np.random.default_rng(0).normal(size=(20, 50))
+    own = exact + np.random.default_rng(1).normal(size=exact.shape) * 1e-6
+    assert compare("prefill", [own], [exact], [own], GATES["fp32"]).passed
+    assert not compare("prefill", [np.zeros_like(exact)], [exact], [own], GATES["fp32"]).passed
+
+
+def test_gates_are_those_that_were_decided() -> None:
+    """A tolerance is loosened on purpose or not at all."""
+    fp32, fp16, bf16 = GATES["fp32"], GATES["fp16"], GATES["bf16"]
+    assert (fp32.error_ratio, fp32.nmse, fp32.max_abs, fp32.kl_mean, fp32.top1) == (4.0, 1e-11, 1e-3, 1e-10, 1.0)
+    assert (fp16.error_ratio, fp16.kl_mean, fp16.top1) == (1.5, 5e-5, 0.995)
+    assert (bf16.error_ratio, bf16.kl_mean, bf16.top1) == (1.5, 2e-4, 0.985)
+
+
+def test_greedy_stops_comparing_at_the_first_difference() -> None:
+    gaps = [np.array([1.0, 1.0, 0.001, 1.0]), np.array([1.0, 1.0, 1.0, 1.0])]
+    wanted = [np.array([1, 2, 3, 4]), np.array([5, 6, 7, 8])]
+    near = compare_greedy([np.array([1, 2, 9, 9]), wanted[1]], wanted, gaps, GATE)
+    assert (near.equal, near.near_ties, near.tokens, near.passed) == (6, 1, 8, True)
+    wrong = compare_greedy([wanted[0], np.array([5, 0, 7, 8])], wanted, gaps, GATE)
+    assert wrong.failures == ("prompt 1: token 1 is 0, PyTorch says 6",)
+    assert (wrong.equal, wrong.passed) == (5, False)
+
+
+def test_a_report_with_nan_is_still_json() -> None:
+    from olmo2_export.parity import GreedyResult, ParityReport, failed_case
+
+    case = failed_case("prefill", 1, "nothing came")
+    report = ParityReport(
+        "fp32", "ort", "fp32", (3,), "random ids", 0, GATE, (case,), GreedyResult(0, 0, 0, 0, ()), {"torch": "2"}
+    )
+    document = json.loads(json.dumps(report.to_document(), allow_nan=False))
+    assert document["passed"] is False
+    assert document["cases"][0]["nmse"] == "nan"

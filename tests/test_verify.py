@@ -1,0 +1,140 @@
+"""verify, end to end: every checkpoint form passes, every report is written, and nothing unequal is compared."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import make_checkpoint
+from transformers import Olmo2ForCausalLM
+
+from olmo2_export.checkpoint import open_checkpoint
+from olmo2_export.inspect import inspect
+from olmo2_export.package import export
+from olmo2_export.reference import open_reference
+from olmo2_export.verify import LENGTHS, MODES, format_reports, verify
+from runtimes.errors import ConfigError, IntegrityError, VariantNotFoundError
+from runtimes.manifest import read_sealed
+
+FORMS: dict[str, dict[str, Any]] = {
+    "mha": {"num_key_value_heads": 6},
+    "mqa-bias": {"num_key_value_heads": 1, "attention_bias": True},
+    "tied-shards": {"tie_word_embeddings": True, "shards": 3},
+    "old-config-bf16": {"old_config": True, "dtype": torch.bfloat16},
+    "eps-theta": {"rms_norm_eps": 1e-3, "rope_parameters": {"rope_type": "default", "rope_theta": 1234.0}},
+    "head-dim": {"head_dim": 20},
+    "short-context": {"max_position_embeddings": 40, "num_hidden_layers": 1},
+}
+
+
+@pytest.mark.parametrize("fields", FORMS.values(), ids=FORMS.keys())
+def test_every_form_of_checkpoint_verifies(tmp_path: Path, fields: dict[str, Any]) -> None:
+    checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "c", **fields)))
+    export(checkpoint, tmp_path / "p")
+    (report,) = verify(tmp_path / "p", checkpoint)
+    assert report.passed, format_reports([report])
+    assert [(c.mode, c.batch_size) for c in report.cases] == [(m, b) for b in (1, 3) for m in MODES]
+    assert report.greedy.tokens == report.greedy.prompts * 24 == 72
+
+
+@pytest.fixture
+def copy(tiny_package: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_package, tmp_path / "copy"))
+
+
+def test_the_demo_verifies_on_text_and_the_report_says_how(demo_package: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(demo_package, tmp_path / "copy"))
+    (report,) = verify(copy, open_checkpoint("demo"), variants=["fp32", "fp32"])
+    assert report.passed
+    assert report.tokens_from == "text, the last row random ids"
+    assert report.sequences == LENGTHS
+    assert [c.positions for c in report.cases] == [61, 61, 61, 111, 111, 111]
+    assert all(c.top1 == c.top5 == 1.0 for c in report.cases)
+    assert all(c.kl_mean < 1e-10 and c.max_abs < 1e-3 for c in report.cases)
+    document = read_sealed(copy / "parity.json")["variants"]["fp32"]
+    assert document["passed"] is True
+    assert document["gate"]["error_ratio"] == 4.0
+    assert len(document["cases"]) == 6
+    assert "fp32     passed on ort" in inspect(copy)
+    table = format_reports([report])
+    assert "72 of 72 tokens equal over 3 prompts" in table
+    assert "FAIL" not in table
+
+
+def test_parity_json_is_sealed_and_bound_to_its_export(copy: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    verify(copy, open_checkpoint(str(tiny_checkpoint)))
+    raw = (copy / "parity.json").read_bytes()
+    (copy / "parity.json").write_bytes(raw.replace(b"true", b"TRUE"[:0] + b"true ", 1))
+    with pytest.raises(IntegrityError, match=r"parity\.json"):
+        inspect(copy)
+    other = make_checkpoint(tmp_path / "other", seed=3)
+    export(open_checkpoint(str(other)), tmp_path / "new")
+    (tmp_path / "new" / "parity.json").write_bytes(raw)
+    with pytest.raises(IntegrityError, match="of another export"):
+        inspect(tmp_path / "new")
+    verify(tmp_path / "new", open_checkpoint(str(other)))  # and is simply replaced
+    assert "passed" in inspect(tmp_path / "new")
+
+
+def test_other_weights_fail(copy: Path, tmp_path: Path) -> None:
+    (report,) = verify(copy, open_checkpoint(str(make_checkpoint(tmp_path / "other", seed=1))))
+    assert not report.passed
+    assert read_sealed(copy / "parity.json")["variants"]["fp32"]["passed"] is False
+    assert "FAILED" in inspect(copy)
+    assert "FAIL" in format_reports([report])
+
+
+def test_another_vocabulary_is_not_compared(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="vocab_size differ"):
+        verify(copy, open_checkpoint(str(make_checkpoint(tmp_path / "other", vocab_size=137))))
+
+
+def test_unknown_variants_are_named(copy: Path, tiny_checkpoint: Path) -> None:
+    with pytest.raises(VariantNotFoundError, match="no variant 'q4'; it has fp32"):
+        verify(copy, open_checkpoint(str(tiny_checkpoint)), variants=["q4"])
+
+
+def test_a_damaged_package_is_not_measured(copy: Path, tiny_checkpoint: Path) -> None:
+    with (copy / "onnx" / "model.onnx_data").open("r+b") as file:
+        file.seek(1000)
+        file.write(b"\x01")
+    with pytest.raises(IntegrityError, match=r"model\.onnx_data"):
+        verify(copy, open_checkpoint(str(tiny_checkpoint)))
+    assert not (copy / "parity.json").exists()
+
+
+def test_float64_reference_is_exact_in_the_norms_too(tiny_checkpoint: Path) -> None:
+    """transformers' own float64 model still rounds every norm to float32: 1e-7, as large as what is measured."""
+    ids = [np.arange(31, dtype=np.int64)]
+    checkpoint = open_checkpoint(str(tiny_checkpoint))
+    with open_reference(checkpoint, "fp64") as reference:
+        exact = reference.logits(ids)[0]
+    with open_reference(checkpoint, "fp32") as reference:
+        single = reference.logits(ids)[0]
+    naive = Olmo2ForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float64)
+    with torch.inference_mode():
+        rounded = naive(torch.from_numpy(ids[0])[None]).logits[0].numpy()
+    assert exact.dtype == np.float64
+    assert single.dtype == np.float32
+    own_error = np.abs(single - exact).max()
+    assert 1e-8 < np.abs(rounded - exact).max() < own_error < 1e-5
+
+
+def test_greedy_of_the_reference_is_generate(tiny_checkpoint: Path) -> None:
+    prompt = np.array([3, 1, 4, 1, 5], dtype=np.int64)
+    with open_reference(open_checkpoint(str(tiny_checkpoint)), "fp32") as reference:
+        tokens, gaps = reference.greedy(prompt, 9)
+    model: Any = Olmo2ForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    expected = model.generate(torch.from_numpy(prompt)[None], max_new_tokens=9, do_sample=False, eos_token_id=None)
+    assert tokens.tolist() == expected[0, 5:].tolist()
+    assert (gaps >= 0).all()
+
+
+def test_reference_config_of_old_form_is_read_by_transformers_too(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "c", old_config=True)
+    assert "rope_theta" in json.loads((folder / "config.json").read_text())
