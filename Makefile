@@ -4,7 +4,7 @@
 
 MODEL     ?= demo
 REVISION  ?=
-OUT       ?= packages/$(notdir $(patsubst %/,%,$(MODEL)))
+OUT       ?= packages/$(shell basename "$(MODEL)")
 VARIANTS  ?= fp32
 PRECISION ?= bf16
 PROMPT    ?= In the beginning
@@ -37,7 +37,9 @@ export: $(STAMP) ## MODEL -> package, parity, TensorRT engine, and a sample of t
 	$(BIN)/olmo2-export export "$(MODEL)" --out "$(OUT)" --force $(REVISION_FLAG) $(addprefix --variant ,$(VARIANTS))
 	$(BIN)/olmo2-export verify "$(OUT)" --reference "$(MODEL)" $(REVISION_FLAG)
 	$(BIN)/olmo2-export build "$(OUT)" --precision $(PRECISION)
-	$(BIN)/olmo2-run generate "$(OUT)" --prompt "$(PROMPT)" --max-new-tokens 80 --stats
+	@if [ -f "$(OUT)/tokenizer.json" ]; \
+	then $(BIN)/olmo2-run generate "$(OUT)" --prompt "$(PROMPT)" --max-new-tokens 80 --stats; \
+	else echo "$(MODEL) has no tokenizer.json: no sample of text"; fi
 
 test: $(STAMP) ## the tests
 	$(BIN)/python -m pytest

@@ -71,9 +71,8 @@ MAX_CACHE_LENGTH = 4096
 PREFILL_CHUNK = 512
 """tokens: the default length of the longest prefill call"""
 MAX_BATCH_SIZE = 4
-"""the default batch. A profile fixed at one row gets a weight layout of its own, so that the plan and the GPU's memory
-hold every linear weight twice (1B bf16: 4.9 instead of 2.8 GB); above 4 rows, decode loses the attention kernel that
-reads the cache in place"""
+"""rows: the default batch. A decode profile fixed at one row gets a weight layout of its own, so that the plan, and the
+GPU's memory, hold every linear weight twice (1B bf16: 4.9 instead of 3.0 GB)"""
 
 
 @dataclass(frozen=True)
@@ -110,8 +109,9 @@ def build(
         precision: of weights, activations and cache: bf16, fp16 or fp32. fp32 is for comparison: TensorRT has no
             attention kernel for it and composes one, at some cost in speed and memory.
         compute_capabilities: the GPUs the plan is for, such as "8.9".
-        max_batch_size: rows per call; 1 gives a plan that is larger and reads its weights faster. See MAX_BATCH_SIZE.
+        max_batch_size: rows per call; 1 gives a larger plan, made for single tokens. See MAX_BATCH_SIZE.
         max_cache_length: tokens that each row's cache holds; None means the model's context, at most MAX_CACHE_LENGTH.
+            Each decode step reads the whole cache, filled or not: shorter is faster.
         prefill_chunk: tokens per row and prefill call; None means PREFILL_CHUNK, or the cache if that is shorter.
         backend: trt_rtx, or trt, which builds on and for the GPU at hand.
         progress: show a bar on standard error.

@@ -3,8 +3,8 @@
     python -m olmo2_export.engine_compiler REQUEST.json
 
 Why a process of its own: TensorRT numbers things in the order of their addresses, so that two plans of one graph are
-byte-identical only if addresses are not randomised, which has to be asked for before a process starts; what TensorRT
-allocates (three times the plan, and more) is given back whole; and a build that is interrupted leaves nothing behind.
+byte-identical only if memory is laid out in the same way, which has to be arranged before a process starts; what
+TensorRT allocates, more than twice the plan, is given back whole; and a build can be killed at any time.
 
 Standard output carries one JSON message a line: {"phase": name}, {"log": level, "text": text}, and last either
 {"result": CompileResult} or {"error": class name of `runtimes.errors`, "text": text}.
@@ -98,13 +98,11 @@ def compile_plan(request: CompileRequest, on_phase: Callable[[str], None]) -> Co
         for ranges in request.profiles.values():
             _add_profile(builder, config, ranges)
         config.progress_monitor = monitor = tensorrt.progress_monitor(on_phase)
-        with tensorrt.collected() as messages:
-            plan = builder.build_serialized_network(network, config)
-        del monitor  # it had to live until here: TensorRT holds no reference
-        if plan is None:
-            raise EngineBuildError(f"TensorRT {tensorrt.version} could not build {request.graph}: {_texts(messages)}")
-        on_phase("Writing the plan")
-        Path(request.plan).write_bytes(plan)
+        with tensorrt.collected() as messages, Path(request.plan).open("wb") as file:
+            built = tensorrt.build_to_file(builder, network, config, file)
+        del monitor  # it had to live until here: TensorRT does not keep it alive
+        if not built:
+            raise EngineBuildError(f"TensorRT {tensorrt.version} could not build the engine: {_texts(messages)}")
     return CompileResult(
         backend_version=tensorrt.version,
         layer_counts=counts,
@@ -201,12 +199,12 @@ def _texts(messages: Sequence[Message]) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Compile what the request file says; return the exit code. See the top of this file for what is printed."""
-    fixed = _fix_addresses()
+    reproducible = _be_reproducible()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would wait for the end of the build
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints must not mix with the messages
     logging.basicConfig(level=logging.DEBUG, handlers=[_ChannelHandler(channel)])
-    if not fixed:
+    if not reproducible:
         logger.info("addresses are randomised here: two plans of one graph can differ in some bytes")
 
     def send(message: dict[str, object]) -> None:
@@ -214,13 +212,8 @@ def main(arguments: Sequence[str]) -> int:
 
     try:
         request = read_request(Path(arguments[0]))
-        import threading
-
-        box = []
-        t = threading.Thread(target=lambda: box.append(compile_plan(request, lambda phase: send({"phase": phase}))))
-        t.start()
-        t.join()
-        result = box[0]
+        with ThreadPoolExecutor(max_workers=1) as pool:  # a thread allocates from a heap of its own, untouched so far
+            result = pool.submit(compile_plan, request, lambda phase: send({"phase": phase})).result()
     except Olmo2ExportError as error:
         send({"error": type(error).__name__, "text": str(error)})
         return error.exit_code
@@ -253,15 +246,21 @@ class _ChannelHandler(logging.Handler):
         self.channel.write(json.dumps({"log": record.levelno, "text": record.getMessage()}) + "\n")
 
 
-def _fix_addresses() -> bool:
-    """Start this process again without address randomisation; tell whether it runs without."""
+def _be_reproducible() -> bool:
+    """Make this process allocate memory in the same way each time; tell whether the system let it.
+
+    Addresses are not randomised, for which the process starts again, and TensorRT's threads take turns on one CPU,
+    which costs little: its work is serial but for the generation of kernels.
+    """
     if sys.platform != "linux":
         return False
+    cpus = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cpus[os.getpid() % len(cpus)]})
     libc = ctypes.CDLL(None)
     current = libc.personality(0xFFFFFFFF)  # reads it
-    if current == -1 or current & _ADDR_NO_RANDOMIZE:
-        return bool(current != -1)
-    if libc.personality(current | _ADDR_NO_RANDOMIZE) != -1:
+    if current != -1 and current & _ADDR_NO_RANDOMIZE:
+        return True
+    if current != -1 and libc.personality(current | _ADDR_NO_RANDOMIZE) != -1:
         os.execv(sys.executable, sys.orig_argv)
     return False
 

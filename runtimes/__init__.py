@@ -9,7 +9,6 @@ Text in and text out: `runtimes.generate`. Command line: `olmo2-run`, or `python
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
@@ -25,7 +24,7 @@ from runtimes.errors import (
     UsageError,
     VariantNotFoundError,
 )
-from runtimes.manifest import FileEntry, Variant, check_files, find_variant, load_manifest
+from runtimes.manifest import check_files, find_variant, load_manifest
 from runtimes.runner import Runner
 
 __all__ = [
@@ -89,17 +88,7 @@ def open_runner(
                 ) from error
             model = load_manifest(folder).model
             chosen, files = find_variant(folder, variant)
-            _check_files(folder, files, chosen, check_hashes)
+            check_files(folder, files, chosen.files, hashes=check_hashes)
             return open_ort(folder, chosen, model, threads)
         case _:
             raise BackendError(f"backend {backend!r}: there is {', '.join(get_args(Backend))}")
-
-
-def _check_files(folder: Path, files: Mapping[str, FileEntry], variant: Variant, check_hashes: bool) -> None:
-    if check_hashes:
-        check_files(folder, files, variant.files)
-        return
-    for name in variant.files:
-        path, entry = folder / name, files.get(name)
-        if entry is None or not path.is_file() or path.stat().st_size != entry.size:
-            check_files(folder, files, [name])  # which raises, and says why

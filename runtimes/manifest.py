@@ -12,11 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from runtimes.errors import IntegrityError, PackageError, PackageNotFoundError, VariantNotFoundError
 
@@ -24,6 +24,7 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 TRT_FOLDER = "trt"
 _HASH_CHUNK = 1 << 20
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,8 @@ def load_manifest(package: str | os.PathLike[str]) -> Manifest:
         PackageNotFoundError: no such folder, or no manifest in it.
         IntegrityError: the manifest was changed.
     """
-    return _manifest(_read(Path(package), MANIFEST_NAME))
+    path = Path(package) / MANIFEST_NAME
+    return _parse(path, _manifest, _read(Path(package), MANIFEST_NAME))
 
 
 def load_trt_manifest(package: str | os.PathLike[str]) -> TrtManifest | None:
@@ -235,13 +237,13 @@ def load_trt_manifest(package: str | os.PathLike[str]) -> TrtManifest | None:
         IntegrityError: the manifest was changed, or was built from another export than the one in the folder.
     """
     package = Path(package)
-    if not (package / TRT_FOLDER / MANIFEST_NAME).is_file():
+    path = package / TRT_FOLDER / MANIFEST_NAME
+    if not path.is_file():
         return None
-    manifest = _trt_manifest(_read(package, f"{TRT_FOLDER}/{MANIFEST_NAME}"))
+    manifest = _parse(path, _trt_manifest, _read(package, f"{TRT_FOLDER}/{MANIFEST_NAME}"))
     if manifest.package_checksum != package_checksum(package):
         raise IntegrityError(
-            f"{package / TRT_FOLDER / MANIFEST_NAME}: built from another export than {MANIFEST_NAME} beside it; "
-            f"run: olmo2-export build {package}"
+            f"{path}: built from another export than {MANIFEST_NAME} beside it; run: olmo2-export build {package}"
         )
     return manifest
 
@@ -263,14 +265,14 @@ def find_variant(package: str | os.PathLike[str], name: str | None) -> tuple[Var
     """
     manifest = load_manifest(package)
     if name is None:
-        return next(iter(manifest.variants.values())), manifest.files
+        name = next(iter(manifest.variants), "")
     if name in manifest.variants:
         return manifest.variants[name], manifest.files
     trt = load_trt_manifest(package)
     if trt is not None and name in trt.variants:
         return trt.variants[name], trt.files
     known = [*manifest.variants, *(trt.variants if trt else ())]
-    raise VariantNotFoundError(f"{package}: no variant {name!r}; it has {', '.join(known)}")
+    raise VariantNotFoundError(f"{package}: no variant {name!r}; it has {', '.join(known) or 'none'}")
 
 
 def hash_file(path: Path) -> FileEntry:
@@ -290,13 +292,16 @@ def hash_files(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
         return dict(zip(names, pool.map(hash_file, [folder / n for n in names]), strict=True))
 
 
-def check_files(package: Path, files: Mapping[str, FileEntry], names: Iterable[str] | None = None) -> None:
+def check_files(
+    package: Path, files: Mapping[str, FileEntry], names: Iterable[str] | None = None, *, hashes: bool = True
+) -> None:
     """Compare files with what the manifest says of them: presence and size first, then sha256.
 
     Args:
         package: the package folder.
         files: the manifest's table.
         names: which of them; None means all.
+        hashes: False stops after presence and size, without reading the files.
 
     Raises:
         IntegrityError: naming every file that differs.
@@ -314,7 +319,7 @@ def check_files(package: Path, files: Mapping[str, FileEntry], names: Iterable[s
             problems.append(f"{name}: {size} bytes, the manifest says {files[name].size}")
         else:
             to_hash.append(name)
-    for name, entry in hash_files(package, to_hash).items():
+    for name, entry in hash_files(package, to_hash if hashes else ()).items():
         if entry.sha256 != files[name].sha256:
             problems.append(f"{name}: sha256 {entry.sha256[:12]}..., the manifest says {files[name].sha256[:12]}...")
     if problems:
@@ -332,6 +337,13 @@ def _read(package: Path, name: str) -> dict[str, Any]:
             f"{package}: not a package (no {name}); make one with: olmo2-export export MODEL --out DIR"
         )
     return read_sealed(path)
+
+
+def _parse(path: Path, parse: Callable[[Mapping[str, Any]], _T], document: Mapping[str, Any]) -> _T:
+    try:
+        return parse(document)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PackageError(f"{path}: not the fields of format {FORMAT_VERSION} ({error}); export it again") from error
 
 
 def _manifest(document: Mapping[str, Any]) -> Manifest:

@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from runtimes.errors import BackendError
 
@@ -108,6 +108,35 @@ class TensorRT:
                 pass
 
         return Monitor()
+
+    def build_to_file(self, builder: Any, network: Any, config: Any, file: BinaryIO) -> bool:
+        """Build a plan and write it as it is made, without a second copy of it in memory.
+
+        Returns:
+            Whether TensorRT could build it; if not, `messages` say why.
+
+        Raises:
+            OSError: the file could not be written.
+        """
+        base: Any = self.module.IStreamWriter
+        failures: list[OSError] = []
+
+        class Writer(base):  # type: ignore[misc]  # the bindings are untyped
+            def __init__(self) -> None:
+                base.__init__(self)
+
+            def write(self, data: bytes) -> int:
+                try:
+                    return file.write(data)
+                except OSError as error:  # it cannot pass through the library
+                    failures.append(error)
+                    return 0
+
+        writer = Writer()
+        built = bool(builder.build_serialized_network_to_stream(network, config, writer))
+        if failures:
+            raise failures[0]
+        return built
 
 
 def check_installed(backend: TensorRTBackend) -> None:

@@ -133,7 +133,7 @@ class OrtRunner(ABC, Generic[Cache]):
         if self._session is None:
             raise UsageError("the runner is closed; open another")
         binding = self._session.io_binding()
-        for name, array in feeds.items():
+        for name, array in feeds.items():  # read in place, so `feeds` must live until the run is over; here it does
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         for name, value in past.items():
             binding.bind_ortvalue_input(name, value)

@@ -64,7 +64,7 @@ def test_tied_head_that_differs_from_the_embedding_is_refused(tmp_path: Path) ->
     edit(folder, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
     check(folder)
     edit(folder, lambda w: w.update({"lm_head.weight": w["lm_head.weight"] * 2}))
-    with pytest.raises(CheckpointError, match="tied to model.embed_tokens.weight"):
+    with pytest.raises(CheckpointError, match=r"tied to model\.embed_tokens\.weight"):
         check(folder)
 
 
@@ -145,7 +145,7 @@ def test_truncated_and_overlong_files_are_refused(folder: Path) -> None:
     whole = path.read_bytes()
     for damaged in (whole[:-1], whole + b"\0", whole[:1000]):
         path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match="promises|truncated"):
+        with pytest.raises(CheckpointError, match=r"promises|truncated"):
             open_checkpoint(str(folder))
 
 
@@ -170,7 +170,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
 def test_shards_outside_the_folder_are_refused(folder: Path, name: str) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
-    with pytest.raises(CheckpointError, match="a shard is a .safetensors file in the same folder"):
+    with pytest.raises(CheckpointError, match=r"a shard is a \.safetensors file in the same folder"):
         open_checkpoint(str(folder))
 
 

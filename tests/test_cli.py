@@ -108,7 +108,8 @@ def test_run_raises_what_main_reports(tmp_path: Path) -> None:
 
 def test_module_and_script_are_the_same_and_light() -> None:
     """Help must not wait for torch."""
-    code = "import sys; from olmo2_export.cli import parse_args; parse_args(['inspect', 'x']); print('torch' in sys.modules)"
+    code = "import sys; from olmo2_export.cli import parse_args; parse_args(['inspect', 'x']); "
+    code += "print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
     for command in ([sys.executable, "-m", "olmo2_export"], [str(Path(sys.executable).parent / "olmo2-export")]):
         result = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)

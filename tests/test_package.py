@@ -31,8 +31,9 @@ from runtimes.errors import (
     PackageNotFoundError,
     ResourceError,
     UsageError,
+    VariantNotFoundError,
 )
-from runtimes.manifest import MANIFEST_NAME, check_files, load_manifest, read_sealed, seal
+from runtimes.manifest import MANIFEST_NAME, check_files, find_variant, load_manifest, read_sealed, seal
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -331,6 +332,18 @@ def test_a_manifest_of_another_format_says_so(tiny_package: Path, tmp_path: Path
     (copy / MANIFEST_NAME).write_bytes(seal(document | {"format_version": 99}))
     with pytest.raises(PackageError, match="format_version 99, this version reads 1"):
         load_manifest(copy)
+
+
+def test_a_manifest_with_other_fields_says_so(tiny_package: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_package, tmp_path / "copy"))
+    document = read_sealed(copy / MANIFEST_NAME)
+    for damaged in (document | {"model": {"size": 3}}, {k: v for k, v in document.items() if k != "files"}):
+        (copy / MANIFEST_NAME).write_bytes(seal(damaged))
+        with pytest.raises(PackageError, match="not the fields of format 1"):
+            load_manifest(copy)
+    (copy / MANIFEST_NAME).write_bytes(seal(document | {"variants": {}}))
+    with pytest.raises(VariantNotFoundError, match="it has none"):
+        find_variant(copy, None)
 
 
 def test_a_manifest_that_leads_outside_is_refused(tiny_package: Path, tmp_path: Path) -> None:

@@ -26,21 +26,23 @@ from runtimes.errors import FailedError, FusionError, first_names
 
 
 class WeightRounding:
-    """Rounds weights, one at a time and only when they are read, to nearest-even; remembers those that overflow."""
+    """Rounds weights to nearest-even, one at a time and only when they are read; remembers those that overflow."""
 
-    def __init__(self, dtype: ir.DataType) -> None:
-        self.dtype = dtype
+    def __init__(self, precision: ir.DataType) -> None:
+        self.precision = precision
         self.overflowed: set[str] = set()
 
-    def __call__(self, name: str, tensor: ir.TensorProtocol) -> ir.LazyTensor:
+    def __call__(self, name: str, tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.LazyTensor:
         def rounded() -> ir.TensorProtocol:
             with np.errstate(over="ignore"):  # it is looked for below
-                data = tensor.numpy().astype(self.dtype.numpy())
+                data = tensor.numpy().astype(dtype.numpy())
+            if isinstance(tensor, ir.ExternalTensor):
+                tensor.release()  # it has mapped the whole file
             if not np.isfinite(data).all():
                 self.overflowed.add(name)
-            return ir.Tensor(data, dtype=self.dtype, name=name)
+            return ir.Tensor(data, dtype=dtype, name=name)
 
-        return ir.LazyTensor(rounded, dtype=self.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
+        return ir.LazyTensor(rounded, dtype=dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
 
     def check(self) -> None:
         """Refuse weights that did not fit; to be called when all have been read.
@@ -51,7 +53,7 @@ class WeightRounding:
         if self.overflowed:
             names = sorted(self.overflowed)
             raise FailedError(
-                f"{len(names)} tensors have weights beyond the range of {self.dtype.name.lower()}: "
+                f"{len(names)} tensors have weights beyond the range of {self.precision.name.lower()}: "
                 f"{first_names(names)}; use --precision bf16, which has the range of float32"
             )
 
@@ -107,8 +109,6 @@ def _dtype_of(node: ir.Node, precision: ir.DataType) -> ir.DataType:
 
 def _give(weight: ir.Value, dtype: ir.DataType, rounding: WeightRounding) -> None:
     """Give an initializer its dtype, and its data a rounding to it."""
-    if dtype == weight.dtype:
-        return
     weight.dtype = dtype
     if weight.const_value is not None:
-        weight.const_value = rounding(name_of(weight), weight.const_value)
+        weight.const_value = rounding(name_of(weight), weight.const_value, dtype)
