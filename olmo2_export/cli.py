@@ -108,7 +108,7 @@ def _export(args: argparse.Namespace) -> int:
     size = sum(entry.size for entry in manifest.files.values())
     at = f"@{manifest.source.revision[:12]}" if manifest.source.revision else ""
     for variant in manifest.variants.values():
-        counts = ", ".join(f"{n} {op}" for op, n in variant.op_counts.items())
+        counts = ", ".join(f"{n} {op}" for op, n in variant.op_counts.items() if n)
         print(f"{variant.name}: opset {variant.opset}, {counts}")
     print(
         f"exported {manifest.source.model}{at} to {args.out}: {_megabytes(size)} in {seconds:.1f} s, "

@@ -22,6 +22,8 @@ import logging
 import os
 import re
 import selectors
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,7 +40,14 @@ from olmo2_export.engine_compiler import CompileRequest, CompileResult
 from olmo2_export.fuse import check_op_counts
 from olmo2_export.package import replace_folder, save_graph
 from olmo2_export.trt_graph import PRECISIONS, Precision, expected_op_counts, load_static_graph, static_variant
-from runtimes.errors import EngineBuildError, IntegrityError, Olmo2ExportError, UsageError, VariantNotFoundError
+from runtimes.errors import (
+    EngineBuildError,
+    IntegrityError,
+    Olmo2ExportError,
+    ResourceError,
+    UsageError,
+    VariantNotFoundError,
+)
 from runtimes.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -62,6 +71,8 @@ from runtimes.nvidia import RTX_CAPABILITIES, TensorRTBackend, check_installed
 
 logger = logging.getLogger(__name__)
 
+COMPILER = "olmo2_export.engine_compiler"
+"""the module that is run in a process of its own"""
 _ENVIRONMENT = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")  # what a compiler may need
 
 CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
@@ -140,7 +151,8 @@ def build(
         kept = _kept(package, precision)
         _link(kept.files, package, staging)
         variant = _write_graph(package, manifest, staging, precision, capacity)
-        graph_seconds = time.monotonic()
+        compile_start = time.monotonic()
+        _check_space(staging, variant)
         plan = f"{TRT_FOLDER}/model_{precision}.{backend}.engine"
         request = CompileRequest(
             backend=backend,
@@ -154,7 +166,7 @@ def build(
             layer_counts=_expected_layers(manifest.model),
         )
         result = _compile(request, progress)
-        compile_seconds = time.monotonic() - graph_seconds
+        compile_seconds = time.monotonic() - compile_start
         engine = Engine(
             name=f"{backend}_{precision}",
             plan=plan,
@@ -268,6 +280,18 @@ def _write_graph(package: Path, manifest: Manifest, staging: Path, precision: Pr
     return variant
 
 
+def _check_space(staging: Path, variant: Variant) -> None:
+    """Refuse to compile a plan that the disk cannot hold: it is at least as large as the weights.
+
+    Raises:
+        ResourceError: with both numbers.
+    """
+    needed = sum((staging / Path(name).name).stat().st_size for name in variant.files)
+    free = shutil.disk_usage(staging).free
+    if needed > free:
+        raise ResourceError(f"{staging.parent}: the plan needs {needed:,} bytes or more, {free:,} are free")
+
+
 def _profile(variant: Variant, max_batch_size: int, max_sequence_length: int) -> tuple[ProfileRange, ...]:
     """Return the shapes of every input: from one row and token, best at one row, to the maximum of both."""
 
@@ -327,18 +351,13 @@ def _compile(request: CompileRequest, progress: bool) -> CompileResult:
         request_file = Path(folder) / "request.json"
         request_file.write_text(json.dumps(asdict(request)))
         with (Path(folder) / "stderr").open("w+b") as stderr:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "olmo2_export.engine_compiler", str(request_file)],
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                env=_environment(),
-            )
-            try:
-                outcome = _follow(process, Path(request.plan).name, progress)
-                process.wait()
-            finally:
-                process.kill()
-                process.wait()
+            command = [sys.executable, "-m", COMPILER, str(request_file)]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=_environment()) as process:
+                try:
+                    outcome = _follow(process, Path(request.plan).name, progress)
+                except BaseException:  # an interrupt included
+                    process.kill()
+                    raise
             stderr.seek(0)
             printed = stderr.read().decode(errors="replace").strip()
     if printed:
@@ -349,6 +368,11 @@ def _compile(request: CompileRequest, progress: bool) -> CompileResult:
         kind = getattr(runtimes.errors, outcome["error"])
         assert issubclass(kind, Olmo2ExportError)  # the compiler sends no others
         raise kind(outcome["text"])
+    if process.returncode == -signal.SIGKILL:
+        raise ResourceError(
+            "the TensorRT process was killed, as the system does when memory runs out; it needs about "
+            "three times the plan"
+        )
     last = printed.splitlines()[-1] if printed else "it printed nothing"
     raise EngineBuildError(f"the TensorRT process ended with code {process.returncode}: {last}")
 

@@ -91,6 +91,7 @@ def compile_plan(request: CompileRequest, on_phase: Callable[[str], None]) -> Co
     on_phase("Parsing the graph")
     with _mapped_weights(Path(request.graph)) as (model, weights):
         _parse(tensorrt, parser, model, weights)
+        _check_inputs(network)
         counts = check_layers(_layer_types(network), request.layer_counts)
         config = builder.create_builder_config()
         config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32
@@ -103,6 +104,7 @@ def compile_plan(request: CompileRequest, on_phase: Callable[[str], None]) -> Co
         del monitor  # it had to live until here: TensorRT does not keep it alive
         if not built:
             raise EngineBuildError(f"TensorRT {tensorrt.version} could not build the engine: {_texts(messages)}")
+        check_messages(messages)
     return CompileResult(
         backend_version=tensorrt.version,
         layer_counts=counts,
@@ -124,7 +126,7 @@ def check_layers(found: Mapping[str, int], expected: Mapping[str, int]) -> dict[
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Refuse a parse during which TensorRT said that it left something out.
+    """Refuse a network of which TensorRT said that it left something out.
 
     Raises:
         EngineBuildError: with what it said.
@@ -166,12 +168,31 @@ def _parse(tensorrt: TensorRT, parser: Any, model: bytes, weights: Mapping[str, 
         if refused:
             raise EngineBuildError(f"TensorRT {tensorrt.version} did not take the weights {first_names(refused)}")
         ok = ok and parser.parse_model_proto()
-    errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+    errors = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
     if not ok or errors:
         raise EngineBuildError(
             f"TensorRT {tensorrt.version} cannot parse the graph: {'; '.join(errors) or _texts(messages)}"
         )
     check_messages(messages)
+
+
+def _parser_error(error: Any) -> str:
+    where = f" at {error.node_operator()} {error.node_name()}" if error.node_operator() else ""
+    return f"{error.desc()}{where}"
+
+
+def _check_inputs(network: Any) -> None:
+    """Refuse a network that does not read all of its inputs: the parser has left something out.
+
+    Raises:
+        EngineBuildError: naming them.
+    """
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    tensors = [layer.get_input(index) for layer in layers for index in range(layer.num_inputs)]
+    read = {tensor.name for tensor in tensors if tensor is not None}
+    inputs = [network.get_input(index).name for index in range(network.num_inputs)]
+    if unused := [name for name in inputs if name not in read]:
+        raise EngineBuildError(f"TensorRT would not compute what the graph says: unused input {', '.join(unused)}")
 
 
 def _add_profile(builder: Any, config: Any, ranges: Sequence[ProfileRange]) -> None:

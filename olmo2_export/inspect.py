@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from olmo2_export.verify import PARITY_NAME
 from runtimes.errors import IntegrityError
 from runtimes.manifest import (
     Engine,
+    FileEntry,
     Manifest,
     TensorSpec,
-    TrtManifest,
     Variant,
     check_files,
     load_manifest,
@@ -36,12 +36,12 @@ def inspect(package: Path) -> str:
     """
     manifest = load_manifest(package)
     trt = load_trt_manifest(package)
-    check_files(package, manifest.files | (trt.files if trt else {}))
-    parity = _parity_lines(package)
-    sections = [_model(package, manifest), *(_variant(v) for v in manifest.variants.values())]
-    if trt:
-        sections += [*(_variant(v) for v in trt.variants.values()), *(_engine(e) for e in trt.engines.values())]
-    sections += [_files(manifest, trt), parity]
+    variants = manifest.variants | (trt.variants if trt else {})
+    files = manifest.files | (trt.files if trt else {})
+    check_files(package, files)
+    sections = [_model(package, manifest), *map(_variant, variants.values())]
+    sections += map(_engine, trt.engines.values() if trt else ())
+    sections += [_files(files), _parity(package, {name: files[v.graph].sha256 for name, v in variants.items()})]
     return "\n\n".join("\n".join(lines) for lines in sections)
 
 
@@ -60,7 +60,7 @@ def _model(package: Path, manifest: Manifest) -> list[str]:
 
 def _variant(variant: Variant) -> list[str]:
     kv = variant.kv_cache
-    counts = ", ".join(f"{n} {op}" for op, n in variant.op_counts.items())
+    counts = ", ".join(f"{n} {op}" for op, n in variant.op_counts.items() if n)
     return [
         f"variant {variant.name}: {variant.graph}, {variant.precision}, opset {variant.opset}",
         f"  ops      {counts}",
@@ -90,14 +90,13 @@ def _engine(engine: Engine) -> list[str]:
     return lines
 
 
-def _files(manifest: Manifest, trt: TrtManifest | None) -> list[str]:
-    entries = manifest.files | (trt.files if trt else {})
-    width = max(len(name) for name in entries)
-    rows = [f"  {name:<{width}}  {entry.size:>15,}  sha256 {entry.sha256[:16]}" for name, entry in entries.items()]
-    return [f"{len(entries)} files, {sum(e.size for e in entries.values()):,} bytes", *rows]
+def _files(files: Mapping[str, FileEntry]) -> list[str]:
+    width = max(len(name) for name in files)
+    rows = [f"  {name:<{width}}  {entry.size:>15,}  sha256 {entry.sha256[:16]}" for name, entry in files.items()]
+    return [f"{len(files)} files, {sum(entry.size for entry in files.values()):,} bytes", *rows]
 
 
-def _parity_lines(package: Path) -> list[str]:
+def _parity(package: Path, graphs: Mapping[str, str]) -> list[str]:
     path = package / PARITY_NAME
     if not path.is_file():
         return [f"parity: never verified; run: olmo2-export verify {package} --reference MODEL"]
@@ -106,6 +105,9 @@ def _parity_lines(package: Path) -> list[str]:
         raise IntegrityError(f"{path}: of another export; run: olmo2-export verify {package} --reference MODEL")
     lines = [f"parity against {document['reference']['model']}"]
     for name, report in document["variants"].items():
+        if report["graph_sha256"] != graphs.get(name):
+            lines.append(f"  {name:<8} of an earlier graph; verify it again")
+            continue
         worst = max((float(c["error_ratio"]) for c in report["cases"]), default=float("nan"))
         verdict = "passed" if report["passed"] else "FAILED"
         lines.append(f"  {name:<8} {verdict} on {report['backend']}: worst error {worst:.2f} x PyTorch's own")

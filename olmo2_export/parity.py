@@ -93,6 +93,8 @@ class ParityReport:
     variant: str
     backend: str
     precision: str
+    graph_sha256: str
+    """of the ONNX file that was run"""
     sequences: tuple[int, ...]
     """lengths of the token sequences"""
     tokens_from: str

@@ -145,7 +145,8 @@ def measure(package: Path, variant: str, truth: Truth, backend: Literal["ort"] =
     Raises:
         IntegrityError: the variant's files changed.
     """
-    precision = find_variant(package, variant)[0].precision
+    entry, files = find_variant(package, variant)
+    precision = entry.precision
     gate, own = GATES[precision], truth.own[precision]
     with open_runner(package, variant=variant, backend=backend) as runner:
         cases = [
@@ -161,6 +162,7 @@ def measure(package: Path, variant: str, truth: Truth, backend: Literal["ort"] =
         variant=variant,
         backend=backend,
         precision=precision,
+        graph_sha256=files[entry.graph].sha256,
         sequences=tuple(len(s) for s in truth.sequences),
         tokens_from=truth.tokens_from,
         seed=SEED,

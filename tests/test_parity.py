@@ -93,7 +93,7 @@ def test_a_report_with_nan_is_still_json() -> None:
 
     case = failed_case("prefill", 1, "nothing came")
     report = ParityReport(
-        "fp32", "ort", "fp32", (3,), "random ids", 0, GATE, (case,), GreedyResult(0, 0, 0, 0, ()), {"torch": "2"}
+        "fp32", "ort", "fp32", "abc", (3,), "random ids", 0, GATE, (case,), GreedyResult(0, 0, 0, 0, ()), {"torch": "2"}
     )
     document = json.loads(json.dumps(report.to_document(), allow_nan=False))
     assert document["passed"] is False

@@ -41,5 +41,6 @@ def float32_norm(model: ir.Model) -> int:
 
 
 def _is_done(node: ir.Node) -> bool:
-    users = [use.node for use in node.outputs[0].uses()]
-    return any(user.meta.get(TO_PRECISION, False) for user in users)
+    x = node.inputs[0]
+    producer = x.producer() if x is not None else None
+    return producer is not None and is_op(producer, "Cast") and TO_PRECISION not in producer.meta

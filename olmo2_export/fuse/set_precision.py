@@ -53,7 +53,7 @@ class WeightRounding:
         if self.overflowed:
             names = sorted(self.overflowed)
             raise FailedError(
-                f"{len(names)} tensors have weights beyond the range of {self.precision.name.lower()}: "
+                f"weights beyond the range of {self.precision.name.lower()} in {len(names)} of the tensors: "
                 f"{first_names(names)}; use --precision bf16, which has the range of float32"
             )
 
