@@ -272,7 +272,7 @@ def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 def _count_non_finite(tensor: torch.Tensor) -> int:
     """Count NaN and Inf, in pieces that stay in the processor's cache."""
     count = 0
-    for piece in tensor.flatten().split(_PIECE):
+    for piece in torch.split(tensor.flatten(), _PIECE):
         # A float64 sum of float32 numbers is finite if and only if they all are, and much faster than asking each.
         if not math.isfinite(piece.sum(dtype=torch.float64).item()):
             count += int((~torch.isfinite(piece)).sum().item())

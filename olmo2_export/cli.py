@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
+from typing import NoReturn
 
-from runtimes.errors import Olmo2ExportError
+from runtimes.errors import Olmo2ExportError, UsageError
+from runtimes.signals import Interrupted, interruptible
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; bad usage exits with 2 before anything is imported or written."""
-    parser = argparse.ArgumentParser(prog="olmo2-export", description="OLMo 2 from checkpoint to verified inference.")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks and debug logging")
+    """Parse the command line.
+
+    Raises:
+        UsageError: bad usage, before anything is imported or written.
+    """
+    parser = _Parser(prog="olmo2-export", description="OLMo 2 from checkpoint to verified inference.")
+    debug = argparse.ArgumentParser(add_help=False)
+    debug.add_argument("--debug", action="store_true", help="show tracebacks and debug logging")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    verb = verbs.add_parser("export", help="checkpoint -> package folder")
+    verb = verbs.add_parser("export", parents=[debug], help="checkpoint -> package folder")
     verb.add_argument("model", metavar="MODEL", help="Hub id (allenai/OLMo-2-0425-1B), folder, or 'demo'")
     verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="the package folder to write")
     verb.add_argument("--variant", action="append", metavar="V", help="fp32 (the default); may be repeated")
@@ -29,7 +39,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     verb.add_argument("--force", action="store_true", help="replace the package that is there")
     verb.set_defaults(handler=_export)
 
-    verb = verbs.add_parser("verify", help="package against PyTorch: exit 1 if any gate fails")
+    verb = verbs.add_parser("verify", parents=[debug], help="package against PyTorch: exit 1 if any gate fails")
     verb.add_argument("package", type=Path, metavar="PACKAGE")
     verb.add_argument("--reference", required=True, metavar="MODEL", help="the checkpoint it was exported from")
     verb.add_argument("--revision", metavar="REV", help="of the reference, if it is a Hub id")
@@ -39,7 +49,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     verb.add_argument("--backend", choices=["ort"], default="ort", help="what runs the graphs")
     verb.set_defaults(handler=_verify)
 
-    verb = verbs.add_parser("build", help="package -> TensorRT engine, also without a GPU")
+    verb = verbs.add_parser("build", parents=[debug], help="package -> TensorRT engine, also without a GPU")
     verb.add_argument("package", type=Path, metavar="PACKAGE")
     verb.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="bf16")
     verb.add_argument(
@@ -52,7 +62,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     verb.add_argument("--max-cache-length", type=int, metavar="N", help="tokens; default: the context, at most 4096")
     verb.set_defaults(handler=_build)
 
-    verb = verbs.add_parser("inspect", help="what a package holds; checks every file")
+    verb = verbs.add_parser("inspect", parents=[debug], help="what a package holds; checks every file")
     verb.add_argument("package", type=Path, metavar="PACKAGE")
     verb.set_defaults(handler=_inspect)
     return parser.parse_args(argv)
@@ -66,34 +76,29 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `olmo2-export`: 0 done, 1 ran but failed a check or a resource, 2 bad usage or input."""
-    args = parse_args(argv)
-    logging.basicConfig(
-        level=logging.DEBUG if args.debug else logging.WARNING, format="olmo2-export: %(levelname)s: %(message)s"
-    )
-    signal.signal(signal.SIGTERM, _terminate)
+    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    level = logging.DEBUG if debug else logging.WARNING
+    logging.basicConfig(level=level, format="olmo2-export: %(levelname)s: %(message)s")
     try:
-        return run(args)
+        with interruptible():
+            return run(parse_args(argv))
+    except Interrupted as interruption:
+        return _report("interrupted; what was there before is untouched", interruption.exit_code, debug=False)
     except Olmo2ExportError as error:
-        if args.debug:
-            traceback.print_exc()
-        print(f"olmo2-export: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("olmo2-export: interrupted; nothing was changed", file=sys.stderr)
-        return 130
+        return _report(str(error), error.exit_code, debug)
     except ModuleNotFoundError as error:
-        if args.debug:
-            traceback.print_exc()
-        print(
-            f"olmo2-export: error: {error.name} is not installed; run: pip install 'olmo2-export[export]'",
-            file=sys.stderr,
-        )
-        return 2
+        return _report(f"{error.name} is not installed; run: pip install 'olmo2-export[export]'", 2, debug)
+    except OSError as error:  # a file that cannot be read or written
+        return _report(str(error), 2, debug)
+    except MemoryError:
+        return _report("out of memory", 1, debug)
 
 
-def _terminate(signal_number: int, _: FrameType | None) -> None:
-    """Leave through `finally` clauses, so that temporary folders go."""
-    raise SystemExit(128 + signal_number)
+def _report(message: str, exit_code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"olmo2-export: error: {' '.join(message.split())}", file=sys.stderr)
+    return exit_code
 
 
 def _export(args: argparse.Namespace) -> int:

@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 # What TensorRT says when it leaves something out of the network that the graph says: never acceptable.
 _CHANGES_MEANING = re.compile(r"unused|ignor|not supported|unsupported|clamp|truncat|overflow|lossy", re.IGNORECASE)
 _ADDR_NO_RANDOMIZE = 0x0040000  # of personality(2)
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 @dataclass(frozen=True)
@@ -221,6 +222,7 @@ def _texts(messages: Sequence[Message]) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Compile what the request file says; return the exit code. See the top of this file for what is printed."""
     reproducible = _be_reproducible()
+    _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would wait for the end of the build
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints must not mix with the messages
@@ -284,6 +286,12 @@ def _be_reproducible() -> bool:
     if current != -1 and libc.personality(current | _ADDR_NO_RANDOMIZE) != -1:
         os.execv(sys.executable, sys.orig_argv)
     return False
+
+
+def _die_with_parent() -> None:
+    """Have the system kill this process if the one that waits for its plan is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import logging
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -169,10 +168,10 @@ def replace_folder(target: Path, *, force: bool) -> Iterator[Path]:
         _check_replaceable(target, force)
         for leftover in target.parent.glob(f".{target.name}.staging-*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.staging-", dir=target.parent))
+        staging = target.parent / f".{target.name}.staging-{os.getpid()}"
         try:
-            staging.chmod(0o755)
             try:
+                staging.mkdir()
                 yield staging
                 _sync(staging)
                 _swap(staging, target)

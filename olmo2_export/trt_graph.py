@@ -10,8 +10,9 @@
 | -> present.N.key, .value       | the past with the new tokens written in it             | precision |
 
 Row b's token i goes to slot, and has the position, write_indices[b] + i; it sees the slots up to its own. TensorRT
-writes in place: present must be bound to the memory of past. Every write_indices[b] + sequence_length must be at most
-max_cache_length. Prompts of different lengths are padded on the right: logit_index picks each one's last token, and
+writes in place: present must be bound to the memory of past. That memory must hold finite numbers, such as zeros, from
+the start: slots that are not seen yet are read, and weighted with 0. Every write_indices[b] + sequence_length must be at
+most max_cache_length. Prompts of different lengths are padded on the right: logit_index picks each one's last token, and
 its next token is written over its padding.
 
 Weights, embedding, head, attention and the residual stream have the precision, as in transformers; RMSNorm, rotary

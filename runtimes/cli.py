@@ -12,20 +12,16 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from types import FrameType
 from typing import NoReturn
 
 from runtimes import open_runner
 from runtimes.errors import FailedError, InputError, Olmo2ExportError, UsageError
 from runtimes.generate import Generation, encode_prompt, generate
 from runtimes.sampling import Sampler
+from runtimes.signals import Interrupted, interruptible
 from runtimes.tokenizer import Tokenizer
 
 _DEFAULT_NEW_TOKENS = 128
-
-
-class _Terminated(BaseException):
-    """SIGTERM came."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -102,13 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the text
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
-    before = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
-        run(parse_args(argv))
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except _Terminated:
-        return 128 + signal.SIGTERM
+        with interruptible():
+            run(parse_args(argv))
+    except Interrupted as interruption:
+        return interruption.exit_code
     except BrokenPipeError:
         return 128 + signal.SIGPIPE
     except Olmo2ExportError as error:
@@ -117,8 +111,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(str(error), Olmo2ExportError.exit_code, debug)
     except MemoryError:
         return _report("out of memory; use a smaller model or a shorter prompt", FailedError.exit_code, debug)
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return 0
 
 
@@ -145,10 +137,6 @@ def _stats(result: Generation) -> str:
             f"finish reason {result.finish_reason}",
         ]
     )
-
-
-def _on_sigterm(_signal: int, _frame: FrameType | None) -> None:
-    raise _Terminated
 
 
 def _report(message: str, exit_code: int, debug: bool) -> int:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
+import os
 import re
 import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -329,16 +332,15 @@ def test_unusual_head_dim_is_warned_of(tmp_path: Path, caplog: Any) -> None:
 # What the compiler's process does when it fails.
 
 
-def graph_of(
-    nodes: Sequence[onnx.NodeProto], folder: Path, outputs: Sequence[str] = ("y",), weight: bool = True
-) -> Path:
-    """Write a small graph over q, k, v [1, 4, 2, 64] float16 and lengths [1]; its weight is external, as ours are."""
+def graph_of(nodes: Sequence[onnx.NodeProto], folder: Path, outputs: Sequence[str] = ("y",)) -> Path:
+    """Write a small graph over q, k, v [1, 4, 2, 64] float16, lengths [1] and w [64, 64], external as ours are."""
     shape = [1, 4, 2, 64]
     inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT16, shape) for n in "qkv"]
     inputs.append(helper.make_tensor_value_info("lengths", TensorProto.INT64, [1]))
+    inputs = [value for value in inputs if any(value.name in node.input for node in nodes)]
     results = [helper.make_tensor_value_info(n, TensorProto.FLOAT16, None) for n in outputs]
     data = np.ones((64, 64), np.float16)
-    tensors = [numpy_helper.from_array(data, "w")] if weight else []
+    tensors = [numpy_helper.from_array(data, "w")]
     graph = helper.make_graph(list(nodes), "small", inputs, results, tensors)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=12)
     path = folder / "small.onnx"
@@ -399,6 +401,11 @@ def test_compile_in_this_process(tmp_path: Path) -> None:
     assert graph.with_suffix(".engine").stat().st_size > 10_000
 
 
+def test_disk_full_while_the_plan_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="No space left on device"):
+        engine_module._compile(request_for(graph_of([MATMUL], tmp_path), plan="/dev/full"), progress=False)
+
+
 def test_unknown_capability_is_a_backend_error(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match=r"compute capability 13\.7: unknown to TensorRT for RTX 1\.7\.1\.116"):
         compile_plan(request_for(graph_of([MATMUL], tmp_path), compute_capabilities=("13.7",)), lambda _: None)
@@ -429,6 +436,31 @@ def test_dead_compiler_leaves_the_old_engines(
     assert {p.name: p.stat().st_mtime_ns for p in (package / "trt").iterdir()} == before
     assert not list(package.glob(".trt*"))
     check_files(package, trt_manifest(package).files)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for it")
+def test_compiler_dies_with_its_parent(tmp_path: Path) -> None:
+    """A build that is killed must not go on, unseen, for minutes and with gigabytes."""
+    request = tmp_path / "request.json"
+    os.mkfifo(request)
+    script = (
+        "import subprocess, sys, time\n"
+        "command = [sys.executable, '-m', 'olmo2_export.engine_compiler', sys.argv[1]]\n"
+        "print(subprocess.Popen(command, stdout=subprocess.DEVNULL).pid, flush=True)\n"
+        "time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, str(request)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=engine_module._environment()) as parent:
+        assert parent.stdout is not None
+        compiler = Path("/proc") / parent.stdout.readline().decode().strip()
+        with request.open("w"):  # opens when the compiler is about to read it
+            assert compiler.exists()
+            parent.kill()
+            parent.wait()
+            deadline = time.monotonic() + 10
+            while compiler.exists() and "Z" not in (compiler / "stat").read_text().rpartition(")")[2]:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
 
 
 def test_layer_counts_of_either_kind_are_added() -> None:

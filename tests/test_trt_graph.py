@@ -39,9 +39,9 @@ from runtimes.manifest import load_manifest
 # max abs difference of logits of order 3 from transformers' float32. Both add the same few hundred products in float32,
 # in another order; measured up to 6e-6. A wrong mask, slot or position gives more than 1e-2.
 FP32_TOLERANCE = 1e-4
-# The graph may be this much worse than transformers in float16, both measured against float32: it rounds q and k once
-# less and the sigmoid once more.
-FP16_RATIO = 1.5
+# RMS error over transformers' own in float16, both from float32: measured 0.60 to 0.74, as the graph rounds q and k
+# once instead of twice. It says nothing of a GPU: onnxruntime's CPU kernels compute float16 in float32, node by node.
+FP16_RATIO = 1.0
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gqa": {},
@@ -301,7 +301,9 @@ def test_weights_beyond_float16_are_listed(portable: ir.Model, spec: Any, tmp_pa
     norm.const_value = ir.tensor(norm.const_value.numpy() * 1e6, name="model.norm.weight")  # stays float32
     graph, rounding = static_graph(portable, spec, "fp16", 40)
     save_graph(graph, tmp_path / "model_fp16.onnx")
-    with pytest.raises(FailedError, match=r"float16 in 2 of the tensors: lm_head.weight, model.*up_proj.weight; use .* bf16"):
+    with pytest.raises(
+        FailedError, match=r"float16 in 2 of the tensors: lm_head.weight, model.*up_proj.weight; use .* bf16"
+    ):
         rounding.check()
 
 

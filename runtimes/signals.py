@@ -1,0 +1,39 @@
+"""SIGINT and SIGTERM as an exception of our own, so that `finally` clauses run and the exit code is exact.
+
+Python's KeyboardInterrupt will not do: once one has passed through an `exec`, as in an import or a dataclass, the
+interpreter ends by killing itself with SIGINT, whatever main() returned.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Interrupted(BaseException):
+    """Somebody asked the process to stop; not an Exception, so that nothing takes it for an error."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+        """what a shell reports for that signal: 130 or 143"""
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Raise `Interrupted` in the body on SIGINT and SIGTERM; the previous handlers come back at the end.
+
+    Only the main thread may use it, as with `signal.signal`.
+    """
+    before = {number: signal.signal(number, _raise) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _raise(number: int, _frame: FrameType | None) -> None:
+    raise Interrupted(number)
