@@ -27,7 +27,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         UsageError: bad usage, before anything is imported or written.
     """
     parser = _Parser(prog="olmo2-export", description="OLMo 2 from checkpoint to verified inference.")
-    debug = argparse.ArgumentParser(add_help=False)
+    debug = _Parser(add_help=False)
     debug.add_argument("--debug", action="store_true", help="show tracebacks and debug logging")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
