@@ -38,7 +38,7 @@ export: $(STAMP) ## MODEL -> package, parity, TensorRT engine, and a sample of t
 	$(BIN)/olmo2-export verify "$(OUT)" --reference "$(MODEL)" $(REVISION_FLAG)
 	$(BIN)/olmo2-export build "$(OUT)" --precision $(PRECISION)
 	@if [ -f "$(OUT)/tokenizer.json" ]; \
-	then $(BIN)/olmo2-run generate "$(OUT)" --prompt "$(PROMPT)" --max-new-tokens 80 --temperature 0.7 --seed 1 --stats; \
+	then printf '\n%s' "$(PROMPT)"; $(BIN)/olmo2-run generate "$(OUT)" --prompt "$(PROMPT)" --max-new-tokens 80 --temperature 0.7 --seed 1 --stats; \
 	else echo "$(MODEL) has no tokenizer.json: no sample of text"; fi
 
 test: $(STAMP) ## the tests

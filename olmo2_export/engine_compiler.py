@@ -272,13 +272,14 @@ class _ChannelHandler(logging.Handler):
 def _be_reproducible() -> bool:
     """Make this process allocate memory in the same way each time; tell whether the system let it.
 
-    Addresses are not randomised, for which the process starts again, and TensorRT's threads take turns on one CPU,
-    which costs little: its work is serial but for the generation of kernels.
+    Addresses are not randomised, for which the process starts again, and TensorRT's threads take turns on one CPU
+    without interrupting each other, which costs little: its work is serial but for the generation of kernels.
     """
     if sys.platform != "linux":
         return False
     cpus = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cpus[os.getpid() % len(cpus)]})
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     libc = ctypes.CDLL(None)
     current = libc.personality(0xFFFFFFFF)  # reads it
     if current != -1 and current & _ADDR_NO_RANDOMIZE:

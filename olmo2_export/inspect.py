@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from olmo2_export.verify import PARITY_NAME
 from runtimes.errors import IntegrityError
 from runtimes.manifest import (
+    PARITY_NAME,
     Engine,
     FileEntry,
     Manifest,

@@ -9,11 +9,11 @@
 | -> logits                      | [batch_size, vocab_size]                               | float32   |
 | -> present.N.key, .value       | the past with the new tokens written in it             | precision |
 
-Row b's token i goes to slot, and has the position, write_indices[b] + i; it sees the slots up to its own. TensorRT
-writes in place: present must be bound to the memory of past. That memory must hold finite numbers, such as zeros, from
-the start: slots that are not seen yet are read, and weighted with 0. Every write_indices[b] + sequence_length must be at
-most max_cache_length. Prompts of different lengths are padded on the right: logit_index picks each one's last token, and
-its next token is written over its padding.
+Row b's token i goes to slot, and has the position, write_indices[b] + i, which must be below max_cache_length; it sees
+the slots up to its own. TensorRT writes in place: present must be bound to the memory of past. That memory must hold
+finite numbers, such as zeros, from the start: slots that are not seen yet are read, and weighted with 0. Prompts of
+different lengths are padded on the right: logit_index picks each one's last token, and the next one is written over
+its padding.
 
 Weights, embedding, head, attention and the residual stream have the precision, as in transformers; RMSNorm, rotary
 embedding and the scaling of the queries are computed in float32. The graphs of the precisions differ in dtypes alone.

@@ -30,6 +30,7 @@ from runtimes import Runner, open_runner
 from runtimes.errors import ConfigError, NumericError, PackageError
 from runtimes.manifest import (
     FORMAT_VERSION,
+    PARITY_NAME,
     check_files,
     find_variant,
     load_manifest,
@@ -38,7 +39,6 @@ from runtimes.manifest import (
     seal,
 )
 
-PARITY_NAME = "parity.json"
 SEED = 0
 LENGTHS = (61, 37, 13)
 """tokens of the three sequences; odd, and all different"""

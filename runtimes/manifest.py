@@ -23,6 +23,7 @@ from runtimes.errors import IntegrityError, PackageError, PackageNotFoundError, 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 TRT_FOLDER = "trt"
+PARITY_NAME = "parity.json"
 _HASH_CHUNK = 1 << 20
 _T = TypeVar("_T")
 

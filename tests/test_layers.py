@@ -19,7 +19,8 @@ trt_graph
 engine_compiler
 engine reference parity
 verify
-bench inspect
+inspect
+bench
 cli
 __main__
 """
