@@ -154,9 +154,9 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from olmo2_export.inspect import inspect
+    from olmo2_export.summary import summarize
 
-    print(inspect(args.package))
+    print(summarize(args.package))
     return 0
 
 

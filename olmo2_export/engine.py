@@ -228,7 +228,7 @@ def _check_options(precision: str, capabilities: Sequence[str], max_batch_size: 
     if backend == "trt_rtx" and (foreign := [c for c in capabilities if c not in RTX_CAPABILITIES]):
         raise UsageError(
             f"compute capability {', '.join(foreign)}: TensorRT for RTX compiles for {', '.join(RTX_CAPABILITIES)}; "
-            "for other GPUs use full TensorRT on that GPU: --backend trt"
+            "for other GPUs use full TensorRT, on that GPU (backend trt)"
         )
     if precision == "bf16" and (old := [c for c in capabilities if float(c) < 8.0]):
         raise UsageError(f"compute capability {', '.join(old)}: bf16 needs 8.0 or newer; use --precision fp16")

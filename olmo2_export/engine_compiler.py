@@ -228,7 +228,9 @@ def main(arguments: Sequence[str]) -> int:
     os.dup2(2, 1)  # whatever a library prints must not mix with the messages
     logging.basicConfig(level=logging.DEBUG, handlers=[_ChannelHandler(channel)])
     if not reproducible:
-        logger.info("addresses are randomised here: two plans of one graph can differ in some bytes")
+        logger.info(
+            "this system does not let a process arrange its memory: two plans of one graph can differ in some bytes"
+        )
 
     def send(message: dict[str, object]) -> None:
         channel.write(json.dumps(message) + "\n")
@@ -278,8 +280,11 @@ def _be_reproducible() -> bool:
     if sys.platform != "linux":
         return False
     cpus = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cpus[os.getpid() % len(cpus)]})
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    try:
+        os.sched_setaffinity(0, {cpus[os.getpid() % len(cpus)]})
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    except PermissionError:
+        return False
     libc = ctypes.CDLL(None)
     current = libc.personality(0xFFFFFFFF)  # reads it
     if current != -1 and current & _ADDR_NO_RANDOMIZE:

@@ -181,6 +181,11 @@ def test_two_builds_are_byte_identical(
     build(package, precision="bf16", progress=False)
     first, second = trt_manifest(built[0]).files, trt_manifest(package).files
     assert len(second) == 6
+    graphs = [name for name in second if not name.endswith(".engine")]
+    assert {name: first[name] for name in graphs} == {name: second[name] for name in graphs}
+    allowed = "import ctypes, sys; sys.exit(ctypes.CDLL(None).personality(0x0040000) == -1)"
+    if subprocess.run([sys.executable, "-c", allowed], check=False).returncode != 0:
+        pytest.skip("this system always randomises addresses (a container's seccomp profile?); the graphs were equal")
     assert {name: first[name] for name in second} == second
 
 
@@ -248,7 +253,7 @@ def test_progress_goes_to_standard_error(small: Path, tmp_path: Path, capfd: pyt
             r"tensorrt .*pip install tensorrt --extra-i",
         ),
         ({"backend": "trt"}, UsageError, r"backend trt builds for the GPU at hand; give that one"),
-        ({"compute_capabilities": ["8.9", "9.0", "10.0"]}, UsageError, r"capability 9\.0, 10\.0: .*--backend trt"),
+        ({"compute_capabilities": ["8.9", "9.0", "10.0"]}, UsageError, r"capability 9\.0, 10\.0: .*use full TensorRT"),
         ({"compute_capabilities": ["8.7"]}, UsageError, r"8\.7: TensorRT for RTX compiles for 7\.5, 8\.0"),
         ({"compute_capabilities": ["89", "sm_89"]}, UsageError, r"'89', 'sm_89': expected the form 8\.9"),
         ({"compute_capabilities": []}, UsageError, r"no compute capability"),

@@ -19,7 +19,7 @@ trt_graph
 engine_compiler
 engine reference parity
 verify
-inspect
+summary
 bench
 cli
 __main__

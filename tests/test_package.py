@@ -22,8 +22,8 @@ from checkpoints import make_checkpoint
 
 from olmo2_export import package as package_module
 from olmo2_export.checkpoint import open_checkpoint
-from olmo2_export.inspect import inspect
 from olmo2_export.package import export, replace_folder
+from olmo2_export.summary import summarize
 from runtimes.errors import (
     CheckpointError,
     IntegrityError,
@@ -316,14 +316,14 @@ def test_one_flipped_bit_anywhere_is_refused_by_name(tiny_package: Path, tmp_pat
         data[position] ^= 1
         (copy / name).write_bytes(data)
         with pytest.raises(PackageError, match=Path(name).name):
-            inspect(copy)
+            summarize(copy)
         data[position] ^= 1
     (copy / name).write_bytes(data[:-1])
     with pytest.raises(PackageError, match=Path(name).name):
-        inspect(copy)
+        summarize(copy)
     (copy / name).unlink()
     with pytest.raises(PackageError, match=Path(name).name):
-        inspect(copy)
+        summarize(copy)
 
 
 def test_a_manifest_of_another_format_says_so(tiny_package: Path, tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from checkpoints import make_checkpoint
 from transformers import Olmo2ForCausalLM
 
 from olmo2_export.checkpoint import open_checkpoint
-from olmo2_export.inspect import inspect
 from olmo2_export.package import export
 from olmo2_export.reference import open_reference
+from olmo2_export.summary import summarize
 from olmo2_export.verify import LENGTHS, MODES, format_reports, verify
 from runtimes.errors import ConfigError, IntegrityError, VariantNotFoundError
 from runtimes.manifest import read_sealed
@@ -60,7 +60,7 @@ def test_the_demo_verifies_on_text_and_the_report_says_how(demo_package: Path, t
     assert document["passed"] is True
     assert document["gate"]["error_ratio"] == 4.0
     assert len(document["cases"]) == 6
-    assert "fp32     passed on ort" in inspect(copy)
+    assert "fp32     passed on ort" in summarize(copy)
     table = format_reports([report])
     assert "72 of 72 tokens equal over 3 prompts" in table
     assert "FAIL" not in table
@@ -71,21 +71,21 @@ def test_parity_json_is_sealed_and_bound_to_its_export(copy: Path, tiny_checkpoi
     raw = (copy / "parity.json").read_bytes()
     (copy / "parity.json").write_bytes(raw.replace(b"true", b"TRUE"[:0] + b"true ", 1))
     with pytest.raises(IntegrityError, match=r"parity\.json"):
-        inspect(copy)
+        summarize(copy)
     other = make_checkpoint(tmp_path / "other", seed=3)
     export(open_checkpoint(str(other)), tmp_path / "new")
     (tmp_path / "new" / "parity.json").write_bytes(raw)
     with pytest.raises(IntegrityError, match="of another export"):
-        inspect(tmp_path / "new")
+        summarize(tmp_path / "new")
     verify(tmp_path / "new", open_checkpoint(str(other)))  # and is simply replaced
-    assert "passed" in inspect(tmp_path / "new")
+    assert "passed" in summarize(tmp_path / "new")
 
 
 def test_other_weights_fail(copy: Path, tmp_path: Path) -> None:
     (report,) = verify(copy, open_checkpoint(str(make_checkpoint(tmp_path / "other", seed=1))))
     assert not report.passed
     assert read_sealed(copy / "parity.json")["variants"]["fp32"]["passed"] is False
-    assert "FAILED" in inspect(copy)
+    assert "FAILED" in summarize(copy)
     assert "FAIL" in format_reports([report])
 
 

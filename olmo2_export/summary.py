@@ -21,7 +21,7 @@ from runtimes.manifest import (
 )
 
 
-def inspect(package: Path) -> str:
+def summarize(package: Path) -> str:
     """Check and describe a package.
 
     Args:
