@@ -123,3 +123,64 @@ def test_spaces_and_unicode_in_paths(tiny_checkpoint: Path, tmp_path: Path) -> N
     assert cli.main(["export", str(source), "--out", str(out)]) == 0
     assert load_manifest(out).source.model == "ein Modell ü"
     assert cli.main(["verify", str(out), "--reference", str(source)]) == 0
+
+
+@pytest.fixture(scope="module")
+def built(tiny_package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny package with the TensorRT graphs and engines of two precisions."""
+    package = Path(shutil.copytree(tiny_package, tmp_path_factory.mktemp("built") / "package"))
+    for precision in ("fp32", "fp16"):
+        arguments = ["--precision", precision, "--compute-capability", "8.9", "--compute-capability", "12.0"]
+        assert cli.main(["build", str(package), *arguments, "--max-batch-size", "3", "--max-cache-length", "64"]) == 0
+    return package
+
+
+def test_build_verify_inspect(built: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    variants = ["--variant", "trt_fp32", "--variant", "trt_fp16"]
+    assert cli.main(["verify", str(built), "--reference", str(tiny_checkpoint), *variants]) == 0
+    assert "72 of 72 tokens equal" in capsys.readouterr().out
+    assert cli.main(["inspect", str(built)]) == 0
+    described = capsys.readouterr().out
+    for expected in (
+        "variant trt_fp16: trt/model_fp16.onnx",
+        "engine trt_rtx_fp32: trt/model_fp32.trt_rtx.engine",
+        "compute capabilities 8.9, 12.0; batch up to 3, cache 64 tokens",
+        "3 ATTENTION_INPUT, 6 KV_CACHE_UPDATE",
+        "prefill: input_ids [1, 1] .. [1, 64] .. [3, 64]",
+        "trt_fp32 passed on ort",
+    ):
+        assert expected in described
+
+
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "model_fp16.onnx", "model_fp16.onnx_data", "model_fp16.trt_rtx.engine"]
+)
+def test_one_flipped_bit_of_an_engine_is_refused_by_name(
+    built: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(built, tmp_path / "copy"))
+    data = bytearray((copy / "trt" / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / "trt" / name).write_bytes(data)
+    assert cli.main(["inspect", str(copy)]) == 2
+    assert f"trt/{name}" in capsys.readouterr().err
+
+
+def test_a_verdict_on_an_earlier_graph_is_not_shown(
+    built: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(built, tmp_path / "copy"))
+    assert cli.main(["verify", str(copy), "--reference", str(tiny_checkpoint), "--variant", "trt_fp32"]) == 0
+    assert cli.main(["build", str(copy), "--precision", "fp32", "--max-cache-length", "72"]) == 0
+    capsys.readouterr()
+    assert cli.main(["inspect", str(copy)]) == 0
+    assert "trt_fp32 of an earlier graph; verify it again" in capsys.readouterr().out
+
+
+def test_bf16_is_refused_where_onnxruntime_cannot_run_it(
+    built: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(built, tmp_path / "copy"))
+    assert cli.main(["build", str(copy), "--compute-capability", "8.9"]) == 0  # bf16 is the default
+    assert cli.main(["verify", str(copy), "--reference", str(tiny_checkpoint), "--variant", "trt_bf16"]) == 2
+    assert "bfloat16" in capsys.readouterr().err
