@@ -9,18 +9,12 @@ the target is the old package or the new one, whole. Two exports of the same inp
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import fcntl
 import importlib.metadata
 import json
 import logging
-import os
 import shutil
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +23,7 @@ import tokenizers
 import torch
 from tqdm import tqdm
 
+from olmo2_export.atomic import replace_folder, resource_error
 from olmo2_export.checkpoint import TEXT_FILES, Checkpoint
 from olmo2_export.config import ModelConfig, read_json_object
 from olmo2_export.fuse import check_op_counts
@@ -141,46 +136,7 @@ def save_graph(model: ir.Model, path: Path) -> None:
         try:
             ir.save(model, path, external_data=f"{path.name}_data", alignment=_ALIGNMENT, callback=on_tensor)
         except OSError as error:
-            raise _resource_error(path, error) from error
-
-
-@contextmanager
-def replace_folder(target: Path, *, force: bool) -> Iterator[Path]:
-    """Yield an empty staging folder beside `target`; swap it in on success, remove it on failure.
-
-    The swap is one atomic exchange. A lock keeps a second writer out, and leftovers of killed writers are removed.
-
-    Args:
-        target: the folder to create or replace.
-        force: replace it if it is a package (holds a manifest.json); other non-empty folders are never replaced.
-
-    Raises:
-        UsageError: the target is a file, or a non-empty folder that must not be replaced.
-        ResourceError: another process is writing it, or the disk is full.
-    """
-    target = Path.cwd() / target  # not resolved: a link must be seen as one
-    _check_replaceable(target, force)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{target}: cannot be created ({error.strerror})") from error
-    with _lock(target):
-        _check_replaceable(target, force)
-        for leftover in target.parent.glob(f".{target.name}.staging-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        staging = target.parent / f".{target.name}.staging-{os.getpid()}"
-        try:
-            try:
-                staging.mkdir()
-                yield staging
-                _sync(staging)
-                _swap(staging, target)
-            except OSError as error:
-                if isinstance(error, ResourceError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                raise _resource_error(target, error) from error
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            raise resource_error(path, error) from error
 
 
 def _write_portable(checkpoint: Checkpoint, config: ModelConfig, staging: Path, name: str) -> Variant:
@@ -329,77 +285,3 @@ def _genai_config(config: ModelConfig, ids: dict[str, Any]) -> dict[str, Any]:
 
 def _json(document: dict[str, Any]) -> str:
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-
-
-def _check_replaceable(target: Path, force: bool) -> None:
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise UsageError(f"{target}: exists and is not a folder; choose another --out")
-    if not target.exists() or not any(target.iterdir()):
-        return
-    if not (target / MANIFEST_NAME).is_file():
-        raise UsageError(f"{target}: not empty and not a package; choose another --out")
-    if not force:
-        raise UsageError(f"{target}: holds a package already; --force replaces it")
-
-
-@contextmanager
-def _lock(target: Path) -> Iterator[None]:
-    """Hold `.<name>.lock` beside the target; the kernel releases it when the process ends, however it ends."""
-    path = target.parent / f".{target.name}.lock"
-    while True:
-        try:
-            handle = path.open("a+")
-        except OSError as error:
-            raise UsageError(f"{target}: {target.parent} is not writable ({error.strerror})") from error
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            handle.seek(0)
-            holder = handle.read().strip() or "unknown"
-            handle.close()
-            raise ResourceError(f"{target}: locked by pid {holder}; wait for it, or choose another --out") from error
-        if path.exists() and os.fstat(handle.fileno()).st_ino == path.stat().st_ino:
-            break
-        handle.close()  # its last holder removed it between our open and our lock
-    with handle:
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    """Force the folder to disk, so that the swap cannot survive a crash that the data does not."""
-    for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _swap(staging: Path, target: Path) -> None:
-    """Put staging in the place of target; what was there ends up at staging, to be removed."""
-    if not target.exists():
-        staging.rename(target)
-        return
-    if sys.platform == "linux":
-        exchange, at_cwd = 2, -100  # RENAME_EXCHANGE, AT_FDCWD of renameat2(2)
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.renameat2(at_cwd, os.fsencode(staging), at_cwd, os.fsencode(target), exchange) == 0:
-            return
-        code = ctypes.get_errno()
-        if code not in (errno.EINVAL, errno.ENOSYS):  # a file system without exchange
-            raise OSError(code, os.strerror(code), str(target))
-    aside = staging.with_name(f"{staging.name}.old")
-    target.rename(aside)
-    staging.rename(target)
-    aside.rename(staging)
-
-
-def _resource_error(path: Path, error: OSError) -> ResourceError:
-    free = shutil.disk_usage(path.parent if path.parent.exists() else path.anchor).free
-    return ResourceError(f"{path}: writing failed ({error.strerror or error}); {free:,} bytes are free: disk full?")

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 EXPORTER = """
 __init__
 config
-checkpoint model fuse
+atomic checkpoint model fuse
 trace
 package
 trt_graph

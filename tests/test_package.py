@@ -20,9 +20,11 @@ import pytest
 import torch
 from checkpoints import make_checkpoint
 
+from olmo2_export import atomic
 from olmo2_export import package as package_module
+from olmo2_export.atomic import replace_folder
 from olmo2_export.checkpoint import open_checkpoint
-from olmo2_export.package import export, replace_folder
+from olmo2_export.package import export
 from olmo2_export.summary import summarize
 from runtimes.errors import (
     CheckpointError,
@@ -247,7 +249,7 @@ def test_a_stale_lock_file_locks_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("exchange_works", [True, False])
 def test_the_swap_replaces_everything(tmp_path: Path, exchange_works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not exchange_works:
-        monkeypatch.setattr(package_module.sys, "platform", "other")
+        monkeypatch.setattr(atomic.sys, "platform", "other")
     for content in ("one", "two"):
         with replace_folder(tmp_path / "out", force=True) as staging:
             (staging / "manifest.json").write_text(content)

@@ -1,0 +1,134 @@
+"""Replace a folder in one atomic step: at every moment it is the old one or the new one, whole.
+
+The new folder is built under a hidden name beside its target and exchanged with it. A lock that the kernel holds keeps
+a second writer out, and what a killed writer left behind is swept by the next.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from runtimes.errors import ResourceError, UsageError
+from runtimes.manifest import MANIFEST_NAME
+
+
+@contextmanager
+def replace_folder(target: Path, *, force: bool) -> Iterator[Path]:
+    """Yield an empty staging folder beside `target`; swap it in on success, remove it on failure.
+
+    The swap is one atomic exchange. A lock keeps a second writer out, and leftovers of killed writers are removed.
+
+    Args:
+        target: the folder to create or replace.
+        force: replace it if it is a package (holds a manifest.json); other non-empty folders are never replaced.
+
+    Raises:
+        UsageError: the target is a file, or a non-empty folder that must not be replaced.
+        ResourceError: another process is writing it, or the disk is full.
+    """
+    target = Path.cwd() / target  # not resolved: a link must be seen as one
+    _check_replaceable(target, force)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{target}: cannot be created ({error.strerror})") from error
+    with _lock(target):
+        _check_replaceable(target, force)
+        for leftover in target.parent.glob(f".{target.name}.staging-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        staging = target.parent / f".{target.name}.staging-{os.getpid()}"
+        try:
+            try:
+                staging.mkdir()
+                yield staging
+                _sync(staging)
+                _swap(staging, target)
+            except OSError as error:
+                if isinstance(error, ResourceError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise resource_error(target, error) from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def resource_error(path: Path, error: OSError) -> ResourceError:
+    """Return the error to raise for a failed write, with the space that is left."""
+    free = shutil.disk_usage(path.parent if path.parent.exists() else path.anchor).free
+    return ResourceError(f"{path}: writing failed ({error.strerror or error}); {free:,} bytes are free: disk full?")
+
+
+def _check_replaceable(target: Path, force: bool) -> None:
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise UsageError(f"{target}: exists and is not a folder; choose another --out")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    if not (target / MANIFEST_NAME).is_file():
+        raise UsageError(f"{target}: not empty and not a package; choose another --out")
+    if not force:
+        raise UsageError(f"{target}: holds a package already; --force replaces it")
+
+
+@contextmanager
+def _lock(target: Path) -> Iterator[None]:
+    """Hold `.<name>.lock` beside the target; the kernel releases it when the process ends, however it ends."""
+    path = target.parent / f".{target.name}.lock"
+    while True:
+        try:
+            handle = path.open("a+")
+        except OSError as error:
+            raise UsageError(f"{target}: {target.parent} is not writable ({error.strerror})") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            handle.seek(0)
+            holder = handle.read().strip() or "unknown"
+            handle.close()
+            raise ResourceError(f"{target}: locked by pid {holder}; wait for it, or choose another --out") from error
+        if path.exists() and os.fstat(handle.fileno()).st_ino == path.stat().st_ino:
+            break
+        handle.close()  # its last holder removed it between our open and our lock
+    with handle:
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    """Force the folder to disk, so that the swap cannot survive a crash that the data does not."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _swap(staging: Path, target: Path) -> None:
+    """Put staging in the place of target; what was there ends up at staging, to be removed."""
+    if not target.exists():
+        staging.rename(target)
+        return
+    if sys.platform == "linux":
+        exchange, at_cwd = 2, -100  # RENAME_EXCHANGE, AT_FDCWD of renameat2(2)
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.renameat2(at_cwd, os.fsencode(staging), at_cwd, os.fsencode(target), exchange) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS):  # a file system without exchange
+            raise OSError(code, os.strerror(code), str(target))
+    aside = staging.with_name(f"{staging.name}.old")
+    target.rename(aside)
+    staging.rename(target)
+    aside.rename(staging)
