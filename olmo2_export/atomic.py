@@ -21,6 +21,43 @@ from runtimes.manifest import MANIFEST_NAME
 
 
 @contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Keep other writers of a folder out; the kernel releases the lock when the process ends, however it ends.
+
+    Args:
+        target: the folder, which need not exist; the lock is `.<name>.lock` beside it.
+
+    Raises:
+        ResourceError: another process holds it.
+        UsageError: the folder around it is not writable.
+    """
+    path = target.parent / f".{target.name}.lock"
+    while True:
+        try:
+            handle = path.open("a+")
+        except OSError as error:
+            raise UsageError(f"{target}: {target.parent} is not writable ({error.strerror})") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            handle.seek(0)
+            holder = handle.read().strip() or "unknown"
+            handle.close()
+            raise ResourceError(f"{target}: locked by pid {holder}; wait for it, or choose another --out") from error
+        if path.exists() and os.fstat(handle.fileno()).st_ino == path.stat().st_ino:
+            break
+        handle.close()  # its last holder removed it between our open and our lock
+    with handle:
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
 def replace_folder(target: Path, *, force: bool) -> Iterator[Path]:
     """Yield an empty staging folder beside `target`; swap it in on success, remove it on failure.
 
@@ -40,7 +77,7 @@ def replace_folder(target: Path, *, force: bool) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{target}: cannot be created ({error.strerror})") from error
-    with _lock(target):
+    with locked(target):
         _check_replaceable(target, force)
         for leftover in target.parent.glob(f".{target.name}.staging-*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -74,35 +111,6 @@ def _check_replaceable(target: Path, force: bool) -> None:
         raise UsageError(f"{target}: not empty and not a package; choose another --out")
     if not force:
         raise UsageError(f"{target}: holds a package already; --force replaces it")
-
-
-@contextmanager
-def _lock(target: Path) -> Iterator[None]:
-    """Hold `.<name>.lock` beside the target; the kernel releases it when the process ends, however it ends."""
-    path = target.parent / f".{target.name}.lock"
-    while True:
-        try:
-            handle = path.open("a+")
-        except OSError as error:
-            raise UsageError(f"{target}: {target.parent} is not writable ({error.strerror})") from error
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            handle.seek(0)
-            holder = handle.read().strip() or "unknown"
-            handle.close()
-            raise ResourceError(f"{target}: locked by pid {holder}; wait for it, or choose another --out") from error
-        if path.exists() and os.fstat(handle.fileno()).st_ino == path.stat().st_ino:
-            break
-        handle.close()  # its last holder removed it between our open and our lock
-    with handle:
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def _sync(folder: Path) -> None:

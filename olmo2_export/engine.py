@@ -36,7 +36,7 @@ from typing import Any, get_args
 from tqdm import tqdm
 
 import runtimes.errors
-from olmo2_export.atomic import replace_folder
+from olmo2_export.atomic import locked, replace_folder
 from olmo2_export.engine_compiler import CompileRequest, CompileResult
 from olmo2_export.fuse import check_op_counts
 from olmo2_export.package import save_graph
@@ -148,7 +148,8 @@ def build(
     _warn_of_slow_attention(manifest.model, precision)
     check_files(package, manifest.files, manifest.variants["fp32"].files)
     target = package / TRT_FOLDER
-    with replace_folder(target, force=True) as staging:
+    # Nobody may replace the package while an engine is built from it.
+    with locked(Path.cwd() / package), replace_folder(target, force=True) as staging:
         kept = _kept(package, precision)
         _link(kept.files, package, staging)
         variant = _write_graph(package, manifest, staging, precision, capacity)

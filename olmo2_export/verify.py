@@ -42,6 +42,8 @@ from runtimes.manifest import (
 SEED = 0
 LENGTHS = (61, 37, 13)
 """tokens of the three sequences; odd, and all different"""
+MIN_CONTEXT = 16
+"""tokens: below it the cases are not different from each other"""
 GREEDY_TOKENS = 24
 GREEDY_PROMPT = 5
 MODES = ("prefill", "decode", "chunked")
@@ -82,6 +84,7 @@ def verify(
         ConfigError: package and reference are not of one shape.
     """
     manifest = load_manifest(package)
+    checksum = package_checksum(package)
     check_files(package, manifest.files)
     names = list(dict.fromkeys(variants)) or list(manifest.variants)
     precisions = {find_variant(package, name)[0].precision for name in names}
@@ -91,7 +94,7 @@ def verify(
         for name in names:
             reports.append(measure(package, name, truth, backend))
             bar.update()
-    _write(package, checkpoint, reports)
+    _write(package, checksum, checkpoint, reports)
     return reports
 
 
@@ -255,6 +258,8 @@ def _greedy(runner: Runner, prompt: np.ndarray, new_tokens: int) -> np.ndarray:
 
 def _sequences(package: Path, config: ModelConfig) -> tuple[list[np.ndarray], str]:
     """Return the token sequences: text where the package has a tokenizer, the last row always random ids."""
+    if config.max_position_embeddings < MIN_CONTEXT:
+        raise ConfigError(f"{package}: a context of {config.max_position_embeddings}; verification needs {MIN_CONTEXT}")
     generator = np.random.default_rng(SEED)
     lengths = [min(n, config.max_position_embeddings - i) for i, n in enumerate(LENGTHS)]
     rows = [generator.integers(0, config.vocab_size, n, dtype=np.int64) for n in lengths]
@@ -267,10 +272,11 @@ def _sequences(package: Path, config: ModelConfig) -> tuple[list[np.ndarray], st
     return rows, "text, the last row random ids"
 
 
-def _write(package: Path, checkpoint: Checkpoint, reports: Sequence[ParityReport]) -> None:
+def _write(package: Path, checksum: str, checkpoint: Checkpoint, reports: Sequence[ParityReport]) -> None:
     """Write parity.json, keeping what it says of other variants of the same export."""
     path = package / PARITY_NAME
-    checksum = package_checksum(package)
+    if package_checksum(package) != checksum:
+        raise PackageError(f"{package}: was replaced while it was verified; verify it again")
     kept: dict[str, Any] = {}
     if path.is_file():
         try:

@@ -11,6 +11,7 @@ import pytest
 from checkpoints import make_checkpoint
 
 from olmo2_export import cli
+from olmo2_export.atomic import locked
 from runtimes.errors import UsageError
 from runtimes.manifest import load_manifest
 
@@ -184,3 +185,11 @@ def test_bf16_is_refused_where_onnxruntime_cannot_run_it(
     assert cli.main(["build", str(copy), "--compute-capability", "8.9"]) == 0  # bf16 is the default
     assert cli.main(["verify", str(copy), "--reference", str(tiny_checkpoint), "--variant", "trt_bf16"]) == 2
     assert "bfloat16" in capsys.readouterr().err
+
+
+def test_a_package_is_not_replaced_while_an_engine_is_built(built: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(built, tmp_path / "copy"))
+    with locked(copy):
+        assert cli.main(["export", str(tiny_checkpoint), "--out", str(copy), "--force"]) == 1
+        assert cli.main(["build", str(copy), "--compute-capability", "8.9"]) == 1
+    assert cli.main(["inspect", str(copy)]) == 0

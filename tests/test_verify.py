@@ -13,12 +13,13 @@ import torch
 from checkpoints import make_checkpoint
 from transformers import Olmo2ForCausalLM
 
+from olmo2_export import verify as verify_module
 from olmo2_export.checkpoint import open_checkpoint
 from olmo2_export.package import export
 from olmo2_export.reference import open_reference
 from olmo2_export.summary import summarize
 from olmo2_export.verify import LENGTHS, MODES, format_reports, verify
-from runtimes.errors import ConfigError, IntegrityError, VariantNotFoundError
+from runtimes.errors import ConfigError, IntegrityError, PackageError, VariantNotFoundError
 from runtimes.manifest import read_sealed
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -28,7 +29,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "old-config-bf16": {"old_config": True, "dtype": torch.bfloat16},
     "eps-theta": {"rms_norm_eps": 1e-3, "rope_parameters": {"rope_type": "default", "rope_theta": 1234.0}},
     "head-dim": {"head_dim": 20},
-    "short-context": {"max_position_embeddings": 40, "num_hidden_layers": 1},
+    "short-context": {"max_position_embeddings": 16, "num_hidden_layers": 1},
 }
 
 
@@ -39,7 +40,7 @@ def test_every_form_of_checkpoint_verifies(tmp_path: Path, fields: dict[str, Any
     (report,) = verify(tmp_path / "p", checkpoint)
     assert report.passed, format_reports([report])
     assert [(c.mode, c.batch_size) for c in report.cases] == [(m, b) for b in (1, 3) for m in MODES]
-    assert report.greedy.tokens == report.greedy.prompts * 24 == 72
+    assert report.greedy.tokens == (33 if "max_position_embeddings" in fields else 72)
 
 
 @pytest.fixture
@@ -92,6 +93,30 @@ def test_other_weights_fail(copy: Path, tmp_path: Path) -> None:
 def test_another_vocabulary_is_not_compared(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="vocab_size differ"):
         verify(copy, open_checkpoint(str(make_checkpoint(tmp_path / "other", vocab_size=137))))
+
+
+def test_a_context_too_short_to_tell_the_cases_apart_is_refused(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "c", max_position_embeddings=15)))
+    export(checkpoint, tmp_path / "p")
+    with pytest.raises(ConfigError, match="a context of 15; verification needs 16"):
+        verify(tmp_path / "p", checkpoint)
+
+
+def test_a_package_replaced_meanwhile_gets_no_verdict(
+    copy: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = open_checkpoint(str(make_checkpoint(tmp_path / "other", seed=1)))
+    measure = verify_module.measure
+
+    def replace_then_measure(*arguments: Any) -> Any:
+        report = measure(*arguments)
+        export(other, copy, force=True)
+        return report
+
+    monkeypatch.setattr(verify_module, "measure", replace_then_measure)
+    with pytest.raises(PackageError, match="was replaced while it was verified"):
+        verify(copy, open_checkpoint(str(tiny_checkpoint)))
+    assert not (copy / "parity.json").exists()
 
 
 def test_unknown_variants_are_named(copy: Path, tiny_checkpoint: Path) -> None:
