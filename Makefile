@@ -13,7 +13,7 @@ PYTHON    ?= $(shell command -v python3.11 || command -v python3)
 
 VENV      := .venv
 BIN       := $(VENV)/bin
-STAMP     := $(VENV)/.installed
+STAMP     := $(VENV)/.installed-dev
 # torch first: a package that merely allows it must not choose another build of it
 PIP       := pip install --quiet --disable-pip-version-check --constraint constraints.txt
 REVISION_FLAG := $(if $(REVISION),--revision $(REVISION))
@@ -25,12 +25,12 @@ REVISION_FLAG := $(if $(REVISION),--revision $(REVISION))
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## make .venv with everything pinned by constraints.txt
+setup: $(VENV)/.installed-$(EXTRAS) ## make .venv with what constraints.txt pins (EXTRAS=cpu: a runner alone)
 
-$(STAMP): pyproject.toml constraints.txt
+$(VENV)/.installed-%: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(if $(filter dev export,$(EXTRAS)),$(BIN)/$(PIP) torch)
-	$(BIN)/$(PIP) --editable '.[$(EXTRAS)]'
+	$(if $(filter dev export,$*),$(BIN)/$(PIP) torch)
+	$(BIN)/$(PIP) --editable '.[$*]'
 	@touch $@
 
 export: $(STAMP) ## MODEL -> package, parity, TensorRT engine, and a sample of text

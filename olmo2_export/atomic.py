@@ -9,15 +9,17 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from runtimes.errors import ResourceError, UsageError
-from runtimes.manifest import MANIFEST_NAME
+from runtimes.errors import ResourceError, UsageError, first_names
+from runtimes.manifest import MANIFEST_NAME, PARITY_NAME, TRT_FOLDER
 
 
 @contextmanager
@@ -65,7 +67,7 @@ def replace_folder(target: Path, *, force: bool) -> Iterator[Path]:
 
     Args:
         target: the folder to create or replace.
-        force: replace it if it is a package (holds a manifest.json); other non-empty folders are never replaced.
+        force: replace it if it is a package of ours and holds nothing else; other non-empty folders are never replaced.
 
     Raises:
         UsageError: the target is a file, or a non-empty folder that must not be replaced.
@@ -105,12 +107,41 @@ def resource_error(path: Path, error: OSError) -> ResourceError:
 def _check_replaceable(target: Path, force: bool) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UsageError(f"{target}: exists and is not a folder; choose another --out")
+    if target.resolve() in (Path.cwd().resolve(), *Path.cwd().resolve().parents):
+        raise UsageError(f"{target}: the folder you are in, or one around it; choose another --out")
     if not target.exists() or not any(target.iterdir()):
         return
-    if not (target / MANIFEST_NAME).is_file():
-        raise UsageError(f"{target}: not empty and not a package; choose another --out")
+    foreign = _foreign_files(target)
+    if foreign:
+        raise UsageError(f"{target}: not empty and not a package ({first_names(foreign)}); choose another --out")
     if not force:
         raise UsageError(f"{target}: holds a package already; --force replaces it")
+
+
+def _foreign_files(folder: Path) -> list[str]:
+    """Return the files of a folder that are not of our making: all of them, unless a manifest of ours is there."""
+    if folder.name == TRT_FOLDER and _own_manifest(folder.parent) is not None:
+        return []  # a package's engines, however damaged
+    found = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+    manifest = _own_manifest(folder)
+    if manifest is None:
+        return found
+    own = {MANIFEST_NAME, PARITY_NAME, *manifest["files"]}
+    return [name for name in found if name not in own and not name.startswith((".", f"{TRT_FOLDER}/"))]
+
+
+def _own_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest of a folder if this project has written it, intact or not."""
+    try:
+        manifest = json.loads((folder / MANIFEST_NAME).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if (
+        not isinstance(manifest, dict)
+        or not {"format_version", "exporter_version", "checksum", "files"} <= manifest.keys()
+    ):
+        return None
+    return manifest
 
 
 def _sync(folder: Path) -> None:

@@ -213,6 +213,8 @@ def _inside(folder: Path, name: str, hard_links_allowed: bool) -> Path:
     """Return the path of a weight file, making sure that its data lies in the folder or in the Hub's own cache."""
     path = folder / name
     real, home = path.resolve(), folder.resolve()
+    if not real.is_file():
+        raise CheckpointError(f"{path}: not a file")
     blobs = home.parent.parent / "blobs"  # <cache>/models--owner--name/{snapshots/<commit>,blobs}
     if real.parent != home and not (home.parent.name == "snapshots" and real.parent == blobs):
         raise CheckpointError(f"{path}: a link to {real}, outside the checkpoint; copy the file")
@@ -251,9 +253,12 @@ def _read_header(path: Path, name: str) -> dict[str, TensorInfo]:
     for tensor, entry in header.items():
         try:
             shape = tuple(entry["shape"])
-            end = max(end, int(entry["data_offsets"][1]))
+            stop = entry["data_offsets"][1]
+            if any(type(number) is not int for number in (*shape, stop)):
+                raise TypeError("sizes are integers")
+            end = max(end, stop)
             tensors[tensor] = TensorInfo(name, str(entry["dtype"]), shape)
-        except (KeyError, TypeError, IndexError, ValueError) as error:
+        except (KeyError, TypeError, IndexError) as error:
             raise CheckpointError(f"{path}: damaged header entry {tensor!r}; download it again") from error
     if 8 + length + end != size:
         raise CheckpointError(f"{path}: {size} bytes, its header promises {8 + length + end}; download it again")

@@ -92,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(str(error), 2, debug)
     except MemoryError:
         return _report("out of memory", 1, debug)
+    except Exception as error:  # the last resort: a user gets one line, and --debug the rest
+        return _report(f"internal error: {type(error).__name__}: {error}; run with --debug and report it", 1, debug)
 
 
 def _report(message: str, exit_code: int, debug: bool) -> int:

@@ -96,6 +96,8 @@ class ModelConfig:
             fields.require(hidden_size % heads == 0, f"hidden_size {hidden_size} is no multiple of the {heads} heads")
         head_dim = fields.integer("head_dim", 1, _MAX_WIDTH, default=max(1, hidden_size // heads))
         fields.require(head_dim % 2 == 0, f"head_dim {head_dim} is odd (rotary embedding turns pairs)")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            check_token_ids(raw, name, vocab_size, fields.problems)
         config = cls(
             vocab_size=vocab_size,
             hidden_size=hidden_size,
@@ -158,10 +160,10 @@ class _Fields:
         value: Any = (self.raw if source is None else source).get(name)
         if value is None and default is not None:
             return default
-        if type(value) not in (int, float) or not 0 < (found := float(value)) < 1e30:  # false for NaN, too
+        if type(value) not in (int, float) or not 0 < value < 1e30:  # false for NaN, too
             self.problems.append(f"{name} {_short(value)} (a positive number)")
             return 1.0
-        return found
+        return float(value)
 
     def boolean(self, name: str) -> bool:
         value = self.raw.get(name, False)
@@ -192,6 +194,14 @@ class _Fields:
         return self.number("rope_theta", default=10_000.0)
 
 
+def check_token_ids(raw: Mapping[str, Any], name: str, vocab_size: int, problems: list[str]) -> None:
+    """Append a problem unless a field is absent, null, a token id, or, for eos_token_id, a list of them."""
+    value = raw.get(name)
+    ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
+    if value is not None and any(type(i) is not int or not 0 <= i < vocab_size for i in ids):
+        problems.append(f"{name} {_short(value)} (a token id below {vocab_size})")
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that must hold one object.
 
@@ -200,6 +210,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(raw, ensure_ascii=False).encode()  # a lone surrogate could be read, but never written again
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else type(error).__name__
         raise ConfigError(f"{path}: not a readable JSON file ({reason})") from error

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from olmo2_export.atomic import replace_folder, resource_error
 from olmo2_export.checkpoint import TEXT_FILES, Checkpoint
-from olmo2_export.config import ModelConfig, read_json_object
+from olmo2_export.config import ModelConfig, check_token_ids, read_json_object
 from olmo2_export.fuse import check_op_counts
 from olmo2_export.fuse.fold_weight_transpose import TRANSPOSED
 from olmo2_export.model import Olmo2ForCausalLM, rotary_tables
@@ -37,7 +37,7 @@ from olmo2_export.trace import (
     portable_outputs,
     trace,
 )
-from runtimes.errors import CheckpointError, ResourceError, UsageError
+from runtimes.errors import CheckpointError, ConfigError, ResourceError, UsageError
 from runtimes.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -198,15 +198,23 @@ def _write_text_files(checkpoint: Checkpoint, config: ModelConfig, staging: Path
         if (checkpoint.folder / name).is_file():
             shutil.copyfile(checkpoint.folder / name, staging / name)
     raw = read_json_object(checkpoint.folder / "config.json")
-    generation = staging / "generation_config.json"
-    if not generation.exists():
-        ids = {k: raw[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(k) is not None}
-        generation.write_text(_json(ids))
+    javascript = raw.get("transformers.js_config") or {}
+    if not isinstance(javascript, dict):
+        raise ConfigError(f"{checkpoint.folder}/config.json: transformers.js_config is no object")
+    ids = {k: raw[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(k) is not None}
+    source = checkpoint.folder / "generation_config.json"
+    generation = read_json_object(source) if source.exists() else ids
+    problems: list[str] = []
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        check_token_ids(generation, name, config.vocab_size, problems)
+    if problems:
+        raise ConfigError(f"{source}: {'; '.join(problems)}")
+    if not source.exists():
+        (staging / source.name).write_text(_json(ids))
     _test_tokenizer(staging / "tokenizer.json", config)
-    javascript = {**raw.get("transformers.js_config", {}), "use_external_data_format": {"model.onnx": 1}}
+    javascript = {**javascript, "use_external_data_format": {"model.onnx": 1}}
     (staging / "config.json").write_text(_json({**raw, "transformers.js_config": javascript}))
-    merged = {**raw, **read_json_object(generation)}
-    (staging / "genai_config.json").write_text(_json(_genai_config(config, merged)))
+    (staging / "genai_config.json").write_text(_json(_genai_config(config, {**raw, **generation})))
 
 
 def _test_tokenizer(path: Path, config: ModelConfig) -> None:

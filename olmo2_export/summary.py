@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from runtimes.errors import IntegrityError
+from runtimes.errors import IntegrityError, PackageError
 from runtimes.manifest import (
     PARITY_NAME,
     Engine,
@@ -101,8 +102,15 @@ def _parity(package: Path, graphs: Mapping[str, str]) -> list[str]:
     if not path.is_file():
         return [f"parity: never verified; run: olmo2-export verify {package} --reference MODEL"]
     document = read_sealed(path)
-    if document["package_checksum"] != package_checksum(package):
+    if document.get("package_checksum") != package_checksum(package):
         raise IntegrityError(f"{path}: of another export; run: olmo2-export verify {package} --reference MODEL")
+    try:
+        return _verdicts(document, graphs)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PackageError(f"{path}: not a parity report ({error}); verify the package again") from error
+
+
+def _verdicts(document: Mapping[str, Any], graphs: Mapping[str, str]) -> list[str]:
     lines = [f"parity against {document['reference']['model']}"]
     for name, report in document["variants"].items():
         if report["graph_sha256"] != graphs.get(name):

@@ -88,6 +88,8 @@ def verify(
     check_files(package, manifest.files)
     names = list(dict.fromkeys(variants)) or list(manifest.variants)
     precisions = {find_variant(package, name)[0].precision for name in names}
+    if unknown := precisions - GATES.keys():
+        raise PackageError(f"{package}: precision {', '.join(sorted(unknown))}; there are gates for {', '.join(GATES)}")
     with tqdm(total=1 + len(precisions | {"fp32"}) + len(names), desc="verifying", unit="step", leave=False) as bar:
         truth = ask_pytorch(package, checkpoint, precisions, bar)
         reports = []
@@ -283,7 +285,8 @@ def _write(package: Path, checksum: str, checkpoint: Checkpoint, reports: Sequen
             before = read_sealed(path)
         except PackageError:  # damaged or of another version: it is only a report, and is written anew
             before = {}
-        kept = before.get("variants", {}) if before.get("package_checksum") == checksum else {}
+        same = before.get("package_checksum") == checksum and isinstance(before.get("variants"), dict)
+        kept = before["variants"] if same else {}
     document = {
         "format_version": FORMAT_VERSION,
         "package_checksum": checksum,

@@ -46,6 +46,8 @@ __all__ = [
 Backend: TypeAlias = Literal["ort"]
 """what runs a graph; ort: onnxruntime on the CPU"""
 
+_MOST_THREADS_PER_CPU = 4  # a hundred thousand stop the machine
+
 
 def open_runner(
     package: str | os.PathLike[str],
@@ -69,14 +71,15 @@ def open_runner(
         The runner, with an empty cache.
 
     Raises:
-        UsageError: threads below 1.
+        UsageError: threads out of range.
         BackendError: an unknown backend, or one whose library is not installed.
         PackageNotFoundError, VariantNotFoundError: no such package, no such variant in it.
         IntegrityError: a file is not the one that was exported.
         PackageError: the backend cannot load the graph, or it is not the graph the manifest describes.
     """
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise UsageError(f"threads {threads!r}: expected an integer of at least 1")
+    most = _MOST_THREADS_PER_CPU * (os.cpu_count() or 1)
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= most):
+        raise UsageError(f"threads {threads!r}: expected an integer from 1 to {most}, {_MOST_THREADS_PER_CPU} a CPU")
     folder = Path(package)
     match backend:
         case "ort":

@@ -111,6 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(str(error), Olmo2ExportError.exit_code, debug)
     except MemoryError:
         return _report("out of memory; use a smaller model or a shorter prompt", FailedError.exit_code, debug)
+    except Exception as error:  # the last resort: a user gets one line, and --debug the rest
+        return _report(f"internal error: {type(error).__name__}: {error}; run with --debug and report it", 1, debug)
     return 0
 
 

@@ -14,9 +14,10 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from runtimes.errors import IntegrityError, PackageError, PackageNotFoundError, VariantNotFoundError
 
@@ -228,7 +229,9 @@ def load_manifest(package: str | os.PathLike[str]) -> Manifest:
         IntegrityError: the manifest was changed.
     """
     path = Path(package) / MANIFEST_NAME
-    return _parse(path, _manifest, _read(Path(package), MANIFEST_NAME))
+    manifest = _parse(path, _manifest, _read(Path(package), MANIFEST_NAME))
+    _check_listed(manifest.variants, manifest.files)
+    return manifest
 
 
 def load_trt_manifest(package: str | os.PathLike[str]) -> TrtManifest | None:
@@ -242,6 +245,7 @@ def load_trt_manifest(package: str | os.PathLike[str]) -> TrtManifest | None:
     if not path.is_file():
         return None
     manifest = _parse(path, _trt_manifest, _read(package, f"{TRT_FOLDER}/{MANIFEST_NAME}"))
+    _check_listed(manifest.variants, manifest.files)
     if manifest.package_checksum != package_checksum(package):
         raise IntegrityError(
             f"{path}: built from another export than {MANIFEST_NAME} beside it; run: olmo2-export build {package}"
@@ -342,9 +346,44 @@ def _read(package: Path, name: str) -> dict[str, Any]:
 
 def _parse(path: Path, parse: Callable[[Mapping[str, Any]], _T], document: Mapping[str, Any]) -> _T:
     try:
-        return parse(document)
-    except (KeyError, TypeError, AttributeError) as error:
+        manifest = parse(document)
+        _check_types(manifest, type(manifest), "manifest")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, PackageError):
+            raise
         raise PackageError(f"{path}: not the fields of format {FORMAT_VERSION} ({error}); export it again") from error
+    return manifest
+
+
+def _check_types(value: object, hint: Any, where: str) -> None:
+    """Check a value against its annotation, all the way down; every integer of a manifest is a size or a count.
+
+    Raises:
+        TypeError: naming the field.
+    """
+    kind, arguments = get_origin(hint), get_args(hint)
+    if is_dataclass(hint):
+        hints = get_type_hints(hint)
+        for entry in fields(hint):
+            _check_types(getattr(value, entry.name), hints[entry.name], f"{where}.{entry.name}")
+    elif kind is dict and isinstance(value, dict):
+        for key, item in value.items():
+            _check_types(key, arguments[0], where)
+            _check_types(item, arguments[1], f"{where}[{key}]")
+    elif kind is tuple and isinstance(value, tuple):
+        for item in value:
+            _check_types(item, arguments[0], where)
+    elif kind is UnionType:
+        if type(value) not in arguments:
+            raise TypeError(f"{where} is {value!r}")
+    elif type(value) is not hint or (hint is int and value < 0):  # type: ignore[operator]  # an int here
+        raise TypeError(f"{where} is {value!r}")
+
+
+def _check_listed(variants: Mapping[str, Variant], files: Mapping[str, FileEntry]) -> None:
+    missing = sorted({name for v in variants.values() for name in v.files} - files.keys())
+    if missing:
+        raise PackageError(f"manifest: {', '.join(missing)}: not in its table of files; export the package again")
 
 
 def _manifest(document: Mapping[str, Any]) -> Manifest:

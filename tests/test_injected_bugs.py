@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from packages import rebuilt
+from rebuilt_packages import rebuilt, rebuilt_trt
 
 from olmo2_export.checkpoint import open_checkpoint
+from olmo2_export.engine import build
 from olmo2_export.verify import Truth, ask_pytorch, measure
 
 LAYER = 1
@@ -169,4 +171,84 @@ def test_a_rebuilt_package_without_a_bug_passes(case: tuple[Path, Truth], tmp_pa
 def test_bug_turns_parity_red(case: tuple[Path, Truth], tmp_path: Path, bug: Callable[[ir.Model], None]) -> None:
     package, truth = case
     report = measure(rebuilt(package, tmp_path / "copy", bug), "fp32", truth)
+    assert not report.passed, [(c.mode, c.error_ratio, c.nmse) for c in report.cases]
+
+
+# The same for the graph that TensorRT compiles. What it has of its own: scaled queries, lengths instead of a mask, a
+# cache that is written in place, and logits of one chosen row.
+
+
+def query_scale_wrong(model: ir.Model) -> None:
+    muls = [n for n in nodes(model, "Mul") if n.inputs[1] is not None and n.inputs[1].name == "query_scale"]
+    value = model.graph.initializers["query_scale"].const_value
+    assert value is not None
+    wrong = (value.numpy() * 1.02).astype(np.float32)
+    muls[LAYER].replace_input_with(1, constant(model, "query_scale_wrong", wrong))
+
+
+def kv_lengths_one_too_large(model: ir.Model) -> None:
+    attentions = nodes(model, "TRT_Attention")
+    lengths = attentions[0].inputs[5]
+    assert lengths is not None
+    add = ir.node("Add", [lengths, constant(model, "one_too_many", np.array(1, lengths.dtype.numpy()))])
+    for node in attentions:
+        node.replace_input_with(5, add.outputs[0])
+    model.graph.insert_before(attentions[0], add)
+
+
+def key_and_value_written_into_each_others_cache(model: ir.Model) -> None:
+    key, value = nodes(model, "TensorScatter")[2 * LAYER : 2 * LAYER + 2]
+    new_key, new_value = key.inputs[1], value.inputs[1]
+    key.replace_input_with(1, new_value)
+    value.replace_input_with(1, new_key)
+
+
+def logit_index_ignored(model: ir.Model) -> None:
+    """The last row always; the input is read, as TensorRT and onnxruntime would otherwise drop it."""
+    gather = nodes(model, "GatherND")[0]
+    ids = next(v for v in model.graph.inputs if v.name == "input_ids")
+    length = ir.node("Shape", [ids], attributes={"start": 1, "end": 2})
+    last = ir.node("Sub", [length.outputs[0], constant(model, "back_one", np.array(1, np.int64))])
+    nothing = ir.node("Mul", [gather.inputs[1], constant(model, "nothing", np.array(0, np.int64))])
+    index = ir.node("Add", [nothing.outputs[0], last.outputs[0]])
+    gather.replace_input_with(1, index.outputs[0])
+    model.graph.insert_before(gather, [length, last, nothing, index])
+
+
+TRT_BUGS: list[Callable[[ir.Model], None]] = [
+    q_norm_ignored,
+    post_attention_norm_ignored,
+    gate_and_up_swapped,
+    eps_ten_times_too_large,
+    rope_interleaved,
+    query_scale_wrong,
+    kv_lengths_one_too_large,
+    key_and_value_written_into_each_others_cache,
+    logit_index_ignored,
+]
+
+
+@pytest.fixture(scope="module")
+def trt_case(
+    tiny_package: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Truth]:
+    """A package with an engine of fp32, and what PyTorch says of its model."""
+    package = Path(shutil.copytree(tiny_package, tmp_path_factory.mktemp("trt") / "tiny"))
+    build(package, precision="fp32", compute_capabilities=["8.9"], max_cache_length=64, progress=False)
+    return package, ask_pytorch(package, open_checkpoint(str(tiny_checkpoint)), ["fp32"])
+
+
+def test_a_rebuilt_trt_graph_without_a_bug_passes(trt_case: tuple[Path, Truth], tmp_path: Path) -> None:
+    package, truth = trt_case
+    report = measure(rebuilt_trt(package, tmp_path / "copy", lambda _: None), "trt_fp32", truth)
+    assert report.passed
+    assert all(0 < c.error_ratio < 4 for c in report.cases)
+
+
+@pytest.mark.parametrize("bug", TRT_BUGS, ids=lambda bug: bug.__name__)
+def test_bug_in_the_trt_graph_turns_parity_red(
+    trt_case: tuple[Path, Truth], tmp_path: Path, bug: Callable[[ir.Model], None]
+) -> None:
+    package, truth = trt_case
+    report = measure(rebuilt_trt(package, tmp_path / "copy", bug), "trt_fp32", truth)
     assert not report.passed, [(c.mode, c.error_ratio, c.nmse) for c in report.cases]

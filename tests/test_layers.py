@@ -28,6 +28,7 @@ __main__
 OWNERS = {
     "tensorrt": {"runtimes/nvidia.py"},
     "tensorrt_rtx": {"runtimes/nvidia.py"},
+    "tensorrt_rtx_bindings": {"runtimes/nvidia.py"},
     "transformers": {"olmo2_export/reference.py", "olmo2_export/demo/train.py"},
     "onnxruntime": {"runtimes/ort_runner.py"},
     "huggingface_hub": {"olmo2_export/checkpoint.py"},
@@ -82,6 +83,15 @@ def test_heavy_libraries_have_owners() -> None:
             assert owners is None or path.relative_to(ROOT).as_posix() in owners, f"{path} imports {name}"
 
 
+def test_one_file_imports_by_name() -> None:
+    """An import that is a string escapes the test above; runtimes/nvidia.py loads TensorRT so, and nobody else."""
+    for path in sources():
+        if path.relative_to(ROOT).as_posix() != "runtimes/nvidia.py":
+            text = path.read_text(encoding="utf-8")
+            for word in ("tensorrt_rtx_bindings", "import_module", "__import__"):
+                assert word not in text, f"{path} has {word}"
+
+
 def test_no_error_is_swallowed_wholesale() -> None:
     """`except` names its class; BaseException only where a foreign panic has to be told apart, and is re-raised."""
     for path in sources():
@@ -90,7 +100,8 @@ def test_no_error_is_swallowed_wholesale() -> None:
                 continue
             assert node.type is not None, f"{path}:{node.lineno}"
             names = {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)}
-            assert "Exception" not in names, f"{path}:{node.lineno}"
+            last_resort = path.name == "cli.py"  # one line for the user, whatever it is
+            assert "Exception" not in names or last_resort, f"{path}:{node.lineno}"
             if "BaseException" in names:
                 assert any(isinstance(n, ast.Raise) and n.exc is None for n in ast.walk(node)), f"{path}:{node.lineno}"
 

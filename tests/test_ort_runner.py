@@ -301,7 +301,7 @@ def test_threads_reach_onnxruntime(tiny_package: Path) -> None:
         assert runner._session.get_session_options().intra_op_num_threads == 3
 
 
-@pytest.mark.parametrize("threads", [0, -2, 1.0, True])
+@pytest.mark.parametrize("threads", [0, -2, 1.0, True, 100_000, 10**12])
 def test_threads_that_are_no_count_are_refused(tiny_package: Path, threads: Any) -> None:
     with pytest.raises(UsageError, match="threads"):
         open_runner(tiny_package, threads=threads)

@@ -148,17 +148,23 @@ def test_an_existing_package_is_replaced_only_by_force(
     assert leftovers(out) == []
 
 
-def test_other_peoples_folders_are_never_replaced(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_other_peoples_folders_are_never_replaced(tiny_checkpoint: Path, tiny_package: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
     (tmp_path / "file").write_text("x")
     (tmp_path / "link").symlink_to(tmp_path / "thesis")
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "manifest.json").write_text('{"name": "a web app has one, too"}')
+    mixed = Path(shutil.copytree(tiny_package, tmp_path / "mixed"))
+    (mixed / "notes.txt").write_text("kept beside the package")
     checkpoint = open_checkpoint(str(tiny_checkpoint))
-    for name in ("thesis", "file", "link"):
+    for name in ("thesis", "file", "link", "web", "mixed"):
         with pytest.raises(UsageError):
             export(checkpoint, tmp_path / name, force=True)
     assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "years of work"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link", "thesis"]
+    assert (tmp_path / "web" / "manifest.json").exists()
+    assert (mixed / "notes.txt").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link", "mixed", "thesis", "web"]
 
 
 def test_unknown_variants_write_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -252,9 +258,10 @@ def test_the_swap_replaces_everything(tmp_path: Path, exchange_works: bool, monk
         monkeypatch.setattr(atomic.sys, "platform", "other")
     for content in ("one", "two"):
         with replace_folder(tmp_path / "out", force=True) as staging:
-            (staging / "manifest.json").write_text(content)
+            manifest = {"format_version": 1, "exporter_version": "0", "checksum": "", "files": {content: {}}}
+            (staging / "manifest.json").write_text(json.dumps(manifest))
             (staging / content).write_text(content)
-    assert contents(tmp_path / "out") == {"manifest.json": b"two", "two": b"two"}
+    assert contents(tmp_path / "out").keys() == {"manifest.json", "two"}
     assert leftovers(tmp_path / "out") == []
 
 
@@ -339,10 +346,20 @@ def test_a_manifest_of_another_format_says_so(tiny_package: Path, tmp_path: Path
 def test_a_manifest_with_other_fields_says_so(tiny_package: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny_package, tmp_path / "copy"))
     document = read_sealed(copy / MANIFEST_NAME)
-    for damaged in (document | {"model": {"size": 3}}, {k: v for k, v in document.items() if k != "files"}):
+    model = document["model"]
+    for damaged in (
+        document | {"model": {"size": 3}},
+        document | {"model": model | {"head_dim": -1}},
+        document | {"model": model | {"num_hidden_layers": "x"}},
+        document | {"variants": {"fp32": document["variants"]["fp32"] | {"precision": 32}}},
+        {k: v for k, v in document.items() if k != "files"},
+    ):
         (copy / MANIFEST_NAME).write_bytes(seal(damaged))
         with pytest.raises(PackageError, match="not the fields of format 1"):
             load_manifest(copy)
+    (copy / MANIFEST_NAME).write_bytes(seal(document | {"files": {}}))
+    with pytest.raises(PackageError, match="not in its table of files"):
+        load_manifest(copy)
     (copy / MANIFEST_NAME).write_bytes(seal(document | {"variants": {}}))
     with pytest.raises(VariantNotFoundError, match="it has none"):
         find_variant(copy, None)

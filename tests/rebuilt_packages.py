@@ -1,0 +1,48 @@
+"""Change a package the way a bug in the exporter would: the graph is wrong, and the manifest vouches for it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+
+from olmo2_export.package import save_graph
+from runtimes.manifest import MANIFEST_NAME, TRT_FOLDER, hash_files, read_sealed, seal
+
+
+def rebuilt(package: Path, out: Path, change: Callable[[ir.Model], object]) -> Path:
+    """Copy a package with a changed fp32 graph; every hash is right.
+
+    Args:
+        package: the original.
+        out: the copy, which must not exist.
+        change: edits the graph in place.
+    """
+    return _rebuilt(package, out, change, "onnx/model.onnx", MANIFEST_NAME)
+
+
+def rebuilt_trt(package: Path, out: Path, change: Callable[[ir.Model], object]) -> Path:
+    """Copy a package with a changed fp32 graph for TensorRT; every hash is right.
+
+    The plan stays as it was: it is for a runner of the graph, onnxruntime.
+
+    Args:
+        package: the original, with an engine of fp32.
+        out: the copy, which must not exist.
+        change: edits the graph in place.
+    """
+    return _rebuilt(package, out, change, f"{TRT_FOLDER}/model_fp32.onnx", f"{TRT_FOLDER}/{MANIFEST_NAME}")
+
+
+def _rebuilt(package: Path, out: Path, change: Callable[[ir.Model], object], graph: str, manifest: str) -> Path:
+    shutil.copytree(package, out)
+    model = ir.load(package / graph)
+    change(model)
+    save_graph(model, out / graph)
+    document = read_sealed(out / manifest)
+    entries = hash_files(out, document["files"])
+    document["files"] = {name: vars(entry) for name, entry in entries.items()}
+    (out / manifest).write_bytes(seal(document))
+    return out
