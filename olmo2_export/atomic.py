@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from runtimes.errors import ResourceError, UsageError, first_names
+from runtimes.errors import DISK_FULL, ResourceError, UsageError, first_names
 from runtimes.manifest import MANIFEST_NAME, PARITY_NAME, TRT_FOLDER
 
 
@@ -91,7 +91,7 @@ def replace_folder(target: Path, *, force: bool) -> Iterator[Path]:
                 _sync(staging)
                 _swap(staging, target)
             except OSError as error:
-                if isinstance(error, ResourceError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if isinstance(error, ResourceError) or error.errno not in DISK_FULL:
                     raise
                 raise resource_error(target, error) from error
         finally:

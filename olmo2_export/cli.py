@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from runtimes.errors import Olmo2ExportError, UsageError
+from runtimes.errors import DISK_FULL, Olmo2ExportError, UsageError
 from runtimes.signals import Interrupted, interruptible
 
 
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         return _report(f"{error.name} is not installed; run: pip install 'olmo2-export[export]'", 2, debug)
     except OSError as error:  # a file that cannot be read or written
-        return _report(str(error), 2, debug)
+        return _report(str(error), 1 if error.errno in DISK_FULL else 2, debug)
     except MemoryError:
         return _report("out of memory", 1, debug)
     except Exception as error:  # the last resort: a user gets one line, and --debug the rest

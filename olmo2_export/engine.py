@@ -45,6 +45,7 @@ from runtimes.errors import (
     EngineBuildError,
     IntegrityError,
     Olmo2ExportError,
+    PackageError,
     ResourceError,
     UsageError,
     VariantNotFoundError,
@@ -75,6 +76,8 @@ logger = logging.getLogger(__name__)
 COMPILER = "olmo2_export.engine_compiler"
 """the module that is run in a process of its own"""
 _ENVIRONMENT = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")  # what a compiler may need
+
+_MOST_ROWS = 1024
 
 CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 """the default GPUs: A100, RTX 30, RTX 40 and L4/L40, RTX 50; not 7.5, which has no bfloat16"""
@@ -145,7 +148,7 @@ def build(
     capacity, chunk = _lengths(manifest.model, max_cache_length, prefill_chunk)
     _check_options(precision, capabilities, max_batch_size, backend)
     check_installed(backend)
-    _warn_of_slow_attention(manifest.model, precision)
+    _check_head_dim(manifest.model, precision)
     check_files(package, manifest.files, manifest.variants["fp32"].files)
     target = package / TRT_FOLDER
     # Nobody may replace the package while an engine is built from it.
@@ -217,8 +220,8 @@ def _check_options(precision: str, capabilities: Sequence[str], max_batch_size: 
         raise UsageError(f"backend {backend!r}: expected one of {', '.join(get_args(TensorRTBackend))}")
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
-    if max_batch_size < 1:
-        raise UsageError(f"max_batch_size {max_batch_size}: expected at least 1")
+    if not 1 <= max_batch_size <= _MOST_ROWS:
+        raise UsageError(f"max_batch_size {max_batch_size}: expected 1 to {_MOST_ROWS}")
     if malformed := [c for c in capabilities if re.fullmatch(r"\d{1,2}\.\d", c) is None]:
         raise UsageError(f"compute capability {', '.join(map(repr, malformed))}: expected the form 8.9")
     if not capabilities:
@@ -230,46 +233,52 @@ def _check_options(precision: str, capabilities: Sequence[str], max_batch_size: 
     if backend == "trt_rtx" and (foreign := [c for c in capabilities if c not in RTX_CAPABILITIES]):
         raise UsageError(
             f"compute capability {', '.join(foreign)}: TensorRT for RTX compiles for {', '.join(RTX_CAPABILITIES)}; "
-            "for other GPUs use full TensorRT, on that GPU (backend trt)"
+            "other GPUs need full TensorRT, which compiles on the GPU itself"
         )
     if precision == "bf16" and (old := [c for c in capabilities if float(c) < 8.0]):
         raise UsageError(f"compute capability {', '.join(old)}: bf16 needs 8.0 or newer; use --precision fp16")
 
 
-def _warn_of_slow_attention(model: ModelSpec, precision: Precision) -> None:
+def _check_head_dim(model: ModelSpec, precision: Precision) -> None:
+    """Refuse what TensorRT cannot compile, and warn of what it compiles to something slower."""
     size = model.head_dim
-    if precision != "fp32" and (size % 8 or not 16 <= size <= 256):
-        logger.warning(
-            "head_dim %d: TensorRT has no attention kernel of its own for it (multiples of 8 from 16 to 256) "
-            "and composes a slower one",
-            size,
-        )
+    if precision != "fp32" and size % 8:
+        raise UsageError(f"head_dim {size}: in {precision} TensorRT takes multiples of 8; use --precision fp32")
+    if precision != "fp32" and not 16 <= size <= 256:
+        logger.warning("head_dim %d: TensorRT has attention kernels for 16 to 256 and composes a slower one", size)
 
 
 def _kept(package: Path, precision: Precision) -> TrtManifest:
-    """Return what stays of the trt folder: everything but this precision; nothing if it is of another export."""
+    """Return what stays of the trt folder: what is intact, of this export, and of other precisions."""
     checksum = package_checksum(package)
     version = importlib.metadata.version("olmo2-export")
+    kept = TrtManifest(FORMAT_VERSION, version, checksum, {}, {}, {})
     try:
         old = load_trt_manifest(package)
-    except IntegrityError as error:
+    except PackageError as error:
         logger.warning("the engines that are there are not kept: %s", error)
-        old = None
+        return kept
     if old is None:
-        return TrtManifest(FORMAT_VERSION, version, checksum, {}, {}, {})
-    engines = {name: engine for name, engine in old.engines.items() if engine.precision != precision}
-    variants = {name: variant for name, variant in old.variants.items() if variant.precision != precision}
-    names = [*(e.plan for e in engines.values()), *(file for v in variants.values() for file in v.files)]
-    return TrtManifest(FORMAT_VERSION, version, checksum, variants, engines, {name: old.files[name] for name in names})
+        return kept
+    for other in sorted({v.precision for v in old.variants.values()} - {precision}):
+        engines = {name: engine for name, engine in old.engines.items() if engine.precision == other}
+        variants = {name: variant for name, variant in old.variants.items() if variant.precision == other}
+        names = [*(e.plan for e in engines.values()), *(file for v in variants.values() for file in v.files)]
+        try:
+            check_files(package, old.files, names, remedy="build it again")
+        except IntegrityError as error:
+            logger.warning("%s is not kept: %s", other, error)
+            continue
+        kept.engines.update(engines)
+        kept.variants.update(variants)
+        kept.files.update({name: old.files[name] for name in names})
+    return kept
 
 
 def _link(files: dict[str, FileEntry], package: Path, staging: Path) -> None:
     """Put the files that stay into the new folder, without copying them."""
     for name in files:
-        source = package / name
-        if not source.is_file():
-            raise IntegrityError(f"{package}: {name}: missing; remove {package / TRT_FOLDER} and build again")
-        os.link(source, staging / source.name)
+        os.link(package / name, staging / Path(name).name)
 
 
 def _write_graph(package: Path, manifest: Manifest, staging: Path, precision: Precision, capacity: int) -> Variant:
@@ -349,7 +358,7 @@ def _write_manifest(package: Path, staging: Path, kept: TrtManifest, variant: Va
 
 def _compile(request: CompileRequest, progress: bool) -> CompileResult:
     """Run the compiler's process; show its progress, log what it logs, raise what it raises."""
-    with tempfile.TemporaryDirectory(prefix="olmo2-build-") as folder:
+    with tempfile.TemporaryDirectory(dir=Path(request.plan).parent) as folder:  # swept with the staging folder
         request_file = Path(folder) / "request.json"
         request_file.write_text(json.dumps(asdict(request)))
         with (Path(folder) / "stderr").open("w+b") as stderr:

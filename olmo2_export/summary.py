@@ -39,7 +39,8 @@ def summarize(package: Path) -> str:
     trt = load_trt_manifest(package)
     variants = manifest.variants | (trt.variants if trt else {})
     files = manifest.files | (trt.files if trt else {})
-    check_files(package, files)
+    check_files(package, manifest.files)
+    check_files(package, trt.files if trt else {}, remedy=f"run: olmo2-export build {package}")
     sections = [_model(package, manifest), *map(_variant, variants.values())]
     sections += map(_engine, trt.engines.values() if trt else ())
     sections += [_files(files), _parity(package, {name: files[v.graph].sha256 for name, v in variants.items()})]

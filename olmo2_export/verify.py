@@ -42,7 +42,7 @@ from runtimes.manifest import (
 SEED = 0
 LENGTHS = (61, 37, 13)
 """tokens of the three sequences; odd, and all different"""
-MIN_CONTEXT = 16
+MIN_CACHE_LENGTH = 16
 """tokens: below it the cases are not different from each other"""
 GREEDY_TOKENS = 24
 GREEDY_PROMPT = 5
@@ -91,7 +91,8 @@ def verify(
     if unknown := precisions - GATES.keys():
         raise PackageError(f"{package}: precision {', '.join(sorted(unknown))}; there are gates for {', '.join(GATES)}")
     with tqdm(total=1 + len(precisions | {"fp32"}) + len(names), desc="verifying", unit="step", leave=False) as bar:
-        truth = ask_pytorch(package, checkpoint, precisions, bar)
+        capacity = min(find_variant(package, name)[0].kv_cache.max_cache_length for name in names)
+        truth = ask_pytorch(package, checkpoint, precisions, capacity, bar)
         reports = []
         for name in names:
             reports.append(measure(package, name, truth, backend))
@@ -101,7 +102,11 @@ def verify(
 
 
 def ask_pytorch(
-    package: Path, checkpoint: Checkpoint, precisions: Collection[str], bar: tqdm[Any] | None = None
+    package: Path,
+    checkpoint: Checkpoint,
+    precisions: Collection[str],
+    capacity: int | None = None,
+    bar: tqdm[Any] | None = None,
 ) -> Truth:
     """Compute what is compared against, once for all variants.
 
@@ -109,6 +114,7 @@ def ask_pytorch(
         package: for its tokenizer and its shape.
         checkpoint: the reference weights.
         precisions: of the variants to be measured.
+        capacity: tokens that the smallest of their caches holds; None means the context.
         bar: advanced after each PyTorch model.
 
     Raises:
@@ -119,8 +125,11 @@ def ask_pytorch(
     if spec != config.spec:
         different = [k for k, v in vars(config.spec).items() if getattr(spec, k) != v]
         raise ConfigError(f"{package}: not of the reference's shape: {', '.join(different)} differ")
-    sequences, origin = _sequences(package, config)
-    new_tokens = min(GREEDY_TOKENS, config.max_position_embeddings - GREEDY_PROMPT)
+    capacity = config.max_position_embeddings if capacity is None else capacity
+    if capacity < MIN_CACHE_LENGTH:
+        raise PackageError(f"{package}: a cache of {capacity} tokens; verification needs {MIN_CACHE_LENGTH}")
+    sequences, origin = _sequences(package, config.vocab_size, capacity)
+    new_tokens = min(GREEDY_TOKENS, capacity - GREEDY_PROMPT)
     exact: list[np.ndarray] = []
     own: dict[str, list[np.ndarray]] = {}
     continuations: list[tuple[np.ndarray, np.ndarray]] = []
@@ -258,13 +267,11 @@ def _greedy(runner: Runner, prompt: np.ndarray, new_tokens: int) -> np.ndarray:
     return np.array(found, dtype=np.int64)
 
 
-def _sequences(package: Path, config: ModelConfig) -> tuple[list[np.ndarray], str]:
+def _sequences(package: Path, vocab_size: int, capacity: int) -> tuple[list[np.ndarray], str]:
     """Return the token sequences: text where the package has a tokenizer, the last row always random ids."""
-    if config.max_position_embeddings < MIN_CONTEXT:
-        raise ConfigError(f"{package}: a context of {config.max_position_embeddings}; verification needs {MIN_CONTEXT}")
     generator = np.random.default_rng(SEED)
-    lengths = [min(n, config.max_position_embeddings - i) for i, n in enumerate(LENGTHS)]
-    rows = [generator.integers(0, config.vocab_size, n, dtype=np.int64) for n in lengths]
+    lengths = [min(n, capacity - i) for i, n in enumerate(LENGTHS)]
+    rows = [generator.integers(0, vocab_size, n, dtype=np.int64) for n in lengths]
     tokenizer_file = package / "tokenizer.json"
     if not tokenizer_file.exists():
         return rows, "random ids"
@@ -293,6 +300,8 @@ def _write(package: Path, checksum: str, checkpoint: Checkpoint, reports: Sequen
         "reference": {"model": checkpoint.model, "revision": checkpoint.revision},
         "variants": kept | {report.variant: report.to_document() for report in reports},
     }
+    for leftover in package.glob(f".{PARITY_NAME}.*"):  # of a killed process
+        leftover.unlink(missing_ok=True)
     temporary = path.with_name(f".{PARITY_NAME}.{os.getpid()}")
     temporary.write_bytes(seal(document))
     temporary.replace(path)

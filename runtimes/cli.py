@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from runtimes import open_runner
-from runtimes.errors import FailedError, InputError, Olmo2ExportError, UsageError
+from runtimes.errors import DISK_FULL, FailedError, InputError, Olmo2ExportError, UsageError
 from runtimes.generate import Generation, encode_prompt, generate
 from runtimes.sampling import Sampler
 from runtimes.signals import Interrupted, interruptible
@@ -108,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Olmo2ExportError as error:
         return _report(str(error), error.exit_code, debug)
     except OSError as error:  # a file that cannot be read
-        return _report(str(error), Olmo2ExportError.exit_code, debug)
+        code = FailedError.exit_code if error.errno in DISK_FULL else Olmo2ExportError.exit_code
+        return _report(str(error), code, debug)
     except MemoryError:
         return _report("out of memory; use a smaller model or a shorter prompt", FailedError.exit_code, debug)
     except Exception as error:  # the last resort: a user gets one line, and --debug the rest

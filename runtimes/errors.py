@@ -23,7 +23,11 @@ Every message says what was found, what was expected and what to do.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
+
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""the errno of a resource that ran out, not of bad input"""
 
 
 class Olmo2ExportError(Exception):

@@ -298,7 +298,12 @@ def hash_files(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
 
 
 def check_files(
-    package: Path, files: Mapping[str, FileEntry], names: Iterable[str] | None = None, *, hashes: bool = True
+    package: Path,
+    files: Mapping[str, FileEntry],
+    names: Iterable[str] | None = None,
+    *,
+    hashes: bool = True,
+    remedy: str = "export the package again",
 ) -> None:
     """Compare files with what the manifest says of them: presence and size first, then sha256.
 
@@ -307,6 +312,7 @@ def check_files(
         files: the manifest's table.
         names: which of them; None means all.
         hashes: False stops after presence and size, without reading the files.
+        remedy: what the message tells the user to do.
 
     Raises:
         IntegrityError: naming every file that differs.
@@ -328,7 +334,7 @@ def check_files(
         if entry.sha256 != files[name].sha256:
             problems.append(f"{name}: sha256 {entry.sha256[:12]}..., the manifest says {files[name].sha256[:12]}...")
     if problems:
-        raise IntegrityError(f"{package}: {'; '.join(problems)}; export the package again")
+        raise IntegrityError(f"{package}: {'; '.join(problems)}; {remedy}")
 
 
 def _read(package: Path, name: str) -> dict[str, Any]:

@@ -130,9 +130,13 @@ def test_pickle_is_never_read(folder: Path, capsys: pytest.CaptureFixture[str]) 
         (b"", "truncated"),
         (struct.pack("<Q", 17 << 20) + b" " * (17 << 20), "a header of 17825792 bytes"),
         (struct.pack("<Q", 9) + b'{"a": 1}\n', "damaged header entry 'a'"),
+        (
+            struct.pack("<Q", 58) + b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,1e999]}} ',
+            "damaged header entry 'w'",
+        ),
         (struct.pack("<Q", 12) + b'{"a":1,"a":2', "not valid JSON"),
     ],
-    ids=["lfs", "html", "zip", "empty", "bomb", "entry", "json"],
+    ids=["lfs", "html", "zip", "empty", "bomb", "entry", "infinite", "json"],
 )
 def test_disguised_and_broken_files_are_refused_with_a_hint(folder: Path, content: bytes, hint: str) -> None:
     (folder / "model.safetensors").write_bytes(content)

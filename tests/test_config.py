@@ -62,6 +62,12 @@ def test_optional_fields_are_read() -> None:
         ({"head_dim": 15}, "head_dim 15 is odd"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps nan"),
         ({"rms_norm_eps": 0}, "rms_norm_eps 0"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps 1000"),
+        ({"rope_theta": 10**400}, "rope_theta 1000"),
+        ({"eos_token_id": {"a": 1}}, "eos_token_id {'a': 1}"),
+        ({"eos_token_id": [130, 131]}, "eos_token_id [130, 131]"),
+        ({"bos_token_id": [1]}, "bos_token_id [1]"),
+        ({"pad_token_id": -3}, "pad_token_id -3"),
         ({"vocab_size": True}, "vocab_size True"),
         ({"vocab_size": "131"}, "vocab_size '131'"),
         ({"attention_bias": 1}, "attention_bias 1"),
@@ -108,6 +114,13 @@ def test_unreadable_files_are_one_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ConfigError, match=r"config\.json"):
+        ModelConfig.from_json(path)
+
+
+def test_a_lone_surrogate_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(V5 | {"_name_or_path": "\ud800"}))
+    with pytest.raises(ConfigError, match="UnicodeEncodeError"):
         ModelConfig.from_json(path)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import tensorrt_rtx_bindings  # noqa: F401  # where it is missing these tests fail: they are not to be skipped unseen
+import tensorrt_rtx_bindings  # type: ignore[import-untyped]  # noqa: F401  # missing must fail, not skip
 from checkpoints import make_checkpoint
 from onnx import TensorProto, helper, numpy_helper
 
@@ -252,12 +252,12 @@ def test_progress_goes_to_standard_error(small: Path, tmp_path: Path, capfd: pyt
             r"tensorrt .*pip install tensorrt --extra-i",
         ),
         ({"backend": "trt"}, UsageError, r"backend trt builds for the GPU at hand; give that one"),
-        ({"compute_capabilities": ["8.9", "9.0", "10.0"]}, UsageError, r"capability 9\.0, 10\.0: .*use full TensorRT"),
+        ({"compute_capabilities": ["8.9", "9.0", "10.0"]}, UsageError, r"capability 9\.0, 10\.0: .*full TensorRT"),
         ({"compute_capabilities": ["8.7"]}, UsageError, r"8\.7: TensorRT for RTX compiles for 7\.5, 8\.0"),
         ({"compute_capabilities": ["89", "sm_89"]}, UsageError, r"'89', 'sm_89': expected the form 8\.9"),
         ({"compute_capabilities": []}, UsageError, r"no compute capability"),
         ({"compute_capabilities": ["7.5", "8.9"]}, UsageError, r"7\.5: bf16 needs 8\.0 or newer; use --precision fp16"),
-        ({"max_batch_size": 0}, UsageError, r"max_batch_size 0: expected at least 1"),
+        ({"max_batch_size": 0}, UsageError, r"max_batch_size 0: expected 1 to 1024"),
         ({"max_cache_length": 257}, UsageError, r"max_cache_length 257: expected 1 to 256, the model's context"),
         ({"max_cache_length": 0}, UsageError, r"max_cache_length 0: expected 1"),
         ({"max_cache_length": 64, "prefill_chunk": 65}, UsageError, r"prefill_chunk 65: expected 1 to 64"),
@@ -325,12 +325,35 @@ def test_float16_overflow_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_unusual_head_dim_is_warned_of(tmp_path: Path, caplog: Any) -> None:
-    checkpoint = make_checkpoint(tmp_path / "c", num_hidden_layers=1, hidden_size=36, num_key_value_heads=6)
+    checkpoint = make_checkpoint(tmp_path / "c", num_hidden_layers=1, hidden_size=48, num_key_value_heads=6)
     export(open_checkpoint(str(checkpoint)), tmp_path / "package")
     report = build(tmp_path / "package", progress=False)
-    assert "head_dim 6: TensorRT has no attention kernel of its own for it" in caplog.text
+    assert "head_dim 8: TensorRT has attention kernels for 16 to 256" in caplog.text
     decode, *_ = programs(tmp_path / "package" / report.engine.plan)
     assert decode
+
+
+def test_head_dim_that_tensorrt_cannot_compile_is_refused_before_the_build(tmp_path: Path) -> None:
+    """With head_dim 20 its compiler failed in a check of its own."""
+    checkpoint = make_checkpoint(tmp_path / "c", num_hidden_layers=1, head_dim=20)
+    export(open_checkpoint(str(checkpoint)), tmp_path / "package")
+    with pytest.raises(UsageError, match="head_dim 20: in bf16 TensorRT takes multiples of 8; use --precision fp32"):
+        build(tmp_path / "package", progress=False)
+    assert build(tmp_path / "package", precision="fp32", progress=False).plan_bytes > 0
+
+
+def test_damaged_engines_are_not_kept(built: tuple[Path, Any], tmp_path: Path, caplog: Any) -> None:
+    package = Path(shutil.copytree(built[0], tmp_path / "package"))
+    plan = package / "trt" / "model_fp16.trt_rtx.engine"
+    data = bytearray(plan.read_bytes())
+    data[len(data) // 2] ^= 1
+    plan.write_bytes(data)
+    build(package, precision="fp32", progress=False)
+    assert "fp16 is not kept" in caplog.text
+    manifest = load_trt_manifest(package)
+    assert manifest is not None
+    assert set(manifest.engines) == {"trt_rtx_bf16", "trt_rtx_fp32"}
+    check_files(package, manifest.files)
 
 
 # What the compiler's process does when it fails.

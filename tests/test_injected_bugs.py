@@ -190,7 +190,7 @@ def kv_lengths_one_too_large(model: ir.Model) -> None:
     attentions = nodes(model, "TRT_Attention")
     lengths = attentions[0].inputs[5]
     assert lengths is not None
-    add = ir.node("Add", [lengths, constant(model, "one_too_many", np.array(1, lengths.dtype.numpy()))])
+    add = ir.node("Add", [lengths, constant(model, "one_too_many", np.array(1, np.int32))])
     for node in attentions:
         node.replace_input_with(5, add.outputs[0])
     model.graph.insert_before(attentions[0], add)
@@ -229,9 +229,7 @@ TRT_BUGS: list[Callable[[ir.Model], None]] = [
 
 
 @pytest.fixture(scope="module")
-def trt_case(
-    tiny_package: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Truth]:
+def trt_case(tiny_package: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Truth]:
     """A package with an engine of fp32, and what PyTorch says of its model."""
     package = Path(shutil.copytree(tiny_package, tmp_path_factory.mktemp("trt") / "tiny"))
     build(package, precision="fp32", compute_capabilities=["8.9"], max_cache_length=64, progress=False)

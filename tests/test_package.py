@@ -28,6 +28,7 @@ from olmo2_export.package import export
 from olmo2_export.summary import summarize
 from runtimes.errors import (
     CheckpointError,
+    ConfigError,
     IntegrityError,
     PackageError,
     PackageNotFoundError,
@@ -197,6 +198,33 @@ def test_a_broken_tokenizer_fails_the_export(tiny_checkpoint: Path, tmp_path: Pa
     with pytest.raises(CheckpointError, match=said):
         export(open_checkpoint(str(bad)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("generation_config.json", {"eos_token_id": "x"}, r"generation_config\.json: eos_token_id 'x'"),
+        ("generation_config.json", {"eos_token_id": [1, 10**9]}, r"eos_token_id \[1, 1000000000\]"),
+        ("config.json", {"transformers.js_config": "x"}, r"transformers\.js_config is no object"),
+    ],
+)
+def test_bad_json_values_name_the_checkpoints_file(
+    tiny_checkpoint: Path, tmp_path: Path, name: str, change: dict[str, object], said: str
+) -> None:
+    bad = Path(shutil.copytree(tiny_checkpoint, tmp_path / "bad"))
+    (bad / name).write_text(json.dumps(json.loads((bad / name).read_text()) | change))
+    with pytest.raises(ConfigError, match=said) as caught:
+        export(open_checkpoint(str(bad)), tmp_path / "out")
+    assert "staging" not in str(caught.value)
+
+
+def test_the_folder_one_stands_in_is_not_replaced(
+    tiny_checkpoint: Path, tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(tiny_package, tmp_path / "out"))
+    monkeypatch.chdir(out / "onnx")
+    with pytest.raises(UsageError, match="the folder you are in"):
+        export(open_checkpoint(str(tiny_checkpoint)), out, force=True)
 
 
 def test_a_full_disk_is_said_before_anything_is_written(

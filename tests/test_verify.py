@@ -15,6 +15,7 @@ from transformers import Olmo2ForCausalLM
 
 from olmo2_export import verify as verify_module
 from olmo2_export.checkpoint import open_checkpoint
+from olmo2_export.engine import build
 from olmo2_export.package import export
 from olmo2_export.reference import open_reference
 from olmo2_export.summary import summarize
@@ -98,8 +99,15 @@ def test_another_vocabulary_is_not_compared(copy: Path, tmp_path: Path) -> None:
 def test_a_context_too_short_to_tell_the_cases_apart_is_refused(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "c", max_position_embeddings=15)))
     export(checkpoint, tmp_path / "p")
-    with pytest.raises(ConfigError, match="a context of 15; verification needs 16"):
+    with pytest.raises(PackageError, match="a cache of 15 tokens; verification needs 16"):
         verify(tmp_path / "p", checkpoint)
+
+
+def test_a_cache_shorter_than_the_sequences_is_verified_within_it(copy: Path, tiny_checkpoint: Path) -> None:
+    build(copy, precision="fp32", compute_capabilities=["8.9"], max_cache_length=33, progress=False)
+    (report,) = verify(copy, open_checkpoint(str(tiny_checkpoint)), variants=["trt_fp32"])
+    assert report.passed
+    assert report.sequences == (33, 32, 13)
 
 
 def test_a_package_replaced_meanwhile_gets_no_verdict(
