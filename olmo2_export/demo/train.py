@@ -231,7 +231,7 @@ def main() -> None:
     minutes = (time.monotonic() - started) / 60
 
     model.to(torch.bfloat16).save_pretrained(args.out)
-    model.to(torch.float32)  # the stored weights, computed in float32
+    model = Olmo2ForCausalLM.from_pretrained(args.out, dtype=torch.float32)  # the stored weights, computed in float32
     prompt = torch.tensor([[end, *tokenizer.encode("In the beginning").ids]])
     sample = tokenizer.decode(model.generate(prompt, max_new_tokens=80, do_sample=False)[0].tolist())
     facts: dict[str, object] = {
