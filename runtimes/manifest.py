@@ -389,7 +389,7 @@ def _check_types(value: object, hint: Any, where: str) -> None:
 def _check_listed(variants: Mapping[str, Variant], files: Mapping[str, FileEntry]) -> None:
     missing = sorted({name for v in variants.values() for name in v.files} - files.keys())
     if missing:
-        raise PackageError(f"manifest: {', '.join(missing)}: not in its table of files; export the package again")
+        raise IntegrityError(f"{', '.join(missing)}: not in the manifest's table of files; export the package again")
 
 
 def _manifest(document: Mapping[str, Any]) -> Manifest:
