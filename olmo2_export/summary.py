@@ -13,6 +13,7 @@ from runtimes.manifest import (
     FileEntry,
     Manifest,
     TensorSpec,
+    TrtManifest,
     Variant,
     check_files,
     load_manifest,
@@ -39,12 +40,18 @@ def summarize(package: Path) -> str:
     trt = load_trt_manifest(package)
     variants = manifest.variants | (trt.variants if trt else {})
     files = manifest.files | (trt.files if trt else {})
-    check_files(package, manifest.files)
-    check_files(package, trt.files if trt else {}, remedy=f"run: olmo2-export build {package}")
+    check_files(package, manifest.files, manifest.files.keys() | _listed(manifest))
+    if trt:
+        check_files(package, trt.files, trt.files.keys() | _listed(trt), remedy=f"run: olmo2-export build {package}")
     sections = [_model(package, manifest), *map(_variant, variants.values())]
     sections += map(_engine, trt.engines.values() if trt else ())
     sections += [_files(files), _parity(package, {name: files[v.graph].sha256 for name, v in variants.items()})]
     return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def _listed(manifest: Manifest | TrtManifest) -> set[str]:
+    """Return the files that the variants name, which the table of files must have."""
+    return {name for variant in manifest.variants.values() for name in variant.files}
 
 
 def _model(package: Path, manifest: Manifest) -> list[str]:

@@ -229,9 +229,7 @@ def load_manifest(package: str | os.PathLike[str]) -> Manifest:
         IntegrityError: the manifest was changed.
     """
     path = Path(package) / MANIFEST_NAME
-    manifest = _parse(path, _manifest, _read(Path(package), MANIFEST_NAME))
-    _check_listed(manifest.variants, manifest.files)
-    return manifest
+    return _parse(path, _manifest, _read(Path(package), MANIFEST_NAME))
 
 
 def load_trt_manifest(package: str | os.PathLike[str]) -> TrtManifest | None:
@@ -245,7 +243,6 @@ def load_trt_manifest(package: str | os.PathLike[str]) -> TrtManifest | None:
     if not path.is_file():
         return None
     manifest = _parse(path, _trt_manifest, _read(package, f"{TRT_FOLDER}/{MANIFEST_NAME}"))
-    _check_listed(manifest.variants, manifest.files)
     if manifest.package_checksum != package_checksum(package):
         raise IntegrityError(
             f"{path}: built from another export than {MANIFEST_NAME} beside it; run: olmo2-export build {package}"
@@ -384,12 +381,6 @@ def _check_types(value: object, hint: Any, where: str) -> None:
             raise TypeError(f"{where} is {value!r}")
     elif type(value) is not hint or (hint is int and value < 0):  # type: ignore[operator]  # an int here
         raise TypeError(f"{where} is {value!r}")
-
-
-def _check_listed(variants: Mapping[str, Variant], files: Mapping[str, FileEntry]) -> None:
-    missing = sorted({name for v in variants.values() for name in v.files} - files.keys())
-    if missing:
-        raise IntegrityError(f"{', '.join(missing)}: not in the manifest's table of files; export the package again")
 
 
 def _manifest(document: Mapping[str, Any]) -> Manifest:
