@@ -1,0 +1,184 @@
+"""A recipe and a checkpoint -> quantised weights, one at a time.
+
+| recipe     | scale and zero point from | calibration | when                                                     |
+|------------|---------------------------|-------------|----------------------------------------------------------|
+| rtn        | the extremes of a block   | no          | each tensor when it is asked for                         |
+| search     | least squared error       | no          | each tensor when it is asked for                         |
+| gptq       | search, weighted; codes   | yes         | all at once, layer by layer, into the spool              |
+|            | from GPTQ                 |             |                                                          |
+| mixed      | as search                 | yes         | as search; the most sensitive tensors get 8 bits         |
+| gptq-mixed | as gptq                   | yes         | as gptq; the most sensitive tensors get 8 bits           |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from olmo2_export.checkpoint import Checkpoint
+from olmo2_export.config import ModelConfig
+from olmo2_export.quantize.blocks import BlockFormat, QuantizedMatrix
+from olmo2_export.quantize.calibration import calibration_tokens
+from olmo2_export.quantize.encode import cut, over_rows
+from olmo2_export.quantize.gptq_sweep import gptq_checkpoint
+from olmo2_export.quantize.names import EMBEDDING, HEAD, linear_names, naming, stored_weight
+from olmo2_export.quantize.round_to_nearest import round_to_nearest
+from olmo2_export.quantize.search import search
+from olmo2_export.quantize.sensitivity import choose_formats, measure_sensitivity
+from olmo2_export.quantize.spool import Spool
+from runtimes.errors import UsageError
+
+QUANTIZERS: dict[str, Callable[[Tensor, BlockFormat], QuantizedMatrix]] = {"rtn": round_to_nearest, "search": search}
+"""the recipes that look at each tensor alone"""
+
+CALIBRATED = ("gptq", "mixed", "gptq-mixed")
+"""the recipes that run the model on a calibration text"""
+
+RECIPES = (*QUANTIZERS, *CALIBRATED)
+MIXED = ("mixed", "gptq-mixed")
+
+Q4 = BlockFormat(bits=4, block_size=128, symmetric=True)
+Q4_EMBEDDING = BlockFormat(bits=4, block_size=32, symmetric=False)
+"""finer blocks cost a gather nothing"""
+Q8 = BlockFormat(bits=8, block_size=64, symmetric=True)
+"""128 would be smaller by 3 %, but the kernels round activations in the same blocks, and 8 bits show that"""
+
+_SENSITIVITY_SEQUENCES, _SENSITIVITY_LENGTH = 8, 128
+_GPTQ_GAIN = 2.5  # search's divergence / GPTQ's, of linears; an embedding has none (measured on the demo: 2.5 to 3)
+
+
+@dataclass(frozen=True)
+class TensorError:
+    """What quantising did to one tensor."""
+
+    name: str
+    bits: int
+    block_size: int
+    nmse: float
+    """squared error / squared weights"""
+    worst_block: float
+    """the largest squared error of a block / the mean squared weights of a block"""
+
+
+class QuantizedWeights:
+    """The quantised weights of a checkpoint; each is made, or read from the spool, when it is asked for."""
+
+    def __init__(
+        self,
+        formats: Mapping[str, BlockFormat],
+        make: Callable[[str, BlockFormat], QuantizedMatrix],
+        source: Callable[[str], Tensor],
+    ) -> None:
+        self.formats = dict(formats)
+        self.source = source
+        """name -> the weight as the checkpoint has it, [N, K]"""
+        self._make = make
+        self._errors: dict[str, TensorError] = {}
+
+    def matrix(self, name: str) -> QuantizedMatrix:
+        """Return one quantised weight, made anew at every call.
+
+        Raises:
+            CheckpointError: a weight is NaN, Inf or beyond 1e36; names the tensor.
+        """
+        with naming(name):
+            matrix = self._make(name, self.formats[name])
+        if name not in self._errors:
+            self._errors[name] = measure_error(name, matrix, self.source(name))
+        return matrix
+
+    def errors(self) -> list[TensorError]:
+        """Return the error of every tensor; those never asked for are made now."""
+        for name in self.formats:
+            if name not in self._errors:
+                self.matrix(name)
+        return [self._errors[name] for name in self.formats]
+
+
+def quantize(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    recipe: str,
+    *,
+    form: BlockFormat,
+    head: BlockFormat | None = None,
+    embedding: BlockFormat | None = None,
+    calibration: Path | None = None,
+    size_budget: float | None = None,
+    spool: Path | None = None,
+) -> QuantizedWeights:
+    """Quantise a checkpoint's linear weights, its head and its embedding.
+
+    Args:
+        checkpoint: the weights.
+        config: their shape.
+        recipe: a name out of `RECIPES`.
+        form: of the layers' weights.
+        head: of lm_head; None: `form`.
+        embedding: of the embedding; None: `form`.
+        calibration: a UTF-8 text for the recipes of `CALIBRATED`; see `calibration_tokens` for None.
+        size_budget: bits per weight over all tensors, for the recipes of `MIXED`.
+        spool: a folder for the recipes with GPTQ; it must outlive the result, and its owner removes it.
+
+    Raises:
+        UsageError: no such recipe, an option that it needs is absent, or one that it has no use for is given.
+        CheckpointError: a weight is NaN, Inf or beyond 1e36; the uncalibrated recipes say so from `matrix`.
+        NumericError: activations on the calibration tokens that are not finite.
+        ResourceError: no room for the spool.
+    """
+    _check_options(recipe, calibration, size_budget, spool)
+    formats = {EMBEDDING: embedding or form, **dict.fromkeys(linear_names(config), form), HEAD: head or form}
+    if size_budget is not None:
+        better = replace(form, bits=8)
+        choose_formats(config, formats, dict.fromkeys(formats, 0.0), size_budget, better)  # refuses before the sweep
+        tokens = calibration_tokens(
+            checkpoint, config, calibration, sequences=_SENSITIVITY_SEQUENCES, length=_SENSITIVITY_LENGTH
+        )
+        sensitivity = measure_sensitivity(checkpoint, config, tokens, formats, search)
+        if spool is not None:
+            sensitivity[EMBEDDING] *= _GPTQ_GAIN
+        formats = choose_formats(config, formats, sensitivity, size_budget, better)
+
+    def source(name: str) -> Tensor:
+        return stored_weight(checkpoint, config, name)
+
+    if spool is not None:
+        store = Spool(spool)
+        gptq_checkpoint(checkpoint, config, calibration_tokens(checkpoint, config, calibration), formats, store)
+        return QuantizedWeights(formats, lambda name, _: store.load(name), source)
+    quantizer = QUANTIZERS.get(recipe, search)
+    return QuantizedWeights(formats, lambda name, form: quantizer(source(name), form), source)
+
+
+def _check_options(recipe: str, calibration: Path | None, size_budget: float | None, spool: Path | None) -> None:
+    if recipe not in RECIPES:
+        raise UsageError(f"recipe {recipe}: expected one of {', '.join(RECIPES)}")
+    if calibration is not None and recipe not in CALIBRATED:
+        raise UsageError(f"recipe {recipe} has no use for a calibration text; those that have: {', '.join(CALIBRATED)}")
+    if (size_budget is not None) != (recipe in MIXED):
+        raise UsageError(f"recipe {recipe}: a size budget goes with {' and '.join(MIXED)}, and they need one")
+    if (spool is not None) != ("gptq" in recipe):
+        raise UsageError(f"recipe {recipe}: a spool folder goes with gptq and gptq-mixed, and they need one")
+
+
+def measure_error(name: str, matrix: QuantizedMatrix, weight: Tensor) -> TensorError:
+    """Compare a quantised weight with its source, a chunk of rows at a time."""
+    form = matrix.form
+    sums: list[tuple[float, float, float]] = []
+
+    def work(start: int, stop: int) -> None:
+        truth = cut(weight[start:stop], form)
+        squares = (cut(matrix.dequantize(start, stop), form) - truth).square_().sum(1, dtype=torch.float64)
+        energy = truth.square_().sum(dtype=torch.float64)
+        sums.append((float(squares.sum()), float(energy), float(squares.max())))
+
+    over_rows(work, matrix.rows, matrix.columns)
+    errors, energies, worst = zip(*sums, strict=True)
+    energy = max(math.fsum(energies), 1e-300)  # all zero: no error either
+    blocks = matrix.rows * form.blocks(matrix.columns)
+    return TensorError(name, form.bits, form.block_size, math.fsum(errors) / energy, max(worst) * blocks / energy)
