@@ -9,6 +9,7 @@ Text in and text out: `runtimes.generate`. Command line: `olmo2-run`, or `python
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
@@ -26,6 +27,7 @@ from runtimes.errors import (
 )
 from runtimes.manifest import check_files, find_variant, load_manifest
 from runtimes.runner import Runner
+from runtimes.threads import default_threads
 
 __all__ = [
     "Backend",
@@ -61,11 +63,11 @@ def open_runner(
 
     Args:
         package: the package folder.
-        variant: which graph; None means the package's first.
+        variant: which; None means the package's first by name: fp32 where there is one.
         backend: what runs it.
         check_hashes: read the graph and the weights once more to compare them with the manifest; without it only their
             presence and size are checked.
-        threads: CPU threads of an operator; None means one per physical core.
+        threads: CPU threads of an operator; None means one per physical core that this process may use.
 
     Returns:
         The runner, with an empty cache.
@@ -91,7 +93,11 @@ def open_runner(
                 ) from error
             model = load_manifest(folder).model
             chosen, files = find_variant(folder, variant)
-            check_files(folder, files, chosen.files, hashes=check_hashes)
-            return open_ort(folder, chosen, model, threads)
+            check_files(folder, files, chosen.files, hashes=False)
+
+            def check(names: Sequence[str]) -> None:
+                check_files(folder, files, names, hashes=check_hashes)
+
+            return open_ort(folder, chosen, model, default_threads() if threads is None else threads, check)
         case _:
             raise BackendError(f"backend {backend!r}: there is {', '.join(get_args(Backend))}")

@@ -12,16 +12,26 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from contextlib import ExitStack
+from typing import NoReturn, TypedDict
 
-from runtimes import open_runner
+from runtimes import Backend, open_runner
 from runtimes.errors import DISK_FULL, FailedError, InputError, Olmo2ExportError, UsageError
 from runtimes.generate import Generation, encode_prompt, generate
 from runtimes.sampling import Sampler
 from runtimes.signals import Interrupted, interruptible
+from runtimes.speculate import Drafter, DraftModel, PromptLookup
 from runtimes.tokenizer import Tokenizer
 
 _DEFAULT_NEW_TOKENS = 128
+
+
+class _Options(TypedDict):
+    """What the model and the draft model are opened with."""
+
+    backend: Backend
+    check_hashes: bool
+    threads: int | None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,7 +55,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     verb.add_argument("package", metavar="PACKAGE", help="the package folder")
     verb.add_argument("--prompt", required=True, metavar="TEXT", help="- reads stdin, less one newline at its end")
-    verb.add_argument("--variant", metavar="V", help="which graph of the package (default: its first)")
+    verb.add_argument("--variant", metavar="V", help="which variant of the package (default: the first by name)")
     verb.add_argument(
         "--max-new-tokens",
         type=int,
@@ -60,7 +70,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     verb.add_argument("--seed", type=int, metavar="S", help="draw the same tokens every time")
     verb.add_argument("--stop", action="append", default=[], metavar="S", help="end before this text; may be repeated")
     verb.add_argument("--backend", default="ort", help="ort: onnxruntime on the CPU (default)")
-    verb.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one per physical core)")
+    verb.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads (default: one per physical core it may use)"
+    )
+    guess = verb.add_mutually_exclusive_group()
+    guess.add_argument(
+        "--speculate",
+        choices=("lookup", "none"),
+        default="none",
+        help="lookup: check several tokens at once where the text repeats itself (default: none)",
+    )
+    guess.add_argument(
+        "--draft", metavar="PACKAGE", help="check several tokens at once that this smaller model guesses"
+    )
     verb.add_argument("--skip-hash-check", action="store_true", help="trust the files; check only their sizes")
     verb.add_argument("--stats", action="store_true", help="end with a line of tokens and times on stderr")
     verb.add_argument("--debug", action="store_true", help="show where an error came from")
@@ -80,13 +102,23 @@ def run(args: argparse.Namespace) -> None:
     check_hashes = not args.skip_hash_check
     tokenizer = Tokenizer.from_package(args.package, check_hashes=check_hashes)
     prompt_ids = encode_prompt(tokenizer, _read_stdin() if args.prompt == "-" else args.prompt)
-    with open_runner(
-        args.package, variant=args.variant, backend=args.backend, check_hashes=check_hashes, threads=args.threads
-    ) as runner:
+    options: _Options = {"backend": args.backend, "check_hashes": check_hashes, "threads": args.threads}
+    with ExitStack() as stack:
+        runner = stack.enter_context(open_runner(args.package, variant=args.variant, **options))
+        drafter: Drafter | None = PromptLookup() if args.speculate == "lookup" else None
+        if args.draft is not None:
+            drafter = DraftModel(stack.enter_context(open_runner(args.draft, **options)))
         room = max(0, runner.max_cache_length - len(prompt_ids))
         new = min(_DEFAULT_NEW_TOKENS, room) if args.max_new_tokens is None else args.max_new_tokens
         result = generate(
-            runner, tokenizer, prompt_ids, sampler=sampler, max_new_tokens=new, stop=args.stop, on_text=_write
+            runner,
+            tokenizer,
+            prompt_ids,
+            sampler=sampler,
+            max_new_tokens=new,
+            stop=args.stop,
+            on_text=_write,
+            speculate=drafter,
         )
     _write("\n")
     if args.stats:
@@ -133,8 +165,8 @@ def _stats(result: Generation) -> str:
     first, rate = result.time_to_first_token, result.decode_tokens_per_second
     return ", ".join(
         [
-            f"{len(result.prompt_token_ids)} prompt tokens",
-            f"{len(result.token_ids)} new tokens",
+            f"{len(result.prompt_token_ids)} prompt tokens ({result.reused_tokens} reused)",
+            f"{len(result.token_ids)} new tokens ({result.drafted} drafted, {result.accepted} accepted)",
             f"time to first token {'-' if first is None else f'{first * 1000:.1f}'} ms",
             f"{'-' if rate is None else f'{rate:.1f}'} tokens/s",
             f"finish reason {result.finish_reason}",

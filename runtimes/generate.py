@@ -7,13 +7,15 @@ prefill and one sampling.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
 from runtimes.errors import ContextLengthError, InputError
-from runtimes.runner import Runner
+from runtimes.runner import Runner, check_rows, common_prefix
 from runtimes.sampling import Sampler
+from runtimes.speculate import Drafter, Speculation, speculate_tokens
 from runtimes.tokenizer import Tokenizer
 
 FinishReason: TypeAlias = Literal["eos", "stop", "length"]
@@ -43,6 +45,12 @@ class Generation:
     """seconds; None if no token was asked for"""
     decode_seconds: float
     """from the first id to the last"""
+    reused_tokens: int
+    """of the prompt, whose keys and values the runner held already"""
+    drafted: int
+    """guesses that the model checked"""
+    accepted: int
+    """of these, the right ones"""
 
     @property
     def decode_tokens_per_second(self) -> float | None:
@@ -66,18 +74,26 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def generate_tokens(
-    runner: Runner, prompt_ids: Sequence[int], *, sampler: Sampler, max_new_tokens: int | None = None
-) -> Iterator[int]:
+    runner: Runner,
+    prompt_ids: Sequence[int],
+    *,
+    sampler: Sampler,
+    max_new_tokens: int | None = None,
+    speculate: Drafter | None = None,
+    eos_token_ids: Collection[int] = (),
+) -> Generator[int, None, None]:
     """Append a prompt to what the runner holds and sample new ids, forever or until the limit.
 
     The caller ends it by not asking for more: an id is fed to the model only when the next one is wanted, so the last
-    id is in no cache.
+    id is in no cache. With a drafter close the iterator, which drops what was fed too early.
 
     Args:
-        runner: with an empty cache, or a cache of one row.
+        runner: with an empty cache, or one of a single row.
         prompt_ids: at least one id.
         sampler: picks each next id.
         max_new_tokens: None means as many as fit.
+        speculate: guesses ids, which are checked several at a time; the ids have the same distribution as without.
+        eos_token_ids: nothing after them is guessed; they do not end the iterator.
 
     Returns:
         An iterator of ids; the model runs when it is advanced.
@@ -85,12 +101,14 @@ def generate_tokens(
     Raises:
         InputError: no prompt id, or max_new_tokens is no integer of at least 0. At once.
         ContextLengthError: prompt and new tokens together do not fit. At once.
+        UsageError: the drafter cannot guess for this model. At once.
         NumericError: the model broke down; in the iterator.
     """
     if len(prompt_ids) == 0:
         raise InputError("expected at least one prompt id, found none")
-    limit = _new_token_limit(runner, len(prompt_ids), max_new_tokens)
-    return _sample(runner, prompt_ids, sampler, limit)
+    used = len(prompt_ids) + sum(runner.cache_lengths)
+    limit = _new_token_limit(runner, used, max_new_tokens)
+    return _sample(runner, prompt_ids, sampler, limit, _speculation(runner, speculate), eos_token_ids)
 
 
 def stream_text(
@@ -131,8 +149,12 @@ def generate(
     stop: Sequence[str] = (),
     eos_token_ids: Collection[int] | None = None,
     on_text: Callable[[str], object] | None = None,
+    speculate: Drafter | None = None,
 ) -> Generation:
-    """Generate the continuation of one prompt; what the runner holds is forgotten first.
+    """Generate the continuation of one prompt.
+
+    Of what the runner holds, as much is kept as the prompt begins with, so that a conversation's next turn computes
+    only what is new; the rest is forgotten.
 
     Args:
         runner: any.
@@ -143,32 +165,48 @@ def generate(
         stop: the text ends before the first of them to be complete.
         eos_token_ids: the text ends at any of these ids; None means the tokenizer's, () none.
         on_text: called with each piece of text as soon as it is there.
+        speculate: guesses ids, which are checked several at a time; the text has the same distribution as without.
 
     Raises:
-        InputError, ContextLengthError: as `encode_prompt`, `generate_tokens` and `stream_text`; before the model runs.
+        InputError, ContextLengthError, UsageError: as `encode_prompt`, `generate_tokens` and `stream_text`; before the
+            model runs or forgets.
         NumericError: the model broke down.
     """
     started = time.perf_counter()
     prompt_ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
-    runner.reset()
+    if not prompt_ids:
+        raise InputError("expected at least one prompt id, found none")
+    limit = _new_token_limit(runner, len(prompt_ids), max_new_tokens)
+    check_rows(
+        [prompt_ids],
+        vocab_size=runner.model.vocab_size,
+        cache_lengths=(),
+        max_cache_length=runner.max_cache_length,
+    )
+    speculation = _speculation(runner, speculate)
+    ends = tokenizer.eos_token_ids if eos_token_ids is None else eos_token_ids
     sampled: list[int] = []
     times: list[float] = []
+    reused = 0
 
-    def recorded(ids: Iterator[int]) -> Iterator[int]:
-        for token_id in ids:
-            times.append(time.perf_counter())
-            sampled.append(token_id)
-            yield token_id
+    def recorded() -> Generator[int, None, None]:
+        nonlocal reused
+        reused = _keep_common_prefix(runner, prompt_ids)
+        with closing(_sample(runner, prompt_ids[reused:], sampler, limit, speculation, ends)) as ids:
+            for token_id in ids:
+                times.append(time.perf_counter())
+                sampled.append(token_id)
+                yield token_id
 
-    ids = recorded(generate_tokens(runner, prompt_ids, sampler=sampler, max_new_tokens=max_new_tokens))
     text: list[str] = []
     reason: FinishReason = "length"
-    for piece in stream_text(tokenizer, ids, stop=stop, eos_token_ids=eos_token_ids):
-        if piece.text:
-            text.append(piece.text)
-            if on_text is not None:
-                on_text(piece.text)
-        reason = piece.finish_reason or reason
+    with closing(recorded()) as ids:
+        for piece in stream_text(tokenizer, ids, stop=stop, eos_token_ids=ends):
+            if piece.text:
+                text.append(piece.text)
+                if on_text is not None:
+                    on_text(piece.text)
+            reason = piece.finish_reason or reason
     return Generation(
         text="".join(text),
         token_ids=tuple(sampled),
@@ -176,13 +214,15 @@ def generate(
         finish_reason=reason,
         time_to_first_token=times[0] - started if times else None,
         decode_seconds=times[-1] - times[0] if times else 0.0,
+        reused_tokens=reused,
+        drafted=speculation.drafted if speculation else 0,
+        accepted=speculation.accepted if speculation else 0,
     )
 
 
-def _new_token_limit(runner: Runner, prompt_tokens: int, max_new_tokens: int | None) -> int:
+def _new_token_limit(runner: Runner, used: int, max_new_tokens: int | None) -> int:
     if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 0):
         raise InputError(f"max_new_tokens {max_new_tokens!r}: expected an integer of at least 0")
-    used = prompt_tokens + sum(runner.cache_lengths)
     if used + (max_new_tokens or 0) > runner.max_cache_length:
         new = "" if max_new_tokens is None else f" and {max_new_tokens} new ones make {used + max_new_tokens}"
         raise ContextLengthError(
@@ -192,11 +232,44 @@ def _new_token_limit(runner: Runner, prompt_tokens: int, max_new_tokens: int | N
     return runner.max_cache_length - used if max_new_tokens is None else max_new_tokens
 
 
-def _sample(runner: Runner, prompt_ids: Sequence[int], sampler: Sampler, limit: int) -> Iterator[int]:
+def _speculation(runner: Runner, drafter: Drafter | None) -> Speculation | None:
+    if drafter is None:
+        return None
+    drafter.check(runner)
+    return Speculation(drafter)
+
+
+def _keep_common_prefix(runner: Runner, prompt_ids: Sequence[int]) -> int:
+    """Forget what the runner holds from where the prompt differs; return how many tokens are left.
+
+    One token of the prompt is always left to feed, since the cache has no logits.
+    """
+    held = runner.cached_tokens
+    kept = common_prefix(held[0], prompt_ids[:-1]) if len(held) == 1 else 0
+    if kept:
+        runner.truncate([kept])
+    else:
+        runner.reset()
+    return kept
+
+
+def _sample(
+    runner: Runner,
+    prompt_ids: Sequence[int],
+    sampler: Sampler,
+    limit: int,
+    speculation: Speculation | None,
+    eos_token_ids: Collection[int],
+) -> Generator[int, None, None]:
     if limit == 0:
         return
     token_id = sampler(runner.prefill([prompt_ids])[0][-1])
     yield token_id
+    if speculation is not None:
+        yield from speculate_tokens(
+            runner, token_id, limit - 1, sampler=sampler, speculation=speculation, eos_token_ids=eos_token_ids
+        )
+        return
     for _ in range(limit - 1):
         token_id = sampler(runner.decode([token_id])[0])
         yield token_id

@@ -21,7 +21,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from runtimes.errors import IntegrityError, PackageError, PackageNotFoundError, VariantNotFoundError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 TRT_FOLDER = "trt"
 PARITY_NAME = "parity.json"
@@ -50,27 +50,97 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class KVCacheQuantization:
+    """How keys and values are stored in fewer bits; the graph holds the same scales."""
+
+    bits: int
+    """8 or 4"""
+    calibration_tokens: int
+    scales: dict[str, str] = field(hash=False)
+    """`N.key` and `N.value` of each layer N: float32 [num_key_value_heads, head_dim], little-endian, in base64"""
+
+
+@dataclass(frozen=True)
 class KVCacheSpec:
     """How a graph takes and gives its KV cache."""
 
     form: str
     """`concat`: present = past + new tokens, past of any length.
+    `shared`: past and present are one buffer, of any length that holds them, written behind the tokens it holds.
     `static`: past and present are one buffer of max_cache_length, written at write_indices."""
     dtype: str
     num_layers: int
     num_key_value_heads: int
     head_dim: int
     max_cache_length: int
-    """tokens: for `concat` the model's context, for `static` the capacity of the buffer"""
+    """tokens: for `concat` and `shared` the model's context, for `static` the capacity of the buffer"""
+    quantization: KVCacheQuantization | None = None
+
+    @property
+    def stored_head_dim(self) -> int:
+        """Elements of the last axis: two values of 4 bits share one."""
+        return self.head_dim * self.quantization.bits // 8 if self.quantization else self.head_dim
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """How one weight is stored."""
+
+    bits: int
+    block_size: int
+    """weights that share a scale; 0: a whole output channel"""
+    symmetric: bool
+    nmse: float
+    """mean squared error / mean square of the weight"""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the weights of a variant were quantised."""
+
+    recipe: str
+    calibration: str | None
+    """sha256 of the calibration text, for the recipes that take one"""
+    bits_per_weight: float
+    """scales and zero points included, over the tensors below"""
+    tensors: dict[str, QuantizedTensor] = field(hash=False)
+    """by the checkpoint's name"""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a graph costs in quality, measured when it was exported, against PyTorch in float32."""
+
+    tokens: int
+    """compared"""
+    tokens_from: str
+    """text | random ids"""
+    kl_mean: float
+    """nats per token"""
+    kl_p99: float
+    top1: float
+    perplexity: float
+    reference_perplexity: float
+
+
+@dataclass(frozen=True)
+class PrefillGraph:
+    """A second graph with the same inputs and outputs and the same KV cache, faster where a step has many rows."""
+
+    graph: str
+    data: tuple[str, ...]
+    min_rows: int
+    """tokens in a step, over all sequences, from which it is used"""
+    quality: Quality
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One graph of a package."""
+    """One graph of a package, or two that share their KV cache."""
 
     name: str
     precision: str
-    """of the weights: fp32, fp16, bf16"""
+    """of the weights: fp32, fp16, bf16, int8, int4"""
     graph: str
     """path of the ONNX file in the package"""
     data: tuple[str, ...]
@@ -81,11 +151,16 @@ class Variant:
     kv_cache: KVCacheSpec
     op_counts: dict[str, int] = field(hash=False)
     """the fused operators that were counted when the graph was made"""
+    quantization: Quantization | None = None
+    quality: Quality | None = None
+    """of `graph`; None where the weights are not quantised"""
+    prefill: PrefillGraph | None = None
 
     @property
     def files(self) -> tuple[str, ...]:
         """Everything a runner opens."""
-        return (self.graph, *self.data)
+        prefill = (self.prefill.graph, *self.prefill.data) if self.prefill else ()
+        return (self.graph, *self.data, *prefill)
 
 
 @dataclass(frozen=True)
@@ -379,6 +454,8 @@ def _check_types(value: object, hint: Any, where: str) -> None:
     elif kind is UnionType:
         if type(value) not in arguments:
             raise TypeError(f"{where} is {value!r}")
+        if is_dataclass(type(value)):
+            _check_types(value, type(value), where)
     elif type(value) is not hint or (hint is int and value < 0):  # type: ignore[operator]  # an int here
         raise TypeError(f"{where} is {value!r}")
 
@@ -419,13 +496,25 @@ def _variant(document: Mapping[str, Any]) -> Variant:
     def tensors(specs: Iterable[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in specs)
 
+    quantization, quality, prefill = document["quantization"], document["quality"], document["prefill"]
+    cache = document["kv_cache"]
+    if cache["quantization"] is not None:
+        cache = {**cache, "quantization": KVCacheQuantization(**cache["quantization"])}
+    if quantization is not None:
+        by_name = {name: QuantizedTensor(**entry) for name, entry in quantization["tensors"].items()}
+        quantization = Quantization(**{**quantization, "tensors": by_name})
+    if prefill is not None:
+        prefill = PrefillGraph(**{**prefill, "data": tuple(prefill["data"]), "quality": Quality(**prefill["quality"])})
     return Variant(
         **{
             **document,
             "data": tuple(document["data"]),
             "inputs": tensors(document["inputs"]),
             "outputs": tensors(document["outputs"]),
-            "kv_cache": KVCacheSpec(**document["kv_cache"]),
+            "kv_cache": KVCacheSpec(**cache),
+            "quantization": quantization,
+            "quality": None if quality is None else Quality(**quality),
+            "prefill": prefill,
         }
     )
 

@@ -7,59 +7,41 @@ name `.replace("present.", "past_key_values.")`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeAlias, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime as ort  # type: ignore[import-untyped]
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_state  # type: ignore[import-untyped]
 
-from runtimes.errors import BackendError, FailedError, PackageError, UsageError, first_names
+from runtimes.errors import BackendError, FailedError, PackageError, UsageError
 from runtimes.manifest import KVCacheSpec, ModelSpec, Variant
-from runtimes.runner import Logits, TokenIds, check_finite, check_rows, check_token_ids
+from runtimes.ort_session import PROVIDER, one_line, open_session
+from runtimes.runner import Ids, Logits, TokenIds, check_finite, check_lengths, check_rows, check_token_ids
+from runtimes.shared_runner import SharedRunner
 
-PROVIDER = "CPUExecutionProvider"
+CACHE_DTYPES = {
+    "concat": ("float32", "float16"),
+    "static": ("float32", "float16"),
+    "shared": ("float32", "int8", "uint8"),
+}
+"""form of the KV cache -> its dtypes that run here"""
 
-Ids: TypeAlias = npt.NDArray[np.int64]
+FileCheck: TypeAlias = Callable[[Sequence[str]], None]
+"""gets paths in the package; raises IntegrityError"""
+
 Values: TypeAlias = dict[str, Any]
 """name of a past_key_values input -> its OrtValue"""
 
-# What loading raises; these have no common base but Exception.
-_LOAD_ERRORS = (
-    ort_state.EPFail,
-    ort_state.Fail,
-    ort_state.InvalidArgument,
-    ort_state.InvalidGraph,
-    ort_state.InvalidProtobuf,
-    ort_state.NoModel,
-    ort_state.NoSuchFile,
-    ort_state.NotFound,
-    ort_state.NotImplemented,
-    ort_state.RuntimeException,
-)
-_ERRORS_ONLY = 4  # onnxruntime's log severity "fatal": errors reach the caller as exceptions, once
+_NOTHING: Ids = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
-class ConcatCache:
-    """The cache between two calls of a `concat` graph."""
-
-    mask: Ids
-    """[B, slots]: 1 where the slot holds a token, 0 where padding was put"""
-    values: Values
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        return tuple(int(n) for n in self.mask.sum(axis=1))
-
-
-@dataclass(frozen=True)
-class StaticCache:
-    """The cache between two calls of a `static` graph."""
+class OrtCache:
+    """The cache between two calls of a graph; never changed, each call makes the next one."""
 
     tokens: tuple[Ids, ...]
     """per row, the ids of the tokens in it"""
@@ -70,7 +52,15 @@ class StaticCache:
         return tuple(len(row) for row in self.tokens)
 
 
-Cache = TypeVar("Cache", ConcatCache, StaticCache)
+@dataclass(frozen=True)
+class ConcatCache(OrtCache):
+    """The cache between two calls of a `concat` graph."""
+
+    mask: Ids
+    """[B, slots]: 1 where the slot holds a token, 0 where padding was put or a token was dropped"""
+
+
+Cache = TypeVar("Cache", bound=OrtCache)
 
 
 class OrtRunner(ABC, Generic[Cache]):
@@ -91,6 +81,10 @@ class OrtRunner(ABC, Generic[Cache]):
     def cache_lengths(self) -> tuple[int, ...]:
         return () if self._cache is None else self._cache.lengths
 
+    @property
+    def cached_tokens(self) -> tuple[Ids, ...]:
+        return () if self._cache is None else self._cache.tokens
+
     def prefill(self, sequences: Sequence[TokenIds], *, all_positions: bool = False) -> list[Logits]:
         rows = check_rows(
             sequences,
@@ -106,6 +100,14 @@ class OrtRunner(ABC, Generic[Cache]):
 
     def decode(self, token_ids: TokenIds) -> Logits:
         return np.concatenate(self.prefill(check_token_ids(token_ids, self.cache_lengths)))
+
+    def decode_block(self, token_ids: TokenIds) -> Logits:
+        return self.prefill([token_ids], all_positions=True)[0]
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        kept = check_lengths(lengths, self.cache_lengths)
+        if self._cache is not None and kept != self._cache.lengths:
+            self._cache = self._shortened(self._cache, kept)
 
     def reset(self) -> None:
         self._cache = None
@@ -128,6 +130,10 @@ class OrtRunner(ABC, Generic[Cache]):
     def _extend(self, cache: Cache, rows: list[Ids], all_positions: bool) -> tuple[list[Logits], Cache]:
         """Return the logits of `rows` appended to `cache`, and the cache that holds them."""
 
+    @abstractmethod
+    def _shortened(self, cache: Cache, lengths: tuple[int, ...]) -> Cache:
+        """Return the cache with only the first tokens of each row; `lengths` was checked."""
+
     def _call(self, feeds: Mapping[str, Ids], past: Values) -> tuple[Logits, Values]:
         """Run the graph once; return the logits, copied out, and the past of the next call, not copied."""
         if self._session is None:
@@ -142,7 +148,7 @@ class OrtRunner(ABC, Generic[Cache]):
         try:
             self._session.run_with_iobinding(binding)
         except RuntimeError as error:
-            raise FailedError(f"onnxruntime failed in {self.variant.graph}: {_one_line(error)}") from error
+            raise FailedError(f"onnxruntime failed in {self.variant.graph}: {one_line(error)}") from error
         present: Values = dict(zip(self._outputs, binding.get_outputs(), strict=True))
         logits: Logits = present.pop("logits").numpy()
         return logits, {name.replace("present.", "past_key_values."): value for name, value in present.items()}
@@ -161,11 +167,16 @@ class ConcatRunner(OrtRunner[ConcatCache]):
     | -> present.N.key, .value        | [batch_size, kv_heads, total_sequence_length, head_dim] | kv_cache.dtype |
 
     Rows of different lengths are padded on the left, call by call, so that the last position is every row's last
-    token. The mask hides the padding for good, also in the middle of the cache, and position_ids skip it.
+    token. The mask hides the padding for good, also in the middle of the cache, and position_ids skip it. `truncate`
+    hides what it drops, and copies what is left where slots at the end are hidden in every row.
     """
 
     def _empty_cache(self, batch_size: int) -> ConcatCache:
-        return ConcatCache(np.zeros((batch_size, 0), np.int64), _zeros(self.variant.kv_cache, batch_size, length=0))
+        return ConcatCache(
+            tokens=(_NOTHING,) * batch_size,
+            values=_zeros(self.variant.kv_cache, batch_size, length=0),
+            mask=np.zeros((batch_size, 0), np.int64),
+        )
 
     def _extend(self, cache: ConcatCache, rows: list[Ids], all_positions: bool) -> tuple[list[Logits], ConcatCache]:
         width = max(len(row) for row in rows)
@@ -183,10 +194,17 @@ class ConcatRunner(OrtRunner[ConcatCache]):
         }
         logits, values = self._call(feeds, cache.values)  # (B, S or 1, V)
         wanted = [len(row) if all_positions else 1 for row in rows]
-        return [logits[b, -n:] for b, n in enumerate(wanted)], ConcatCache(mask, values)
+        return [logits[b, -n:] for b, n in enumerate(wanted)], ConcatCache(_joined(cache.tokens, rows), values, mask)
+
+    def _shortened(self, cache: ConcatCache, lengths: tuple[int, ...]) -> ConcatCache:
+        kept = np.array(lengths, np.int64)[:, None]
+        mask = np.where(cache.mask.cumsum(axis=1) <= kept, cache.mask, 0)  # (B, P)
+        slots = int(np.flatnonzero(mask.any(axis=0)).max(initial=-1)) + 1  # all after are hidden in every row
+        values = cache.values if slots == mask.shape[1] else _first_slots(cache.values, slots)
+        return ConcatCache(_cut(cache.tokens, lengths), values, mask[:, :slots])
 
 
-class StaticRunner(OrtRunner[StaticCache]):
+class StaticRunner(OrtRunner[OrtCache]):
     """The graph made for TensorRT: the cache is a buffer of fixed capacity C, written at write_indices.
 
     | tensor                          | shape                                                   | dtype          |
@@ -198,22 +216,21 @@ class StaticRunner(OrtRunner[StaticCache]):
     | -> logits                       | [batch_size, vocab_size]                                | float32        |
     | -> present.N.key, .value        | as past_key_values                                      | kv_cache.dtype |
 
-    Rows of different lengths are padded on the right; what is written after a row's last token is overwritten by its
-    next. A slot is a position, and padding must not pass C either: where it would, the row starts earlier and computes
-    tokens that the cache holds already once more, to the same values.
+    Rows of different lengths are padded on the right; what is written after a row's last token, and what `truncate`
+    drops, is overwritten by its next. A slot is a position, and padding must not pass C either: where it would, the
+    row starts earlier and computes tokens that the cache holds already once more, to the same values.
 
     The graph gives the logits of one position per row, so `all_positions` calls it once for each position; that is
     meant for verification, not for speed.
     """
 
-    def _empty_cache(self, batch_size: int) -> StaticCache:
+    def _empty_cache(self, batch_size: int) -> OrtCache:
         spec = self.variant.kv_cache
-        nothing = np.zeros(0, np.int64)
-        return StaticCache((nothing,) * batch_size, _zeros(spec, batch_size, length=spec.max_cache_length))
+        return OrtCache((_NOTHING,) * batch_size, _zeros(spec, batch_size, length=spec.max_cache_length))
 
-    def _extend(self, cache: StaticCache, rows: list[Ids], all_positions: bool) -> tuple[list[Logits], StaticCache]:
+    def _extend(self, cache: OrtCache, rows: list[Ids], all_positions: bool) -> tuple[list[Logits], OrtCache]:
         width = max(len(row) for row in rows)
-        tokens = tuple(np.concatenate([old, new]) for old, new in zip(cache.tokens, rows, strict=True))
+        tokens = _joined(cache.tokens, rows)
         starts = np.minimum(np.array(cache.lengths, np.int64), self.max_cache_length - width)  # (B,)
         ids = np.zeros((len(rows), width), np.int64)
         for b, (row, start) in enumerate(zip(tokens, starts, strict=True)):
@@ -229,58 +246,71 @@ class StaticRunner(OrtRunner[StaticCache]):
             positions.append(logits)
         wanted = [len(row) if all_positions else 1 for row in rows]
         by_row = np.stack(positions, axis=1)  # (B, S or 1, V)
-        return [by_row[b, -n:] for b, n in enumerate(wanted)], StaticCache(tokens, values)
+        return [by_row[b, -n:] for b, n in enumerate(wanted)], OrtCache(tokens, values)
+
+    def _shortened(self, cache: OrtCache, lengths: tuple[int, ...]) -> OrtCache:
+        return OrtCache(_cut(cache.tokens, lengths), cache.values)
 
 
-def open_ort(package: Path, variant: Variant, model: ModelSpec, threads: int | None) -> ConcatRunner | StaticRunner:
-    """Load a variant's graph on the CPU execution provider.
+def open_ort(
+    package: Path, variant: Variant, model: ModelSpec, threads: int | None, check: FileCheck | None = None
+) -> ConcatRunner | StaticRunner | SharedRunner:
+    """Load a variant's graph, or two, on the CPU execution provider.
+
+    A prefill graph is loaded in the background; the first step that is meant for it waits until it is there, and raises
+    what is wrong with it.
 
     Args:
-        package: the package folder; the caller has checked the variant's files.
-        variant: which graph.
+        package: the package folder; the caller has checked presence and size of the variant's files.
+        variant: which.
         model: the manifest's.
-        threads: of an operator; None leaves it to onnxruntime, which takes the physical cores.
+        threads: of an operator; None leaves it to onnxruntime.
+        check: compares files of the package with the manifest; called with the graph before it is opened, and with its
+            data while it is loaded. None: nothing is checked.
 
     Raises:
+        IntegrityError: a file is not the one that was exported.
         PackageError: onnxruntime cannot load the graph, or it has other inputs and outputs than the manifest says.
         BackendError: the CPU execution provider is not there, or cannot hold the cache's dtype.
     """
     spec = variant.kv_cache
-    if spec.form not in ("concat", "static"):
-        raise PackageError(f"variant {variant.name}: KV cache form {spec.form!r}, this version runs concat and static")
-    if spec.dtype not in ("float32", "float16"):
+    if spec.form not in CACHE_DTYPES:
+        known = ", ".join(CACHE_DTYPES)
+        raise PackageError(f"variant {variant.name}: KV cache form {spec.form!r}, this version runs {known}")
+    if spec.dtype not in CACHE_DTYPES[spec.form]:
         raise BackendError(f"variant {variant.name}: a {spec.dtype} KV cache does not run on {PROVIDER}")
-    session = _open_session(package / variant.graph, threads)
-    found = session.get_providers()
-    if PROVIDER not in found:
-        raise BackendError(f"onnxruntime gave {', '.join(found)}, expected {PROVIDER}; reinstall 'olmo2-export[cpu]'")
-    inputs = [*session.get_inputs(), *session.get_overridable_initializers()]
-    _check_names(variant, "inputs", [v.name for v in inputs], [t.name for t in variant.inputs])
-    _check_names(variant, "outputs", [v.name for v in session.get_outputs()], [t.name for t in variant.outputs])
-    return (ConcatRunner if spec.form == "concat" else StaticRunner)(session, variant, model)
+
+    def load(graph: str, data: Sequence[str]) -> ort.InferenceSession:
+        return _load_checked(package, variant, graph, data, threads, check)
+
+    session = load(variant.graph, variant.data)
+    match spec.form:
+        case "concat":
+            return ConcatRunner(session, variant, model)
+        case "static":
+            return StaticRunner(session, variant, model)
+        case _:
+            prefill: Future[ort.InferenceSession] | None = None
+            if variant.prefill is not None:
+                pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefill-graph")
+                prefill = pool.submit(load, variant.prefill.graph, variant.prefill.data)
+                pool.shutdown(wait=False)
+            return SharedRunner(session, prefill, variant, model)
 
 
-def _open_session(graph: Path, threads: int | None) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        return ort.InferenceSession(graph, options, providers=[PROVIDER])
-    except _LOAD_ERRORS as error:
-        raise PackageError(f"{graph}: onnxruntime cannot load it ({_one_line(error)}); export it again") from error
-
-
-def _check_names(variant: Variant, kind: str, found: list[str], expected: list[str]) -> None:
-    """Refuse a graph whose inputs or outputs are not those of the manifest."""
-    if set(found) == set(expected):
-        return
-    missing = first_names(sorted(set(expected) - set(found))) or "none"
-    extra = first_names(sorted(set(found) - set(expected))) or "none"
-    raise PackageError(
-        f"{variant.graph}: its {kind} are not the manifest's (missing: {missing}; unexpected: {extra}); "
-        "export the package again"
-    )
+def _load_checked(
+    package: Path, variant: Variant, graph: str, data: Sequence[str], threads: int | None, check: FileCheck | None
+) -> ort.InferenceSession:
+    """Load a graph while its data is checked; what the check finds goes before what onnxruntime says."""
+    if check is None:
+        return open_session(package / graph, variant, threads)
+    check([graph])
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pending = pool.submit(check, data)
+        try:
+            return open_session(package / graph, variant, threads)
+        finally:
+            pending.result()
 
 
 def _zeros(spec: KVCacheSpec, batch_size: int, length: int) -> Values:
@@ -290,5 +320,15 @@ def _zeros(spec: KVCacheSpec, batch_size: int, length: int) -> Values:
     return {f"past_key_values.{n}.{kind}": zeros for n in range(spec.num_layers) for kind in ("key", "value")}
 
 
-def _one_line(error: Exception) -> str:
-    return str(error).strip().replace("\n", " ")[:300]
+def _first_slots(values: Values, slots: int) -> Values:
+    return {
+        name: ort.OrtValue.ortvalue_from_numpy(value.numpy()[:, :, :slots].copy()) for name, value in values.items()
+    }
+
+
+def _joined(tokens: Sequence[Ids], rows: Sequence[Ids]) -> tuple[Ids, ...]:
+    return tuple(np.concatenate([old, new]) for old, new in zip(tokens, rows, strict=True))
+
+
+def _cut(tokens: Sequence[Ids], lengths: Sequence[int]) -> tuple[Ids, ...]:
+    return tuple(row[:length] for row, length in zip(tokens, lengths, strict=True))

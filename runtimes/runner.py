@@ -5,6 +5,8 @@
 | prefill                        | B rows of n_b token ids, any int    | per row float32 [1, vocab_size]: the last   |
 | prefill, all_positions=True    | the same                            | per row float32 [n_b, vocab_size]           |
 | decode                         | B token ids, any int                | float32 [B, vocab_size]                     |
+| decode_block                   | n token ids, any int, for one row   | float32 [n, vocab_size]                     |
+| truncate                       | B lengths, any int                  | nothing: row b keeps its first tokens       |
 
 The graphs behind it are described where they are called: `ort_runner.py` and `trt_runner.py`.
 """
@@ -23,6 +25,7 @@ from runtimes.manifest import ModelSpec, Variant
 
 Logits: TypeAlias = npt.NDArray[np.float32]
 TokenIds: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
+Ids: TypeAlias = npt.NDArray[np.int64]
 
 
 class Runner(Protocol):
@@ -39,6 +42,11 @@ class Runner(Protocol):
     @property
     def cache_lengths(self) -> tuple[int, ...]:
         """Tokens in the cache, per row; () when it is empty."""
+        ...
+
+    @property
+    def cached_tokens(self) -> tuple[Ids, ...]:
+        """Per row the ids, int64 [length], whose keys and values the cache holds; () when it is empty. Only to read."""
         ...
 
     def prefill(self, sequences: Sequence[TokenIds], *, all_positions: bool = False) -> list[Logits]:
@@ -77,6 +85,37 @@ class Runner(Protocol):
         """
         ...
 
+    def decode_block(self, token_ids: TokenIds) -> Logits:
+        """Append several tokens to the only row, computed as `decode` would compute them one by one.
+
+        Where a package has two graphs, `prefill` may use the one that rounds more coarsely; this never does. Logits
+        agree with those of `decode` but for the order of float32 sums. With quantised weights that can tip the code of
+        an activation over, and two tokens that are nearly tied may change places.
+
+        Args:
+            token_ids: at least one id.
+
+        Returns:
+            float32 [n, vocab_size], the logits after each of them.
+
+        Raises:
+            InputError: the cache has another number of rows than one; otherwise as `prefill`.
+            ContextLengthError, NumericError: as `prefill`.
+        """
+        ...
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Keep only the first tokens of each row; the next call appends to these.
+
+        Args:
+            lengths: how many, one number per row. 0 in every row leaves rows without tokens, not an empty cache.
+
+        Raises:
+            InputError: another number of rows than the cache has, or a length that is no integer, negative or more than
+                the row holds.
+        """
+        ...
+
     def reset(self) -> None:
         """Empty the cache; the next prefill may have another number of rows."""
         ...
@@ -94,7 +133,7 @@ class Runner(Protocol):
 
 def check_rows(
     sequences: Sequence[TokenIds], *, vocab_size: int, cache_lengths: tuple[int, ...], max_cache_length: int
-) -> list[npt.NDArray[np.int64]]:
+) -> list[Ids]:
     """Check what a caller wants to append, before anything runs.
 
     onnxruntime would wrap a negative id around, misread a big-endian array and die of a batch of none.
@@ -143,6 +182,31 @@ def check_token_ids(token_ids: TokenIds, cache_lengths: tuple[int, ...]) -> list
     return [[token] for token in token_ids]
 
 
+def check_lengths(lengths: Sequence[int], cache_lengths: tuple[int, ...]) -> tuple[int, ...]:
+    """Check what `truncate` is to keep.
+
+    Raises:
+        InputError: see `Runner.truncate`.
+    """
+    if not isinstance(lengths, (Sequence, np.ndarray)):
+        raise InputError(f"expected a sequence with one length per row, found {type(lengths).__name__}")
+    if len(lengths) != len(cache_lengths):
+        raise InputError(f"{len(lengths)} lengths, but the cache holds {len(cache_lengths)} rows; give one per row")
+    for row, (length, held) in enumerate(zip(lengths, cache_lengths, strict=True)):
+        if isinstance(length, bool) or not isinstance(length, (int, np.integer)):
+            raise InputError(f"row {row}: expected an integer length, found {type(length).__name__}")
+        if not 0 <= length <= held:
+            raise InputError(f"row {row}: cannot keep {length} tokens, the cache holds {held}; give 0 to {held}")
+    return tuple(int(length) for length in lengths)
+
+
+def common_prefix(held: Ids, token_ids: Sequence[int]) -> int:
+    """Return how many of the first tokens in a row of the cache are the first of `token_ids`."""
+    size = min(len(held), len(token_ids))
+    same = held[:size] == np.asarray(token_ids[:size], np.int64)
+    return size if same.all() else int(np.argmin(same))
+
+
 def check_finite(logits: Sequence[Logits], cache_lengths: Sequence[int]) -> None:
     """Refuse logits that no sampler could use.
 
@@ -164,7 +228,7 @@ def check_finite(logits: Sequence[Logits], cache_lengths: Sequence[int]) -> None
             )
 
 
-def _check_ids(row: TokenIds, index: int, vocab_size: int) -> npt.NDArray[np.int64]:
+def _check_ids(row: TokenIds, index: int, vocab_size: int) -> Ids:
     if not isinstance(row, (Sequence, np.ndarray)) or isinstance(row, (str, bytes)):
         raise InputError(f"row {index}: expected a sequence of token ids, found {type(row).__name__}")
     ids: npt.NDArray[Any]

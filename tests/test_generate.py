@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from runtimes import open_runner
-from runtimes.errors import ContextLengthError, InputError, NumericError
-from runtimes.generate import Piece, generate, generate_tokens, stream_text
+from runtimes.errors import ContextLengthError, InputError, NumericError, UsageError
+from runtimes.generate import Generation, Piece, generate, generate_tokens, stream_text
+from runtimes.runner import Runner
 from runtimes.sampling import Sampler
+from runtimes.speculate import DraftModel, PromptLookup
 from runtimes.tokenizer import Tokenizer
 
 GREEDY = Sampler()
@@ -23,23 +26,36 @@ VOCAB = 4096
 
 
 class ScriptedRunner:
-    """A runner whose most probable next tokens are those of a script."""
+    """A runner whose most probable next tokens are those of a script, one per call since it was last reset."""
+
+    model = SimpleNamespace(vocab_size=VOCAB)
 
     def __init__(self, script: Sequence[int], max_cache_length: int = 64) -> None:
         self.script = list(script)
         self.max_cache_length = max_cache_length
-        self.fed: list[list[int]] = []
+        self.reset()
 
     @property
     def cache_lengths(self) -> tuple[int, ...]:
-        return (sum(map(len, self.fed)),) if self.fed else ()
+        return tuple(map(len, self.cached_tokens))
+
+    @property
+    def cached_tokens(self) -> tuple[np.ndarray, ...]:
+        return (np.array(self.held, np.int64),) if self.fed else ()
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        (length,) = lengths
+        assert 0 <= length <= len(self.held)
+        del self.held[length:]
 
     def reset(self) -> None:
-        self.fed = []
+        self.fed: list[list[int]] = []
+        self.held: list[int] = []
 
     def prefill(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
         (row,) = sequences
         self.fed.append(list(row))
+        self.held += row
         logits = np.zeros((1, VOCAB), np.float32)
         logits[0, self.script[len(self.fed) - 1]] = 1
         return [logits]
@@ -183,7 +199,9 @@ def test_the_last_token_is_not_fed_to_the_model(tokenizer: Tokenizer) -> None:
     assert stopped.fed == [[1, 2]]
 
 
-def test_generate_forgets_what_the_runner_held_and_generate_tokens_does_not(tokenizer: Tokenizer) -> None:
+def test_generate_forgets_what_the_prompt_does_not_begin_with_and_generate_tokens_forgets_nothing(
+    tokenizer: Tokenizer,
+) -> None:
     runner = ScriptedRunner([7, 8, 9, 10])
     runner.prefill([[1, 1, 1]])
     ids = generate_tokens(runner, [2], sampler=GREEDY, max_new_tokens=2)
@@ -191,6 +209,104 @@ def test_generate_forgets_what_the_runner_held_and_generate_tokens_does_not(toke
     assert runner.fed == [[1, 1, 1], [2], [8]]
     generate(runner, tokenizer, [3], sampler=GREEDY, max_new_tokens=1)
     assert runner.fed == [[3]]
+
+
+class Recorder:
+    """A runner that notes what is fed to another."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.fed: list[list[int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.runner, name)
+
+    def prefill(self, sequences: Sequence[Sequence[int]], **options: Any) -> Any:
+        self.fed.append(list(sequences[0]))
+        return self.runner.prefill(sequences, **options)
+
+    def decode(self, token_ids: Sequence[int]) -> Any:
+        self.fed.append(list(token_ids))
+        return self.runner.decode(token_ids)
+
+
+@pytest.fixture(scope="module")
+def demo_runner(demo_package: Path) -> Iterator[Runner]:
+    with open_runner(demo_package, threads=1) as runner:
+        yield runner
+
+
+def fresh(runner: Runner, tokenizer: Tokenizer, prompt: str | Sequence[int], **options: Any) -> Generation:
+    runner.reset()
+    return generate(runner, tokenizer, prompt, **options)
+
+
+@pytest.mark.parametrize("speculate", [None, PromptLookup()], ids=["plain", "lookup"])
+def test_second_turn_computes_only_what_is_new(
+    demo_runner: Runner, tokenizer: Tokenizer, speculate: PromptLookup | None
+) -> None:
+    options: dict[str, Any] = {"sampler": GREEDY, "max_new_tokens": 20, "eos_token_ids": ()}
+    first_prompt = tokenizer.encode("And the LORD said unto Moses,")
+    new = tokenizer.encode("\nAnd Moses said,")
+    first = fresh(demo_runner, tokenizer, first_prompt, **options)
+    assert first.reused_tokens == 0
+    second_prompt = [*first_prompt, *first.token_ids, *new]
+    expected = fresh(demo_runner, tokenizer, second_prompt, **options)
+
+    runner = Recorder(demo_runner)
+    again = fresh(demo_runner, tokenizer, first_prompt, **options, speculate=speculate)
+    assert again.token_ids == first.token_ids
+    second = generate(runner, tokenizer, second_prompt, **options, speculate=speculate)
+    assert second.reused_tokens == len(first_prompt) + 19  # the last id was in no cache
+    assert runner.fed[0] == [first.token_ids[-1], *new]
+    assert second.token_ids == expected.token_ids
+    assert demo_runner.cached_tokens[0].tolist() == [*second_prompt, *second.token_ids[:-1]]
+
+
+def test_prompt_that_differs_later_reuses_what_is_before(demo_runner: Runner, tokenizer: Tokenizer) -> None:
+    options: dict[str, Any] = {"sampler": GREEDY, "max_new_tokens": 5, "eos_token_ids": ()}
+    ids = tokenizer.encode("In the beginning God created the heaven and the earth.")
+    for prompt, reused in ((ids, 0), (ids, len(ids) - 1), ([*ids[:6], 9, 8], 6), (ids[:4], 3), ([7, *ids], 0)):
+        held = [row.copy() for row in demo_runner.cached_tokens] if reused else []
+        expected = fresh(demo_runner, tokenizer, prompt, **options)
+        demo_runner.reset()
+        if held:
+            demo_runner.prefill(held)
+        found = generate(demo_runner, tokenizer, prompt, **options)
+        assert (found.token_ids, found.reused_tokens) == (expected.token_ids, reused)
+
+
+def test_runner_with_another_number_of_rows_is_reset(demo_runner: Runner, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("In the beginning")
+    expected = fresh(demo_runner, tokenizer, ids, sampler=GREEDY, max_new_tokens=4)
+    demo_runner.reset()
+    demo_runner.prefill([ids, ids])
+    found = generate(demo_runner, tokenizer, ids, sampler=GREEDY, max_new_tokens=4)
+    assert (found.token_ids, found.reused_tokens) == (expected.token_ids, 0)
+    demo_runner.truncate([0])
+    assert generate(demo_runner, tokenizer, ids, sampler=GREEDY, max_new_tokens=4).token_ids == expected.token_ids
+
+
+def test_nothing_is_forgotten_when_the_call_is_refused(demo_runner: Runner, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("In the beginning")
+    demo_runner.reset()
+    demo_runner.prefill([ids])
+    bad: list[tuple[Any, dict[str, Any]]] = [
+        ([*ids[:2], -1], {}),
+        ([float(ids[0]), 4], {}),
+        ([True, 4], {}),
+        ([VOCAB], {}),
+        ([], {}),
+        ([1] * 1025, {}),
+        ([1], {"max_new_tokens": 1024}),
+        ([1], {"max_new_tokens": -1}),
+        ([1], {"stop": [""]}),
+        ([1], {"speculate": DraftModel(demo_runner)}),
+    ]
+    for prompt, options in bad:
+        with pytest.raises((InputError, UsageError)):
+            generate(demo_runner, tokenizer, prompt, sampler=GREEDY, **options)
+        assert demo_runner.cached_tokens[0].tolist() == ids
 
 
 def test_prompt_and_new_tokens_beyond_the_context_are_refused_before_the_model_runs(tokenizer: Tokenizer) -> None:

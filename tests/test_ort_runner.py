@@ -186,6 +186,81 @@ def test_exactly_the_context_works_and_one_more_is_refused(runner: OrtRunner, mo
     assert runner.cache_lengths == ()
 
 
+# What it keeps
+
+
+def ids_held(runner: OrtRunner) -> list[list[int]]:
+    return [row.tolist() for row in runner.cached_tokens]
+
+
+@pytest.mark.parametrize("kept", [(17, 5, 29), (9, 5, 2), (0, 3, 29), (16, 0, 11), (4, 1, 7), (0, 0, 0)])
+def test_truncated_rows_continue_like_fresh_ones(
+    runner: OrtRunner, sequences: list[np.ndarray], reference: list[np.ndarray], kept: tuple[int, ...]
+) -> None:
+    wrong = [np.concatenate([ids[:n], (ids[n:] + 1) % VOCAB]) for ids, n in zip(sequences, kept, strict=True)]
+    runner.prefill([ids[:3] for ids in wrong])
+    runner.prefill([ids[3:] for ids in wrong])  # so that padding lies in the middle too
+    runner.truncate(kept)
+    assert runner.cache_lengths == kept
+    assert ids_held(runner) == [ids[:n].tolist() for ids, n in zip(sequences, kept, strict=True)]
+    rest = [ids[min(n, len(ids) - 2) :] for ids, n in zip(sequences, kept, strict=True)]
+    runner.truncate([min(n, len(ids) - 2) for ids, n in zip(sequences, kept, strict=True)])
+    for logits, new, expected in zip(
+        runner.prefill([ids[:-1] for ids in rest], all_positions=True), rest, reference, strict=True
+    ):
+        close(logits, expected[-len(new) : -1])
+    close(runner.decode([int(ids[-1]) for ids in sequences]), np.stack([expected[-1] for expected in reference]))
+    assert ids_held(runner) == [ids.tolist() for ids in sequences]
+
+
+def test_truncating_one_row_copies_only_what_is_kept(runner: OrtRunner, sequences: list[np.ndarray]) -> None:
+    runner.prefill([sequences[2]])
+    runner.truncate([7])
+    assert {value.shape()[2] for value in runner._cache.values.values()} == {7}
+    before = runner._cache
+    runner.truncate([7])
+    assert runner._cache is before
+
+
+def test_cached_tokens_are_those_that_were_fed(runner: OrtRunner, sequences: list[np.ndarray]) -> None:
+    assert runner.cached_tokens == ()
+    given = sequences[1].copy()
+    runner.prefill([given, [1, 2]])
+    runner.decode(np.array([3, 4], np.uint8))
+    given[:] = 0
+    assert ids_held(runner) == [[*sequences[1].tolist(), 3], [1, 2, 4]]
+    assert {row.dtype for row in runner.cached_tokens} == {np.dtype(np.int64)}
+    runner.reset()
+    assert runner.cached_tokens == ()
+    runner.truncate([])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([3], "1 lengths, but the cache holds 2 rows"),
+        ([], "0 lengths, but the cache holds 2 rows"),
+        ([3, 2, 1], "3 lengths"),
+        ([3, -1], r"row 1: cannot keep -1 tokens, the cache holds 2; give 0 to 2"),
+        ([6, 2], r"row 0: cannot keep 6 tokens, the cache holds 5"),
+        ([2**70, 2], "cannot keep 1180591620717411303424 tokens"),
+        ([1.0, 2], "row 0: expected an integer length, found float"),
+        ([1, True], "row 1: expected an integer length, found bool"),
+        (3, "one length per row, found int"),
+        (None, "found NoneType"),
+    ],
+)
+def test_lengths_that_cannot_be_kept_are_refused_and_nothing_changes(
+    runner: OrtRunner, lengths: Any, message: str
+) -> None:
+    with pytest.raises(InputError, match="the cache holds 0 rows"):
+        runner.truncate([0])
+    runner.prefill([[1, 2, 3, 4, 5], [6, 7]])
+    with pytest.raises(InputError, match=message):
+        runner.truncate(lengths)
+    assert ids_held(runner) == [[1, 2, 3, 4, 5], [6, 7]]
+
+
 # What it takes and refuses
 
 
@@ -563,3 +638,19 @@ def test_static_capacity_is_the_limit(static_runner: OrtRunner) -> None:
     close(static_runner.prefill([ids])[0], static_reference(ids)[-1:])
     with pytest.raises(ContextLengthError, match=r"11 tokens in the cache and 1 new ones make 12, at most 11"):
         static_runner.decode([1])
+
+
+@pytest.mark.parametrize("kept", [(9, 5, 7), (2, 5, 0), (0, 0, 0), (8, 1, 3)])
+def test_static_truncated_rows_continue_like_fresh_ones(static_runner: OrtRunner, kept: tuple[int, ...]) -> None:
+    random = np.random.default_rng(5)
+    sequences = [random.integers(0, STATIC_VOCAB, n) for n in (10, 6, 8)]
+    wrong = [np.concatenate([ids[:n], (ids[n:] + 1) % STATIC_VOCAB]) for ids, n in zip(sequences, kept, strict=True)]
+    static_runner.prefill(wrong)
+    static_runner.truncate(kept)
+    assert static_runner.cache_lengths == kept
+    found = static_runner.prefill([ids[n:] for ids, n in zip(sequences, kept, strict=True)], all_positions=True)
+    for logits, ids, n in zip(found, sequences, kept, strict=True):
+        close(logits, static_reference(ids)[n:])
+    assert [row.tolist() for row in static_runner.cached_tokens] == [ids.tolist() for ids in sequences]
+    with pytest.raises(InputError, match="row 1: cannot keep 7 tokens"):
+        static_runner.truncate([1, 7, 1])

@@ -97,13 +97,14 @@ def test_stop_flag_may_be_repeated(demo_package: Path, expected: str, capsys: py
 def test_stats_are_one_line_on_stderr(demo_package: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", str(demo_package), "--prompt", PROMPT, "--max-new-tokens", "9", "--stats"]) == 0
     pattern = (
-        r"\d+ prompt tokens, 9 new tokens, time to first token \d+\.\d ms, \d+\.\d tokens/s, finish reason length\n"
+        r"\d+ prompt tokens \(0 reused\), 9 new tokens \(0 drafted, 0 accepted\), "
+        r"time to first token \d+\.\d ms, \d+\.\d tokens/s, finish reason length\n"
     )
     assert re.fullmatch(pattern, capsys.readouterr().err)
     assert main(["generate", str(demo_package), "--prompt", PROMPT, "--max-new-tokens", "0", "--stats"]) == 0
     out, err = capsys.readouterr()
     assert out == "\n"
-    assert "0 new tokens, time to first token - ms, - tokens/s, finish reason length" in err
+    assert "0 new tokens (0 drafted, 0 accepted), time to first token - ms, - tokens/s, finish reason length" in err
 
 
 def test_variant_backend_and_threads_are_used(
@@ -122,6 +123,67 @@ def test_variant_backend_and_threads_are_used(
     assert seen == {"variant": "fp32", "backend": "ort", "threads": 1, "check_hashes": False}
     assert main(["generate", str(demo_package), "--prompt", PROMPT, "--max-new-tokens", "1"]) == 0
     assert seen == {"variant": None, "backend": "ort", "threads": None, "check_hashes": True}
+
+
+REPEATING = "And God saw the light, that it was good. " * 6 + "And God saw"
+
+
+def drafted_accepted(err: str) -> tuple[int, int]:
+    found = re.search(r"\((\d+) drafted, (\d+) accepted\)", err)
+    assert found is not None
+    return int(found[1]), int(found[2])
+
+
+@pytest.mark.parametrize("kind", ["lookup", "draft"])
+@pytest.mark.parametrize("sampling", [[], ["--temperature", "0.7", "--seed", "3"]])
+def test_speculation_gives_the_same_text(
+    demo_package: Path, capsys: pytest.CaptureFixture[str], kind: str, sampling: list[str]
+) -> None:
+    flags = [
+        "generate",
+        str(demo_package),
+        "--prompt",
+        REPEATING,
+        "--max-new-tokens",
+        "50",
+        "--threads",
+        "1",
+        *sampling,
+    ]
+    assert main(flags) == 0
+    plain = capsys.readouterr().out
+    assert main([*flags, "--speculate", "none", "--stats"]) == 0
+    out, err = capsys.readouterr()
+    assert (out, drafted_accepted(err)) == (plain, (0, 0))
+    speculate = ["--speculate", "lookup"] if kind == "lookup" else ["--draft", str(demo_package)]
+    assert main([*flags, *speculate, "--stats"]) == 0
+    out, err = capsys.readouterr()
+    drafted, accepted = drafted_accepted(err)
+    assert out == plain
+    assert accepted <= drafted
+    assert sampling or accepted > 0
+
+
+def test_draft_model_is_opened_like_the_model(demo_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spy(package: str, **options: object) -> object:
+        seen.append((package, options))
+        return open_runner(package, **options)
+
+    monkeypatch.setattr(cli, "open_runner", spy)
+    flags = ["--variant", "fp32", "--threads", "1", "--skip-hash-check", "--max-new-tokens", "3"]
+    assert main(["generate", str(demo_package), "--prompt", "x", "--draft", f"{demo_package}/", *flags]) == 0
+    same = {"backend": "ort", "threads": 1, "check_hashes": False}
+    assert seen == [(str(demo_package), {"variant": "fp32", **same}), (f"{demo_package}/", same)]
+
+
+def test_draft_model_of_another_vocabulary_is_one_line(
+    demo_package: Path, tiny_package: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = refused(capsys, "generate", demo_package, "--prompt", "x", "--draft", tiny_package)
+    assert "the draft model has 131 token ids, the model 4096" in error
+    assert "no such folder" in refused(capsys, "generate", demo_package, "--prompt", "x", "--draft", "nowhere")
 
 
 def test_default_length_gives_way_to_the_context_and_an_asked_one_does_not(
@@ -154,6 +216,8 @@ def test_default_length_gives_way_to_the_context_and_an_asked_one_does_not(
         (["--backend", "cuda"], "backend 'cuda': there is ort"),
         (["--variant", "q9"], "no variant 'q9'; it has fp32"),
         (["--threads", "0"], "threads 0"),
+        (["--speculate", "guess"], "invalid choice: 'guess'"),
+        (["--speculate", "lookup", "--draft", "x"], "--draft: not allowed with argument --speculate"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--temp", "1"], "unrecognized arguments: --temp"),
     ],
@@ -239,6 +303,8 @@ def test_defaults() -> None:
         "stop": [],
         "backend": "ort",
         "threads": None,
+        "speculate": "none",
+        "draft": None,
         "skip_hash_check": False,
         "stats": False,
         "debug": False,

@@ -1,0 +1,78 @@
+"""Open graphs on onnxruntime: sessions, their errors, and the check of their inputs and outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime as ort  # type: ignore[import-untyped]
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_state  # type: ignore[import-untyped]
+
+from runtimes.errors import BackendError, PackageError, first_names
+from runtimes.manifest import Variant
+
+PROVIDER = "CPUExecutionProvider"
+
+# What loading raises; these have no common base but Exception.
+_LOAD_ERRORS = (
+    ort_state.EPFail,
+    ort_state.Fail,
+    ort_state.InvalidArgument,
+    ort_state.InvalidGraph,
+    ort_state.InvalidProtobuf,
+    ort_state.NoModel,
+    ort_state.NoSuchFile,
+    ort_state.NotFound,
+    ort_state.NotImplemented,
+    ort_state.RuntimeException,
+)
+_ERRORS_ONLY = 4  # onnxruntime's log severity "fatal": errors reach the caller as exceptions, once
+
+
+def open_session(
+    graph: Path, variant: Variant, threads: int | None, changed: bytes | None = None
+) -> ort.InferenceSession:
+    """Load a graph on the CPU execution provider.
+
+    Args:
+        graph: the ONNX file; the caller has checked it and its data.
+        variant: says which inputs and outputs it must have.
+        threads: of an operator; None leaves it to onnxruntime.
+        changed: run this graph instead, on the data of that file.
+
+    Raises:
+        PackageError: onnxruntime cannot load the graph, or it has other inputs and outputs than the manifest says.
+        BackendError: the CPU execution provider is not there.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
+    try:
+        session = ort.InferenceSession(graph if changed is None else changed, options, providers=[PROVIDER])
+    except _LOAD_ERRORS as error:
+        raise PackageError(f"{graph}: onnxruntime cannot load it ({one_line(error)}); export it again") from error
+    found = session.get_providers()
+    if PROVIDER not in found:
+        raise BackendError(f"onnxruntime gave {', '.join(found)}, expected {PROVIDER}; reinstall 'olmo2-export[cpu]'")
+    inputs = [*session.get_inputs(), *session.get_overridable_initializers()]
+    _check_names(graph, "inputs", [v.name for v in inputs], [t.name for t in variant.inputs])
+    _check_names(graph, "outputs", [v.name for v in session.get_outputs()], [t.name for t in variant.outputs])
+    return session
+
+
+def one_line(error: Exception) -> str:
+    """Return an error of onnxruntime as a short line."""
+    return str(error).strip().replace("\n", " ")[:300]
+
+
+def _check_names(graph: Path, kind: str, found: list[str], expected: list[str]) -> None:
+    """Refuse a graph whose inputs or outputs are not those of the manifest."""
+    if set(found) == set(expected):
+        return
+    missing = first_names(sorted(set(expected) - set(found))) or "none"
+    extra = first_names(sorted(set(found) - set(expected))) or "none"
+    raise PackageError(
+        f"{graph.name}: its {kind} are not the manifest's (missing: {missing}; unexpected: {extra}); "
+        "export the package again"
+    )
