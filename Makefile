@@ -1,11 +1,11 @@
 # The front door. `make` lists the targets; every one sets up what it needs.
 #
-#   make export MODEL=allenai/OLMo-2-0425-1B REVISION=main OUT=packages/olmo2 VARIANTS="fp32"
+#   make export MODEL=allenai/OLMo-2-0425-1B REVISION=main OUT=packages/olmo2 VARIANTS="fp32 q4 q8"
 
 MODEL     ?= demo
 REVISION  ?=
 OUT       ?= packages/$(shell basename "$(MODEL)")
-VARIANTS  ?= fp32
+VARIANTS  ?= fp32 q4
 PRECISION ?= bf16
 PROMPT    ?= In the beginning
 EXTRAS    ?= dev
@@ -19,7 +19,7 @@ PIP       := pip install --quiet --disable-pip-version-check --constraint constr
 REVISION_FLAG := $(if $(REVISION),--revision $(REVISION))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export test check format lint types bench clean
+.PHONY: help setup export test check format lint types bench peers clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -55,9 +55,25 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-bench: $(STAMP) ## time and peak memory of exporting and building the 1B shape
-	$(BIN)/python -m olmo2_export.bench
+bench: $(STAMP) ## the table of targets on the 1B shape, beside the peers that are installed; some 40 minutes
+	$(BIN)/python -m olmo2_export.bench stages
+	$(BIN)/python -m olmo2_export.bench quality
+	$(BIN)/python -m olmo2_export.bench cpu
+
+peers: $(VENV)-peers-llama/.installed $(VENV)-peers-genai/.installed ## what make bench compares with; compiles llama.cpp
+
+# A venv each, which git and ruff are told to ignore, because the peers pin other versions than we do.
+$(VENV)-peers-llama/.installed: constraints.txt
+	$(PYTHON) -m venv $(@D) && echo '*' > $(@D)/.gitignore
+	$(@D)/bin/$(PIP) llama-cpp-python==0.3.36 gguf==0.19.0
+	@touch $@
+
+$(VENV)-peers-genai/.installed: constraints.txt
+	$(PYTHON) -m venv $(@D) && echo '*' > $(@D)/.gitignore
+	$(@D)/bin/$(PIP) torch
+	$(@D)/bin/$(PIP) onnxruntime-genai==0.18.0 onnxruntime onnx onnx-ir transformers tqdm
+	@touch $@
 
 clean: ## remove .venv, packages and caches
-	rm -rf $(VENV) packages .pytest_cache .mypy_cache .ruff_cache *.egg-info build
+	rm -rf $(VENV) $(VENV)-peers-* packages .pytest_cache .mypy_cache .ruff_cache *.egg-info build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,117 @@
+"""python -m olmo2_export.bench: what this project costs and how fast it is, beside what a user would take instead.
+
+    stages    seconds and peak memory of export and build
+    quality   KL, top-1 and perplexity of quantised variants on the demo model, and llama.cpp's
+    cpu       the table of targets: ours, llama.cpp and onnxruntime-genai in turns
+    profile   where the time of our prefill and decode goes, by operator
+
+Tables go to stdout, progress to stderr; the last line of stdout is JSON whose keys carry the units.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from olmo2_export.bench import cpu, profile, quality, stages
+from olmo2_export.bench.checkpoint import SIZES
+from olmo2_export.bench.processes import ROOT
+from runtimes.errors import Olmo2ExportError
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; without any it is that of `cpu`."""
+    parser = argparse.ArgumentParser(prog="python -m olmo2_export.bench", description=__doc__.partition("\n")[0])
+    work = argparse.ArgumentParser(add_help=False)
+    work.add_argument("--work", type=Path, help="where to put a temporary folder, for cpu and 1B of some 25 GB")
+    sized = argparse.ArgumentParser(add_help=False)
+    sized.add_argument("--size", choices=list(SIZES), default="1B")
+    kept = argparse.ArgumentParser(add_help=False)
+    kept.add_argument("--keep", type=Path, metavar="DIR", help="make the models here, and use those already here")
+    kept.add_argument("--threads", type=int, default=2)
+    kept.add_argument("--steps", type=int, default=32, help="decode steps that are timed; default 32")
+    kept.add_argument("--variant", action="append", metavar="V", help="of ours; the first is judged; default: q4")
+    beside = argparse.ArgumentParser(add_help=False)
+    beside.add_argument("--peers", type=Path, default=ROOT, metavar="DIR", help="where make peers put its venvs")
+    beside.add_argument("--llama-type", action="append", metavar="T", help="of GGUF; the first is judged")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    verb = verbs.add_parser("stages", parents=[work, sized], help="time and memory of export and build")
+    verb.add_argument("--no-build", action="store_true", help="leave the TensorRT engine out")
+    verb = verbs.add_parser("quality", parents=[work, beside], help="variants against llama.cpp on the demo model")
+    verb.add_argument(
+        "--variant", action="append", choices=list(quality.OURS), metavar="V", help="default: all of ours"
+    )
+    verb.add_argument("--windows", type=int, metavar="N", help="of 512 tokens; default: the whole held-out text")
+    verb = verbs.add_parser("cpu", parents=[work, sized, kept, beside], help="the table of targets")
+    verb.add_argument("--rounds", type=int, default=3)
+    verb.add_argument("--only", action="append", choices=cpu.TASKS, metavar="TASK", help=f"of {', '.join(cpu.TASKS)}")
+    verb = verbs.add_parser("profile", parents=[work, sized, kept], help="time by operator")
+    verb.add_argument("--context", type=int, default=512, help="tokens of the prefill; default 512")
+    given = sys.argv[1:] if argv is None else argv
+    return parser.parse_args(given or ["cpu"])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run one verb; return 0, or 1 if a contender failed."""
+    with _work_folder(args.work, getattr(args, "keep", None)) as work:
+        match args.verb:
+            case "stages":
+                result = stages.run(args.size, work, not args.no_build)
+                report = stages.table(result)
+            case "quality":
+                result = quality.run(
+                    work,
+                    args.peers,
+                    variants=args.variant or list(quality.OURS),
+                    llama_types=args.llama_type or ["Q4_K_M", "Q4_0", "Q8_0"],
+                    most_windows=args.windows,
+                )
+                report = quality.table(result)
+            case "cpu":
+                result, report = cpu.run(
+                    args.size,
+                    work,
+                    args.peers,
+                    variants=args.variant or ["q4"],
+                    llama_types=args.llama_type or ["Q4_K_M"],
+                    tasks=args.only or cpu.TASKS,
+                    rounds=args.rounds,
+                    threads=args.threads,
+                    steps=args.steps,
+                )
+            case _:
+                result = profile.run(args.size, work, args.variant or ["q4"], args.threads, args.context, args.steps)
+                report = profile.table(result)
+    print(report)
+    print(json.dumps(result))
+    return 1 if result.get("failures") else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m olmo2_export.bench`."""
+    try:
+        return run(parse_args(argv))
+    except Olmo2ExportError as error:
+        print(f"bench: error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+@contextmanager
+def _work_folder(parent: Path | None, keep: Path | None) -> Iterator[Path]:
+    """A temporary folder that is removed, or the one to keep."""
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        yield keep.resolve()
+        return
+    work = Path(tempfile.mkdtemp(prefix="olmo2-bench-", dir=parent))
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

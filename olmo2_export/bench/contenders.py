@@ -1,0 +1,185 @@
+"""Who is compared, and what has to be made first: packages of ours, a GGUF for llama.cpp, genai's own folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import olmo2_export.demo
+from olmo2_export.bench.checkpoint import Form, write_checkpoint
+from olmo2_export.bench.processes import run, stage, worker
+from runtimes.manifest import find_variant
+
+LLAMA_VENV, GENAI_VENV = ".venv-peers-llama", ".venv-peers-genai"
+SPEED = ("decode_128", "decode_3000", "prefill_512", "streams_8", "load", "memory_1024")
+DEMO = Path(olmo2_export.demo.__file__).parent
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A column of samples: a worker with a model."""
+
+    key: str
+    name: str
+    """what people call it"""
+    python: Path
+    worker: str
+    arguments: tuple[str, ...]
+    """of the worker, before the task"""
+    tasks: tuple[str, ...]
+    """what it is measured in"""
+    made: dict[str, float]
+    """seconds and peak_memory_mb of the process that made the model"""
+
+    def sample(self, task: dict[str, Any]) -> dict[str, float]:
+        """Measure a task once, in a fresh process."""
+        return worker(self.python, self.worker, [*self.arguments, json.dumps(task)])
+
+
+def peer_python(peers: Path, venv: str) -> Path | None:
+    """Return the interpreter of a peer, if `make peers` has made it."""
+    python = peers / venv / "bin" / "python"
+    return python if (peers / venv / ".installed").exists() else None
+
+
+class Workshop:
+    """A folder where things are made once; a second run with the same folder finds them, and what they cost."""
+
+    def __init__(self, folder: Path, size: str) -> None:
+        self.folder = folder
+        self.size = size
+
+    def checkpoint(self, form: Form) -> Path:
+        def make(out: Path) -> dict[str, float]:
+            out.mkdir()
+            return {"checkpoint_mb": round(write_checkpoint(out, self.size, form) / 1e6)}
+
+        self._once(f"checkpoint-{self.size}-{form}", make)
+        return self.folder / f"checkpoint-{self.size}-{form}"
+
+    def package(
+        self, name: str, checkpoint: Path, variant: str, flags: Sequence[str] = ()
+    ) -> tuple[Path, dict[str, float]]:
+        """Export; return the package and what that cost."""
+
+        def make(out: Path) -> dict[str, float]:
+            cost = stage("export", [checkpoint, "--out", out, "--variant", variant, *flags])
+            return {key: cost[key] for key in ("seconds", "peak_memory_mb")}
+
+        folder = f"package-{self.size}-{variant}-{name}"
+        return self.folder / folder, self._once(folder, make)
+
+    def gguf(self, python: Path, ftype: str) -> tuple[Path, dict[str, float]]:
+        """Convert for llama.cpp.
+
+        Returns:
+            The file, and what it cost: the seconds of writing F16 and of quantising that, the larger peak of the two.
+        """
+
+        def make(out: Path) -> dict[str, float]:
+            out.mkdir()
+            convert: list[str | Path] = [python, "-m", "olmo2_export.bench.workers.convert_llama"]
+            f16 = out / "intermediate.gguf"
+            costs = [
+                run([*convert, "f16", self.checkpoint("olmo2"), f16]).cost,
+                run([*convert, "quantize", f16, out / f"{ftype}.gguf", ftype]).cost,
+            ]
+            f16.unlink()
+            return {
+                "seconds": sum(cost["seconds"] for cost in costs),
+                "peak_memory_mb": max(cost["peak_memory_mb"] for cost in costs),
+            }
+
+        folder = f"gguf-{self.size}-{ftype}"
+        cost = self._once(folder, make)
+        return self.folder / folder / f"{ftype}.gguf", cost
+
+    def genai(self, python: Path, threads: int) -> tuple[Path, dict[str, float]]:
+        """Build for onnxruntime-genai; return the folder and what its builder cost."""
+
+        def make(out: Path) -> dict[str, float]:
+            checkpoint = self.checkpoint("llama")
+            for name in ("tokenizer.json", "tokenizer_config.json"):  # the builder wants one, of any model
+                shutil.copy(DEMO / name, checkpoint)
+            cache = self.folder / "genai-cache"
+            builder: list[str | Path] = [python, "-m", "onnxruntime_genai.models.builder", "-i", checkpoint, "-o", out]
+            cost = run([*builder, "-p", "int4", "-e", "cpu", "-c", cache]).cost
+            path = out / "genai_config.json"
+            config = json.loads(path.read_text())
+            config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
+            path.write_text(json.dumps(config, indent=4))
+            return cost
+
+        folder = f"genai-{self.size}-{threads}-threads"
+        cost = self._once(folder, make)
+        return self.folder / folder, cost
+
+    def _once(self, name: str, make: Callable[[Path], dict[str, float]]) -> dict[str, float]:
+        note, out = self.folder / f"{name}.json", self.folder / name
+        if not note.exists():
+            shutil.rmtree(out, ignore_errors=True)
+            note.write_text(json.dumps(make(out)))
+        found: dict[str, float] = json.loads(note.read_text())
+        return found
+
+
+def ours(workshop: Workshop, variants: Sequence[str]) -> list[Contender]:
+    """Return our contenders: each variant, and the first one also with one graph, and of the demo model.
+
+    Args:
+        workshop: where to make the packages.
+        variants: the first one is `ours`, which the claims are about.
+    """
+    first, *others = variants
+    package, made = workshop.package("bench", workshop.checkpoint("olmo2"), first)
+    tasks = [*SPEED, "load_trusted", "lookup_repeats", "lookup_new"]
+    if find_variant(package, first)[0].prefill is None:  # nothing to say then about the memory of two graphs
+        tasks.remove("memory_1024")
+        one = _ours("one_graph", f"ours {first}, one graph", package, first, ("memory_1024",), made)
+    else:
+        alone, cost = workshop.package("one-graph", workshop.checkpoint("olmo2"), first, ["--no-prefill-graph"])
+        one = _ours("one_graph", f"ours {first}, one graph", alone, first, ("memory_1024", "prefill_512"), cost)
+    found = [_ours("ours", f"ours {first}", package, first, tuple(tasks), made), one]
+    if first != "fp32":
+        package, made = workshop.package("int8-cache", workshop.checkpoint("olmo2"), first, ["--kv-cache", "int8"])
+        long = ("decode_128", "decode_3000", "prefill_512", "memory_1024")
+        found.append(_ours("int8_cache", f"ours {first}, int8 KV cache", package, first, long, made))
+    package, made = workshop.package("demo-model", DEMO, first)
+    found.append(_ours("demo", f"ours {first}, demo model", package, first, ("lookup_demo",), made))
+    for variant in others:
+        package, made = workshop.package("bench", workshop.checkpoint("olmo2"), variant)
+        found.append(_ours(f"ours_{variant}", f"ours {variant}", package, variant, SPEED, made))
+    return found
+
+
+def _ours(
+    key: str, name: str, package: Path, variant: str, tasks: tuple[str, ...], made: dict[str, float]
+) -> Contender:
+    return Contender(key, name, Path(sys.executable), "ours", (str(package), variant), tasks, made)
+
+
+def peers(
+    workshop: Workshop, folder: Path, threads: int, llama_types: Sequence[str]
+) -> tuple[list[Contender], list[str]]:
+    """Return the peers whose interpreters are there, and a line for each that is not."""
+    found, missing = [], []
+    python = peer_python(folder, LLAMA_VENV)
+    if python is None:
+        missing.append(f"llama.cpp is left out: {folder / LLAMA_VENV} is not there; make peers installs it")
+    else:
+        for ftype in llama_types:
+            key = "llama" if ftype == llama_types[0] else f"llama_{ftype}"
+            path, made = workshop.gguf(python, ftype)
+            found.append(Contender(key, f"llama.cpp {ftype}", python, "llama", ("task", str(path)), SPEED, made))
+    python = peer_python(folder, GENAI_VENV)
+    if python is None:
+        missing.append(f"onnxruntime-genai is left out: {folder / GENAI_VENV} is not there; make peers installs it")
+    else:
+        path, made = workshop.genai(python, threads)
+        found.append(Contender("genai", "onnxruntime-genai int4", python, "genai", (str(path),), SPEED, made))
+    return found, missing

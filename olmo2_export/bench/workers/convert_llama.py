@@ -1,0 +1,149 @@
+"""Checkpoint -> F16 GGUF -> quantised GGUF, by llama.cpp's own quantiser. Runs in the interpreter of llama-cpp-python.
+
+    python -m olmo2_export.bench.workers.convert_llama f16 CHECKPOINT F16.gguf
+    python -m olmo2_export.bench.workers.convert_llama quantize F16.gguf OUT.gguf Q4_K_M
+
+The F16 file is written with llama.cpp's gguf package instead of by its convert_hf_to_gguf.py, which refuses a tokenizer
+that it has no name for; the keys and tensor names are those of its conversion/olmo.py (llama.cpp as vendored by
+llama-cpp-python 0.3.36). No tokenizer is stored: the benchmark feeds token ids.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import gguf  # type: ignore[import-not-found]
+import llama_cpp  # type: ignore[import-not-found]
+import numpy as np
+
+from olmo2_export.bench.workers.common import finish
+
+FTYPES = {
+    "F16": llama_cpp.LLAMA_FTYPE_MOSTLY_F16,
+    "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
+    "Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
+    "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
+}
+
+_CHUNK = 1 << 22  # weights
+
+_LAYER_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def gguf_name(name: str) -> str:
+    """Return GGUF's name of a checkpoint's tensor."""
+    module, _, kind = name.rpartition(".")
+    if module in _NAMES:
+        return f"{_NAMES[module]}.{kind}"
+    _, _, layer, rest = module.split(".", 3)
+    return f"blk.{layer}.{_LAYER_NAMES[rest]}.{kind}"
+
+
+def write_f16(checkpoint: Path, out: Path) -> None:
+    """Write the F16 GGUF of a bfloat16 checkpoint in one safetensors file, one tensor in memory at a time."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    weights = checkpoint / "model.safetensors"
+    with weights.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(size))
+        header.pop("__metadata__", None)
+        for name, tensor in header.items():
+            if tensor["dtype"] != "BF16":
+                raise ValueError(f"{weights}: {name} is {tensor['dtype']}, expected BF16")
+        writer = _writer(config, out)
+        for name, tensor in header.items():
+            dtype = np.dtype(np.float32 if len(tensor["shape"]) == 1 else np.float16)
+            count = int(np.prod(tensor["shape"]))
+            writer.add_tensor_info(gguf_name(name), tensor["shape"], dtype, count * dtype.itemsize)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in header.values():
+            start, end = tensor["data_offsets"]
+            file.seek(8 + size + start)
+            writer.write_tensor_data(_converted(file, (end - start) // 2, tensor["shape"]))
+        writer.close()
+
+
+def _writer(config: dict[str, Any], out: Path) -> Any:
+    rope = config.get("rope_parameters") or config
+    writer = gguf.GGUFWriter(out, "olmo2")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_file_type(FTYPES["F16"])
+    writer.add_tokenizer_model("none")
+    return writer
+
+
+def _converted(file: BinaryIO, count: int, shape: list[int]) -> np.ndarray:
+    """Read bfloat16 numbers; norms become float32 and all else float16, as llama.cpp has it."""
+    result = np.empty(count, np.float32 if len(shape) == 1 else np.float16)
+    for start in range(0, count, _CHUNK):
+        part = np.frombuffer(file.read(2 * min(_CHUNK, count - start)), np.uint16)
+        result[start : start + len(part)] = (part.astype(np.uint32) << 16).view(np.float32)
+    return result.reshape(shape)
+
+
+def quantize(source: Path, out: Path, ftype: str) -> None:
+    """Quantise a GGUF with llama.cpp's defaults (no importance matrix)."""
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = FTYPES[ftype]
+    params.nthread = 2
+    code = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), params)
+    if code != 0:
+        raise RuntimeError(f"llama_model_quantize of {source} to {ftype} returned {code}")
+
+
+def sizes(path: Path) -> dict[str, Any]:
+    """Return the bytes of a GGUF and of its tensors, and how many tensors have which type."""
+    tensors = gguf.GGUFReader(path).tensors
+    counts: dict[str, int] = {}
+    for tensor in tensors:
+        counts[tensor.tensor_type.name] = counts.get(tensor.tensor_type.name, 0) + 1
+    return {"bytes": path.stat().st_size, "tensor_bytes": sum(int(t.n_bytes) for t in tensors), "tensor_types": counts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verb = verbs.add_parser("f16")
+    verb.add_argument("checkpoint", type=Path)
+    verb.add_argument("out", type=Path)
+    verb = verbs.add_parser("quantize")
+    verb.add_argument("f16", type=Path)
+    verb.add_argument("out", type=Path)
+    verb.add_argument("type", choices=list(FTYPES))
+    args = parser.parse_args()
+    if args.verb == "f16":
+        write_f16(args.checkpoint, args.out)
+    else:
+        quantize(args.f16, args.out, args.type)
+    finish(sizes(args.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""llama.cpp: one task, or the logits of given tokens, of a GGUF. Runs in the interpreter of llama-cpp-python.
+
+    python -m olmo2_export.bench.workers.llama task FILE.gguf '{"kind": "decode", ...}'
+    python -m olmo2_export.bench.workers.llama logits FILE.gguf IDS.npy LOGITS.f32
+
+It calls llama.cpp's C functions with the C defaults (mmap, F16 cache, flash attention "auto"), because the Python class
+on top of them turns flash attention off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp  # type: ignore[import-not-found]
+import numpy as np
+
+from olmo2_export.bench.workers.common import finish, measure
+
+_CHUNK = 512  # tokens a call; n_ubatch's default, and what fits into one llama_batch here
+
+
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _quiet(level: int, text: bytes, user_data: object) -> None:
+    """llama.cpp narrates to stderr; what fails also returns None or a code."""
+
+
+class Llama:
+    """A model and a context of some sequences, called rows; an `Engine`."""
+
+    def __init__(self, path: Path, threads: int, context: int, rows: int) -> None:
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        if self._model is None:
+            raise RuntimeError(f"llama.cpp cannot load {path}")
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx = context * rows
+        options.n_seq_max = rows
+        options.n_threads = options.n_threads_batch = threads
+        self._context = llama_cpp.llama_init_from_model(self._model, options)
+        if self._context is None:
+            raise RuntimeError(f"llama.cpp cannot make a context of {context} for {path}")
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._batch = llama_cpp.llama_batch_init(_CHUNK, 0, 1)
+        self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model)))
+        self._lengths = [0] * rows
+        self._logits = np.zeros((rows, self.vocab_size), np.float32)
+
+    def prefill(self, rows: Sequence[Sequence[int]]) -> None:
+        llama_cpp.llama_memory_clear(self._memory, True)
+        self._lengths = [0] * len(self._lengths)
+        for row, ids in enumerate(rows):
+            self._logits[row] = self._append(row, ids, all_positions=False)[-1]
+
+    def step(self) -> None:
+        tokens = [(row, int(logits.argmax()), True) for row, logits in enumerate(self._logits)]
+        self._logits = self._decode(tokens)
+
+    def all_logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Return the logits of every position [n, V]."""
+        llama_cpp.llama_memory_clear(self._memory, True)
+        self._lengths = [0]
+        return self._append(0, token_ids, all_positions=True)
+
+    def _append(self, row: int, ids: Sequence[int], all_positions: bool) -> np.ndarray:
+        parts = []
+        for start in range(0, len(ids), _CHUNK):
+            part = ids[start : start + _CHUNK]
+            parts.append(
+                self._decode([(row, t, all_positions or start + i == len(ids) - 1) for i, t in enumerate(part)])
+            )
+        return np.concatenate(parts)
+
+    def _decode(self, tokens: Sequence[tuple[int, int, bool]]) -> np.ndarray:
+        """(row, id, are its logits wanted) of each token -> the logits that are wanted [n, V]."""
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for i, (row, token, wanted) in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, self._lengths[row], wanted
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, row
+            self._lengths[row] += 1
+        code = llama_cpp.llama_decode(self._context, batch)
+        if code != 0:
+            raise RuntimeError(f"llama_decode returned {code}")
+        found = [llama_cpp.llama_get_logits_ith(self._context, i) for i, (_, _, wanted) in enumerate(tokens) if wanted]
+        logits = [np.ctypeslib.as_array(pointer, shape=(self.vocab_size,)) for pointer in found]
+        return np.array(logits, np.float32).reshape(-1, self.vocab_size)
+
+
+def write_logits(path: Path, ids_path: Path, out: Path) -> dict[str, Any]:
+    """Write the logits of all positions of each row of ids (padded at the end with -1), one row after the other."""
+    rows = [[int(t) for t in row if t >= 0] for row in np.load(ids_path)]
+    engine = Llama(path, threads=2, context=max(len(row) for row in rows), rows=1)
+    with out.open("wb") as file:
+        for row in rows:
+            engine.all_logits(row).tofile(file)
+    return {"positions": sum(len(row) for row in rows)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verb = verbs.add_parser("task")
+    verb.add_argument("path", type=Path)
+    verb.add_argument("task", type=json.loads)
+    verb = verbs.add_parser("logits")
+    verb.add_argument("path", type=Path)
+    verb.add_argument("ids", type=Path)
+    verb.add_argument("out", type=Path)
+    args = parser.parse_args()
+    llama_cpp.llama_log_set(_quiet, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    if args.verb == "logits":
+        finish(write_logits(args.path, args.ids, args.out))
+    else:
+        finish(measure(args.task, lambda context, rows: Llama(args.path, args.task["threads"], context, rows)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""This project: one task of a package, through its public functions only.
+
+    python -m olmo2_export.bench.workers.ours PACKAGE VARIANT '{"kind": "decode", ...}'
+
+Beside the tasks of `common.py`:
+
+| kind        | task                              | result                                                            |
+|-------------|-----------------------------------|-------------------------------------------------------------------|
+| lookup      | prompt_ids, new_tokens, repeats   | plain_ and lookup_tokens_per_second: medians, measured in turns   |
+| lookup_text | text, texts, prompt_tokens,       | texts, identical_texts, drafted, accepted: greedy continuations   |
+|             | new_tokens                        | of the text's parts, with and without prompt lookup               |
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import runtimes.ort_runner  # noqa: F401  # before the clock starts, like the libraries of the others
+from olmo2_export.bench.workers.common import finish, measure
+from runtimes import Runner, open_runner
+from runtimes.generate import generate, generate_tokens
+from runtimes.sampling import Sampler
+from runtimes.speculate import Drafter, PromptLookup
+from runtimes.tokenizer import Tokenizer
+
+
+class Ours:
+    """A runner. An `Engine`."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._logits = np.zeros((0, 0), np.float32)
+
+    def prefill(self, rows: Sequence[Sequence[int]]) -> None:
+        self._runner.reset()
+        self._logits = np.concatenate(self._runner.prefill(rows))  # (B, V)
+
+    def step(self) -> None:
+        self._logits = self._runner.decode(self._logits.argmax(axis=-1))  # (B, V)
+
+
+def lookup(runner: Runner, prompt_ids: Sequence[int], new_tokens: int, repeats: int) -> dict[str, float]:
+    """Continue a prompt greedily, plain and with prompt lookup in turns.
+
+    Raises:
+        ValueError: the two texts differ.
+    """
+    rates: dict[str, list[float]] = {"plain": [], "lookup": []}
+    texts = set()
+    for _ in range(repeats):
+        for name, drafter in (("plain", None), ("lookup", PromptLookup())):
+            ids, rate = _continue(runner, prompt_ids, new_tokens, drafter)
+            rates[name].append(rate)
+            texts.add(ids)
+    if len(texts) != 1:
+        raise ValueError(f"prompt lookup changed the text: {sorted(texts)}")
+    return {f"{name}_tokens_per_second": statistics.median(values) for name, values in rates.items()}
+
+
+def _continue(
+    runner: Runner, prompt_ids: Sequence[int], new_tokens: int, drafter: Drafter | None
+) -> tuple[tuple[int, ...], float]:
+    """Return the new ids, and tokens/s from the first of them to the last."""
+    runner.reset()
+    ids, times = [], []
+    for token_id in generate_tokens(
+        runner, prompt_ids, sampler=Sampler(), max_new_tokens=new_tokens, speculate=drafter
+    ):
+        ids.append(token_id)
+        times.append(time.perf_counter())
+    return tuple(ids), (len(ids) - 1) / (times[-1] - times[0])
+
+
+def lookup_text(runner: Runner, tokenizer: Tokenizer, task: dict[str, Any]) -> dict[str, float]:
+    """Continue parts of a text greedily with and without prompt lookup, and count."""
+    ids = tokenizer.encode(Path(task["text"]).read_text(encoding="utf-8"))
+    length = task["prompt_tokens"]
+    starts = np.linspace(0, len(ids) - length, task["texts"], dtype=int)
+    result: dict[str, float] = {"texts": 0, "identical_texts": 0, "drafted": 0, "accepted": 0}
+    for start in starts:
+        prompt_ids = ids[start : start + length]
+        plain, guessed = (
+            generate(
+                runner,
+                tokenizer,
+                prompt_ids,
+                sampler=Sampler(),
+                max_new_tokens=task["new_tokens"],
+                eos_token_ids=(),
+                speculate=drafter,
+            )
+            for drafter in (None, PromptLookup())
+        )
+        result["texts"] += 1
+        result["identical_texts"] += plain.token_ids == guessed.token_ids
+        result["drafted"] += guessed.drafted
+        result["accepted"] += guessed.accepted
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("package", type=Path)
+    parser.add_argument("variant")
+    parser.add_argument("task", type=json.loads)
+    args = parser.parse_args()
+    task = args.task
+
+    def open_package(check_hashes: bool = True) -> Runner:
+        return open_runner(args.package, variant=args.variant, threads=task["threads"], check_hashes=check_hashes)
+
+    match task["kind"]:
+        case "lookup":
+            finish(lookup(open_package(), task["prompt_ids"], task["new_tokens"], task["repeats"]))
+        case "lookup_text":
+            finish(lookup_text(open_package(), Tokenizer.from_package(args.package), task))
+        case _:
+            finish(measure(task, lambda _length, _rows: Ours(open_package(not task.get("trusted", False)))))
+
+
+if __name__ == "__main__":
+    main()
