@@ -39,7 +39,7 @@ import runtimes.errors
 from olmo2_export.atomic import locked, replace_folder
 from olmo2_export.engine_compiler import CompileRequest, CompileResult
 from olmo2_export.fuse import check_op_counts
-from olmo2_export.package import save_graph
+from olmo2_export.graph_files import save_graph
 from olmo2_export.trt_graph import PRECISIONS, Precision, expected_op_counts, load_static_graph, static_variant
 from runtimes.errors import (
     EngineBuildError,

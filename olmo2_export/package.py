@@ -18,55 +18,37 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import tokenizers
 import torch
-from tqdm import tqdm
 
-from olmo2_export.atomic import replace_folder, resource_error
+from olmo2_export.atomic import replace_folder
 from olmo2_export.checkpoint import TEXT_FILES, Checkpoint
 from olmo2_export.config import ModelConfig, check_token_ids, read_json_object
-from olmo2_export.fuse import check_op_counts
-from olmo2_export.fuse.fold_weight_transpose import TRANSPOSED
-from olmo2_export.model import Olmo2ForCausalLM, rotary_tables
-from olmo2_export.trace import (
-    OPSET,
-    ROTARY_TABLES,
-    expected_op_counts,
-    portable_inputs,
-    portable_outputs,
-    trace,
-)
-from runtimes.errors import CheckpointError, ConfigError, ResourceError, UsageError
-from runtimes.manifest import (
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    KVCacheSpec,
-    Manifest,
-    Source,
-    Variant,
-    hash_files,
-    seal,
-    to_document,
-)
+from olmo2_export.model import Olmo2ForCausalLM
+from olmo2_export.variants import SPOOL, VARIANTS, Options, VariantWriter, check_variants
+from runtimes.errors import CheckpointError, ConfigError
+from runtimes.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, Source, hash_files, seal, to_document
 
 logger = logging.getLogger(__name__)
 
-VARIANTS = {"fp32": "onnx/model.onnx"}
-"""the variants that can be exported, and the path of each graph"""
-
-_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "safetensors", "tokenizers", "numpy")
-_BLOCK_ROWS = 4096
-_ALIGNMENT = 4096  # of large tensors in the data file, so that a runtime can map them
+_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors", "tokenizers", "numpy")
 
 
-def export(checkpoint: Checkpoint, out: Path, *, variants: Sequence[str] = ("fp32",), force: bool = False) -> Manifest:
+def export(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    variants: Sequence[str] = ("fp32",),
+    options: Options | None = None,
+    force: bool = False,
+) -> Manifest:
     """Export a checkpoint to a package folder.
 
     Args:
         checkpoint: what `open_checkpoint` found.
         out: the folder to write; it must not exist, or be empty, unless `force`.
         variants: names out of `VARIANTS`.
+        options: how quantised variants are made; None: the defaults.
         force: replace the package that is there.
 
     Raises:
@@ -75,15 +57,16 @@ def export(checkpoint: Checkpoint, out: Path, *, variants: Sequence[str] = ("fp3
         ResourceError: disk full, or another export holds the folder.
         FusionError: the traced graph is not the expected one.
     """
-    unknown = [v for v in variants if v not in VARIANTS]
-    if unknown or not variants:
-        raise UsageError(f"variant {', '.join(unknown) or '(none)'}: this version writes {', '.join(VARIANTS)}")
+    options = options or Options()
     config = ModelConfig.from_json(checkpoint.folder / "config.json")
+    check_variants(variants, config, options)
     with replace_folder(out, force=force) as staging, ThreadPoolExecutor(max_workers=1) as pool:
         check_weights(checkpoint, config)
         sources = pool.submit(hash_files, checkpoint.folder, checkpoint.files)  # meanwhile, the trace
-        _write_text_files(checkpoint, config, staging)
-        written = {name: _write_portable(checkpoint, config, staging, name) for name in dict.fromkeys(variants)}
+        _write_text_files(checkpoint, config, staging, list(dict.fromkeys(variants)))
+        writer = VariantWriter(checkpoint, config, staging, options)
+        written = {name: writer.write(name) for name in dict.fromkeys(variants)}
+        shutil.rmtree(staging / SPOOL, ignore_errors=True)
         files = sorted(p.relative_to(staging).as_posix() for p in staging.rglob("*") if p.is_file())
         manifest = Manifest(
             format_version=FORMAT_VERSION,
@@ -113,86 +96,7 @@ def check_weights(checkpoint: Checkpoint, config: ModelConfig) -> None:
         checkpoint.validate(expected)
 
 
-def save_graph(model: ir.Model, path: Path) -> None:
-    """Write a graph and, beside it, its weights: one lazily evaluated tensor at a time, so memory stays small.
-
-    Args:
-        model: every initializer has data, possibly lazy.
-        path: the .onnx file; the weights go to the same name with `_data`.
-
-    Raises:
-        ResourceError: the disk cannot hold it; said before anything is written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    total = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    free = shutil.disk_usage(path.parent).free
-    if total + (1 << 20) > free:
-        raise ResourceError(f"{path.parent}: {path.name} needs {total + (1 << 20):,} bytes, {free:,} are free")
-    with tqdm(total=total, desc=f"writing {path.name}", unit="B", unit_scale=True, leave=False) as bar:
-
-        def on_tensor(tensor: ir.TensorProtocol, _: object) -> None:
-            bar.update(tensor.nbytes)
-
-        try:
-            ir.save(model, path, external_data=f"{path.name}_data", alignment=_ALIGNMENT, callback=on_tensor)
-        except OSError as error:
-            raise resource_error(path, error) from error
-
-
-def _write_portable(checkpoint: Checkpoint, config: ModelConfig, staging: Path, name: str) -> Variant:
-    """Trace, attach the weights, save; return the manifest's entry."""
-    with tqdm(total=1, desc="tracing", bar_format="{desc} {elapsed}", leave=False):
-        model = trace(config)
-    attach_weights(model, checkpoint, config)
-    graph = VARIANTS[name]
-    save_graph(model, staging / graph)
-    return Variant(
-        name=name,
-        precision="fp32",
-        graph=graph,
-        data=(f"{graph}_data",),
-        opset=OPSET,
-        inputs=portable_inputs(config),
-        outputs=portable_outputs(config),
-        kv_cache=KVCacheSpec(
-            form="concat",
-            dtype="float32",
-            num_layers=config.num_hidden_layers,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            max_cache_length=config.max_position_embeddings,
-        ),
-        op_counts=check_op_counts(model, expected_op_counts(config)),
-    )
-
-
-def attach_weights(model: ir.Model, checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Give each initializer that has no data yet a lazy tensor: read, cast to float32 and transposed when written."""
-    tables = dict(zip(ROTARY_TABLES, rotary_tables(config), strict=True))
-    for name, value in model.graph.initializers.items():
-        if value.const_value is not None:
-            continue
-        assert value.shape is not None  # the trace gave both
-        assert value.dtype is not None
-
-        def load(name: str = name, transposed: bool = value.meta.get(TRANSPOSED, False)) -> ir.TensorProtocol:
-            stored = "model.embed_tokens.weight" if name == "lm_head.weight" and config.tie_word_embeddings else name
-            tensor = tables[name] if name in tables else checkpoint.tensor(stored)
-            return ir.Tensor((_transposed(tensor) if transposed else tensor.float()).numpy(), name=name)
-
-        value.const_value = ir.LazyTensor(load, dtype=value.dtype, shape=value.shape, name=name)
-
-
-def _transposed(matrix: torch.Tensor) -> torch.Tensor:
-    """Return the transpose in float32, made in blocks: four times as fast, and never two copies of a large tensor."""
-    rows, columns = matrix.shape
-    result = torch.empty(columns, rows, dtype=torch.float32)
-    for start in range(0, rows, _BLOCK_ROWS):
-        result[:, start : start + _BLOCK_ROWS] = matrix[start : start + _BLOCK_ROWS].T.contiguous()
-    return result
-
-
-def _write_text_files(checkpoint: Checkpoint, config: ModelConfig, staging: Path) -> None:
+def _write_text_files(checkpoint: Checkpoint, config: ModelConfig, staging: Path, variants: list[str]) -> None:
     """Copy the tokenizer and write the three JSON files that other runtimes read."""
     for name in TEXT_FILES:
         if (checkpoint.folder / name).is_file():
@@ -212,9 +116,9 @@ def _write_text_files(checkpoint: Checkpoint, config: ModelConfig, staging: Path
     if not source.exists():
         (staging / source.name).write_text(_json(ids))
     _test_tokenizer(staging / "tokenizer.json", config)
-    javascript = {**javascript, "use_external_data_format": {"model.onnx": 1}}
+    javascript = {**javascript, "use_external_data_format": {Path(VARIANTS[name]).name: 1 for name in variants}}
     (staging / "config.json").write_text(_json({**raw, "transformers.js_config": javascript}))
-    (staging / "genai_config.json").write_text(_json(_genai_config(config, {**raw, **generation})))
+    (staging / "genai_config.json").write_text(_json(_genai_config(config, {**raw, **generation}, variants)))
 
 
 def _test_tokenizer(path: Path, config: ModelConfig) -> None:
@@ -235,8 +139,13 @@ def _test_tokenizer(path: Path, config: ModelConfig) -> None:
         raise CheckpointError(f"{path.name}: {text!r} becomes {ids}, which decodes to {decoded!r}; wrong tokenizer?")
 
 
-def _genai_config(config: ModelConfig, ids: dict[str, Any]) -> dict[str, Any]:
-    """Return genai_config.json, for onnxruntime-genai; it knows no olmo2, so the type is `decoder`."""
+def _genai_config(config: ModelConfig, ids: dict[str, Any], variants: list[str]) -> dict[str, Any]:
+    """Return genai_config.json, for onnxruntime-genai; it knows no olmo2, so the type is `decoder`.
+
+    It names one graph: the portable one where the package has it.
+    """
+    variant = "fp32" if "fp32" in variants else variants[0]
+    shared = variant != "fp32"
     eos = ids.get("eos_token_id")
     first_eos = eos[0] if isinstance(eos, list) and eos else eos
     tokens = {
@@ -251,7 +160,7 @@ def _genai_config(config: ModelConfig, ids: dict[str, Any]) -> dict[str, Any]:
             "context_length": config.max_position_embeddings,
             "vocab_size": config.vocab_size,
             "decoder": {
-                "filename": VARIANTS["fp32"],
+                "filename": VARIANTS[variant],
                 "session_options": {"provider_options": []},
                 "head_size": config.head_dim,
                 "hidden_size": config.hidden_size,
@@ -261,7 +170,7 @@ def _genai_config(config: ModelConfig, ids: dict[str, Any]) -> dict[str, Any]:
                 "inputs": {
                     "input_ids": "input_ids",
                     "attention_mask": "attention_mask",
-                    "position_ids": "position_ids",
+                    **({} if shared else {"position_ids": "position_ids"}),
                     "past_key_names": "past_key_values.%d.key",
                     "past_value_names": "past_key_values.%d.value",
                 },
@@ -286,7 +195,7 @@ def _genai_config(config: ModelConfig, ids: dict[str, Any]) -> dict[str, Any]:
             "length_penalty": 1.0,
             "diversity_penalty": 0.0,
             "early_stopping": True,
-            "past_present_share_buffer": False,
+            "past_present_share_buffer": shared,
         },
     }
 

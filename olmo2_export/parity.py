@@ -42,6 +42,11 @@ GATES: dict[str, Gate] = {
 }
 """reliability gates; see the README for where each number comes from"""
 
+# The error against exact arithmetic on the same weights, in units of the error that PyTorch makes when it rounds the
+# inputs likewise. Not closer: one code that float32 noise tips over changes all roundings behind it.
+KERNELS = Gate(error_ratio=1.5, kl_mean=math.inf, top1=0.0, near_tie=0.0)
+"""the gate of quantised kernels"""
+
 
 @dataclass(frozen=True)
 class CaseResult:
@@ -87,6 +92,20 @@ class GreedyResult:
 
 
 @dataclass(frozen=True)
+class Check:
+    """Something else that a variant must show."""
+
+    name: str
+    found: str
+    """in words and numbers"""
+    failures: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+
+@dataclass(frozen=True)
 class ParityReport:
     """All that was measured of one variant on one backend."""
 
@@ -104,10 +123,12 @@ class ParityReport:
     cases: tuple[CaseResult, ...]
     greedy: GreedyResult
     libraries: dict[str, str] = field(hash=False)
+    checks: tuple[Check, ...] = ()
+    """of quantised variants: weights and quality"""
 
     @property
     def passed(self) -> bool:
-        return all(case.passed for case in self.cases) and self.greedy.passed
+        return all(case.passed for case in self.cases) and self.greedy.passed and all(c.passed for c in self.checks)
 
     def to_document(self) -> dict[str, Any]:
         """Return the JSON form; numbers that are not finite become strings."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
@@ -58,12 +59,20 @@ class Reference:
 
 
 @contextmanager
-def open_reference(checkpoint: Checkpoint, precision: str) -> Iterator[Reference]:
+def open_reference(
+    checkpoint: Checkpoint,
+    precision: str,
+    weights: Mapping[str, torch.Tensor] | None = None,
+    int8_inputs: Mapping[str, int] | None = None,
+) -> Iterator[Reference]:
     """Load the reference weights into PyTorch; they are dropped at the end.
 
     Args:
         checkpoint: the weights.
         precision: fp32, fp16 or bf16: the dtype of weights and activations; fp64: the exact answer.
+        weights: by the checkpoint's names, to compute with instead of the checkpoint's: dequantised ones.
+        int8_inputs: names of linear weights whose inputs are rounded to 8 bits, and how many columns share a scale; 0:
+            all of a row.
 
     Raises:
         CheckpointError: PyTorch could not load every tensor.
@@ -86,6 +95,13 @@ def open_reference(checkpoint: Checkpoint, precision: str) -> Iterator[Reference
         raise CheckpointError(f"{checkpoint.folder}: PyTorch could not load {first_names(wrong)}")
     if precision == "fp64":
         _use_float64_norms(model)
+    for name, weight in (weights or {}).items():
+        parameter = nn.Parameter(weight.to(TORCH_DTYPES[precision]), requires_grad=False)
+        setattr(model.get_submodule(name.rpartition(".")[0]), "weight", parameter)  # noqa: B010  # mypy sees a Tensor
+    for name, block_size in (int8_inputs or {}).items():
+        owner, _, linear = name.removesuffix(".weight").rpartition(".")
+        module = model.get_submodule(owner) if owner else model
+        setattr(module, linear, _Int8Inputs(module.get_submodule(linear), block_size))
     try:
         yield Reference(model.eval(), precision)
     finally:
@@ -108,3 +124,21 @@ class _Float64Norm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+
+class _Int8Inputs(nn.Module):
+    """A linear whose inputs are rounded to 8 bits, as quantised kernels do."""
+
+    def __init__(self, linear: nn.Module, block_size: int) -> None:
+        super().__init__()
+        self.linear, self.block_size = linear, block_size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        columns = x.shape[-1]
+        size = self.block_size or columns
+        padded = F.pad(x, (0, -columns % size))
+        blocks = padded.view(*padded.shape[:-1], -1, size)
+        scale = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+        rounded = ((blocks / scale).round() * scale).flatten(-2)[..., :columns]
+        y: torch.Tensor = self.linear(rounded)
+        return y

@@ -49,6 +49,29 @@ def summarize(package: Path) -> str:
     return "\n\n".join("\n".join(lines) for lines in sections)
 
 
+def quantization_lines(variant: Variant) -> list[str]:
+    """Describe how a variant was quantised and what that costs; nothing if it was not."""
+    quantization = variant.quantization
+    if quantization is None or variant.quality is None:
+        return []
+    worst, error = max(quantization.tensors.items(), key=lambda item: item[1].nmse)
+    lines = [
+        f"{quantization.recipe}: {quantization.bits_per_weight:.2f} bits per weight; largest error {error.nmse:.2g} of "
+        f"the mean square, in {worst}"
+    ]
+    graphs = {variant.graph: variant.quality}
+    if variant.prefill is not None:
+        graphs[variant.prefill.graph] = variant.prefill.quality
+    for graph, quality in graphs.items():
+        rise = quality.perplexity / quality.reference_perplexity - 1
+        perplexity = f", perplexity {quality.perplexity:.3f} ({rise:+.2%})" if quality.tokens_from == "text" else ""
+        lines.append(
+            f"{graph}: KL {quality.kl_mean:.2g} (p99 {quality.kl_p99:.2g}), top-1 {quality.top1:.1%}{perplexity} "
+            f"on {quality.tokens} tokens of {quality.tokens_from}"
+        )
+    return lines
+
+
 def _listed(manifest: Manifest | TrtManifest) -> set[str]:
     """Return the files that the variants name, which the table of files must have."""
     return {name for variant in manifest.variants.values() for name in variant.files}
@@ -74,7 +97,8 @@ def _variant(variant: Variant) -> list[str]:
         f"variant {variant.name}: {variant.graph}, {variant.precision}, opset {variant.opset}",
         f"  ops      {counts}",
         f"  KV cache {kv.form}, {kv.dtype}, {kv.num_layers} layers of 2 x [batch, {kv.num_key_value_heads}, "
-        f"{kv.max_cache_length if kv.form == 'static' else 'length'}, {kv.head_dim}]",
+        f"{kv.max_cache_length if kv.form == 'static' else 'length'}, {kv.stored_head_dim}]",
+        *(f"  {'quantised' if i == 0 else '':<8} {line}" for i, line in enumerate(quantization_lines(variant))),
         *_io("inputs", variant.inputs),
         *_io("outputs", variant.outputs),
     ]

@@ -1,33 +1,22 @@
-"""Run a package against PyTorch: every way of feeding the graph, all positions, one verdict per variant.
+"""Verify a package: run each variant against PyTorch, print one verdict per case, write `parity.json`.
 
-| case            | what is fed                                                                     |
-|-----------------|---------------------------------------------------------------------------------|
-| prefill         | the whole sequence in one call                                                  |
-| decode          | token by token (a ragged batch: a prefix each, then token by token to the end)  |
-| chunked         | three pieces, of other sizes in every row                                       |
-| batch 1, batch 3| the first sequence alone; all three, ragged                                     |
-| greedy          | free-running continuation of each sequence's first tokens                       |
+How a graph is fed and compared is in `measure.py`; what else a quantised variant must show, in `verify_quantized.py`.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from olmo2_export.checkpoint import Checkpoint
-from olmo2_export.config import ModelConfig
-from olmo2_export.parity import GATES, CaseResult, Gate, ParityReport, compare, compare_greedy, failed_case
-from olmo2_export.reference import open_reference
-from runtimes import Runner, open_runner
-from runtimes.errors import ConfigError, NumericError, PackageError
+from olmo2_export.measure import ask_pytorch, measure
+from olmo2_export.parity import GATES, ParityReport
+from olmo2_export.verify_quantized import measure_quantized
+from runtimes.errors import PackageError
 from runtimes.manifest import (
     FORMAT_VERSION,
     PARITY_NAME,
@@ -38,31 +27,6 @@ from runtimes.manifest import (
     read_sealed,
     seal,
 )
-
-SEED = 0
-LENGTHS = (61, 37, 13)
-"""tokens of the three sequences; odd, and all different"""
-MIN_CACHE_LENGTH = 16
-"""tokens: below it the cases are not different from each other"""
-GREEDY_TOKENS = 24
-GREEDY_PROMPT = 5
-MODES = ("prefill", "decode", "chunked")
-_TEXT = Path(__file__).parent / "demo" / "heldout.txt"
-
-
-@dataclass(frozen=True)
-class Truth:
-    """What PyTorch says of the test sequences."""
-
-    sequences: list[np.ndarray]
-    """int64 token ids, each [length]"""
-    tokens_from: str
-    exact: list[np.ndarray]
-    """per sequence float64 [length, vocab_size]"""
-    own: dict[str, list[np.ndarray]]
-    """precision -> per sequence float32 [length, vocab_size]"""
-    continuations: list[tuple[np.ndarray, np.ndarray]]
-    """greedy tokens after each sequence's first GREEDY_PROMPT, and the gaps by which they were chosen"""
 
 
 def verify(
@@ -87,106 +51,26 @@ def verify(
     checksum = package_checksum(package)
     check_files(package, manifest.files)
     names = list(dict.fromkeys(variants)) or list(manifest.variants)
-    precisions = {find_variant(package, name)[0].precision for name in names}
+    entries = {name: find_variant(package, name)[0] for name in names}
+    precisions = {entry.precision for entry in entries.values() if entry.quantization is None}
     if unknown := precisions - GATES.keys():
         raise PackageError(f"{package}: precision {', '.join(sorted(unknown))}; there are gates for {', '.join(GATES)}")
-    with tqdm(total=1 + len(precisions | {"fp32"}) + len(names), desc="verifying", unit="step", leave=False) as bar:
-        capacity = min(find_variant(package, name)[0].kv_cache.max_cache_length for name in names)
-        truth = ask_pytorch(package, checkpoint, precisions, capacity, bar)
+    steps = len(names) + (1 + len(precisions | {"fp32"}) if precisions else 0)
+    with tqdm(total=steps, desc="verifying", unit="step", leave=False) as bar:
+        truth = None
+        if precisions:
+            capacity = min(e.kv_cache.max_cache_length for e in entries.values() if e.quantization is None)
+            truth = ask_pytorch(package, checkpoint, precisions, capacity, bar)
         reports = []
-        for name in names:
-            reports.append(measure(package, name, truth, backend))
+        for name, entry in entries.items():
+            if entry.quantization is not None:
+                reports.append(measure_quantized(package, name, checkpoint))
+            else:
+                assert truth is not None  # its precision is among those asked for
+                reports.append(measure(package, name, truth, backend))
             bar.update()
     _write(package, checksum, checkpoint, reports)
     return reports
-
-
-def ask_pytorch(
-    package: Path,
-    checkpoint: Checkpoint,
-    precisions: Collection[str],
-    capacity: int | None = None,
-    bar: tqdm[Any] | None = None,
-) -> Truth:
-    """Compute what is compared against, once for all variants.
-
-    Args:
-        package: for its tokenizer and its shape.
-        checkpoint: the reference weights.
-        precisions: of the variants to be measured.
-        capacity: tokens that the smallest of their caches holds; None means the context.
-        bar: advanced after each PyTorch model.
-
-    Raises:
-        ConfigError: package and reference are not of one shape.
-    """
-    config = ModelConfig.from_json(checkpoint.folder / "config.json")
-    spec = load_manifest(package).model
-    if spec != config.spec:
-        different = [k for k, v in vars(config.spec).items() if getattr(spec, k) != v]
-        raise ConfigError(f"{package}: not of the reference's shape: {', '.join(different)} differ")
-    capacity = config.max_position_embeddings if capacity is None else capacity
-    if capacity < MIN_CACHE_LENGTH:
-        raise PackageError(f"{package}: a cache of {capacity} tokens; verification needs {MIN_CACHE_LENGTH}")
-    sequences, origin = _sequences(package, config.vocab_size, capacity)
-    new_tokens = min(GREEDY_TOKENS, capacity - GREEDY_PROMPT)
-    exact: list[np.ndarray] = []
-    own: dict[str, list[np.ndarray]] = {}
-    continuations: list[tuple[np.ndarray, np.ndarray]] = []
-    for precision in ["fp64", *sorted({"fp32", *precisions})]:
-        with open_reference(checkpoint, precision) as torch_model:
-            logits = torch_model.logits(sequences)
-            if precision == "fp32":
-                continuations = [torch_model.greedy(ids[:GREEDY_PROMPT], new_tokens) for ids in sequences]
-        if precision == "fp64":
-            exact = logits
-        else:
-            own[precision] = logits
-        if bar is not None:
-            bar.update()
-    return Truth(sequences, origin, exact, own, continuations)
-
-
-def measure(package: Path, variant: str, truth: Truth, backend: Literal["ort"] = "ort") -> ParityReport:
-    """Run one variant through every case and compare.
-
-    Args:
-        package: the package folder.
-        variant: its name.
-        truth: what `ask_pytorch` found.
-        backend: what runs the graph.
-
-    Raises:
-        IntegrityError: the variant's files changed.
-    """
-    entry, files = find_variant(package, variant)
-    precision = entry.precision
-    gate, own = GATES[precision], truth.own[precision]
-    with open_runner(package, variant=variant, backend=backend) as runner:
-        cases = [
-            _case(runner, mode, truth.sequences[:batch], truth.exact[:batch], own[:batch], gate)
-            for batch in (1, len(truth.sequences))
-            for mode in MODES
-        ]
-        tokens = [
-            _greedy(runner, ids[:GREEDY_PROMPT], len(wanted))
-            for ids, (wanted, _) in zip(truth.sequences, truth.continuations, strict=True)
-        ]
-    return ParityReport(
-        variant=variant,
-        backend=backend,
-        precision=precision,
-        graph_sha256=files[entry.graph].sha256,
-        sequences=tuple(len(s) for s in truth.sequences),
-        tokens_from=truth.tokens_from,
-        seed=SEED,
-        gate=gate,
-        cases=tuple(cases),
-        greedy=compare_greedy(
-            tokens, [wanted for wanted, _ in truth.continuations], [gaps for _, gaps in truth.continuations], gate
-        ),
-        libraries={name: importlib.metadata.version(name) for name in ("onnxruntime", "torch", "transformers")},
-    )
 
 
 def format_reports(reports: Sequence[ParityReport]) -> str:
@@ -204,6 +88,9 @@ def format_reports(reports: Sequence[ParityReport]) -> str:
         ties = f" ({g.near_ties} prompts part at a near-tie)" if g.near_ties else ""
         notes.append(f"{report.variant} greedy: {g.equal} of {g.tokens} tokens equal over {g.prompts} prompts{ties}")
         notes += [f"{report.variant} greedy: {failure}" for failure in g.failures]
+        for check in report.checks:
+            notes.append(f"{report.variant} {check.name}: {check.found}: {'ok' if check.passed else 'FAIL'}")
+            notes += [f"{report.variant} {check.name}: {failure}" for failure in check.failures]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     left = {0, 1, len(head) - 1}
     lines = [
@@ -211,74 +98,6 @@ def format_reports(reports: Sequence[ParityReport]) -> str:
         for row in rows
     ]
     return "\n".join([line.rstrip() for line in lines] + notes)
-
-
-def _case(
-    runner: Runner,
-    mode: str,
-    sequences: list[np.ndarray],
-    exact: list[np.ndarray],
-    own: list[np.ndarray],
-    gate: Gate,
-) -> CaseResult:
-    runner.reset()
-    try:
-        return compare(mode, _FEEDS[mode](runner, sequences), exact, own, gate)
-    except NumericError as error:
-        return failed_case(mode, len(sequences), str(error))
-
-
-def _prefill(runner: Runner, sequences: list[np.ndarray]) -> list[np.ndarray]:
-    return runner.prefill(sequences, all_positions=True)
-
-
-def _decode(runner: Runner, sequences: list[np.ndarray]) -> list[np.ndarray]:
-    steps = min(len(s) for s in sequences) - 1
-    rows = [[logits] for logits in runner.prefill([s[: len(s) - steps] for s in sequences], all_positions=True)]
-    for step in range(steps, 0, -1):
-        logits = runner.decode([int(s[-step]) for s in sequences])  # (B, V)
-        for row, last in zip(rows, logits, strict=True):
-            row.append(last[None])
-    return [np.concatenate(row) for row in rows]
-
-
-def _chunked(runner: Runner, sequences: list[np.ndarray]) -> list[np.ndarray]:
-    pieces = []
-    for row, ids in enumerate(sequences):
-        first, second = len(ids) // (3 + row), len(ids) // 2 + row
-        pieces.append([ids[:first], ids[first:second], ids[second:]])
-    chunks = [runner.prefill(list(chunk), all_positions=True) for chunk in zip(*pieces, strict=True)]
-    return [np.concatenate(row) for row in zip(*chunks, strict=True)]
-
-
-_FEEDS = {"prefill": _prefill, "decode": _decode, "chunked": _chunked}
-
-
-def _greedy(runner: Runner, prompt: np.ndarray, new_tokens: int) -> np.ndarray:
-    """Return greedy tokens; where the logits stop being finite, -1, which no token is."""
-    found: list[int] = []
-    runner.reset()
-    try:
-        found.append(int(runner.prefill([prompt])[0][-1].argmax()))
-        while len(found) < new_tokens:
-            found.append(int(runner.decode(found[-1:])[0].argmax()))
-    except NumericError:
-        found += [-1] * (new_tokens - len(found))
-    return np.array(found, dtype=np.int64)
-
-
-def _sequences(package: Path, vocab_size: int, capacity: int) -> tuple[list[np.ndarray], str]:
-    """Return the token sequences: text where the package has a tokenizer, the last row always random ids."""
-    generator = np.random.default_rng(SEED)
-    lengths = [min(n, capacity - i) for i, n in enumerate(LENGTHS)]
-    rows = [generator.integers(0, vocab_size, n, dtype=np.int64) for n in lengths]
-    tokenizer_file = package / "tokenizer.json"
-    if not tokenizer_file.exists():
-        return rows, "random ids"
-    text = _TEXT.read_text(encoding="utf-8")[: 50 * sum(lengths)]
-    ids = np.array(Tokenizer.from_file(str(tokenizer_file)).encode(text, add_special_tokens=False).ids, dtype=np.int64)
-    rows[:-1] = np.split(ids[: sum(lengths[:-1])], np.cumsum(lengths[:-2]))
-    return rows, "text, the last row random ids"
 
 
 def _write(package: Path, checksum: str, checkpoint: Checkpoint, reports: Sequence[ParityReport]) -> None:

@@ -8,19 +8,20 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from olmo2_export.package import save_graph
+from olmo2_export.graph_files import save_graph
 from runtimes.manifest import MANIFEST_NAME, TRT_FOLDER, hash_files, read_sealed, seal
 
 
-def rebuilt(package: Path, out: Path, change: Callable[[ir.Model], object]) -> Path:
-    """Copy a package with a changed fp32 graph; every hash is right.
+def rebuilt(package: Path, out: Path, change: Callable[[ir.Model], object], graph: str = "onnx/model.onnx") -> Path:
+    """Copy a package with a changed graph, that of fp32 unless another is named; every hash is right.
 
     Args:
         package: the original.
         out: the copy, which must not exist.
         change: edits the graph in place.
+        graph: which, by its path in the package.
     """
-    return _rebuilt(package, out, change, "onnx/model.onnx", MANIFEST_NAME)
+    return _rebuilt(package, out, change, graph, MANIFEST_NAME)
 
 
 def rebuilt_trt(package: Path, out: Path, change: Callable[[ir.Model], object]) -> Path:

@@ -14,7 +14,7 @@ from rebuilt_packages import rebuilt, rebuilt_trt
 
 from olmo2_export.checkpoint import open_checkpoint
 from olmo2_export.engine import build
-from olmo2_export.verify import Truth, ask_pytorch, measure
+from olmo2_export.measure import Truth, ask_pytorch, measure
 
 LAYER = 1
 

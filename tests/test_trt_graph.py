@@ -30,7 +30,7 @@ from olmo2_export.fuse.set_precision import WeightRounding, set_precision
 from olmo2_export.fuse.static_cache import static_cache
 from olmo2_export.fuse.trt_attention import DOMAIN, NAME, trt_attention_function
 from olmo2_export.fuse.write_index_positions import write_index_positions
-from olmo2_export.package import attach_weights, save_graph
+from olmo2_export.graph_files import attach_weights, save_graph
 from olmo2_export.trace import trace
 from olmo2_export.trt_graph import PRECISIONS, Precision, load_static_graph, static_graph
 from runtimes.errors import FailedError, FusionError

@@ -16,10 +16,11 @@ from transformers import Olmo2ForCausalLM
 from olmo2_export import verify as verify_module
 from olmo2_export.checkpoint import open_checkpoint
 from olmo2_export.engine import build
+from olmo2_export.measure import LENGTHS, MODES
 from olmo2_export.package import export
 from olmo2_export.reference import open_reference
 from olmo2_export.summary import summarize
-from olmo2_export.verify import LENGTHS, MODES, format_reports, verify
+from olmo2_export.verify import format_reports, verify
 from runtimes.errors import ConfigError, IntegrityError, PackageError, VariantNotFoundError
 from runtimes.manifest import read_sealed
 

@@ -17,7 +17,9 @@ from olmo2_export.fuse.float32_norm import float32_norm
 from olmo2_export.fuse.float32_rotary import float32_rotary
 from olmo2_export.fuse.fold_weight_transpose import fold_weight_transpose
 from olmo2_export.fuse.gather_logit_row import gather_logit_row
+from olmo2_export.fuse.group_query_attention import group_query_attention
 from olmo2_export.fuse.plain_reshape import plain_reshape
+from olmo2_export.fuse.quick_gelu import quick_gelu
 from olmo2_export.fuse.static_cache import static_cache
 from olmo2_export.fuse.write_index_positions import write_index_positions
 from runtimes.errors import FusionError
@@ -28,6 +30,13 @@ PORTABLE: list[Pass] = [
     fold_weight_transpose,
 ]
 """traced graph -> onnx/model.onnx"""
+
+ONNXRUNTIME: list[Pass] = [
+    group_query_attention,
+    quick_gelu,
+    drop_unused,
+]
+"""portable graph -> the shared-cache graph, whose weights are then quantised"""
 
 TENSORRT: list[Pass] = [
     gather_logit_row,

@@ -70,7 +70,7 @@ def new_node(
     inputs: Sequence[ir.Value | None],
     output: str,
     dtype: ir.DataType,
-    shape: ir.Shape | Sequence[int | str] | None,
+    shape: ir.Shape | Sequence[int | str | ir.SymbolicDim | None] | None,
     attributes: Mapping[str, int | str] | None = None,
     domain: str = "",
 ) -> ir.Node:

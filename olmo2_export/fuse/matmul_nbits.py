@@ -1,0 +1,104 @@
+"""Multiply by weights of 4 or 8 bits, quantised in blocks.
+
+Matches:
+
+    y = MatMul(x, W)                  W: constant initializer [K, N], used nowhere else, one of those given
+
+Becomes:
+
+    y = com.microsoft::MatMulNBits(x, W.packed, W.scales[, W.zero_points], bits, block_size, accuracy_level)
+
+accuracy_level 4 quantises x too, block by block, which is what the fast kernels do; 0 computes in float32.
+
+Source: onnxruntime, docs/ContribOperators.md, com.microsoft.MatMulNBits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from olmo2_export.fuse.edit import is_op, name_of
+from olmo2_export.quantize.blocks import BlockFormat
+
+DOMAIN = "com.microsoft"
+ACCURACY_LEVEL = 4
+UINT8, FLOAT = ir.DataType.UINT8, ir.DataType.FLOAT
+
+
+def matmul_nbits(model: ir.Model, formats: Mapping[str, BlockFormat]) -> int:
+    """Apply the rewrite to the weights named in `formats`; return the number of products rewritten.
+
+    The new initializers have no data yet; they are named after the weight: `.packed`, `.scales`, `.zero_points`.
+    """
+    graph = model.graph
+    rewritten = 0
+    for node in list(graph):
+        weight = node.inputs[1] if is_op(node, "MatMul") else None
+        if weight is None or weight.name not in formats or _why_not(weight) is not None:
+            continue
+        assert weight.shape is not None  # _why_not has seen to it
+        columns, rows = (int(str(size)) for size in weight.shape)
+        form = formats[name_of(weight)]
+        old = node.outputs[0]
+        output = ir.Value(name=f"{old.name}_nbits", type=old.type, shape=old.shape)
+        attributes = {
+            "K": columns,
+            "N": rows,
+            "bits": form.bits,
+            "block_size": form.block_size,
+            "accuracy_level": ACCURACY_LEVEL,
+        }
+        inputs = [node.inputs[0], *block_initializers(graph, weight, form, rows, columns)]
+        fused = ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN, outputs=[output], name=f"node_{output.name}")
+        graph.insert_before(node, fused)
+        old.replace_all_uses_with(output, replace_graph_outputs=True)
+        old.name, output.name = None, old.name
+        graph.remove(node, safe=True)
+        del graph.initializers[name_of(weight)]
+        rewritten += 1
+    if rewritten:
+        model.opset_imports[DOMAIN] = 1
+    return rewritten
+
+
+def block_initializers(graph: ir.Graph, weight: ir.Value, form: BlockFormat, rows: int, columns: int) -> list[ir.Value]:
+    """Register the initializers of a weight quantised in blocks; they have no data yet.
+
+    Args:
+        graph: gets them.
+        weight: gives them its name.
+        form: of the blocks.
+        rows, columns: of the weight as the checkpoint has it, [out, in].
+
+    Returns:
+        packed uint8 [rows, blocks, block_size * bits / 8], scales float32 [rows, blocks] and, where the format is
+        asymmetric, zero_points uint8 [rows, ceil(blocks * bits / 8)].
+    """
+    blocks = -(-columns // form.block_size)
+    shapes = {
+        "packed": (UINT8, [rows, blocks, form.block_size * form.bits // 8]),
+        "scales": (FLOAT, [rows, blocks]),
+        "zero_points": (UINT8, [rows, -(-blocks * form.bits // 8)]),
+    }
+    if form.symmetric:
+        del shapes["zero_points"]
+    values = [
+        ir.Value(name=f"{weight.name}.{part}", type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        for part, (dtype, shape) in shapes.items()
+    ]
+    for value in values:
+        graph.initializers.add(value)
+    return values
+
+
+def _why_not(weight: ir.Value) -> str | None:
+    """Return why the pattern does not match, or None if it does."""
+    if not weight.is_initializer() or weight.is_graph_input():
+        return f"{weight.name} is no constant initializer"
+    if weight.shape is None or len(weight.shape) != 2:
+        return f"{weight.name} is no matrix"
+    if len(weight.uses()) != 1:
+        return f"{weight.name} is used {len(weight.uses())} times"
+    return None

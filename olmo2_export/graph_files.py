@@ -1,0 +1,73 @@
+"""Give a graph its weights and write both to disk: one tensor at a time, so that memory stays small."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from tqdm import tqdm
+
+from olmo2_export.atomic import resource_error
+from olmo2_export.checkpoint import Checkpoint
+from olmo2_export.config import ModelConfig
+from olmo2_export.fuse.fold_weight_transpose import TRANSPOSED
+from olmo2_export.model import rotary_tables
+from olmo2_export.trace import ROTARY_TABLES
+from runtimes.errors import ResourceError
+
+_BLOCK_ROWS = 4096
+_ALIGNMENT = 4096  # of large tensors in the data file, so that a runtime can map them
+
+
+def attach_weights(model: ir.Model, checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Give each initializer that has no data yet a lazy tensor: read, cast to float32 and transposed when written."""
+    tables = dict(zip(ROTARY_TABLES, rotary_tables(config), strict=True))
+    for name, value in model.graph.initializers.items():
+        if value.const_value is not None:
+            continue
+        assert value.shape is not None  # the trace gave both
+        assert value.dtype is not None
+
+        def load(name: str = name, transposed: bool = value.meta.get(TRANSPOSED, False)) -> ir.TensorProtocol:
+            stored = "model.embed_tokens.weight" if name == "lm_head.weight" and config.tie_word_embeddings else name
+            tensor = tables[name] if name in tables else checkpoint.tensor(stored)
+            return ir.Tensor((_transposed(tensor) if transposed else tensor.float()).numpy(), name=name)
+
+        value.const_value = ir.LazyTensor(load, dtype=value.dtype, shape=value.shape, name=name)
+
+
+def _transposed(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the transpose in float32, made in blocks: four times as fast, and never two copies of a large tensor."""
+    rows, columns = matrix.shape
+    result = torch.empty(columns, rows, dtype=torch.float32)
+    for start in range(0, rows, _BLOCK_ROWS):
+        result[:, start : start + _BLOCK_ROWS] = matrix[start : start + _BLOCK_ROWS].T.contiguous()
+    return result
+
+
+def save_graph(model: ir.Model, path: Path) -> None:
+    """Write a graph and, beside it, its weights: one lazily evaluated tensor at a time, so memory stays small.
+
+    Args:
+        model: every initializer has data, possibly lazy.
+        path: the .onnx file; the weights go to the same name with `_data`.
+
+    Raises:
+        ResourceError: the disk cannot hold it; said before anything is written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    total = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    free = shutil.disk_usage(path.parent).free
+    if total + (1 << 20) > free:
+        raise ResourceError(f"{path.parent}: {path.name} needs {total + (1 << 20):,} bytes, {free:,} are free")
+    with tqdm(total=total, desc=f"writing {path.name}", unit="B", unit_scale=True, leave=False) as bar:
+
+        def on_tensor(tensor: ir.TensorProtocol, _: object) -> None:
+            bar.update(tensor.nbytes)
+
+        try:
+            ir.save(model, path, external_data=f"{path.name}_data", alignment=_ALIGNMENT, callback=on_tensor)
+        except OSError as error:
+            raise resource_error(path, error) from error

@@ -1,0 +1,225 @@
+"""Make the graphs that onnxruntime runs fastest: shared KV buffer, fused operators, quantised weights.
+
+| tensor                         | shape                                                        | dtype          |
+|--------------------------------|--------------------------------------------------------------|----------------|
+| input_ids                      | [batch_size, sequence_length]                                | int64          |
+| attention_mask                 | [batch_size, total_sequence_length], padding on the right    | int64          |
+| past_key_values.N.key, .value  | [batch_size, kv_heads, past_sequence_length, head_dim]       | kv_cache.dtype |
+| num_logits_to_keep             | [], optional, default 0: the last rows that get logits, 0: all | int64        |
+| -> logits                      | [batch_size, num_logits, vocab_size]                         | float32        |
+| -> present.N.key, .value       | as past_key_values                                           | kv_cache.dtype |
+
+Past and present may be bound to one buffer of any length, which is then written in place; otherwise present is past +
+new tokens, as in the portable graph. With a past that is not empty, several tokens at a time need a batch of one.
+
+A variant may have two graphs of this form: `decode_graph`, its weights in blocks of 4 or 8 bits, and `prefill_graph`,
+int8 by int8, faster where a step has many rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from functools import lru_cache
+
+import numpy as np
+import onnx_ir as ir
+
+from olmo2_export.fuse import ONNXRUNTIME, apply, check_op_counts
+from olmo2_export.fuse.gather_block_quantized import gather_block_quantized
+from olmo2_export.fuse.matmul_integer import matmul_integer
+from olmo2_export.fuse.matmul_nbits import matmul_nbits
+from olmo2_export.quantize.blocks import BlockFormat, QuantizedMatrix
+from olmo2_export.quantize.int8 import quantize_int8
+from olmo2_export.quantize.recipes import QuantizedWeights
+from runtimes.errors import FusionError
+from runtimes.manifest import KVCacheSpec, ModelSpec, TensorSpec
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_LINEARS_PER_LAYER = 7
+
+
+def shared_inputs(cache: KVCacheSpec) -> tuple[TensorSpec, ...]:
+    """Return the inputs of the shared-cache graph, in order."""
+    return (
+        TensorSpec("input_ids", "int64", ("batch_size", "sequence_length")),
+        TensorSpec("attention_mask", "int64", ("batch_size", "total_sequence_length")),
+        *_caches("past_key_values", cache, "past_sequence_length"),
+        TensorSpec("num_logits_to_keep", "int64", ()),
+    )
+
+
+def shared_outputs(model: ModelSpec, cache: KVCacheSpec) -> tuple[TensorSpec, ...]:
+    """Return the outputs of the shared-cache graph, in order."""
+    return (
+        TensorSpec("logits", "float32", ("batch_size", "num_logits", model.vocab_size)),
+        *_caches("present", cache, "total_sequence_length"),
+    )
+
+
+def shared_graph(portable: ir.Model, model: ModelSpec) -> ir.Model:
+    """Return the portable graph with its operators fused and its cache shared; weights and their names stay.
+
+    Args:
+        portable: as `trace` returns it, without weights; left as it is.
+        model: the model's shape.
+
+    Raises:
+        FusionError: a pass did not find what it must find.
+    """
+    fused = portable.clone()
+    layers = model.num_hidden_layers
+    applied = apply(fused, ONNXRUNTIME)
+    for name, expected in {"group_query_attention": layers, "quick_gelu": layers}.items():
+        if applied[name] != expected:
+            raise FusionError(f"graph {fused.graph.name}: {name}: expected {expected}, applied {applied[name]} times")
+    return fused
+
+
+def decode_graph(shared: ir.Model, weights: QuantizedWeights, model: ModelSpec) -> tuple[ir.Model, dict[str, int]]:
+    """Quantise the weights of a shared-cache graph in blocks.
+
+    Args:
+        shared: as `shared_graph` returns it; left as it is.
+        weights: all products and the embedding; read when the graph is written.
+        model: the model's shape.
+
+    Returns:
+        The graph and the operators that were counted in it.
+    """
+    graph = shared.clone()
+    gather_block_quantized(graph, weights.formats)
+    matmul_nbits(graph, weights.formats)
+    _attach(graph, weights)
+    linears = _LINEARS_PER_LAYER * model.num_hidden_layers
+    return graph, check_op_counts(graph, _expected(model) | {"com.microsoft::MatMulNBits": linears + 1, "MatMul": 0})
+
+
+def prefill_graph(
+    shared: ir.Model, weights: QuantizedWeights, model: ModelSpec, in_blocks: Collection[str] = ()
+) -> tuple[ir.Model, dict[str, int]]:
+    """Quantise the products of the layers to int8 by int8; head, embedding and the linears `in_blocks` as they are in
+    `decode_graph`; see there."""
+    graph = shared.clone()
+    kept = {
+        name: form
+        for name, form in weights.formats.items()
+        if name == HEAD or name.removesuffix(".weight").endswith(tuple(in_blocks) or (" ",))
+    }
+    gather_block_quantized(graph, weights.formats)
+    matmul_nbits(graph, kept)
+    matmul_integer(graph, weights.formats.keys() - kept.keys() - {EMBEDDING})
+    _attach(graph, weights)
+    linears = _LINEARS_PER_LAYER * model.num_hidden_layers - len(kept) + 1
+    expected = {"com.microsoft::MatMulNBits": len(kept), "MatMulInteger": linears, "MatMul": 0}
+    return graph, check_op_counts(graph, _expected(model) | expected)
+
+
+def exact_form(graph: ir.Model) -> ir.Model:
+    """Return a decode graph that computes in float32 with the same weights: no rounding of activations or cache."""
+    exact = graph.clone()
+    for node in list(exact.graph):
+        if node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+        if node.op_type == "GroupQueryAttention" and "kv_cache_bit_width" in node.attributes:
+            bits = node.attributes["kv_cache_bit_width"].as_int()
+            for name in ("k_quant_type", "v_quant_type", "kv_cache_bit_width"):
+                del node.attributes[name]
+            for index in range(9, len(node.inputs)):
+                node.replace_input_with(index, None)
+            for value in (*node.inputs[3:5], *node.outputs[1:3]):
+                assert value is not None  # past and present
+                assert value.shape is not None
+                *outer, size = value.shape
+                value.type = ir.TensorType(ir.DataType.FLOAT)
+                value.shape = ir.Shape([*outer, int(str(size)) * 8 // bits])
+    return exact
+
+
+def stored_matrices(graph: ir.Model) -> dict[str, QuantizedMatrix]:
+    """Return the weights in blocks as a written graph has them, by the checkpoint's names."""
+    initializers = graph.graph.initializers
+    found: dict[str, QuantizedMatrix] = {}
+    for node in graph.graph:
+        if node.op_type not in ("MatMulNBits", "GatherBlockQuantized"):
+            continue
+        gather = node.op_type == "GatherBlockQuantized"
+        packed = node.inputs[0 if gather else 1]
+        assert packed is not None  # the operators need it
+        name = str(packed.name).removesuffix(".packed")
+        parts = {part: initializers.get(f"{name}.{part}") for part in ("packed", "scales", "zero_points")}
+        codes, scales, zeros = (
+            None if v is None or v.const_value is None else np.array(v.const_value.numpy())  # its file is mapped
+            for v in parts.values()
+        )
+        assert codes is not None
+        assert scales is not None
+        bits, block = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
+        form = BlockFormat(bits, block, symmetric=zeros is None)
+        columns = codes.shape[1] * 8 // bits if gather else node.attributes["K"].as_int()
+        if gather:  # without the padding of the last block
+            width = form.blocks(columns) * block * bits // 8
+            codes = np.pad(codes, ((0, 0), (0, width - codes.shape[1])))
+        rows, blocks = len(codes), form.blocks(columns)
+        found[name] = QuantizedMatrix(form, rows, columns, codes.reshape(rows, blocks, -1), scales, zeros)
+    return found
+
+
+def stored_int8(graph: ir.Model) -> dict[str, np.ndarray]:
+    """Return the dequantised int8 weights of a written prefill graph, float32 [out, in], by the checkpoint's names."""
+    initializers = graph.graph.initializers
+    found: dict[str, np.ndarray] = {}
+    for name, value in initializers.items():
+        scales = initializers.get(f"{name.removesuffix('.int8')}.channel_scales")
+        if name.endswith(".int8") and scales is not None:
+            assert value.const_value is not None  # loaded from a file
+            assert scales.const_value is not None
+            codes = value.const_value.numpy().astype(np.float32)
+            found[name.removesuffix(".int8")] = (codes * scales.const_value.numpy()).T
+    return found
+
+
+def _expected(model: ModelSpec) -> dict[str, int]:
+    layers = model.num_hidden_layers
+    return {
+        "RMSNormalization": 4 * layers + 1,
+        "com.microsoft::GroupQueryAttention": layers,
+        "com.microsoft::QuickGelu": layers,
+        "com.microsoft::GatherBlockQuantized": 1,
+    }
+
+
+def _attach(model: ir.Model, weights: QuantizedWeights) -> None:
+    """Give the quantised initializers lazy tensors; the parts of a weight are written in a row: it is made once."""
+
+    @lru_cache(maxsize=1)
+    def blocks(weight: str) -> dict[str, np.ndarray | None]:
+        matrix = weights.matrix(weight)
+        packed = matrix.gather_layout()[0] if weight == EMBEDDING else matrix.packed
+        return {"packed": packed, "scales": matrix.scales, "zero_points": matrix.zero_points}
+
+    @lru_cache(maxsize=1)
+    def int8(weight: str) -> dict[str, np.ndarray | None]:
+        codes, scales = quantize_int8(weights.source(weight))
+        return {"int8": codes, "channel_scales": scales}
+
+    makers = {"packed": blocks, "scales": blocks, "zero_points": blocks, "int8": int8, "channel_scales": int8}
+    for name, value in model.graph.initializers.items():
+        weight, _, part = name.rpartition(".")
+        if value.const_value is not None or part not in makers:
+            continue
+        assert value.dtype is not None  # the pass gave both
+        assert value.shape is not None
+
+        def load(name: str = name, weight: str = weight, part: str = part) -> ir.TensorProtocol:
+            array = makers[part](weight)[part]
+            assert array is not None  # the graph has zero points where the format has them
+            return ir.Tensor(array, name=name)
+
+        value.const_value = ir.LazyTensor(load, dtype=value.dtype, shape=value.shape, name=name)
+
+
+def _caches(prefix: str, cache: KVCacheSpec, length: str) -> Iterator[TensorSpec]:
+    shape = ("batch_size", cache.num_key_value_heads, length, cache.stored_head_dim)
+    for layer in range(cache.num_layers):
+        for kind in ("key", "value"):
+            yield TensorSpec(f"{prefix}.{layer}.{kind}", cache.dtype, shape)

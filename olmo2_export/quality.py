@@ -1,0 +1,155 @@
+"""What quantising costs: KL divergence, top-1 agreement and perplexity against PyTorch in float32, and the gates.
+
+Measured on text (held-out text that comes with this package, in the checkpoint's own tokens), or on random ids where
+the checkpoint has no tokenizer, through onnxruntime, at every position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from olmo2_export.checkpoint import Checkpoint
+from olmo2_export.config import ModelConfig
+from olmo2_export.parity import kl_divergence
+from runtimes.manifest import Quality
+from runtimes.runner import Runner
+
+SEED = 0
+_LENGTH = 256
+_LOGITS = 1 << 25  # float32 numbers of reference logits that may be kept: 128 MB
+_MOST_TOKENS = 4096
+_PIECE = 32  # positions at a time: logits of a large vocabulary, in float64, take 0.8 MB each
+_TEXT = Path(__file__).parent / "demo" / "heldout.txt"
+_LARGE = 100_000_000  # weights
+_MOST_LOSS = 700.0  # nats: beyond it, on ids that no model expects, a perplexity is no number
+
+
+@dataclass(frozen=True)
+class QualityGate:
+    """The limits of one precision; each must hold."""
+
+    kl_mean: float
+    """most: nats per token"""
+    kl_p99: float | None
+    top1: float
+    """least: share of positions"""
+    perplexity_rise: float
+    """most: relative"""
+
+
+GATES: dict[str, tuple[QualityGate, QualityGate]] = {
+    "int8": (QualityGate(2e-4, None, 0.99, 0.001), QualityGate(0.003, None, 0.97, 0.003)),
+    "int4": (QualityGate(0.01, 0.08, 0.93, 0.01), QualityGate(0.03, None, 0.91, 0.02)),
+}
+"""precision -> the gate of a small model and that of a large one (over 100 M weights)"""
+
+
+def gate(precision: str, config: ModelConfig) -> QualityGate:
+    """Return the gate of a precision for a model of that size."""
+    weights = 2 * config.vocab_size * config.hidden_size + config.num_hidden_layers * config.hidden_size * (
+        3 * config.intermediate_size
+    )
+    return GATES[precision][weights > _LARGE]
+
+
+def broken_limits(quality: Quality, limits: QualityGate) -> list[str]:
+    """Return the limits that do not hold, with both numbers; perplexity counts on text alone."""
+    rise = quality.perplexity / quality.reference_perplexity - 1
+    broken = []
+    if not quality.kl_mean <= limits.kl_mean:
+        broken.append(f"KL mean {quality.kl_mean:.3g}, the gate is {limits.kl_mean:g}")
+    if limits.kl_p99 is not None and not quality.kl_p99 <= limits.kl_p99:
+        broken.append(f"KL p99 {quality.kl_p99:.3g}, the gate is {limits.kl_p99:g}")
+    if not quality.top1 >= limits.top1:
+        broken.append(f"top-1 {quality.top1:.2%}, the gate is {limits.top1:.2%}")
+    if quality.tokens_from == "text" and not rise <= limits.perplexity_rise:
+        broken.append(f"perplexity {rise:+.2%}, the gate is {limits.perplexity_rise:+.2%}")
+    return broken
+
+
+def quality_tokens(
+    checkpoint: Checkpoint, config: ModelConfig, *, length: int | None = None, most: int | None = None
+) -> tuple[list[np.ndarray], str]:
+    """Return the token sequences that quality is measured on, and where they come from.
+
+    Args:
+        checkpoint: for its tokenizer.
+        config: for its vocabulary and context.
+        length: tokens of a sequence; None means 256, or the context if that is shorter.
+        most: tokens in all; None means 4096, or fewer for a large vocabulary, whose logits would fill the memory.
+
+    Returns:
+        int64 [length] each, and `text` or `random ids`.
+    """
+    length = min(length or _LENGTH, config.max_position_embeddings)
+    most = most or max(length, min(_MOST_TOKENS, _LOGITS // config.vocab_size))
+    count = max(1, most // length)
+    path = checkpoint.folder / "tokenizer.json"
+    if path.is_file():
+        ids = tokenizers.Tokenizer.from_file(str(path)).encode(_TEXT.read_text(encoding="utf-8")).ids
+        if len(ids) >= length and max(ids) < config.vocab_size:
+            count = min(count, len(ids) // length)
+            return [np.array(ids[i * length : (i + 1) * length], np.int64) for i in range(count)], "text"
+    drawn = np.random.default_rng(SEED).integers(0, config.vocab_size, (count, length), dtype=np.int64)
+    return list(drawn), "random ids"
+
+
+def measure_quality(
+    runner: Runner,
+    sequences: Sequence[np.ndarray],
+    reference: Iterable[np.ndarray],
+    tokens_from: str,
+    *,
+    alternate: bool = False,
+) -> Quality:
+    """Compare a runner with reference logits at every position.
+
+    Args:
+        runner: of the quantised graph.
+        sequences: int64 [S] each.
+        reference: per sequence float32 [S, V].
+        tokens_from: for the report.
+        alternate: feed every other piece to the decode graph, so that each graph reads what the other wrote.
+    """
+    kls: list[np.ndarray] = []
+    agreements: list[np.ndarray] = []
+    losses: list[np.ndarray] = []
+    for ids, wanted in zip(sequences, reference, strict=True):
+        runner.reset()
+        for start in range(0, len(ids), _PIECE):
+            piece = ids[start : start + _PIECE]
+            if alternate and start // _PIECE % 2:
+                test = runner.decode_block(piece)
+            else:
+                (test,) = runner.prefill([piece], all_positions=True)
+            truth = wanted[start : start + _PIECE]
+            kls.append(kl_divergence(truth, test))
+            agreements.append(truth.argmax(-1) == test.argmax(-1))
+            following = ids[start + 1 : start + 1 + _PIECE]
+            losses.append(np.stack([_loss(x[: len(following)], following) for x in (truth, test)]))
+    runner.reset()
+    kl = np.concatenate(kls)
+    mean_losses = np.concatenate(losses, axis=1).mean(axis=1).clip(max=_MOST_LOSS)
+    of_reference, of_test = (float(np.exp(x)) for x in mean_losses)
+    return Quality(
+        tokens=len(kl),
+        tokens_from=tokens_from,
+        kl_mean=float(kl.mean()),
+        kl_p99=float(np.quantile(kl, 0.99)),
+        top1=float(np.concatenate(agreements).mean()),
+        perplexity=of_test,
+        reference_perplexity=of_reference,
+    )
+
+
+def _loss(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Return -log p of the ids: logits [n, V], ids [n] -> float64 [n]."""
+    x = logits.astype(np.float64)
+    top = x.max(axis=-1)
+    total: np.ndarray = np.log(np.exp(x - top[:, None]).sum(axis=-1)) + top
+    return total - np.take_along_axis(x, ids[:, None], axis=-1)[:, 0]
