@@ -25,14 +25,16 @@ from runtimes.errors import (
     UsageError,
     VariantNotFoundError,
 )
-from runtimes.manifest import check_files, find_variant, load_manifest
+from runtimes.manifest import find_variant, load_manifest
 from runtimes.runner import Runner
+from runtimes.sealed import check_files
 from runtimes.threads import default_threads
 
 __all__ = [
     "Backend",
     "BackendError",
     "ContextLengthError",
+    "Device",
     "InputError",
     "IntegrityError",
     "NumericError",
@@ -45,9 +47,13 @@ __all__ = [
     "open_runner",
 ]
 
-Backend: TypeAlias = Literal["ort"]
-"""what runs a graph; ort: onnxruntime on the CPU"""
+Backend: TypeAlias = Literal["ort", "trt_rtx", "trt"]
+"""what runs a graph: onnxruntime, or an engine on TensorRT for RTX or on full TensorRT"""
 
+Device: TypeAlias = Literal["cpu", "cuda", "nv-rtx"]
+"""where onnxruntime runs a graph: its provider for CPUs, for CUDA, or of TensorRT for RTX"""
+
+_EXTRAS = {"trt_rtx": "tensorrt-rtx", "trt": "tensorrt"}
 _MOST_THREADS_PER_CPU = 4  # a hundred thousand stop the machine
 
 
@@ -56,6 +62,7 @@ def open_runner(
     *,
     variant: str | None = None,
     backend: Backend = "ort",
+    device: Device | None = None,
     check_hashes: bool = True,
     threads: int | None = None,
 ) -> Runner:
@@ -63,41 +70,61 @@ def open_runner(
 
     Args:
         package: the package folder.
-        variant: which; None means the package's first by name: fp32 where there is one.
-        backend: what runs it.
+        variant: which; None means the first of the package's on a CPU, the first of bf16, fp16 and q4f16 that it has
+            on another device of ort, and the first by name with an engine for a TensorRT backend.
+        backend: what runs it. The TensorRT backends run engines made by `olmo2-export build`.
+        device: where; None means the CPU for ort. The TensorRT backends run on the GPU alone, as device cuda.
         check_hashes: read the graph and the weights once more to compare them with the manifest; without it only their
             presence and size are checked.
-        threads: CPU threads of an operator; None means one per physical core that this process may use.
+        threads: CPU threads of an operator, for ort; None means one per physical core that this process may use.
 
     Returns:
         The runner, with an empty cache.
 
     Raises:
-        UsageError: threads out of range.
-        BackendError: an unknown backend, or one whose library is not installed.
+        UsageError: threads out of range, or a device or threads that the backend has no use for.
+        BackendError: an unknown backend or device, or one whose library or GPU is not there.
         PackageNotFoundError, VariantNotFoundError: no such package, no such variant in it.
         IntegrityError: a file is not the one that was exported.
         PackageError: the backend cannot load the graph, or it is not the graph the manifest describes.
+        ResourceError: the GPU's memory does not hold the engine and its KV cache.
     """
     most = _MOST_THREADS_PER_CPU * (os.cpu_count() or 1)
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= most):
         raise UsageError(f"threads {threads!r}: expected an integer from 1 to {most}, {_MOST_THREADS_PER_CPU} a CPU")
     folder = Path(package)
+    if device is not None and device not in get_args(Device):
+        raise BackendError(f"device {device!r}: there is {', '.join(get_args(Device))}")
     match backend:
         case "ort":
             try:
-                from runtimes.ort_runner import open_ort
+                from runtimes.ort_runner import default_variant, open_ort
             except ImportError as error:
                 raise BackendError(
                     f"backend ort: onnxruntime cannot be imported ({error}); pip install 'olmo2-export[cpu]'"
                 ) from error
-            model = load_manifest(folder).model
-            chosen, files = find_variant(folder, variant)
+            device = device or "cpu"
+            manifest = load_manifest(folder)
+            chosen, files = find_variant(folder, variant or default_variant(manifest, device))
             check_files(folder, files, chosen.files, hashes=False)
 
             def check(names: Sequence[str]) -> None:
                 check_files(folder, files, names, hashes=check_hashes)
 
-            return open_ort(folder, chosen, model, default_threads() if threads is None else threads, check)
+            count = default_threads() if threads is None else threads
+            return open_ort(folder, chosen, manifest.model, count, check, device)
+        case "trt_rtx" | "trt":
+            if device not in (None, "cuda"):
+                raise UsageError(f"device {device}: backend {backend} runs on the GPU, as device cuda; leave it out")
+            if threads is not None:
+                raise UsageError(f"threads {threads}: backend {backend} runs on the GPU; leave them out")
+            try:
+                from runtimes.trt_runner import open_trt
+            except ImportError as error:
+                raise BackendError(
+                    f"backend {backend}: cuda-bindings cannot be imported ({error}); "
+                    f"pip install 'olmo2-export[{_EXTRAS[backend]}]'"
+                ) from error
+            return open_trt(folder, backend, variant, check_hashes=check_hashes)
         case _:
             raise BackendError(f"backend {backend!r}: there is {', '.join(get_args(Backend))}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import signal
 import sys
 import traceback
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import NoReturn, TypedDict
 
-from runtimes import Backend, open_runner
+from runtimes import Backend, Device, open_runner
 from runtimes.errors import DISK_FULL, FailedError, InputError, Olmo2ExportError, UsageError
 from runtimes.generate import Generation, encode_prompt, generate
 from runtimes.sampling import Sampler
@@ -30,6 +31,7 @@ class _Options(TypedDict):
     """What the model and the draft model are opened with."""
 
     backend: Backend
+    device: Device | None
     check_hashes: bool
     threads: int | None
 
@@ -69,7 +71,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     verb.add_argument("--seed", type=int, metavar="S", help="draw the same tokens every time")
     verb.add_argument("--stop", action="append", default=[], metavar="S", help="end before this text; may be repeated")
-    verb.add_argument("--backend", default="ort", help="ort: onnxruntime on the CPU (default)")
+    verb.add_argument(
+        "--backend",
+        default="ort",
+        metavar="B",
+        help="ort: onnxruntime (default); trt_rtx, trt: an engine made by olmo2-export build, on TensorRT for RTX or "
+        "full TensorRT",
+    )
+    verb.add_argument(
+        "--device", metavar="D", help="where onnxruntime runs: cpu (default), cuda, nv-rtx (TensorRT for RTX inside)"
+    )
     verb.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads (default: one per physical core it may use)"
     )
@@ -102,7 +113,12 @@ def run(args: argparse.Namespace) -> None:
     check_hashes = not args.skip_hash_check
     tokenizer = Tokenizer.from_package(args.package, check_hashes=check_hashes)
     prompt_ids = encode_prompt(tokenizer, _read_stdin() if args.prompt == "-" else args.prompt)
-    options: _Options = {"backend": args.backend, "check_hashes": check_hashes, "threads": args.threads}
+    options: _Options = {
+        "backend": args.backend,
+        "device": args.device,
+        "check_hashes": check_hashes,
+        "threads": args.threads,
+    }
     with ExitStack() as stack:
         runner = stack.enter_context(open_runner(args.package, variant=args.variant, **options))
         drafter: Drafter | None = PromptLookup() if args.speculate == "lookup" else None
@@ -130,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the text
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # on stderr: what a GPU's memory is used for
     try:
         with interruptible():
             run(parse_args(argv))

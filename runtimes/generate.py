@@ -271,8 +271,19 @@ def _sample(
         )
         return
     for _ in range(limit - 1):
-        token_id = sampler(runner.decode([token_id])[0])
+        token_id = _next(runner, sampler, token_id)
         yield token_id
+
+
+def _next(runner: Runner, sampler: Sampler, token_id: int) -> int:
+    """Append an id to the only row and sample the next, from candidates that the graph picked where these will do."""
+    if 0 < sampler.candidates <= runner.top_k:
+        ids, logits = runner.decode_top([token_id])
+        chosen = sampler.choose(ids[0], logits[0])
+        if chosen is not None:
+            return chosen
+        runner.truncate([runner.cache_lengths[0] - 1])  # undecided: compute it again, for all logits
+    return sampler(runner.decode([token_id])[0])
 
 
 def _pieces(

@@ -9,33 +9,20 @@ Both are sealed: `checksum` is the sha256 of the rest of the document, and the b
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path, PurePosixPath
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from runtimes.errors import IntegrityError, PackageError, PackageNotFoundError, VariantNotFoundError
+from runtimes.sealed import FORMAT_VERSION, FileEntry, read_sealed
 
-FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 TRT_FOLDER = "trt"
 PARITY_NAME = "parity.json"
-_HASH_CHUNK = 1 << 20
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """What one file of the package must be."""
-
-    sha256: str
-    size: int
-    """bytes"""
 
 
 @dataclass(frozen=True)
@@ -105,6 +92,8 @@ class Quantization:
     """scales and zero points included, over the tensors below"""
     tensors: dict[str, QuantizedTensor] = field(hash=False)
     """by the checkpoint's name"""
+    input_scales: dict[str, float] = field(default_factory=dict, hash=False)
+    """weight -> the step of that linear's input, where inputs are quantised with scales fixed by calibration"""
 
 
 @dataclass(frozen=True)
@@ -140,7 +129,7 @@ class Variant:
 
     name: str
     precision: str
-    """of the weights: fp32, fp16, bf16, int8, int4"""
+    """of the weights: fp32, fp16, bf16, int8, int4, fp8"""
     graph: str
     """path of the ONNX file in the package"""
     data: tuple[str, ...]
@@ -161,6 +150,12 @@ class Variant:
         """Everything a runner opens."""
         prefill = (self.prefill.graph, *self.prefill.data) if self.prefill else ()
         return (self.graph, *self.data, *prefill)
+
+    @property
+    def top_k(self) -> int:
+        """Candidates per row that the graph itself picks (outputs `top_ids` and `top_logits`); 0: it does not."""
+        found = next((spec for spec in self.outputs if spec.name == "top_ids"), None)
+        return int(found.shape[-1]) if found is not None else 0
 
 
 @dataclass(frozen=True)
@@ -232,14 +227,22 @@ class Engine:
     backend_version: str
     compute_capabilities: tuple[str, ...]
     """as in 8.9"""
+    profile: str
+    """latency: batch 1, weights laid out for single tokens too; compact: weights once"""
     profiles: dict[str, tuple[ProfileRange, ...]] = field(hash=False)
     """in the order of the plan's profile indices: decode, prefill"""
     max_batch_size: int
     max_cache_length: int
+    prefill_chunk: int
+    """tokens per row and prefill call"""
+    flags: tuple[str, ...]
+    """what it was built with: portable, refit, weight_streaming; sorted"""
     layer_counts: dict[str, int] = field(hash=False)
     """layers of the TensorRT network that were counted before the build"""
     aliases: dict[str, str] = field(hash=False)
     """present -> past: outputs that must be bound to the memory of that input"""
+    kernels: dict[str, int] = field(default_factory=dict, hash=False)
+    """profile -> kernels that a step launches, as the plan's text says; empty where that cannot be read"""
 
 
 @dataclass(frozen=True)
@@ -253,42 +256,6 @@ class TrtManifest:
     variants: dict[str, Variant] = field(hash=False)
     engines: dict[str, Engine] = field(hash=False)
     files: dict[str, FileEntry] = field(hash=False)
-
-
-def seal(document: Mapping[str, Any]) -> bytes:
-    """Return the JSON bytes of a document with its checksum; the same document gives the same bytes."""
-    body = {k: v for k, v in document.items() if k != "checksum"}
-    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-    sealed = {**body, "checksum": hashlib.sha256(canonical).hexdigest()}
-    return (json.dumps(sealed, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
-def read_sealed(path: Path) -> dict[str, Any]:
-    """Read a document written with `seal`.
-
-    Raises:
-        IntegrityError: a byte differs from what was written.
-        PackageError: the document is of another format version.
-    """
-    raw = path.read_bytes()
-    try:
-        document = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{path}: not valid JSON ({error}); export the package again") from error
-    if not isinstance(document, dict):
-        raise IntegrityError(f"{path}: expected a JSON object; export the package again")
-    version = document.get("format_version")
-    if version != FORMAT_VERSION:
-        raise PackageError(
-            f"{path}: format_version {version!r}, this version reads {FORMAT_VERSION}; export the package again"
-        )
-    try:
-        intact = seal(document) == raw
-    except ValueError:  # NaN or Infinity
-        intact = False
-    if not intact:
-        raise IntegrityError(f"{path}: changed since it was written (checksum mismatch); export the package again")
-    return document
 
 
 def to_document(manifest: Manifest | TrtManifest) -> dict[str, Any]:
@@ -350,63 +317,6 @@ def find_variant(package: str | os.PathLike[str], name: str | None) -> tuple[Var
         return trt.variants[name], trt.files
     known = [*manifest.variants, *(trt.variants if trt else ())]
     raise VariantNotFoundError(f"{package}: no variant {name!r}; it has {', '.join(known) or 'none'}")
-
-
-def hash_file(path: Path) -> FileEntry:
-    """Return the sha256 and size of a file, read in pieces."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-    return FileEntry(digest.hexdigest(), size)
-
-
-def hash_files(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
-    """Return the entries of several files of a folder, hashed on all cores, in the order given."""
-    names = list(names)
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(hash_file, [folder / n for n in names]), strict=True))
-
-
-def check_files(
-    package: Path,
-    files: Mapping[str, FileEntry],
-    names: Iterable[str] | None = None,
-    *,
-    hashes: bool = True,
-    remedy: str = "export the package again",
-) -> None:
-    """Compare files with what the manifest says of them: presence and size first, then sha256.
-
-    Args:
-        package: the package folder.
-        files: the manifest's table.
-        names: which of them; None means all.
-        hashes: False stops after presence and size, without reading the files.
-        remedy: what the message tells the user to do.
-
-    Raises:
-        IntegrityError: naming every file that differs.
-    """
-    wanted = list(files) if names is None else list(names)
-    problems: list[str] = []
-    to_hash: list[str] = []
-    for name in wanted:
-        path = package / name
-        if name not in files:
-            problems.append(f"{name}: not in the manifest")
-        elif not path.is_file():
-            problems.append(f"{name}: missing")
-        elif (size := path.stat().st_size) != files[name].size:
-            problems.append(f"{name}: {size} bytes, the manifest says {files[name].size}")
-        else:
-            to_hash.append(name)
-    for name, entry in hash_files(package, to_hash if hashes else ()).items():
-        if entry.sha256 != files[name].sha256:
-            problems.append(f"{name}: sha256 {entry.sha256[:12]}..., the manifest says {files[name].sha256[:12]}...")
-    if problems:
-        raise IntegrityError(f"{package}: {'; '.join(problems)}; {remedy}")
 
 
 def _read(package: Path, name: str) -> dict[str, Any]:
@@ -474,7 +384,7 @@ def _manifest(document: Mapping[str, Any]) -> Manifest:
 
 
 def _trt_manifest(document: Mapping[str, Any]) -> TrtManifest:
-    return TrtManifest(
+    manifest = TrtManifest(
         format_version=document["format_version"],
         exporter_version=document["exporter_version"],
         package_checksum=document["package_checksum"],
@@ -482,6 +392,10 @@ def _trt_manifest(document: Mapping[str, Any]) -> TrtManifest:
         engines={name: _engine(e) for name, e in document["engines"].items()},
         files=_files(document["files"]),
     )
+    for engine in manifest.engines.values():
+        if engine.plan not in manifest.files:
+            raise ValueError(f"plan {engine.plan!r} is not among its files")
+    return manifest
 
 
 def _files(table: Mapping[str, Any]) -> dict[str, FileEntry]:
@@ -524,5 +438,11 @@ def _engine(document: Mapping[str, Any]) -> Engine:
         name: tuple(ProfileRange(r["name"], tuple(r["min"]), tuple(r["opt"]), tuple(r["max"])) for r in ranges)
         for name, ranges in document["profiles"].items()
     }
-    capabilities = tuple(document["compute_capabilities"])
-    return Engine(**{**document, "profiles": profiles, "compute_capabilities": capabilities})
+    return Engine(
+        **{
+            **document,
+            "profiles": profiles,
+            "compute_capabilities": tuple(document["compute_capabilities"]),
+            "flags": tuple(document["flags"]),
+        }
+    )

@@ -13,29 +13,32 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import mmap
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal, TypeAlias
 
-from runtimes.errors import BackendError
+from runtimes.errors import BackendError, FailedError
 
 logger = logging.getLogger(__name__)
 
 TensorRTBackend = Literal["trt_rtx", "trt"]
+Buffer: TypeAlias = bytes | memoryview | mmap.mmap
 
 RTX_VERSION = "1.7.1.116"
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 """the compute capabilities that TensorRT for RTX compiles for"""
 
 _MODULES: dict[TensorRTBackend, str] = {"trt_rtx": "tensorrt_rtx_bindings", "trt": "tensorrt"}
+_LEAN = "tensorrt_lean"
 _INSTALL: dict[TensorRTBackend, str] = {
     "trt_rtx": f"pip install tensorrt-rtx-cu13-libs=={RTX_VERSION} tensorrt-rtx-cu13-bindings=={RTX_VERSION}",
     "trt": "pip install tensorrt --extra-index-url https://pypi.nvidia.com",
 }
 # Said of every int64 input; the runners bind int64.
 _HARMLESS = ("has Int64 binding",)
-_PHASE_DEPTH = 2  # below it there are thousands
 
 
 @dataclass(frozen=True)
@@ -66,78 +69,6 @@ class TensorRT:
         self.messages.clear()
         yield self.messages
 
-    def set_compute_capabilities(self, config: Any, capabilities: Sequence[str]) -> None:
-        """Say for which GPUs to compile. TensorRT for RTX needs to be told; full TensorRT takes the GPU it runs on.
-
-        Args:
-            config: IBuilderConfig.
-            capabilities: such as "8.9".
-
-        Raises:
-            BackendError: this version does not know one of them.
-        """
-        if self.backend == "trt":
-            return
-        known = self.module.ComputeCapability.__members__
-        names = ["SM" + capability.replace(".", "") for capability in capabilities]
-        if unknown := [c for c, name in zip(capabilities, names, strict=True) if name not in known]:
-            raise BackendError(f"compute capability {', '.join(unknown)}: unknown to TensorRT for RTX {self.version}")
-        config.num_compute_capabilities = len(names)
-        for index, name in enumerate(names):
-            if not config.set_compute_capability(known[name], index):
-                raise BackendError(f"compute capability {capabilities[index]}: refused by TensorRT {self.version}")
-
-    def progress_monitor(self, on_phase: Callable[[str], None]) -> Any:
-        """Return an IProgressMonitor that calls `on_phase` with the name of each larger phase as it starts."""
-        base: Any = self.module.IProgressMonitor
-
-        class Monitor(base):  # type: ignore[misc]  # the bindings are untyped
-            def __init__(self) -> None:
-                base.__init__(self)
-                self.depths: dict[str | None, int] = {None: -1}
-
-            def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:  # noqa: ARG002
-                self.depths[phase_name] = depth = self.depths.get(parent_phase, 0) + 1
-                if depth <= _PHASE_DEPTH:
-                    on_phase(phase_name)
-
-            def step_complete(self, phase_name: str, step: int) -> bool:  # noqa: ARG002
-                return True
-
-            def phase_finish(self, phase_name: str) -> None:
-                pass
-
-        return Monitor()
-
-    def build_to_file(self, builder: Any, network: Any, config: Any, file: BinaryIO) -> bool:
-        """Build a plan and write it as it is made, without a second copy of it in memory.
-
-        Returns:
-            Whether TensorRT could build it; if not, `messages` say why.
-
-        Raises:
-            OSError: the file could not be written.
-        """
-        base: Any = self.module.IStreamWriter
-        failures: list[OSError] = []
-
-        class Writer(base):  # type: ignore[misc]  # the bindings are untyped
-            def __init__(self) -> None:
-                base.__init__(self)
-
-            def write(self, data: bytes) -> int:
-                try:
-                    return file.write(data)
-                except OSError as error:  # it cannot pass through the library
-                    failures.append(error)
-                    return 0
-
-        writer = Writer()
-        built = bool(builder.build_serialized_network_to_stream(network, config, writer))
-        if failures:
-            raise failures[0]
-        return built
-
 
 def check_installed(backend: TensorRTBackend) -> None:
     """Look for a library without loading it, which takes a second and 300 MB.
@@ -152,21 +83,25 @@ def check_installed(backend: TensorRTBackend) -> None:
 _loaded: dict[TensorRTBackend, TensorRT] = {}
 
 
-def load_tensorrt(backend: TensorRTBackend) -> TensorRT:
+def load_tensorrt(backend: TensorRTBackend, *, portable: bool = False) -> TensorRT:
     """Import one of the two libraries.
 
     Args:
         backend: trt_rtx or trt.
+        portable: for plans that were built to be: where full TensorRT is not installed its lean runtime will do.
 
     Raises:
         BackendError: it is not installed, or does not load; the message has the pip line.
     """
     if backend not in _loaded:
+        name = _MODULES[backend]
+        if portable and importlib.util.find_spec(name) is None and importlib.util.find_spec(_LEAN) is not None:
+            name = _LEAN
         try:
-            module = importlib.import_module(_MODULES[backend])
+            module = importlib.import_module(name)
         except (ImportError, OSError) as error:
             raise BackendError(
-                f"backend {backend}: {_MODULES[backend]} cannot be imported ({error}); {_INSTALL[backend]}"
+                f"backend {backend}: {name} cannot be imported ({error}); {_INSTALL[backend]}"
             ) from error
         messages: list[Message] = []
         _loaded[backend] = TensorRT(
@@ -200,3 +135,103 @@ def _create_logger(module: Any, messages: list[Message]) -> Any:
             logger.log(level, "%s", text)
 
     return Logger()
+
+
+def check_version(tensorrt: TensorRT, built_with: str, *, portable: bool) -> None:
+    """Refuse a plan that this library cannot run.
+
+    Args:
+        tensorrt: the library.
+        built_with: the version that built the plan.
+        portable: it was built to run on later versions of the same major number too.
+
+    Raises:
+        BackendError: with both versions.
+    """
+    found, built = (tuple(int(n) for n in re.findall(r"\d+", v)) for v in (tensorrt.version, built_with))
+    if tensorrt.version == built_with or (portable and found[:1] == built[:1] and found >= built):
+        return
+    kind = f"{built_with} or a later {built[0]}" if portable else built_with
+    raise BackendError(
+        f"the engine was built with {tensorrt.backend} {built_with}, {tensorrt.version} is installed: install {kind}, "
+        "or build it again with olmo2-export build"
+    )
+
+
+def load_engine(tensorrt: TensorRT, plan: Buffer, *, portable: bool) -> tuple[Any, Any]:
+    """Deserialise a plan, which is native code: the caller has checked that it is the one its manifest vouches for.
+
+    Args:
+        tensorrt: the library.
+        plan: its bytes.
+        portable: it brings a runtime of its own along, as host code.
+
+    Returns:
+        IRuntime, which must live as long as the engine, and ICudaEngine.
+
+    Raises:
+        BackendError: TensorRT refuses it; with its own words.
+    """
+    runtime = tensorrt.module.Runtime(tensorrt.log)
+    runtime.engine_host_code_allowed = portable
+    with tensorrt.collected() as messages:
+        engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise BackendError(
+            f"{tensorrt.backend} {tensorrt.version} cannot load the engine: {said(messages)}; build it again with "
+            "olmo2-export build"
+        )
+    return runtime, engine
+
+
+def captures_itself(tensorrt: TensorRT) -> bool:
+    """Tell whether contexts made with `cuda_graph` record and launch CUDA graphs by themselves."""
+    return tensorrt.backend == "trt_rtx"
+
+
+def create_runtime_cache(tensorrt: TensorRT, engine: Any, content: bytes | None) -> Any:
+    """Return an IRuntimeCache, which keeps what is compiled when contexts are made; None: full TensorRT has none.
+
+    Args:
+        tensorrt: the library.
+        engine: ICudaEngine.
+        content: what another process serialised; TensorRT checks that it is of this version, GPU and driver.
+    """
+    if tensorrt.backend == "trt":
+        return None
+    cache = engine.create_runtime_config().create_runtime_cache()
+    if content is not None and not cache.deserialize(content):
+        logger.info("the kernels that were kept are of another GPU, driver or version: compiling them again")
+    return cache
+
+
+def create_context(tensorrt: TensorRT, engine: Any, cache: Any, *, cuda_graph: bool) -> Any:
+    """Return an IExecutionContext whose activation memory the caller sets.
+
+    Args:
+        tensorrt: the library.
+        engine: ICudaEngine.
+        cache: of `create_runtime_cache`.
+        cuda_graph: record its work and launch it as one, where the library can do so by itself.
+
+    Raises:
+        FailedError: TensorRT could not make one.
+    """
+    module = tensorrt.module
+    with tensorrt.collected() as messages:
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(module.ExecutionContextAllocationStrategy.USER_MANAGED)
+        ok = True
+        if captures_itself(tensorrt):
+            strategy = module.CudaGraphStrategy
+            config.cuda_graph_strategy = strategy.WHOLE_GRAPH_CAPTURE if cuda_graph else strategy.DISABLED
+            ok = config.set_runtime_cache(cache)
+        context = engine.create_execution_context(config) if ok else None
+    if context is None:
+        raise FailedError(f"{tensorrt.backend} {tensorrt.version} makes no execution context: {said(messages)}")
+    return context
+
+
+def said(messages: Sequence[Message]) -> str:
+    """Return what TensorRT said, as one line."""
+    return "; ".join(dict.fromkeys(m.text.strip().replace("\n", " ") for m in messages)) or "it did not say why"

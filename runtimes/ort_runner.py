@@ -1,6 +1,6 @@
-"""Runners on onnxruntime, one per form of KV cache; see `ConcatRunner` and `StaticRunner` for their graphs.
+"""Runners on onnxruntime, one per form of KV cache; see `ConcatRunner` for the portable graph.
 
-The KV cache stays in onnxruntime's memory: the present values of one call are bound as the past of the next, under the
+Its KV cache stays in onnxruntime's memory: the present values of one call are bound as the past of the next, under the
 name `.replace("present.", "past_key_values.")`.
 """
 
@@ -17,18 +17,44 @@ from typing import Any, Generic, Self, TypeAlias, TypeVar
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
 
+from runtimes.device_runner import MAX_COMPILED_ROWS, DeviceRunner, compiled_shapes
 from runtimes.errors import BackendError, FailedError, PackageError, UsageError
-from runtimes.manifest import KVCacheSpec, ModelSpec, Variant
-from runtimes.ort_session import PROVIDER, one_line, open_session
-from runtimes.runner import Ids, Logits, TokenIds, check_finite, check_lengths, check_rows, check_token_ids
+from runtimes.manifest import KVCacheSpec, Manifest, ModelSpec, Variant
+from runtimes.ort_devices import find_device
+from runtimes.ort_session import one_line, open_session
+from runtimes.ort_static import OrtStaticSession
+from runtimes.runner import (
+    Ids,
+    Logits,
+    TokenIds,
+    check_finite,
+    check_lengths,
+    check_rows,
+    check_token_ids,
+    no_candidates,
+)
 from runtimes.shared_runner import SharedRunner
+from runtimes.static_runner import StaticRunner
 
-CACHE_DTYPES = {
-    "concat": ("float32", "float16"),
-    "static": ("float32", "float16"),
-    "shared": ("float32", "int8", "uint8"),
+CACHE_DTYPES: dict[str, dict[str, tuple[str, ...]]] = {
+    "cpu": {
+        "concat": ("float32", "float16"),
+        "static": ("float32", "float16"),
+        "shared": ("float32", "float16", "int8", "uint8"),
+    },
+    "cuda": {
+        "concat": ("float32", "float16"),
+        "static": ("float32", "float16", "bfloat16"),
+        "shared": ("float16", "bfloat16"),
+    },
+    "nv-rtx": {
+        "shared": ("float16", "bfloat16"),
+    },
 }
-"""form of the KV cache -> its dtypes that run here"""
+"""device -> form of the KV cache -> its dtypes that run there; concat moves its cache over the host"""
+
+PREFERRED = ("bf16", "fp16", "q4f16")
+"""variants for GPUs, the best first; what a GPU runs where no variant is named"""
 
 FileCheck: TypeAlias = Callable[[Sequence[str]], None]
 """gets paths in the package; raises IntegrityError"""
@@ -73,6 +99,7 @@ class OrtRunner(ABC, Generic[Cache]):
         self.variant = variant
         self.model = model
         self.max_cache_length = variant.kv_cache.max_cache_length
+        self.top_k = 0
         self._session: ort.InferenceSession | None = session
         self._outputs = [output.name for output in session.get_outputs()]
         self._cache: Cache | None = None
@@ -100,6 +127,9 @@ class OrtRunner(ABC, Generic[Cache]):
 
     def decode(self, token_ids: TokenIds) -> Logits:
         return np.concatenate(self.prefill(check_token_ids(token_ids, self.cache_lengths)))
+
+    def decode_top(self, token_ids: TokenIds) -> tuple[Ids, Logits]:  # noqa: ARG002
+        raise no_candidates(self.variant)
 
     def decode_block(self, token_ids: TokenIds) -> Logits:
         return self.prefill([token_ids], all_positions=True)[0]
@@ -204,58 +234,37 @@ class ConcatRunner(OrtRunner[ConcatCache]):
         return ConcatCache(_cut(cache.tokens, lengths), values, mask[:, :slots])
 
 
-class StaticRunner(OrtRunner[OrtCache]):
-    """The graph made for TensorRT: the cache is a buffer of fixed capacity C, written at write_indices.
+def runs_on(variant: Variant, device: str) -> bool:
+    """Tell whether the provider of a device has kernels for a variant's graph."""
+    cache = variant.kv_cache
+    return cache.dtype in CACHE_DTYPES[device].get(cache.form, ())
 
-    | tensor                          | shape                                                   | dtype          |
-    |---------------------------------|---------------------------------------------------------|----------------|
-    | input_ids                       | [batch_size, sequence_length]                           | int64          |
-    | write_indices                   | [batch_size]: the slot of each row's first token here   | int64          |
-    | logit_index                     | [batch_size, 1]: the position here that gets logits     | int64          |
-    | past_key_values.N.key, .value   | [batch_size, kv_heads, C, head_dim]                     | kv_cache.dtype |
-    | -> logits                       | [batch_size, vocab_size]                                | float32        |
-    | -> present.N.key, .value        | as past_key_values                                      | kv_cache.dtype |
 
-    Rows of different lengths are padded on the right; what is written after a row's last token, and what `truncate`
-    drops, is overwritten by its next. A slot is a position, and padding must not pass C either: where it would, the
-    row starts earlier and computes tokens that the cache holds already once more, to the same values.
+def default_variant(manifest: Manifest, device: str) -> str | None:
+    """Return the variant that a device runs where none is named: the first on a CPU, on a GPU the best of `PREFERRED`.
 
-    The graph gives the logits of one position per row, so `all_positions` calls it once for each position; that is
-    meant for verification, not for speed.
+    Raises:
+        BackendError: a GPU, and no variant for it.
     """
-
-    def _empty_cache(self, batch_size: int) -> OrtCache:
-        spec = self.variant.kv_cache
-        return OrtCache((_NOTHING,) * batch_size, _zeros(spec, batch_size, length=spec.max_cache_length))
-
-    def _extend(self, cache: OrtCache, rows: list[Ids], all_positions: bool) -> tuple[list[Logits], OrtCache]:
-        width = max(len(row) for row in rows)
-        tokens = _joined(cache.tokens, rows)
-        starts = np.minimum(np.array(cache.lengths, np.int64), self.max_cache_length - width)  # (B,)
-        ids = np.zeros((len(rows), width), np.int64)
-        for b, (row, start) in enumerate(zip(tokens, starts, strict=True)):
-            window = row[start : start + width]
-            ids[b, : len(window)] = window
-        last = np.array([len(row) for row in tokens], np.int64) - 1 - starts  # (B,): of each row, in this call
-        positions: list[Logits] = []
-        values = cache.values
-        for back in reversed(range(width if all_positions else 1)):
-            index = np.maximum(last - back, 0)[:, None]
-            feeds = {"input_ids": ids, "write_indices": starts, "logit_index": index}
-            logits, values = self._call(feeds, cache.values)  # (B, V)
-            positions.append(logits)
-        wanted = [len(row) if all_positions else 1 for row in rows]
-        by_row = np.stack(positions, axis=1)  # (B, S or 1, V)
-        return [by_row[b, -n:] for b, n in enumerate(wanted)], OrtCache(tokens, values)
-
-    def _shortened(self, cache: OrtCache, lengths: tuple[int, ...]) -> OrtCache:
-        return OrtCache(_cut(cache.tokens, lengths), cache.values)
+    if device == "cpu":
+        return next(iter(manifest.variants), None)
+    for name in PREFERRED:
+        if name in manifest.variants:
+            return name
+    raise BackendError(
+        f"device {device}: the package has {', '.join(manifest.variants)}; export it with --variant {PREFERRED[0]}"
+    )
 
 
 def open_ort(
-    package: Path, variant: Variant, model: ModelSpec, threads: int | None, check: FileCheck | None = None
+    package: Path,
+    variant: Variant,
+    model: ModelSpec,
+    threads: int | None,
+    check: FileCheck | None = None,
+    device: str = "cpu",
 ) -> ConcatRunner | StaticRunner | SharedRunner:
-    """Load a variant's graph, or two, on the CPU execution provider.
+    """Load a variant's graph, or two, on one device.
 
     A prefill graph is loaded in the background; the first step that is meant for it waits until it is there, and raises
     what is wrong with it.
@@ -264,31 +273,50 @@ def open_ort(
         package: the package folder; the caller has checked presence and size of the variant's files.
         variant: which.
         model: the manifest's.
-        threads: of an operator; None leaves it to onnxruntime.
+        threads: of an operator on the CPU; None leaves it to onnxruntime.
         check: compares files of the package with the manifest; called with the graph before it is opened, and with its
             data while it is loaded. None: nothing is checked.
+        device: cpu, cuda or nv-rtx.
 
     Raises:
         IntegrityError: a file is not the one that was exported.
         PackageError: onnxruntime cannot load the graph, or it has other inputs and outputs than the manifest says.
-        BackendError: the CPU execution provider is not there, or cannot hold the cache's dtype.
+        BackendError: the device, its provider or its libraries are not there, or it does not run this variant.
     """
     spec = variant.kv_cache
-    if spec.form not in CACHE_DTYPES:
-        known = ", ".join(CACHE_DTYPES)
+    if spec.form not in CACHE_DTYPES["cpu"]:
+        known = ", ".join(CACHE_DTYPES["cpu"])
         raise PackageError(f"variant {variant.name}: KV cache form {spec.form!r}, this version runs {known}")
-    if spec.dtype not in CACHE_DTYPES[spec.form]:
-        raise BackendError(f"variant {variant.name}: a {spec.dtype} KV cache does not run on {PROVIDER}")
+    if spec.form == "static" and variant.quantization is not None:
+        raise BackendError(
+            f"variant {variant.name}: onnxruntime has no kernel that dequantises to {spec.dtype}; run an engine of it "
+            "with --backend trt_rtx or trt"
+        )
+    if not runs_on(variant, device):
+        others = [name for name in CACHE_DTYPES if runs_on(variant, name)]
+        raise BackendError(
+            f"variant {variant.name}: a {spec.dtype} KV cache does not run on device {device}; "
+            f"it runs on {', '.join(others) or 'none'}, and {_which(device)} run on {device}"
+        )
+    found = find_device(device)
+    capture = device == "cuda" and spec.form == "shared"
+    shapes = compiled_shapes(spec) if device == "nv-rtx" else None
 
     def load(graph: str, data: Sequence[str]) -> ort.InferenceSession:
-        return _load_checked(package, variant, graph, data, threads, check)
+        def opened() -> ort.InferenceSession:
+            return open_session(package / graph, variant, threads, device=found, capture=capture, shapes=shapes)
+
+        return _load_checked(opened, graph, data, check)
 
     session = load(variant.graph, variant.data)
     match spec.form:
         case "concat":
             return ConcatRunner(session, variant, model)
         case "static":
-            return StaticRunner(session, variant, model)
+            return StaticRunner(OrtStaticSession(session, variant, memory=found.memory), variant, model)
+        case _ if found.memory is not None:
+            rows = MAX_COMPILED_ROWS if shapes else None
+            return DeviceRunner(session, variant, model, found.memory, capture=capture, max_rows=rows)
         case _:
             prefill: Future[ort.InferenceSession] | None = None
             if variant.prefill is not None:
@@ -298,17 +326,22 @@ def open_ort(
             return SharedRunner(session, prefill, variant, model)
 
 
+def _which(device: str) -> str:
+    names = {"cpu": "fp32, fp16, q4, q8 and q4f16", "cuda": f"{', '.join(PREFERRED)} and fp32"}
+    return names.get(device, ", ".join(PREFERRED))
+
+
 def _load_checked(
-    package: Path, variant: Variant, graph: str, data: Sequence[str], threads: int | None, check: FileCheck | None
+    load: Callable[[], ort.InferenceSession], graph: str, data: Sequence[str], check: FileCheck | None
 ) -> ort.InferenceSession:
     """Load a graph while its data is checked; what the check finds goes before what onnxruntime says."""
     if check is None:
-        return open_session(package / graph, variant, threads)
+        return load()
     check([graph])
     with ThreadPoolExecutor(max_workers=1) as pool:
         pending = pool.submit(check, data)
         try:
-            return open_session(package / graph, variant, threads)
+            return load()
         finally:
             pending.result()
 

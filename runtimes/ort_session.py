@@ -7,10 +7,9 @@ from pathlib import Path
 import onnxruntime as ort  # type: ignore[import-untyped]
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state  # type: ignore[import-untyped]
 
-from runtimes.errors import BackendError, PackageError, first_names
+from runtimes.errors import PackageError, first_names
 from runtimes.manifest import Variant
-
-PROVIDER = "CPUExecutionProvider"
+from runtimes.ort_devices import Device, Shapes, find_device
 
 # What loading raises; these have no common base but Exception.
 _LOAD_ERRORS = (
@@ -29,32 +28,45 @@ _ERRORS_ONLY = 4  # onnxruntime's log severity "fatal": errors reach the caller 
 
 
 def open_session(
-    graph: Path, variant: Variant, threads: int | None, changed: bytes | None = None
+    graph: Path,
+    variant: Variant,
+    threads: int | None,
+    changed: bytes | None = None,
+    *,
+    device: Device | None = None,
+    capture: bool = False,
+    shapes: Shapes | None = None,
 ) -> ort.InferenceSession:
-    """Load a graph on the CPU execution provider.
+    """Load a graph on one device.
 
     Args:
         graph: the ONNX file; the caller has checked it and its data.
         variant: says which inputs and outputs it must have.
         threads: of an operator; None leaves it to onnxruntime.
-        changed: run this graph instead, on the data of that file.
+        changed: run this graph instead, on the data of that file; without fusions that round in another way.
+        device: where; None means the CPU.
+        capture: prepare it for CUDA graphs, which takes a graph that computes on the device alone.
+        shapes: of its inputs, where the device compiles for some; None: any.
 
     Raises:
         PackageError: onnxruntime cannot load the graph, or it has other inputs and outputs than the manifest says.
-        BackendError: the CPU execution provider is not there.
+        BackendError: onnxruntime runs it elsewhere.
     """
+    device = device or find_device("cpu")
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     if threads is not None:
         options.intra_op_num_threads = threads
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
+    if changed is not None:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
-        session = ort.InferenceSession(graph if changed is None else changed, options, providers=[PROVIDER])
+        providers = device.configure(options, capture=capture, shapes=shapes)
+        source = graph if changed is None else changed
+        session = ort.InferenceSession(source, options, providers=providers, enable_fallback=0)
     except _LOAD_ERRORS as error:
         raise PackageError(f"{graph}: onnxruntime cannot load it ({one_line(error)}); export it again") from error
-    found = session.get_providers()
-    if PROVIDER not in found:
-        raise BackendError(f"onnxruntime gave {', '.join(found)}, expected {PROVIDER}; reinstall 'olmo2-export[cpu]'")
+    device.check(session.get_providers())
     inputs = [*session.get_inputs(), *session.get_overridable_initializers()]
     _check_names(graph, "inputs", [v.name for v in inputs], [t.name for t in variant.inputs])
     _check_names(graph, "outputs", [v.name for v in session.get_outputs()], [t.name for t in variant.outputs])

@@ -5,10 +5,11 @@
 | prefill                        | B rows of n_b token ids, any int    | per row float32 [1, vocab_size]: the last   |
 | prefill, all_positions=True    | the same                            | per row float32 [n_b, vocab_size]           |
 | decode                         | B token ids, any int                | float32 [B, vocab_size]                     |
+| decode_top                     | B token ids, any int                | int64, float32 [B, top_k]: the likeliest    |
 | decode_block                   | n token ids, any int, for one row   | float32 [n, vocab_size]                     |
 | truncate                       | B lengths, any int                  | nothing: row b keeps its first tokens       |
 
-The graphs behind it are described where they are called: `ort_runner.py` and `trt_runner.py`.
+The graphs behind it are described where they are called: `ort_runner.py`, `shared_runner.py`, `static_runner.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, Protocol, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from runtimes.errors import ContextLengthError, InputError, NumericError
+from runtimes.errors import ContextLengthError, InputError, NumericError, UsageError
 from runtimes.manifest import ModelSpec, Variant
 
 Logits: TypeAlias = npt.NDArray[np.float32]
@@ -38,6 +39,8 @@ class Runner(Protocol):
     model: ModelSpec
     max_cache_length: int
     """tokens a row can hold"""
+    top_k: int
+    """candidates that `decode_top` gives; 0: the graph picks none, use `decode`"""
 
     @property
     def cache_lengths(self) -> tuple[int, ...]:
@@ -82,6 +85,24 @@ class Runner(Protocol):
         Raises:
             InputError: the cache is empty; otherwise as `prefill`.
             ContextLengthError, NumericError: as `prefill`.
+        """
+        ...
+
+    def decode_top(self, token_ids: TokenIds) -> tuple[Ids, Logits]:
+        """Append one token to every row of the cache, and leave the logits where they were computed.
+
+        For graphs on a device: a step moves a few bytes instead of the logits of the whole vocabulary.
+
+        Args:
+            token_ids: one id per row.
+
+        Returns:
+            int64 and float32 [B, top_k]: the ids with the largest logits, largest first, and these; among equal
+            logits the lower id is first.
+
+        Raises:
+            UsageError: the graph picks no candidates (`top_k` is 0).
+            InputError, ContextLengthError, NumericError: as `decode`.
         """
         ...
 
@@ -180,6 +201,11 @@ def check_token_ids(token_ids: TokenIds, cache_lengths: tuple[int, ...]) -> list
     if not isinstance(token_ids, (Sequence, np.ndarray)):
         raise InputError(f"expected a sequence with one token id per row, found {type(token_ids).__name__}")
     return [[token] for token in token_ids]
+
+
+def no_candidates(variant: Variant) -> UsageError:
+    """Return what `decode_top` raises on a graph that picks no candidates."""
+    return UsageError(f"variant {variant.name}: its graph picks no candidates; use decode")
 
 
 def check_lengths(lengths: Sequence[int], cache_lengths: tuple[int, ...]) -> tuple[int, ...]:

@@ -50,6 +50,11 @@ class Sampler:
         """Whether the most probable token is always taken."""
         return self.temperature < _GREEDY_BELOW or self.top_k == 1
 
+    @property
+    def candidates(self) -> int:
+        """How many of the largest logits `choose` needs to draw what `__call__` would draw of all; 0: all of them."""
+        return 1 if self.greedy else self.top_k + 1 if self.top_k else 0
+
     def __call__(self, logits: npt.NDArray[np.floating[Any]]) -> int:
         """Draw one token.
 
@@ -65,10 +70,31 @@ class Sampler:
         """
         if self.greedy:
             return int(_check(logits).argmax())
-        ids, weights = self._survivors(logits)
-        cumulative = weights.cumsum()
-        drawn = cumulative.searchsorted(self._random.random() * cumulative[-1], side="right")
-        return int(ids[min(int(drawn), len(ids) - 1)])
+        return self._draw(*self._survivors(logits))
+
+    def choose(self, ids: npt.NDArray[np.int64], logits: npt.NDArray[np.floating[Any]]) -> int | None:
+        """Draw one token when only the largest logits are known, as `__call__` would with the same seed.
+
+        Args:
+            ids: int64 [n] of n >= `candidates` tokens, the likeliest first and the lower id first among equals.
+            logits: float [n], theirs.
+
+        Returns:
+            The token id; None, and nothing was drawn, where the k-th largest logit equals the last one that is known:
+            others may equal it too.
+
+        Raises:
+            InputError, NumericError: as `__call__`.
+        """
+        if self.greedy:
+            _check(logits)
+            return int(ids[0])
+        if not logits[-1] < logits[self.top_k - 1]:
+            _check(logits)
+            return None
+        order = np.argsort(ids)  # in which the survivors of all logits come
+        survivors, weights = self._survivors(logits[order])
+        return self._draw(ids[order][survivors], weights)
 
     def probabilities(self, logits: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
         """Return the distribution that `__call__` draws from.
@@ -89,6 +115,11 @@ class Sampler:
             ids, weights = self._survivors(logits)
             result[ids] = weights / weights.sum()
         return result
+
+    def _draw(self, ids: npt.NDArray[np.integer[Any]], weights: npt.NDArray[np.float64]) -> int:
+        cumulative = weights.cumsum()
+        drawn = cumulative.searchsorted(self._random.random() * cumulative[-1], side="right")
+        return int(ids[min(int(drawn), len(ids) - 1)])
 
     def _survivors(self, logits: npt.NDArray[np.floating[Any]]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
         """Return the ids that can be drawn and their weights, which need not sum to 1."""

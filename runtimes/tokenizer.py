@@ -13,7 +13,8 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from runtimes.errors import InputError, PackageError
-from runtimes.manifest import check_files, load_manifest
+from runtimes.manifest import load_manifest
+from runtimes.sealed import check_files
 
 _TOKENIZER = "tokenizer.json"
 _CONFIGS = ("generation_config.json", "config.json")

@@ -29,6 +29,7 @@ class ScriptedRunner:
     """A runner whose most probable next tokens are those of a script, one per call since it was last reset."""
 
     model = SimpleNamespace(vocab_size=VOCAB)
+    top_k = 0
 
     def __init__(self, script: Sequence[int], max_cache_length: int = 64) -> None:
         self.script = list(script)
@@ -389,3 +390,59 @@ def test_same_seed_gives_the_same_text(demo_package: Path, tokenizer: Tokenizer)
 
         assert text(1) == text(1)
         assert text(1) != text(2)
+
+
+class CandidateRunner:
+    """A runner that picks candidates, from another's logits."""
+
+    def __init__(self, runner: Runner, top_k: int, step: float) -> None:
+        self.runner, self.top_k, self.step = runner, top_k, step
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.runner, name)
+
+    def rounded(self, logits: np.ndarray) -> np.ndarray:
+        return np.round(logits / self.step).astype(np.float32) * np.float32(self.step)
+
+    def prefill(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        return [self.rounded(logits) for logits in self.runner.prefill(sequences)]
+
+    def decode(self, token_ids: Sequence[int]) -> np.ndarray:
+        self.calls.append("decode")
+        return self.rounded(self.runner.decode(token_ids))
+
+    def decode_top(self, token_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        self.calls.append("decode_top")
+        logits = self.rounded(self.runner.decode(token_ids))
+        ids = np.argsort(-logits, axis=1, kind="stable")[:, : self.top_k]
+        return ids, np.take_along_axis(logits, ids, axis=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "top_k", "used"),
+    [
+        ({}, 1, True),
+        ({}, 0, False),
+        ({"temperature": 0.9, "top_k": 3}, 4, True),
+        ({"temperature": 0.9, "top_k": 3}, 3, False),  # others may equal the third
+        ({"temperature": 0.9, "top_k": 3, "top_p": 0.7}, 9, True),
+        ({"temperature": 0.9}, 9, False),
+        ({"temperature": 0.9, "top_p": 0.7}, 9, False),
+    ],
+)
+def test_candidates_of_the_graph_give_the_same_text(
+    demo_runner: Runner, tokenizer: Tokenizer, options: dict[str, Any], top_k: int, used: bool
+) -> None:
+    """Over seeds, with logits rounded to halves, so that some steps have to be computed again for all of them."""
+    recomputed = 0
+    for seed in range(4):
+        texts = []
+        for k in (0, top_k):
+            runner: Any = CandidateRunner(demo_runner, k, 0.5)
+            sampler = Sampler(**options, seed=seed)
+            texts.append(fresh(runner, tokenizer, "And God saw", sampler=sampler, max_new_tokens=20).token_ids)
+        assert texts[0] == texts[1]
+        assert ("decode_top" in runner.calls) is used
+        recomputed += runner.calls.count("decode") if used else 0
+    assert bool(recomputed) is (used and options != {})

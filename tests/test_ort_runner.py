@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
 from transformers import Olmo2ForCausalLM
 
 import runtimes
@@ -30,8 +29,9 @@ from runtimes.errors import (
     UsageError,
     VariantNotFoundError,
 )
-from runtimes.manifest import MANIFEST_NAME, hash_files, load_manifest, read_sealed, seal
+from runtimes.manifest import MANIFEST_NAME, load_manifest
 from runtimes.ort_runner import OrtRunner
+from runtimes.sealed import read_sealed, seal
 
 VOCAB, CONTEXT = 131, 256
 LENGTHS = (17, 5, 29)
@@ -394,8 +394,10 @@ def test_closed_runner_is_refused(tiny_package: Path) -> None:
 def test_unknown_variant_and_backend_name_what_there_is(tiny_package: Path, tmp_path: Path) -> None:
     with pytest.raises(VariantNotFoundError, match=r"no variant 'q9'; it has fp32"):
         open_runner(tiny_package, variant="q9")
-    with pytest.raises(BackendError, match=r"backend 'cuda': there is ort"):
+    with pytest.raises(BackendError, match=r"backend 'cuda': there is ort, trt_rtx, trt"):
         open_runner(tiny_package, backend="cuda")  # type: ignore[arg-type]
+    with pytest.raises(BackendError, match=r"device 'gpu': there is cpu, cuda, nv-rtx"):
+        open_runner(tiny_package, device="gpu")  # type: ignore[arg-type]
     with pytest.raises(PackageNotFoundError):
         open_runner(tmp_path)
 
@@ -480,177 +482,3 @@ def test_wrong_kv_head_count_in_the_manifest_is_an_error_and_not_a_crash(copy: P
     edit_manifest(copy, change)
     with open_runner(copy) as runner, pytest.raises(FailedError, match=r"onnxruntime failed in onnx/model\.onnx"):
         runner.prefill([[1]])
-
-
-# The static form, on a one-layer model that is small enough to write down twice
-
-STATIC_VOCAB, CAPACITY, HEADS, HEAD_DIM = 13, 11, 2, 3
-WIDTH = HEADS * HEAD_DIM
-
-
-def static_weights() -> dict[str, np.ndarray]:
-    random = np.random.default_rng(3)
-    shapes = {"embed": (STATIC_VOCAB, WIDTH), "place": (CAPACITY, WIDTH), "head": (WIDTH, STATIC_VOCAB)}
-    return {name: random.normal(0, 1, shape).astype(np.float32) for name, shape in shapes.items()}
-
-
-def static_reference(ids: np.ndarray) -> np.ndarray:
-    """The same model in numpy, without any cache: float32 [len(ids), STATIC_VOCAB]."""
-    w = static_weights()
-    x = (w["embed"][ids] + w["place"][: len(ids)]).astype(np.float64)
-    heads = x.reshape(len(ids), HEADS, HEAD_DIM).transpose(1, 0, 2)
-    scores = heads @ heads.transpose(0, 2, 1)
-    scores[:, np.triu(np.ones((len(ids), len(ids)), bool), 1)] = -np.inf
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    mixed = weights / weights.sum(-1, keepdims=True) @ (heads * 2)
-    return (mixed.transpose(1, 0, 2).reshape(len(ids), WIDTH) @ w["head"]).astype(np.float32)
-
-
-def static_graph() -> onnx.ModelProto:
-    """past.key holds x by head, past.value twice that; slot = position."""
-    cache = ["batch_size", HEADS, CAPACITY, HEAD_DIM]
-    constants = {
-        **static_weights(),
-        "zero": np.array(0),
-        "one": np.array(1),
-        "two": np.array(2.0, np.float32),
-        "axis1": np.array([1]),
-        "split": np.array([0, 0, HEADS, HEAD_DIM]),
-        "join": np.array([0, 0, WIDTH]),
-        "slots": np.arange(CAPACITY),
-        "hidden": np.array(-np.inf, np.float32),
-    }
-    steps = [
-        ("Shape", ["input_ids"], "shape", {"start": 1, "end": 2}),
-        ("Squeeze", ["shape"], "length", {}),
-        ("Range", ["zero", "length", "one"], "range", {}),
-        ("Unsqueeze", ["write_indices", "axis1"], "start", {}),
-        ("Add", ["start", "range"], "wide_positions", {}),
-        ("Gather", ["embed", "input_ids"], "embedded", {}),
-        ("Gather", ["place", "wide_positions"], "placed", {}),  # out of range beyond the capacity: onnxruntime refuses
-        ("Add", ["embedded", "placed"], "x", {}),
-        ("Reshape", ["x", "split"], "by_head", {}),
-        ("Transpose", ["by_head"], "q", {"perm": [0, 2, 1, 3]}),
-        ("Mul", ["q", "two"], "v", {}),
-        ("TensorScatter", ["past_key_values.0.key", "q", "write_indices"], "present.0.key", {"axis": -2}),
-        ("TensorScatter", ["past_key_values.0.value", "v", "write_indices"], "present.0.value", {"axis": -2}),
-        ("Transpose", ["present.0.key"], "k_t", {"perm": [0, 1, 3, 2]}),
-        ("MatMul", ["q", "k_t"], "scores", {}),
-        ("Unsqueeze", ["wide_positions", "axis1"], "positions_1", {}),
-        ("Transpose", ["positions_1"], "positions_t", {"perm": [0, 2, 1]}),
-        ("LessOrEqual", ["slots", "positions_t"], "seen_3", {}),  # (B, S, C)
-        ("Unsqueeze", ["seen_3", "axis1"], "seen", {}),
-        ("Where", ["seen", "scores", "hidden"], "masked", {}),
-        ("Softmax", ["masked"], "weights", {"axis": -1}),
-        ("MatMul", ["weights", "present.0.value"], "mixed", {}),
-        ("Transpose", ["mixed"], "mixed_t", {"perm": [0, 2, 1, 3]}),
-        ("Reshape", ["mixed_t", "join"], "joined", {}),
-        ("GatherND", ["joined", "logit_index"], "row", {"batch_dims": 1}),
-        ("MatMul", ["row", "head"], "logits", {}),
-    ]
-    graph = helper.make_graph(
-        [helper.make_node(op, inputs, [output], **attributes) for op, inputs, output, attributes in steps],
-        "static",
-        [
-            helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"]),
-            helper.make_tensor_value_info("write_indices", TensorProto.INT64, ["batch_size"]),
-            helper.make_tensor_value_info("logit_index", TensorProto.INT64, ["batch_size", 1]),
-            *(
-                helper.make_tensor_value_info(f"past_key_values.0.{k}", TensorProto.FLOAT, cache)
-                for k in ("key", "value")
-            ),
-        ],
-        [
-            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch_size", STATIC_VOCAB]),
-            *(helper.make_tensor_value_info(f"present.0.{k}", TensorProto.FLOAT, cache) for k in ("key", "value")),
-        ],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
-
-
-@pytest.fixture(scope="module")
-def static_runner_shared(tiny_package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OrtRunner]:
-    package = tmp_path_factory.mktemp("static")
-    model = static_graph()
-    (package / "trt").mkdir()
-    onnx.save(model, package / "trt/static.onnx")
-
-    def specs(values: Any) -> list[dict[str, Any]]:
-        return [{"name": v.name, "dtype": "float32", "shape": []} for v in values]
-
-    manifest = read_sealed(tiny_package / MANIFEST_NAME)
-    manifest["model"] |= {"vocab_size": STATIC_VOCAB, "max_position_embeddings": CAPACITY}
-    variant = manifest["variants"].pop("fp32")
-    variant |= {"name": "trt_fp32", "graph": "trt/static.onnx", "data": [], "opset": 24}
-    variant |= {"inputs": specs(model.graph.input), "outputs": specs(model.graph.output)}
-    sizes = {"num_layers": 1, "num_key_value_heads": HEADS, "head_dim": HEAD_DIM, "max_cache_length": CAPACITY}
-    variant["kv_cache"] |= {"form": "static", **sizes}
-    manifest["variants"]["trt_fp32"] = variant
-    manifest["files"] = {name: vars(e) for name, e in hash_files(package, ["trt/static.onnx"]).items()}
-    (package / MANIFEST_NAME).write_bytes(seal(manifest))
-    with open_runner(package, threads=1) as runner:
-        yield runner
-
-
-@pytest.fixture
-def static_runner(static_runner_shared: OrtRunner) -> OrtRunner:
-    static_runner_shared.reset()
-    return static_runner_shared
-
-
-@pytest.mark.parametrize("all_positions", [True, False])
-@pytest.mark.parametrize("seed", range(4))
-def test_static_ragged_chunks_and_decode_equal_the_definition(
-    static_runner: OrtRunner, seed: int, all_positions: bool
-) -> None:
-    random = np.random.default_rng(seed)
-    sequences = [random.integers(0, STATIC_VOCAB, n) for n in (11, 6, 8)]
-    reference = [static_reference(ids) for ids in sequences]
-    cuts = [np.sort(random.choice(np.arange(1, len(ids) - 1), 2, replace=False)) for ids in sequences]
-    for chunk in range(3):
-        bounds = [[0, *c, len(ids) - 1][chunk : chunk + 2] for ids, c in zip(sequences, cuts, strict=True)]
-        parts = [ids[a:b] for ids, (a, b) in zip(sequences, bounds, strict=True)]
-        found = static_runner.prefill(parts, all_positions=all_positions)
-        for logits, expected, (a, b) in zip(found, reference, bounds, strict=True):
-            close(logits, expected[a if all_positions else b - 1 : b])
-        assert static_runner.cache_lengths == tuple(b for _, b in bounds)
-    logits = static_runner.decode([int(ids[-1]) for ids in sequences])
-    close(logits, np.stack([expected[-1] for expected in reference]))
-    assert static_runner.cache_lengths == (11, 6, 8)
-
-
-@pytest.mark.parametrize("all_positions", [True, False])
-def test_static_padding_that_would_pass_the_capacity_does_not(static_runner: OrtRunner, all_positions: bool) -> None:
-    random = np.random.default_rng(9)
-    first, second, third = (random.integers(0, STATIC_VOCAB, n) for n in (11, 9, 10))
-    static_runner.prefill([first[:10], second[:1], third[:7]])
-    # widths 1, 8 and 3: padded to 8, the first row would end at slot 18 of 11
-    found = static_runner.prefill([first[10:], second[1:9], third[7:10]], all_positions=all_positions)
-    ends = [(first, 1), (second, 8), (third, 3)]
-    for logits, (ids, new) in zip(found, ends, strict=True):
-        close(logits, static_reference(ids)[-new if all_positions else -1 :])
-    assert static_runner.cache_lengths == (11, 9, 10)
-
-
-def test_static_capacity_is_the_limit(static_runner: OrtRunner) -> None:
-    ids = np.random.default_rng(2).integers(0, STATIC_VOCAB, CAPACITY)
-    close(static_runner.prefill([ids])[0], static_reference(ids)[-1:])
-    with pytest.raises(ContextLengthError, match=r"11 tokens in the cache and 1 new ones make 12, at most 11"):
-        static_runner.decode([1])
-
-
-@pytest.mark.parametrize("kept", [(9, 5, 7), (2, 5, 0), (0, 0, 0), (8, 1, 3)])
-def test_static_truncated_rows_continue_like_fresh_ones(static_runner: OrtRunner, kept: tuple[int, ...]) -> None:
-    random = np.random.default_rng(5)
-    sequences = [random.integers(0, STATIC_VOCAB, n) for n in (10, 6, 8)]
-    wrong = [np.concatenate([ids[:n], (ids[n:] + 1) % STATIC_VOCAB]) for ids, n in zip(sequences, kept, strict=True)]
-    static_runner.prefill(wrong)
-    static_runner.truncate(kept)
-    assert static_runner.cache_lengths == kept
-    found = static_runner.prefill([ids[n:] for ids, n in zip(sequences, kept, strict=True)], all_positions=True)
-    for logits, ids, n in zip(found, sequences, kept, strict=True):
-        close(logits, static_reference(ids)[n:])
-    assert [row.tolist() for row in static_runner.cached_tokens] == [ids.tolist() for ids in sequences]
-    with pytest.raises(InputError, match="row 1: cannot keep 7 tokens"):
-        static_runner.truncate([1, 7, 1])

@@ -47,6 +47,19 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: in
     return err
 
 
+def test_what_the_runners_say_goes_to_stderr() -> None:
+    code = """
+import logging
+from runtimes.cli import main
+assert main(["generate", "nowhere", "--prompt", "x"]) == 2
+logging.getLogger("runtimes.trt_runner").info("a budget")
+logging.getLogger("runtimes.nvidia").debug("a detail")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[1:] == ["a budget"]
+
+
 def test_text_goes_to_stdout_and_nothing_else(
     demo_package: Path, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,12 +130,24 @@ def test_variant_backend_and_threads_are_used(
         return open_runner(package, **options)
 
     monkeypatch.setattr(cli, "open_runner", spy)
-    flags = ["--variant", "fp32", "--backend", "ort", "--threads", "1", "--skip-hash-check", "--max-new-tokens", "24"]
+    flags = [
+        "--variant",
+        "fp32",
+        "--backend",
+        "ort",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--skip-hash-check",
+        "--max-new-tokens",
+        "24",
+    ]
     assert main(["generate", str(demo_package), "--prompt", PROMPT, *flags]) == 0
     assert capsys.readouterr().out == expected + "\n"
-    assert seen == {"variant": "fp32", "backend": "ort", "threads": 1, "check_hashes": False}
+    assert seen == {"variant": "fp32", "backend": "ort", "device": "cpu", "threads": 1, "check_hashes": False}
     assert main(["generate", str(demo_package), "--prompt", PROMPT, "--max-new-tokens", "1"]) == 0
-    assert seen == {"variant": None, "backend": "ort", "threads": None, "check_hashes": True}
+    assert seen == {"variant": None, "backend": "ort", "device": None, "threads": None, "check_hashes": True}
 
 
 REPEATING = "And God saw the light, that it was good. " * 6 + "And God saw"
@@ -174,7 +199,7 @@ def test_draft_model_is_opened_like_the_model(demo_package: Path, monkeypatch: p
     monkeypatch.setattr(cli, "open_runner", spy)
     flags = ["--variant", "fp32", "--threads", "1", "--skip-hash-check", "--max-new-tokens", "3"]
     assert main(["generate", str(demo_package), "--prompt", "x", "--draft", f"{demo_package}/", *flags]) == 0
-    same = {"backend": "ort", "threads": 1, "check_hashes": False}
+    same = {"backend": "ort", "device": None, "threads": 1, "check_hashes": False}
     assert seen == [(str(demo_package), {"variant": "fp32", **same}), (f"{demo_package}/", same)]
 
 
@@ -213,7 +238,11 @@ def test_default_length_gives_way_to_the_context_and_an_asked_one_does_not(
         (["--top-p", "0"], "top_p 0.0"),
         (["--seed", "-1"], "seed -1"),
         (["--stop", ""], "none of them empty"),
-        (["--backend", "cuda"], "backend 'cuda': there is ort"),
+        (["--backend", "cuda"], "backend 'cuda': there is ort, trt_rtx, trt"),
+        (["--device", "gpu"], "device 'gpu': there is cpu, cuda, nv-rtx"),
+        (["--backend", "trt", "--device", "cpu"], "device cpu: backend trt runs on the GPU, as device cuda"),
+        (["--backend", "trt_rtx", "--threads", "2"], "threads 2: backend trt_rtx runs on the GPU; leave them out"),
+        (["--backend", "trt_rtx"], "no engine for backend trt_rtx, it has none; run: olmo2-export build "),
         (["--variant", "q9"], "no variant 'q9'; it has fp32"),
         (["--threads", "0"], "threads 0"),
         (["--speculate", "guess"], "invalid choice: 'guess'"),
@@ -302,6 +331,7 @@ def test_defaults() -> None:
         "seed": None,
         "stop": [],
         "backend": "ort",
+        "device": None,
         "threads": None,
         "speculate": "none",
         "draft": None,

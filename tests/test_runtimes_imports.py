@@ -17,11 +17,15 @@ MODULES = sorted(p.stem for p in FOLDER.glob("*.py"))
 FORBIDDEN = {"torch", "transformers", "onnx", "olmo2_export"}
 # Each file imports only from the groups before its own.
 ORDER = [
-    {"errors", "signals", "threads"},
+    {"errors", "signals", "threads", "jit_cache"},
+    {"sealed"},
     {"manifest"},
-    {"runner", "sampling", "tokenizer", "nvidia"},
-    {"ort_session", "speculate"},
-    {"shared_runner"},
+    {"runner", "sampling", "tokenizer", "nvidia", "cuda"},
+    {"ort_devices", "speculate", "row_runner"},
+    {"ort_session"},
+    {"shared_runner", "static_runner"},
+    {"device_runner"},
+    {"trt_session", "ort_static"},
     {"ort_runner", "trt_runner"},
     {"__init__"},
     {"generate"},
@@ -29,7 +33,11 @@ ORDER = [
     {"__main__"},
 ]
 # The files that may import a library, at their top; whoever needs one of them imports it in a `match` case.
-OWNERS = {"onnxruntime": {"ort_session", "shared_runner", "ort_runner"}, "tokenizers": {"tokenizer"}}
+OWNERS = {
+    "onnxruntime": {"ort_devices", "ort_session", "shared_runner", "device_runner", "ort_static", "ort_runner"},
+    "tokenizers": {"tokenizer"},
+    "cuda": {"cuda"},
+}
 
 BLOCKER = """
 import sys

@@ -179,3 +179,62 @@ def test_numpy_numbers_are_options_too() -> None:
 def test_options_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         Sampler().temperature = 1.0
+
+
+def largest(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a graph picks: the likeliest ids, the lower first among equals, and their logits."""
+    ids = np.argsort(-logits, kind="stable")[:count]
+    return ids, logits[ids]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.7, "top_k": 1},
+        {"temperature": 0.7, "top_k": 2},
+        {"temperature": 1.3, "top_k": 5},
+        {"temperature": 1.3, "top_k": 7, "top_p": 0.8},
+        {"temperature": 2.0, "top_k": 3, "top_p": 0.05},
+    ],
+)
+@pytest.mark.parametrize("step", [0.0, 0.125], ids=["float32", "ties"])
+def test_candidates_give_the_tokens_that_all_logits_give(options: dict[str, float], step: float) -> None:
+    """Logits of a bfloat16 head have steps of 0.125 between 16 and 32, so that ties are common."""
+    random = np.random.default_rng(1)
+    undecided = 0
+    for seed in range(300):
+        whole, few = Sampler(seed=seed, **options), Sampler(seed=seed, **options)  # type: ignore[arg-type]
+        for _ in range(3):
+            logits = random.normal(0, 2, VOCAB).astype(np.float32)
+            logits = np.round(logits / step).astype(np.float32) * np.float32(step) if step else logits
+            chosen = few.choose(*largest(logits, 8))
+            if chosen is None:
+                undecided += 1
+                assert largest(logits, 8)[1][int(options["top_k"]) - 1] == largest(logits, 8)[1][-1]
+                chosen = few(logits)
+            assert chosen == whole(logits)
+    assert undecided < 500
+    assert step or undecided == 0
+
+
+def test_candidates_that_are_needed() -> None:
+    assert Sampler().candidates == Sampler(0.7, top_k=1).candidates == 1
+    assert Sampler(0.7, top_k=5).candidates == 6
+    assert Sampler(0.7).candidates == Sampler(0.7, top_p=0.9).candidates == 0
+
+
+def test_tie_with_the_last_candidate_is_undecided_and_draws_nothing() -> None:
+    sampler = Sampler(1.0, top_k=2, seed=3)
+    ids = np.array([4, 2, 7])
+    assert sampler.choose(ids, np.array([3.0, 1.0, 1.0], np.float32)) is None
+    again = Sampler(1.0, top_k=2, seed=3)
+    decided = np.array([3.0, 2.5, 1.0], np.float32)
+    assert [sampler.choose(ids, decided) for _ in range(9)] == [again.choose(ids, decided) for _ in range(9)]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 2}])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_candidates_that_are_no_numbers_give_no_token(options: dict[str, float], value: float) -> None:
+    with pytest.raises(NumericError):
+        Sampler(**options).choose(np.array([4, 2, 7]), np.full(3, value, np.float32))  # type: ignore[arg-type]

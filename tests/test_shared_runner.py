@@ -14,7 +14,7 @@ from olmo2_export import package as package_module
 from olmo2_export.checkpoint import open_checkpoint
 from olmo2_export.package import export
 from olmo2_export.variants import Options
-from runtimes import open_runner, shared_runner
+from runtimes import open_runner, row_runner, shared_runner
 from runtimes.errors import ContextLengthError, InputError, IntegrityError, NumericError, UsageError
 from runtimes.generate import generate
 from runtimes.sampling import Sampler
@@ -178,7 +178,7 @@ def test_a_call_that_fails_changes_nothing(runner: SharedRunner, monkeypatch: py
     wanted = runner.decode([8])
     runner.truncate([30])
     with monkeypatch.context() as patch:
-        patch.setattr(shared_runner, "check_finite", _not_finite)
+        patch.setattr(row_runner, "check_finite", _not_finite)
         for call in (
             lambda: runner.decode([9]),
             lambda: runner.prefill([tokens(40)]),

@@ -36,6 +36,7 @@ class FakeRunner:
     ) -> None:
         self.logits_of, self.cost, self.max_cache_length = logits_of, cost, max_cache_length
         self.model = SimpleNamespace(vocab_size=vocab_size)
+        self.top_k = 0
         self.now = 0.0
         self.rows: list[int] = []
         self.held: list[int] | None = None

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from runtimes.errors import InputError, IntegrityError, PackageError, PackageNotFoundError
-from runtimes.manifest import MANIFEST_NAME, hash_files, read_sealed, seal
+from runtimes.manifest import MANIFEST_NAME
+from runtimes.sealed import hash_files, read_sealed, seal
 from runtimes.tokenizer import Tokenizer
 
 TEXTS = {
