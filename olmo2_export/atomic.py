@@ -45,7 +45,7 @@ def locked(target: Path) -> Iterator[None]:
             handle.seek(0)
             holder = handle.read().strip() or "unknown"
             handle.close()
-            raise ResourceError(f"{target}: locked by pid {holder}; wait for it, or choose another --out") from error
+            raise ResourceError(f"{target}: locked by pid {holder}; wait for it, or use another folder") from error
         if path.exists() and os.fstat(handle.fileno()).st_ino == path.stat().st_ino:
             break
         handle.close()  # its last holder removed it between our open and our lock

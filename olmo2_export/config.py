@@ -27,7 +27,8 @@ _MAX_CONTEXT = 1 << 22
 _NEUTRAL = frozenset(
     "_attn_implementation_autoset _name_or_path architectures attention_dropout bos_token_id chunk_size_feed_forward "
     "dtype eos_token_id id2label initializer_range is_decoder label2id layer_norm_eps output_attentions "
-    "output_hidden_states pad_token_id problem_type return_dict torch_dtype transformers_version use_cache".split()
+    "output_hidden_states pad_token_id problem_type return_dict torch_dtype transformers.js_config "
+    "transformers_version use_cache".split()
 )
 # Fields of other models that would change them: absent, null or false is fine, anything else is refused.
 _INEXPRESSIBLE = frozenset(

@@ -24,7 +24,7 @@ from functools import lru_cache
 import numpy as np
 import onnx_ir as ir
 
-from olmo2_export.fuse import ONNXRUNTIME, apply, check_op_counts
+from olmo2_export.fuse import ONNXRUNTIME, Pass, apply, check_op_counts
 from olmo2_export.fuse.gather_block_quantized import gather_block_quantized
 from olmo2_export.fuse.matmul_integer import matmul_integer
 from olmo2_export.fuse.matmul_nbits import matmul_nbits
@@ -56,22 +56,22 @@ def shared_outputs(model: ModelSpec, cache: KVCacheSpec) -> tuple[TensorSpec, ..
     )
 
 
-def shared_graph(portable: ir.Model, model: ModelSpec) -> ir.Model:
+def shared_graph(portable: ir.Model, model: ModelSpec, passes: list[Pass] = ONNXRUNTIME) -> ir.Model:
     """Return the portable graph with its operators fused and its cache shared; weights and their names stay.
 
     Args:
         portable: as `trace` returns it, without weights; left as it is.
         model: the model's shape.
+        passes: the fusions, each of one operator per layer; `DEVICE` for GPUs.
 
     Raises:
         FusionError: a pass did not find what it must find.
     """
     fused = portable.clone()
-    layers = model.num_hidden_layers
-    applied = apply(fused, ONNXRUNTIME)
-    for name, expected in {"group_query_attention": layers, "quick_gelu": layers}.items():
-        if applied[name] != expected:
-            raise FusionError(f"graph {fused.graph.name}: {name}: expected {expected}, applied {applied[name]} times")
+    expected = model.num_hidden_layers
+    for name, count in apply(fused, passes).items():
+        if name != "drop_unused" and count != expected:
+            raise FusionError(f"graph {fused.graph.name}: {name}: expected {expected}, applied {count} times")
     return fused
 
 
@@ -89,7 +89,7 @@ def decode_graph(shared: ir.Model, weights: QuantizedWeights, model: ModelSpec) 
     graph = shared.clone()
     gather_block_quantized(graph, weights.formats)
     matmul_nbits(graph, weights.formats)
-    _attach(graph, weights)
+    attach_blocks(graph, weights)
     linears = _LINEARS_PER_LAYER * model.num_hidden_layers
     return graph, check_op_counts(graph, _expected(model) | {"com.microsoft::MatMulNBits": linears + 1, "MatMul": 0})
 
@@ -108,7 +108,7 @@ def prefill_graph(
     gather_block_quantized(graph, weights.formats)
     matmul_nbits(graph, kept)
     matmul_integer(graph, weights.formats.keys() - kept.keys() - {EMBEDDING})
-    _attach(graph, weights)
+    attach_blocks(graph, weights)
     linears = _LINEARS_PER_LAYER * model.num_hidden_layers - len(kept) + 1
     expected = {"com.microsoft::MatMulNBits": len(kept), "MatMulInteger": linears, "MatMul": 0}
     return graph, check_op_counts(graph, _expected(model) | expected)
@@ -188,7 +188,7 @@ def _expected(model: ModelSpec) -> dict[str, int]:
     }
 
 
-def _attach(model: ir.Model, weights: QuantizedWeights) -> None:
+def attach_blocks(model: ir.Model, weights: QuantizedWeights) -> None:
     """Give the quantised initializers lazy tensors; the parts of a weight are written in a row: it is made once."""
 
     @lru_cache(maxsize=1)

@@ -24,10 +24,12 @@ import torch
 from olmo2_export.atomic import replace_folder
 from olmo2_export.checkpoint import TEXT_FILES, Checkpoint
 from olmo2_export.config import ModelConfig, check_token_ids, read_json_object
+from olmo2_export.device_graph import DTYPES
 from olmo2_export.model import Olmo2ForCausalLM
 from olmo2_export.variants import SPOOL, VARIANTS, Options, VariantWriter, check_variants
 from runtimes.errors import CheckpointError, ConfigError
-from runtimes.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, Source, hash_files, seal, to_document
+from runtimes.manifest import MANIFEST_NAME, Manifest, Source, to_document
+from runtimes.sealed import FORMAT_VERSION, hash_files, seal
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +148,7 @@ def _genai_config(config: ModelConfig, ids: dict[str, Any], variants: list[str])
     """
     variant = "fp32" if "fp32" in variants else variants[0]
     shared = variant != "fp32"
+    providers: list[dict[str, Any]] = [{"cuda": {}}] if variant in DTYPES else []
     eos = ids.get("eos_token_id")
     first_eos = eos[0] if isinstance(eos, list) and eos else eos
     tokens = {
@@ -161,7 +164,7 @@ def _genai_config(config: ModelConfig, ids: dict[str, Any], variants: list[str])
             "vocab_size": config.vocab_size,
             "decoder": {
                 "filename": VARIANTS[variant],
-                "session_options": {"provider_options": []},
+                "session_options": {"provider_options": providers},
                 "head_size": config.head_dim,
                 "hidden_size": config.hidden_size,
                 "num_attention_heads": config.num_attention_heads,

@@ -1,7 +1,7 @@
 """Write one variant into the folder of a package in the making: its graph or two, and its entry in the manifest.
 
 fp32 is the portable graph. q4 and q8 have a decode graph with weights in blocks of 4 or 8 bits and, where a quality
-gate lets it pass, a prefill graph that multiplies int8 by int8.
+gate lets it pass, a prefill graph that multiplies int8 by int8. bf16, fp16 and q4f16 are for GPUs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
-from olmo2_export.fuse import check_op_counts
+from olmo2_export.device_graph import DTYPE_NAMES, DTYPES, device_graph, device_outputs
+from olmo2_export.fuse import DEVICE, check_op_counts
 from olmo2_export.fuse.quantized_kv_cache import quantized_kv_cache
 from olmo2_export.graph_files import attach_weights, save_graph
 from olmo2_export.ort_graph import decode_graph, prefill_graph, shared_graph, shared_inputs, shared_outputs
@@ -28,7 +29,7 @@ from olmo2_export.quality import broken_limits, gate, measure_quality, quality_t
 from olmo2_export.quantize.blocks import BlockFormat
 from olmo2_export.quantize.calibration import calibration_tokens
 from olmo2_export.quantize.kv_cache import kv_cache_scales
-from olmo2_export.quantize.names import weight_shapes
+from olmo2_export.quantize.names import EMBEDDING, weight_shapes
 from olmo2_export.quantize.recipes import (
     CALIBRATED,
     MIXED,
@@ -50,13 +51,13 @@ from runtimes.manifest import (
     Quantization,
     QuantizedTensor,
     Variant,
-    hash_file,
 )
 from runtimes.ort_runner import open_ort
+from runtimes.sealed import hash_file
 
 logger = logging.getLogger(__name__)
 
-VARIANTS = {"fp32": "onnx/model.onnx", "q4": "onnx/model_q4.onnx", "q8": "onnx/model_q8.onnx"}
+VARIANTS = {"fp32": "onnx/model.onnx"} | {name: f"onnx/model_{name}.onnx" for name in ("q4", "q8", *DTYPES)}
 """the variants that can be exported, and the path of each graph"""
 
 PREFILL_MIN_ROWS = 8
@@ -79,7 +80,8 @@ class Default:
     recipe: str
     form: BlockFormat
     """of the layers' weights"""
-    embedding: BlockFormat
+    embedding: BlockFormat | None
+    """None: it is not quantised"""
     head: BlockFormat
     size_budget: float
     """bits per weight, for the recipes that choose"""
@@ -90,12 +92,14 @@ class Default:
 DEFAULTS = {
     "q4": Default("search", Q4, Q4_EMBEDDING, Q4_EMBEDDING, size_budget=4.8),
     "q8": Default("search", Q8, Q8, Q8, size_budget=8.5, rounded_blocks=("mlp.down_proj",)),
+    "q4f16": Default("search", Q4, None, Q4_EMBEDDING, size_budget=4.8),
 }
 """block 128 because the kernels read it fastest; see the README for what each choice costs"""
 
 _HEAD_DIM_STEP = 16
 _MOST_BITS = 32
-_PRECISIONS = {"q4": "int4", "q8": "int8"}
+_PRECISIONS = {"q4": "int4", "q8": "int8", "q4f16": "int4"}
+_FOR_CPUS = {"q4", "q8"}  # with a quantised cache and a prefill graph, if they are wanted
 _KV_DTYPES = {None: "float32", 8: "int8", 4: "uint8"}
 
 
@@ -131,8 +135,10 @@ def check_variants(variants: Sequence[str], config: ModelConfig, options: Option
         raise UsageError(f"KV cache {options.kv_cache}: this version writes {', '.join(KV_CACHES)}")
     if options.recipe is not None and options.recipe not in RECIPES:
         raise UsageError(f"recipe {options.recipe}: this version has {', '.join(RECIPES)}")
-    if not set(variants) - {"fp32"} and options != Options():
-        raise UsageError("recipe, calibration, size budget, block size, KV cache and prefill graph are for q4 and q8")
+    if not set(variants) & _FOR_CPUS and (options.kv_cache != "fp32" or not options.prefill_graph):
+        raise UsageError("KV cache and prefill graph are for q4 and q8")
+    if not set(variants) & DEFAULTS.keys() and options != Options():
+        raise UsageError("recipe, calibration, size budget and block size are for q4, q8 and q4f16")
     if options.calibration is not None and options.recipe not in CALIBRATED and options.kv_cache == "fp32":
         raise UsageError(f"calibration text: only {', '.join(CALIBRATED)} and a quantised KV cache have use for one")
     if options.size_budget is not None and not 0 < options.size_budget <= _MOST_BITS:
@@ -157,6 +163,8 @@ class VariantWriter:
 
     def write(self, name: str) -> Variant:
         """Write one variant and return the manifest's entry."""
+        if name in DTYPES:
+            return self._device(name)
         return self._portable() if name == "fp32" else self._quantized(name)
 
     @cached_property
@@ -208,14 +216,43 @@ class VariantWriter:
             op_counts=counts,
             quantization=self._describe(name, weights),
         )
-        variant = dataclasses.replace(variant, quality=self._measure(variant))
-        assert variant.quality is not None  # just measured
-        limits = gate(variant.precision, self._config)
-        if broken := broken_limits(variant.quality, limits):
-            logger.warning("%s misses its quality gate: %s; try another recipe", name, "; ".join(broken))
+        variant, quality = self._judged(variant)
         if not options.prefill_graph:
             return variant
-        return dataclasses.replace(variant, prefill=self._prefill(shared, weights, variant, variant.quality))
+        return dataclasses.replace(variant, prefill=self._prefill(shared, weights, variant, quality))
+
+    def _device(self, name: str) -> Variant:
+        spec, graph, dtype = self._config.spec, VARIANTS[name], DTYPES[name]
+        cache = self._cache_spec("shared", DTYPE_NAMES[dtype])
+        weights = self._weights(name) if name in DEFAULTS else None
+        shared = shared_graph(self._traced, spec, DEVICE)
+        model, rounding, counts = device_graph(shared, self._checkpoint, self._config, dtype, weights)
+        save_graph(model, self._staging / graph)
+        rounding.check()
+        variant = Variant(
+            name=name,
+            precision=_PRECISIONS.get(name, name),
+            graph=graph,
+            data=(f"{graph}_data",),
+            opset=OPSET,
+            inputs=shared_inputs(cache),
+            outputs=device_outputs(spec, cache),
+            kv_cache=cache,
+            op_counts=counts,
+        )
+        if weights is None:
+            return variant
+        described = dataclasses.replace(
+            variant, quantization=self._describe(name, weights, scale_bytes=int(dtype.itemsize))
+        )
+        return self._judged(described)[0]
+
+    def _judged(self, variant: Variant) -> tuple[Variant, Quality]:
+        """Measure a variant and return it with what it costs; warn where that misses its gate."""
+        quality = self._measure(variant)
+        if broken := broken_limits(quality, gate(variant.precision, self._config)):
+            logger.warning("%s misses its quality gate: %s; try another recipe", variant.name, "; ".join(broken))
+        return dataclasses.replace(variant, quality=quality), quality
 
     def _prefill(
         self, shared: ir.Model, weights: QuantizedWeights, variant: Variant, quality: Quality
@@ -273,7 +310,7 @@ class VariantWriter:
         size = options.block_size
         form, head, embedding = (
             form if size is None else dataclasses.replace(form, block_size=size)
-            for form in (default.form, default.head, default.embedding)
+            for form in (default.form, default.head, default.embedding or default.form)
         )
         budget = options.size_budget
         if budget is None and recipe in MIXED:
@@ -285,16 +322,20 @@ class VariantWriter:
             form=form,
             head=head,
             embedding=embedding,
+            keep=() if default.embedding else (EMBEDDING,),
             calibration=options.calibration if recipe in CALIBRATED else None,
             size_budget=budget,
             spool=self._staging / SPOOL if recipe.startswith("gptq") else None,
         )
 
-    def _describe(self, name: str, weights: QuantizedWeights) -> Quantization:
+    def _describe(self, name: str, weights: QuantizedWeights, scale_bytes: int = 4) -> Quantization:
         """Return the manifest's entry of the weights, which have been written and so measured."""
         recipe, calibration = self._options.recipe or DEFAULTS[name].recipe, self._options.calibration
         shapes = weight_shapes(self._config)
-        size = sum(form.nbytes(*shapes[tensor]) for tensor, form in weights.formats.items())
+        size = sum(
+            form.nbytes(*shapes[tensor]) - (4 - scale_bytes) * shapes[tensor][0] * form.blocks(shapes[tensor][1])
+            for tensor, form in weights.formats.items()
+        )
         calibrated = recipe in CALIBRATED and calibration is not None
         return Quantization(
             recipe=recipe,

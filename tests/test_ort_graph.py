@@ -34,7 +34,7 @@ from olmo2_export.ort_graph import (
 )
 from olmo2_export.quantize.blocks import BlockFormat
 from olmo2_export.quantize.recipes import quantize
-from olmo2_export.reference import open_reference
+from olmo2_export.reference import int8_blocks, open_reference
 from olmo2_export.trace import trace
 from runtimes.errors import FailedError, FusionError
 from runtimes.manifest import KVCacheSpec, Variant
@@ -258,7 +258,7 @@ def test_the_decode_graph_computes_with_the_dequantised_weights(
     checkpoint = open_checkpoint(str(case.folder))
     weights = quantize(checkpoint, case.config, "rtn", form=form)
     dequantized = {name: weights.matrix(name).dequantize() for name in weights.formats}
-    blocks = {n: form.block_size for n in dequantized if n != "model.embed_tokens.weight"}
+    blocks = {n: int8_blocks(form.block_size) for n in dequantized if n != "model.embed_tokens.weight"}
     with open_reference(checkpoint, "fp64", dequantized) as reference:
         exact = reference.logits(case.sequences)
     with open_reference(checkpoint, "fp64", dequantized, blocks) as reference:
@@ -284,9 +284,8 @@ def test_the_int8_graph_computes_with_its_int8_weights(case: Case, tmp_path: Pat
     int8 = {name: torch.from_numpy(weight) for name, weight in stored_int8(written).items()}
     blocks = {name: matrix.dequantize() for name, matrix in stored_matrices(written).items()}
     assert {*int8, *blocks} == set(weights.formats)
-    with open_reference(
-        checkpoint, "fp64", blocks | int8, dict.fromkeys(int8, 0) | {"lm_head.weight": 32}
-    ) as reference:
+    rounding = dict.fromkeys(int8, int8_blocks(0)) | {"lm_head.weight": int8_blocks(32)}
+    with open_reference(checkpoint, "fp64", blocks | int8, rounding) as reference:
         exact = reference.logits(case.sequences)
     for got, wanted, original in zip(logits, exact, case.exact, strict=True):
         assert nmse(got, wanted) <= 5e-5

@@ -36,7 +36,8 @@ from runtimes.errors import (
     UsageError,
     VariantNotFoundError,
 )
-from runtimes.manifest import MANIFEST_NAME, check_files, find_variant, load_manifest, read_sealed, seal
+from runtimes.manifest import MANIFEST_NAME, find_variant, load_manifest
+from runtimes.sealed import check_files, read_sealed, seal
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -169,7 +170,7 @@ def test_other_peoples_folders_are_never_replaced(tiny_checkpoint: Path, tiny_pa
 
 
 def test_unknown_variants_write_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="variant q5: this version writes fp32, q4, q8"):
+    with pytest.raises(UsageError, match="variant q5: this version writes fp32, q4, q8, fp16, bf16, q4f16"):
         export(open_checkpoint(str(tiny_checkpoint)), tmp_path / "out", variants=["fp32", "q5"])
     assert list(tmp_path.iterdir()) == []
 
@@ -367,7 +368,7 @@ def test_a_manifest_of_another_format_says_so(tiny_package: Path, tmp_path: Path
     copy = Path(shutil.copytree(tiny_package, tmp_path / "copy"))
     document = read_sealed(copy / MANIFEST_NAME)
     (copy / MANIFEST_NAME).write_bytes(seal(document | {"format_version": 99}))
-    with pytest.raises(PackageError, match="format_version 99, this version reads 2"):
+    with pytest.raises(PackageError, match="format_version 99, this version reads 3"):
         load_manifest(copy)
 
 
@@ -383,7 +384,7 @@ def test_a_manifest_with_other_fields_says_so(tiny_package: Path, tmp_path: Path
         {k: v for k, v in document.items() if k != "files"},
     ):
         (copy / MANIFEST_NAME).write_bytes(seal(damaged))
-        with pytest.raises(PackageError, match="not the fields of format 2"):
+        with pytest.raises(PackageError, match="not the fields of format 3"):
             load_manifest(copy)
     (copy / MANIFEST_NAME).write_bytes(seal(document | {"files": {}}))
     with pytest.raises(IntegrityError, match="not in the manifest"):

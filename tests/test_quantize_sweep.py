@@ -14,12 +14,11 @@ from checkpoints import make_checkpoint
 from olmo2_export.checkpoint import open_checkpoint
 from olmo2_export.config import ModelConfig
 from olmo2_export.quantize.calibration import calibration_tokens
-from olmo2_export.quantize.int8 import outlier_columns
+from olmo2_export.quantize.input_scales import fp8_scale, input_scales, int8_scale
 from olmo2_export.quantize.names import GROUPS, linear_names, weight_name, weight_shapes
-from olmo2_export.quantize.statistics import input_statistics
 from olmo2_export.quantize.sweep import embed, reference_logits, staged_layers
 from olmo2_export.reference import open_reference
-from runtimes.errors import CheckpointError, UsageError
+from runtimes.errors import CheckpointError, NumericError, UsageError
 
 NMSE = 1e-12
 """float32 rounding of another order of summation"""
@@ -65,20 +64,33 @@ def test_names_and_shapes_are_the_checkpoints(tiny_checkpoint: Path) -> None:
     assert len(linear_names(config)) == 7 * config.num_hidden_layers
 
 
-def test_statistics_find_the_loud_column(tiny_checkpoint: Path) -> None:
+def test_each_input_gets_one_scale_that_the_linears_share(tiny_checkpoint: Path) -> None:
     checkpoint = open_checkpoint(str(tiny_checkpoint))
     config = ModelConfig.from_json(tiny_checkpoint / "config.json")
-    sequences = random_ids(config, 50, 31)
-    statistics = input_statistics(checkpoint, config, sequences)
-    assert set(statistics) == set(linear_names(config))
-    first = statistics[weight_name(0, GROUPS[0][0])]
-    inputs = torch.cat(embed(checkpoint, sequences), dim=1)[0]
-    torch.testing.assert_close(first.peak, inputs.abs().amax(0))
-    torch.testing.assert_close(first.mean_square, inputs.square().mean(0))
-    assert len(outlier_columns(first.peak, first.mean_square)) == 0
-    loud = first.peak.clone()
-    loud[[5, 77]] *= 30
-    np.testing.assert_array_equal(outlier_columns(loud, first.mean_square), [5, 77])
+    sequences = random_ids(config, 50, 50)
+    scales = input_scales(checkpoint, config, sequences, fp8_scale, kept=("mlp.down_proj",))
+    assert set(scales) == {name for name in linear_names(config) if "down_proj" not in name}
+    assert len(set(scales.values())) == 9  # three inputs in each of three layers
+    peak = torch.cat(embed(checkpoint, sequences), dim=1).abs().max()
+    for linear in GROUPS[0]:
+        assert scales[weight_name(0, linear)] == float((peak / 448).bfloat16())
+
+
+def test_the_int8_scale_clips_outliers_and_no_others() -> None:
+    x = torch.linspace(-2, 2, 400_001)
+    assert int8_scale(x) == pytest.approx(2 / 127, rel=2**-8)
+    loud = x.clone()
+    loud[7] = 60
+    assert 2 / 127 < int8_scale(loud) < 40 / 127
+    assert int8_scale(torch.zeros(5)) > 0
+
+
+def test_inputs_that_are_not_finite_are_refused(tiny_checkpoint: Path) -> None:
+    checkpoint = open_checkpoint(str(tiny_checkpoint))
+    config = ModelConfig.from_json(tiny_checkpoint / "config.json")
+    for choose in (int8_scale, fp8_scale):
+        with pytest.raises(NumericError, match=r"q_proj\.weight: its inputs are NaN or Inf"):
+            input_scales(checkpoint, config, random_ids(config, 9), lambda x, choose=choose: choose(x / 0))
 
 
 def test_calibration_of_the_demo() -> None:

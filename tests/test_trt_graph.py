@@ -28,6 +28,7 @@ from olmo2_export.fuse.plain_reshape import plain_reshape
 from olmo2_export.fuse.set_cache_length import set_cache_length
 from olmo2_export.fuse.set_precision import WeightRounding, set_precision
 from olmo2_export.fuse.static_cache import static_cache
+from olmo2_export.fuse.top_candidates import top_candidates
 from olmo2_export.fuse.trt_attention import DOMAIN, NAME, trt_attention_function
 from olmo2_export.fuse.write_index_positions import write_index_positions
 from olmo2_export.graph_files import attach_weights, save_graph
@@ -75,7 +76,7 @@ class StaticRunner:
             "logit_index": np.array(last, np.int64)[:, None],
             **self.caches,
         }
-        logits, *presents = self.session.run(None, feeds)
+        logits, self.top_ids, self.top_logits, *presents = self.session.run(None, feeds)
         self.caches = dict(zip(self.caches, presents, strict=True))
         return np.asarray(logits)
 
@@ -90,8 +91,8 @@ def portable(tiny_package: Path) -> ir.Model:
     return ir.load(tiny_package / "onnx" / "model.onnx")
 
 
-def write_graph(package: Path, precision: Precision, capacity: int, folder: Path) -> Path:
-    graph, rounding = load_static_graph(package, load_manifest(package), precision, capacity)
+def write_graph(package: Path, precision: Precision, capacity: int, folder: Path, top_k: int = 1) -> Path:
+    graph, rounding = load_static_graph(package, load_manifest(package), precision, capacity, top_k)
     path = folder / f"model_{precision}.onnx"
     save_graph(graph, path)
     rounding.check()
@@ -168,6 +169,36 @@ def test_ragged_batch_equals_its_rows(case: tuple[Path, Any]) -> None:
     for row, length in enumerate(lengths):
         alone = expected(ids[row : row + 1, : length + 4])[0, length - 1 :]
         assert np.abs(np.stack(steps)[:, row] - alone).max() <= FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("top_k", [1, 5, 131])
+def test_candidates_are_the_largest_logits_in_order(top_k: int, tiny_package: Path, tmp_path: Path) -> None:
+    runner = StaticRunner(write_graph(tiny_package, "fp32", 13, tmp_path, top_k), 3)
+    logits = runner(tokens(3, 7), [0, 0, 0], [6, 2, 4])
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
+    assert runner.top_ids.dtype == np.int64
+    assert runner.top_ids.tolist() == order.tolist()
+    assert runner.top_ids[:, 0].tolist() == logits.argmax(1).tolist()
+    assert np.array_equal(runner.top_logits, np.take_along_axis(logits, order, axis=1))
+
+
+def test_of_equal_logits_the_lower_id_is_first(tiny_package: Path, tmp_path: Path) -> None:
+    path = write_graph(tiny_package, "fp32", 13, tmp_path, 131)
+    model = ir.load(path)
+    head = model.graph.initializers["lm_head.weight"]
+    head.const_value = ir.tensor(np.zeros((96, 131), np.float32), name="lm_head.weight")
+    save_graph(model, tmp_path / "zeros.onnx")
+    runner = StaticRunner(tmp_path / "zeros.onnx", 1)
+    runner(tokens(1, 3), [0], [2])
+    assert runner.top_ids[0].tolist() == list(range(131))
+
+
+def test_candidates_are_picked_once_and_of_logits_alone(portable: ir.Model) -> None:
+    assert top_candidates(portable, 4) == 0  # logits of three dimensions
+    apply(portable, TENSORRT)
+    assert top_candidates(portable, 4) == 1
+    assert top_candidates(portable, 4) == 0
+    assert [v.name for v in portable.graph.outputs][:4] == ["logits", "top_ids", "top_logits", "present.0.key"]
 
 
 def test_fp16_is_as_exact_as_transformers_in_fp16(tiny_checkpoint: Path, tiny_package: Path, tmp_path: Path) -> None:
@@ -302,7 +333,7 @@ def test_weights_beyond_float16_are_listed(portable: ir.Model, spec: Any, tmp_pa
     graph, rounding = static_graph(portable, spec, "fp16", 40)
     save_graph(graph, tmp_path / "model_fp16.onnx")
     with pytest.raises(
-        FailedError, match=r"float16 in 2 of the tensors: lm_head.weight, model.*up_proj.weight; use .* bf16"
+        FailedError, match=r"float16 in 2 of the tensors: lm_head.weight, model.*up_proj.weight; use bf16"
     ):
         rounding.check()
 
@@ -478,4 +509,4 @@ def test_another_interface_is_refused(portable: ir.Model, spec: Any) -> None:
 
 
 def test_precisions_are_the_documented_ones() -> None:
-    assert PRECISIONS == ("bf16", "fp16", "fp32")
+    assert PRECISIONS == ("bf16", "fp16", "fp32", "int4", "int8", "fp8")

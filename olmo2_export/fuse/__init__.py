@@ -38,6 +38,12 @@ ONNXRUNTIME: list[Pass] = [
 ]
 """portable graph -> the shared-cache graph, whose weights are then quantised"""
 
+DEVICE: list[Pass] = [
+    group_query_attention,
+    drop_unused,
+]
+"""the same for GPUs: onnxruntime finds QuickGelu itself for CUDA, and TensorRT for RTX has no such operator"""
+
 TENSORRT: list[Pass] = [
     gather_logit_row,
     write_index_positions,

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from olmo2_export.fuse.cached_attention import cached_attention
 from olmo2_export.fuse.edit import constant, find_input, is_op, new_node, only_user
 
 logger = logging.getLogger(__name__)
@@ -75,11 +76,10 @@ def group_query_attention(model: ir.Model) -> int:
 
 def _match(graph: ir.Graph, node: ir.Node) -> _Attention | str:
     """Return what the pattern binds, or why it does not match."""
-    if len(node.inputs) != 6 or len(node.outputs) != 3 or any(value is None for value in node.inputs):
-        return "not an attention with mask, past and present"
-    if set(node.attributes) != {"scale"}:
-        return f"attributes {sorted(node.attributes)}, expected scale alone"
-    query, key, value, mask, *past = [v for v in node.inputs if v is not None]
+    found = cached_attention(node)
+    if isinstance(found, str):
+        return found
+    query, key, value, mask = found.query, found.key, found.value, found.mask
     position_ids = find_input(graph, "position_ids")
     if position_ids is None or find_input(graph, "attention_mask") is None or mask.is_graph_input():
         return "no position_ids, or no attention_mask to count with"
@@ -104,17 +104,13 @@ def _match(graph: ir.Graph, node: ir.Node) -> _Attention | str:
     merged = _merge_heads(node.outputs[0])
     if merged is None:
         return "its heads are not merged at once"
-    for before, after in zip(past, node.outputs[1:], strict=True):
-        if not before.is_graph_input() or len(before.uses()) != 1 or not after.is_graph_output() or after.uses():
-            return f"{before.name} and {after.name} are not input and output, used here alone"
     if query.shape is None or key.shape is None:
         return "the number of heads is not known"
     heads, kv_heads = query.shape[1], key.shape[1]
     if not isinstance(heads, int) or not isinstance(kv_heads, int):
         return f"{heads} and {kv_heads} heads, expected numbers"
     q0, k0, v0 = (v for v in split if v is not None)
-    scale = node.attributes["scale"].as_float()
-    return _Attention(q0, k0, v0, (past[0], past[1]), (cos, sin), scale, heads, kv_heads, merged)
+    return _Attention(q0, k0, v0, found.past, (cos, sin), found.scale, heads, kv_heads, merged)
 
 
 def _is_causal_and_padding(mask: ir.Value) -> bool:

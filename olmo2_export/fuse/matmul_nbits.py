@@ -27,7 +27,7 @@ ACCURACY_LEVEL = 4
 UINT8, FLOAT = ir.DataType.UINT8, ir.DataType.FLOAT
 
 
-def matmul_nbits(model: ir.Model, formats: Mapping[str, BlockFormat]) -> int:
+def matmul_nbits(model: ir.Model, formats: Mapping[str, BlockFormat], accuracy_level: int = ACCURACY_LEVEL) -> int:
     """Apply the rewrite to the weights named in `formats`; return the number of products rewritten.
 
     The new initializers have no data yet; they are named after the weight: `.packed`, `.scales`, `.zero_points`.
@@ -48,7 +48,7 @@ def matmul_nbits(model: ir.Model, formats: Mapping[str, BlockFormat]) -> int:
             "N": rows,
             "bits": form.bits,
             "block_size": form.block_size,
-            "accuracy_level": ACCURACY_LEVEL,
+            "accuracy_level": accuracy_level,
         }
         inputs = [node.inputs[0], *block_initializers(graph, weight, form, rows, columns)]
         fused = ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN, outputs=[output], name=f"node_{output.name}")

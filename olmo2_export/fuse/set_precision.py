@@ -54,7 +54,7 @@ class WeightRounding:
             names = sorted(self.overflowed)
             raise FailedError(
                 f"weights beyond the range of {self.precision.name.lower()} in {len(names)} of the tensors: "
-                f"{first_names(names)}; use --precision bf16, which has the range of float32"
+                f"{first_names(names)}; use bf16, which has the range of float32"
             )
 
 
@@ -75,12 +75,12 @@ def set_precision(model: ir.Model, dtype: ir.DataType) -> WeightRounding:
     settled: set[ir.Value] = set()
     for value in model.graph.inputs:
         if _is_float(value):
-            value.dtype = dtype
+            value.type = ir.TensorType(dtype)  # not its dtype: a clone shares the type object
     for node in model.graph:
         if is_op(node, "Cast"):
             if node.meta.get(TO_PRECISION, False):
                 node.attributes["to"] = ir.AttrInt64("to", int(dtype))
-                node.outputs[0].dtype = dtype
+                node.outputs[0].type = ir.TensorType(dtype)
             continue
         flowing = _dtype_of(node, dtype)
         for weight in [value for value in node.inputs if _is_float(value) and value.is_initializer()]:
@@ -90,7 +90,7 @@ def set_precision(model: ir.Model, dtype: ir.DataType) -> WeightRounding:
             elif weight.dtype != flowing:
                 raise FusionError(f"{node.name} needs {name_of(weight)} in {flowing.name}, another node does not")
         for result in filter(_is_float, node.outputs):
-            result.dtype = flowing
+            result.type = ir.TensorType(flowing)
     return rounding
 
 
@@ -109,6 +109,6 @@ def _dtype_of(node: ir.Node, precision: ir.DataType) -> ir.DataType:
 
 def _give(weight: ir.Value, dtype: ir.DataType, rounding: WeightRounding) -> None:
     """Give an initializer its dtype, and its data a rounding to it."""
-    weight.dtype = dtype
+    weight.type = ir.TensorType(dtype)
     if weight.const_value is not None:
         weight.const_value = rounding(name_of(weight), weight.const_value, dtype)

@@ -21,10 +21,10 @@ hides it from every token that counts, and the next token is written over it.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from olmo2_export.fuse.cached_attention import CachedAttention, cached_attention
 from olmo2_export.fuse.edit import constant, ensure_input, find_input, is_op, name_of, new_node, new_token_count
 from olmo2_export.fuse.trt_attention import CAUSAL_KIND, DOMAIN, NAME, trt_attention_function
 
@@ -35,18 +35,6 @@ OPSET = 24
 IR_VERSION = 12
 CAPACITY = "max_cache_length"
 """the dimension that `set_cache_length` makes a number"""
-
-
-@dataclass(frozen=True)
-class _Attention:
-    """What the pattern binds."""
-
-    query: ir.Value
-    key: ir.Value
-    value: ir.Value
-    past_key: ir.Value
-    past_value: ir.Value
-    scale: float
 
 
 def static_cache(model: ir.Model) -> int:
@@ -70,36 +58,29 @@ def static_cache(model: ir.Model) -> int:
     return rewritten
 
 
-def _match(graph: ir.Graph, node: ir.Node) -> _Attention | str:
+def _match(graph: ir.Graph, node: ir.Node) -> CachedAttention | str:
     """Return what the pattern binds, or why it does not match."""
-    if len(node.inputs) != 6 or len(node.outputs) != 3:
-        return "not an attention with mask, past and present"
-    query, key, value, mask, past_key, past_value = node.inputs
-    if query is None or key is None or value is None or mask is None or past_key is None or past_value is None:
-        return "not an attention with mask, past and present"
-    if set(node.attributes) != {"scale"}:
-        return f"attributes {sorted(node.attributes)}, expected scale alone"
-    scale = node.attributes["scale"].as_float()
+    found = cached_attention(node)
+    if isinstance(found, str):
+        return found
     if (known := graph.initializers.get("query_scale")) is not None:
         assert known.const_value is not None  # `constant` made it
-        if known.const_value.numpy() != ir.tensor(scale).numpy():
-            return f"scale {scale} is not that of the other layers"
+        if known.const_value.numpy() != ir.tensor(found.scale).numpy():
+            return f"scale {found.scale} is not that of the other layers"
     source = find_input(graph, "attention_mask")
-    if source is None or find_input(graph, "input_ids") is None or not _derives_from(mask, source):
+    if source is None or find_input(graph, "input_ids") is None or not _derives_from(found.mask, source):
         return "its mask does not come from attention_mask"
-    for past, present in zip((past_key, past_value), node.outputs[1:], strict=True):
-        if not past.is_graph_input() or len(past.uses()) != 1 or not present.is_graph_output() or present.uses():
-            return f"{past.name} and {present.name} are not input and output, used here alone"
+    for past in found.past:
         if past.shape is None or len(past.shape) != 4:
             return f"{past.name} has the shape {past.shape}"
-    return _Attention(query, key, value, past_key, past_value, scale)
+    return found
 
 
-def _rewrite(graph: ir.Graph, node: ir.Node, found: _Attention) -> None:
+def _rewrite(graph: ir.Graph, node: ir.Node, found: CachedAttention) -> None:
     y, *presents = node.outputs
     scale = constant(graph, "query_scale", found.scale, ir.DataType.FLOAT)
     scaled = new_node("Mul", [found.query, scale], f"{y.name}_query", ir.DataType.FLOAT, found.query.shape)
-    scatters = [_scatter(graph, found.past_key, found.key), _scatter(graph, found.past_value, found.value)]
+    scatters = [_scatter(graph, *pair) for pair in zip(found.past, (found.key, found.value), strict=True)]
     caches = [scatter.outputs[0] for scatter in scatters]
     attention = new_node(
         NAME,

@@ -30,6 +30,8 @@ class BlockFormat:
     """columns that share a scale: 32 | 64 | 128"""
     symmetric: bool
     """no stored zero points: each is 2^(bits - 1)"""
+    positive: bool = False
+    """no scale is negative, as TensorRT demands; symmetric formats alone have a choice"""
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8) or self.block_size not in BLOCK_SIZES:

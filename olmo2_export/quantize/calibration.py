@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
+from olmo2_export.quantize.source import WeightSource
 from runtimes.errors import CheckpointError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ _LEAST = 256  # tokens: fewer say nothing of a distribution
 
 
 def calibration_tokens(
-    checkpoint: Checkpoint,
+    checkpoint: WeightSource,
     config: ModelConfig,
     text: Path | None,
     *,
@@ -73,7 +73,7 @@ def _read(path: Path) -> str:
         raise UsageError(f"{path}: cannot read the calibration text ({error.strerror})") from error
 
 
-def _encode(checkpoint: Checkpoint, config: ModelConfig, text: str) -> np.ndarray:
+def _encode(checkpoint: WeightSource, config: ModelConfig, text: str) -> np.ndarray:
     path = checkpoint.folder / "tokenizer.json"
     if not path.exists():
         raise UsageError(f"{path}: not there, so no text can calibrate it; without a text, random ids do")

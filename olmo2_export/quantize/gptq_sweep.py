@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
 from olmo2_export.quantize.blocks import BlockFormat
 from olmo2_export.quantize.gptq import Hessian, factor, gptq_factored
 from olmo2_export.quantize.names import EMBEDDING, GROUPS, HEAD, naming, weight_name
 from olmo2_export.quantize.search import search
+from olmo2_export.quantize.source import WeightSource
 from olmo2_export.quantize.spool import Spool
-from olmo2_export.quantize.sweep import Head, StagedLayer, staged_layers
+from olmo2_export.quantize.sweep import Head, StagedLayer, embed, staged_layers
 
 
 @torch.no_grad()
 def gptq_checkpoint(
-    checkpoint: Checkpoint,
+    checkpoint: WeightSource,
     config: ModelConfig,
     sequences: Sequence[np.ndarray],
     formats: Mapping[str, BlockFormat],
@@ -29,24 +29,27 @@ def gptq_checkpoint(
 ) -> None:
     """Quantise every tensor of `formats` into the spool.
 
-    The embedding is searched, as it has no inputs; q, k and v share a Hessian, and so do gate and up. In memory are
-    one layer, its Hessians, and the hidden states: tokens x hidden x 4 bytes.
+    The embedding is searched, if it is quantised at all, as it has no inputs; q, k and v share a Hessian, and so do
+    gate and up. In memory are one layer, its Hessians, and the hidden states: tokens x hidden x 4 bytes.
 
     Args:
         checkpoint: the weights.
         config: their shape.
         sequences: int64 [S] each.
-        formats: name -> format; embedding, layers' linears and head.
+        formats: name -> format; layers' linears, head and, unless it stays as it is, the embedding.
         spool: takes each finished matrix.
 
     Raises:
         CheckpointError: a weight is NaN, Inf or beyond 1e36.
         NumericError: activations that are not finite.
     """
-    with naming(EMBEDDING):
-        embedding = search(checkpoint.tensor(EMBEDDING), formats[EMBEDDING])
-    spool.save(EMBEDDING, embedding)
-    hidden = [torch.cat([embedding.dequantize(i, i + 1) for i in ids.tolist()])[None] for ids in sequences]
+    if EMBEDDING in formats:
+        with naming(EMBEDDING):
+            embedding = search(checkpoint.tensor(EMBEDDING), formats[EMBEDDING])
+        spool.save(EMBEDDING, embedding)
+        hidden = [torch.cat([embedding.dequantize(i, i + 1) for i in ids.tolist()])[None] for ids in sequences]
+    else:
+        hidden = embed(checkpoint, sequences)
     layers = staged_layers(checkpoint, config)
     qkv, o, gate_up, down = GROUPS
     for layer in tqdm(layers, total=config.num_hidden_layers, desc="GPTQ", unit="layer", leave=False):

@@ -1,7 +1,7 @@
-"""Weights of the W8A8 graph: 7 bits with one scale per output channel, and the input columns that 8 bits cannot hold.
+"""int8 weights with one scale per output channel.
 
-Codes stay within -63..63, because the u8 x s8 kernels of processors without VNNI add two products in 16 bits:
-2 x 255 x 63 fits, 2 x 255 x 127 saturates.
+On CPUs codes stay within -63..63, because the u8 x s8 kernels of processors without VNNI add two products in 16 bits:
+2 x 255 x 63 fits, 2 x 255 x 127 saturates. GPUs take the full range, -127..127.
 """
 
 from __future__ import annotations
@@ -13,20 +13,23 @@ from torch import Tensor
 from olmo2_export.quantize.encode import extremes, over_rows, usable
 
 LARGEST_CODE = 63
-OUTLIER_THRESHOLD = 6.0
-"""times the root mean square of the whole input"""
+"""of the graphs for CPUs"""
 
 _STRETCH = (1.0, 1.04, 1.08, 1.13, 1.19, 1.26)  # of the range over the codes; above 1 clips
 
 
-def quantize_int8(weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def quantize_int8(
+    weight: Tensor, largest_code: int = LARGEST_CODE, scale_dtype: torch.dtype = torch.float32
+) -> tuple[np.ndarray, np.ndarray]:
     """Quantise a matrix per output channel, clipping only where that lowers the channel's squared error.
 
     Args:
         weight: [N, K], float32, bfloat16 or float16.
+        largest_code: 63, or 127 for the full range.
+        scale_dtype: what scales are rounded to, before the codes that go with them are chosen.
 
     Returns:
-        codes int8 [K, N], as MatMulInteger wants them, and scales float32 [N]: weight = (codes * scales).T.
+        codes int8 [K, N], as MatMulInteger and MatMul want them, and scales float32 [N]: weight = (codes * scales).T.
 
     Raises:
         CheckpointError: a weight is NaN, Inf or beyond 1e36.
@@ -36,34 +39,14 @@ def quantize_int8(weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
     scales = torch.empty(rows)
 
     def work(start: int, stop: int) -> None:
-        part, scales[start:stop] = _quantize_channels(weight[start:stop].float())
+        part, scales[start:stop] = _quantize_channels(weight[start:stop].float(), largest_code, scale_dtype)
         codes[:, start:stop] = part.T.contiguous()  # transposed in the cache, then written along rows
 
     over_rows(work, rows, columns)
     return codes.numpy(), scales.numpy()
 
 
-def outlier_columns(peak: Tensor, mean_square: Tensor, threshold: float = OUTLIER_THRESHOLD) -> np.ndarray:
-    """Return the input columns of a linear that deserve a float32 side path.
-
-    A row of activations shares one 8-bit scale, so that a column far above the rest takes its resolution away.
-
-    Args:
-        peak: float32 [K], the largest magnitude of each input on the calibration tokens (`InputStatistics.peak`).
-        mean_square: float32 [K], of each input on the same tokens.
-        threshold: an outlier's peak in multiples of the root mean square of the whole input. (The source has 6.0 in
-            absolute terms, behind a LayerNorm; OLMo 2 has no norm there.)
-
-    Returns:
-        int64, ascending.
-
-    Source: Dettmers et al., "LLM.int8()", arXiv:2208.07339, section 3.2.
-    """
-    found: np.ndarray = torch.nonzero(peak > threshold * mean_square.mean().sqrt())[:, 0].numpy()
-    return found
-
-
-def _quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_channels(weight: Tensor, largest: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """float32 [n, K] -> int8 [n, K], float32 [n]; scale = <w, q> / <q, q> for the best of a few clippings q."""
     low, high = extremes(weight)
     size = usable(torch.maximum(-low, high))
@@ -71,11 +54,11 @@ def _quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
     gain = torch.full_like(size, -1.0)
     best = torch.zeros_like(size)
     for stretch in _STRETCH:
-        q = (x * (LARGEST_CODE * stretch)).round_().clamp_(-LARGEST_CODE, LARGEST_CODE)
+        q = (x * (largest * stretch)).round_().clamp_(-largest, largest)
         along = (q * x).sum(1, keepdim=True)
         scale = along / q.square_().sum(1, keepdim=True).clamp_(min=1e-30)
         better = along * scale > gain
         gain, best = torch.where(better, along * scale, gain), torch.where(better, scale, best)
-    scale = usable(best * size)
-    codes = (weight / scale).round_().clamp_(-LARGEST_CODE, LARGEST_CODE)
+    scale = usable(best * size).to(scale_dtype).float()
+    codes = (weight / scale).round_().clamp_(-largest, largest)
     return codes.to(torch.int8), scale[:, 0]

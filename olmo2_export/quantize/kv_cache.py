@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
 from olmo2_export.quantize.encode import usable
+from olmo2_export.quantize.source import WeightSource
 from olmo2_export.quantize.sweep import embed, staged_layers
 
 LARGEST_CODE = {8: 127, 4: 7}
@@ -24,7 +24,7 @@ MARGIN = {8: 1.25, 4: 1.0}
 
 @torch.no_grad()
 def kv_cache_scales(
-    checkpoint: Checkpoint, config: ModelConfig, sequences: Sequence[np.ndarray], bits: int
+    checkpoint: WeightSource, config: ModelConfig, sequences: Sequence[np.ndarray], bits: int
 ) -> dict[str, np.ndarray]:
     """Calibrate, in one sweep over the layers.
 

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
+from olmo2_export.quantize.source import WeightSource
 from runtimes.errors import CheckpointError, NumericError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -50,7 +50,7 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     return {EMBEDDING: table, **{name: shapes[name.split(".")[-2]] for name in linear_names(config)}, HEAD: table}
 
 
-def stored_weight(checkpoint: Checkpoint, config: ModelConfig, name: str) -> Tensor:
+def stored_weight(checkpoint: WeightSource, config: ModelConfig, name: str) -> Tensor:
     """Read one weight as it is stored; a tied head is the embedding."""
     return checkpoint.tensor(EMBEDDING if name == HEAD and config.tie_word_embeddings else name)
 

@@ -13,14 +13,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
 from olmo2_export.quantize.blocks import BlockFormat, QuantizedMatrix
 from olmo2_export.quantize.calibration import calibration_tokens
@@ -30,6 +29,7 @@ from olmo2_export.quantize.names import EMBEDDING, HEAD, linear_names, naming, s
 from olmo2_export.quantize.round_to_nearest import round_to_nearest
 from olmo2_export.quantize.search import search
 from olmo2_export.quantize.sensitivity import choose_formats, measure_sensitivity
+from olmo2_export.quantize.source import WeightSource
 from olmo2_export.quantize.spool import Spool
 from runtimes.errors import UsageError
 
@@ -94,20 +94,24 @@ class QuantizedWeights:
 
     def errors(self) -> list[TensorError]:
         """Return the error of every tensor; those never asked for are made now."""
-        for name in self.formats:
-            if name not in self._errors:
-                self.matrix(name)
-        return [self._errors[name] for name in self.formats]
+        return [self.error(name) for name in self.formats]
+
+    def error(self, name: str) -> TensorError:
+        """Return the error of one tensor, which is made now if it was never asked for."""
+        if name not in self._errors:
+            self.matrix(name)
+        return self._errors[name]
 
 
 def quantize(
-    checkpoint: Checkpoint,
+    checkpoint: WeightSource,
     config: ModelConfig,
     recipe: str,
     *,
     form: BlockFormat,
     head: BlockFormat | None = None,
     embedding: BlockFormat | None = None,
+    keep: Collection[str] = (),
     calibration: Path | None = None,
     size_budget: float | None = None,
     spool: Path | None = None,
@@ -121,6 +125,7 @@ def quantize(
         form: of the layers' weights.
         head: of lm_head; None: `form`.
         embedding: of the embedding; None: `form`.
+        keep: names of tensors that stay as they are.
         calibration: a UTF-8 text for the recipes of `CALIBRATED`; see `calibration_tokens` for None.
         size_budget: bits per weight over all tensors, for the recipes of `MIXED`.
         spool: a folder for the recipes with GPTQ; it must outlive the result, and its owner removes it.
@@ -133,6 +138,7 @@ def quantize(
     """
     _check_options(recipe, calibration, size_budget, spool)
     formats = {EMBEDDING: embedding or form, **dict.fromkeys(linear_names(config), form), HEAD: head or form}
+    formats = {name: chosen for name, chosen in formats.items() if name not in keep}
     if size_budget is not None:
         better = replace(form, bits=8)
         choose_formats(config, formats, dict.fromkeys(formats, 0.0), size_budget, better)  # refuses before the sweep

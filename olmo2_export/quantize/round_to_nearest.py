@@ -25,12 +25,16 @@ def round_to_nearest(weight: Tensor, form: BlockFormat) -> QuantizedMatrix:
 def choose_extremes(blocks: Tensor, form: BlockFormat) -> tuple[Tensor, Tensor]:
     """Choose so that nothing is clipped; see `Choose`.
 
+    Positive: the scale that the code of either extreme can reach.
     Symmetric: the weight of largest magnitude becomes code 0, so that all codes are of use; the scale carries its sign.
     Asymmetric: least and greatest weight become the first and the last code; zero is exact.
 
     Source: ggml's quantize_row_q4_0_ref; onnxruntime's MlasQuantizeBlockwise does the same.
     """
     low, high = extremes(blocks)
+    if form.positive:
+        scale = usable(torch.maximum(high / (form.middle - 1), -low / form.middle))
+        return scale, torch.full_like(scale, form.middle)
     if form.symmetric:
         scale = usable(torch.where(high > -low, high, low) / -form.middle)
         return scale, torch.full_like(scale, form.middle)

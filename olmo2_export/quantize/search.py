@@ -58,10 +58,11 @@ def choose_best(blocks: Tensor, form: BlockFormat, importance: Tensor | None = N
     y = x if importance is None else (x.view(-1, *importance.shape) * importance).view_as(x)
     best = _Best(x, y, importance)
     if form.symmetric:
-        sign = torch.where(high > -low, -1.0, 1.0)  # the largest magnitude is negative, where there is one code more
+        # The largest magnitude is negative, where there is one code more.
+        sign = torch.ones_like(high) if form.positive else torch.where(high > -low, -1.0, 1.0)
         for stretch in _STRETCH_SYMMETRIC[form.bits]:
             best.offer(sign * (form.middle * stretch), form.middle, form)
-        best.offer(-sign * (form.middle - 1), form.middle, form)
+        best.offer((sign if form.positive else -sign) * (form.middle - 1), form.middle, form)
     else:
         span = usable((high - low) / size)
         zero = (low / size / span * -form.top).round_()

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
 from olmo2_export.quantize.blocks import BlockFormat, QuantizedMatrix
 from olmo2_export.quantize.names import EMBEDDING, GROUPS, HEAD, naming, weight_name, weight_shapes
+from olmo2_export.quantize.source import WeightSource
 from olmo2_export.quantize.sweep import Head, StagedLayer, embed, staged_layers
 from runtimes.errors import UsageError
 
@@ -29,7 +29,7 @@ Quantizer = Callable[[Tensor, BlockFormat], QuantizedMatrix]
 
 @torch.no_grad()
 def measure_sensitivity(
-    checkpoint: Checkpoint,
+    checkpoint: WeightSource,
     config: ModelConfig,
     sequences: Sequence[np.ndarray],
     formats: Mapping[str, BlockFormat],

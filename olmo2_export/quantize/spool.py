@@ -25,7 +25,9 @@ class Spool:
         """
         form = matrix.form
         zeros = np.empty(0, np.uint8) if matrix.zero_points is None else matrix.zero_points
-        shape = np.array([form.bits, form.block_size, form.symmetric, matrix.rows, matrix.columns], np.int64)
+        shape = np.array(
+            [form.bits, form.block_size, form.symmetric, form.positive, matrix.rows, matrix.columns], np.int64
+        )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._path(name).open("wb") as file:
@@ -37,9 +39,9 @@ class Spool:
     def load(self, name: str) -> QuantizedMatrix:
         """Read one matrix back."""
         with np.load(self._path(name), allow_pickle=False) as file:
-            bits, block_size, symmetric, rows, columns = (int(n) for n in file["shape"])
+            bits, block_size, symmetric, positive, rows, columns = (int(n) for n in file["shape"])
             return QuantizedMatrix(
-                form=BlockFormat(bits, block_size, bool(symmetric)),
+                form=BlockFormat(bits, block_size, bool(symmetric), bool(positive)),
                 rows=rows,
                 columns=columns,
                 packed=file["packed"],

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
 from olmo2_export.model import DecoderLayer, RMSNorm, rotary_tables
 from olmo2_export.quantize.names import EMBEDDING, HEAD, stored_weight
+from olmo2_export.quantize.source import WeightSource
 
 _HEAD_ROWS = 1 << 13  # of the vocabulary at a time
 
@@ -30,7 +30,9 @@ _HEAD_ROWS = 1 << 13  # of the vocabulary at a time
 class StagedLayer:
     """One layer in float32, its forward in four stages."""
 
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, index: int, rotary: tuple[Tensor, Tensor]) -> None:
+    def __init__(
+        self, checkpoint: WeightSource, config: ModelConfig, index: int, rotary: tuple[Tensor, Tensor]
+    ) -> None:
         with torch.device("meta"):
             self.module = DecoderLayer(config)
         prefix = f"model.layers.{index}."
@@ -88,7 +90,7 @@ class StagedLayer:
 class Head:
     """The last norm and lm_head, a part of the vocabulary in float32 at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
+    def __init__(self, checkpoint: WeightSource, config: ModelConfig) -> None:
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm.weight.data = checkpoint.tensor("model.norm.weight").float()
         self.norm.requires_grad_(False)
@@ -101,13 +103,13 @@ class Head:
         return torch.cat([normed @ part.float().T for part in rows], dim=-1)
 
 
-def embed(checkpoint: Checkpoint, sequences: Sequence[np.ndarray]) -> list[Tensor]:
+def embed(checkpoint: WeightSource, sequences: Sequence[np.ndarray]) -> list[Tensor]:
     """Look tokens up: int64 [S] each -> float32 [1, S, hidden] each."""
     table = checkpoint.tensor(EMBEDDING)  # mapped: only the rows looked up are read
     return [table[torch.from_numpy(ids)].float()[None] for ids in sequences]
 
 
-def staged_layers(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[StagedLayer]:
+def staged_layers(checkpoint: WeightSource, config: ModelConfig) -> Iterator[StagedLayer]:
     """Read one layer after the other; drop each before asking for the next."""
     rotary = rotary_tables(config)
     for index in range(config.num_hidden_layers):
@@ -116,7 +118,7 @@ def staged_layers(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[Stage
 
 @torch.no_grad()
 def reference_logits(
-    checkpoint: Checkpoint, config: ModelConfig, sequences: Sequence[np.ndarray]
+    checkpoint: WeightSource, config: ModelConfig, sequences: Sequence[np.ndarray]
 ) -> Iterator[np.ndarray]:
     """Run each sequence alone through the original weights in float32.
 

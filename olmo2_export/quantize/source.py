@@ -1,0 +1,26 @@
+"""Where the weights to be quantised come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+
+class WeightSource(Protocol):
+    """A checkpoint, or a package that holds the same weights."""
+
+    @property
+    def folder(self) -> Path:
+        """has config.json and, if there is one, tokenizer.json"""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """hub | folder | demo"""
+        ...
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one weight by the checkpoint's name, in the checkpoint's layout, [N, K] where it is a matrix."""
+        ...

@@ -1,0 +1,197 @@
+"""A precision and a checkpoint -> the quantised linears of a TensorRT graph, one at a time.
+
+| precision | weights                                     | inputs                         | stay in bfloat16       |
+|-----------|---------------------------------------------|--------------------------------|------------------------|
+| int4      | blocks of 4 bits; recipes rtn, search, gptq | bfloat16                       | embedding              |
+| int8      | per output channel, least squared error     | int8, a scale from calibration | and down_proj, lm_head |
+| fp8       | per output channel, the largest becomes 448 | fp8, a scale from calibration  | and lm_head            |
+
+down_proj reads products of two activations, whose outliers reach 60 times their root mean square: one int8 scale for
+all costs the demo a KL divergence of 7e-3 nats per token where all other linears together cost 1.4e-4. lm_head is what
+the logits are read from: 8 bits there cost as much again as all layers do (KL 2.5e-4 instead of 1.4e-4 for int8, 1.7e-3
+instead of 1.0e-3 for fp8), for a sixth of the 1B model's weights. In int4 it has blocks of 32, at 0.4 bits a weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from olmo2_export.config import ModelConfig
+from olmo2_export.quantize.blocks import BLOCK_SIZES, BlockFormat
+from olmo2_export.quantize.calibration import calibration_tokens
+from olmo2_export.quantize.input_scales import fp8_scale, input_scales, int8_scale
+from olmo2_export.quantize.linear import QuantizedLinear, fp8_linear, int4_linear, int8_linear, squared_error
+from olmo2_export.quantize.names import EMBEDDING, HEAD, linear_names, naming, stored_weight, weight_shapes
+from olmo2_export.quantize.recipes import CALIBRATED, MIXED, QuantizedWeights, quantize
+from olmo2_export.quantize.source import WeightSource
+from runtimes.errors import UsageError
+from runtimes.manifest import QuantizedTensor
+
+INT4_RECIPES = ("rtn", "search", "gptq")
+KEPT: dict[str, tuple[str, ...]] = {"int4": (), "int8": ("mlp.down_proj", "lm_head"), "fp8": ("lm_head",)}
+"""precision -> linears that stay in bfloat16; the embedding always does"""
+
+_BITS = {"int4": 4, "int8": 8, "fp8": 8}
+_SCALE_BITS = 16
+_CALIBRATION = {"sequences": 16, "length": 256}  # twice as many tokens change no scale by more than a few percent
+
+
+@dataclass(frozen=True)
+class LinearForm:
+    """How a linear of the graph is stored."""
+
+    precision: str
+    """int4 | int8 | fp8"""
+    block_size: int
+    """weights that share a scale; 0: a whole output channel"""
+    input_scale: float | None
+    """of inputs that are quantised"""
+
+
+class StaticWeights:
+    """The quantised linears of one precision; each is made when it is asked for."""
+
+    def __init__(
+        self,
+        source: WeightSource,
+        config: ModelConfig,
+        precision: str,
+        forms: dict[str, LinearForm],
+        blocks: QuantizedWeights | None,
+    ) -> None:
+        self.forms = forms
+        """by the checkpoint's name"""
+        self._source, self._config, self._precision, self._blocks = source, config, precision, blocks
+        self._nmse: dict[str, float] = {}
+
+    def linear(self, name: str) -> QuantizedLinear:
+        """Return one quantised weight, made anew at every call.
+
+        Raises:
+            CheckpointError: a weight is NaN, Inf or beyond 1e36; names the tensor.
+        """
+        if self._blocks is not None:
+            linear = int4_linear(self._blocks.matrix(name))
+            self._nmse[name] = self._blocks.error(name).nmse
+            return linear
+        weight = stored_weight(self._source, self._config, name)
+        with naming(name):
+            linear = int8_linear(weight) if self._precision == "int8" else fp8_linear(weight)
+        if name not in self._nmse:
+            self._nmse[name] = squared_error(linear, weight)
+        return linear
+
+    def tensors(self) -> dict[str, QuantizedTensor]:
+        """Return the manifest's entries; of weights that were never asked for, made now."""
+        for name in self.forms.keys() - self._nmse.keys():
+            self.linear(name)
+        bits = _BITS[self._precision]
+        return {name: QuantizedTensor(bits, f.block_size, True, self._nmse[name]) for name, f in self.forms.items()}
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over the quantised linears, scales included."""
+        shapes = weight_shapes(self._config)
+        bits = weights = 0.0
+        for name, form in self.forms.items():
+            rows, columns = shapes[name]
+            weights += rows * columns
+            bits += rows * (columns * _BITS[self._precision] + _SCALE_BITS * (columns // (form.block_size or columns)))
+        return bits / weights
+
+
+def uses_calibration(precision: str, recipe: str | None) -> bool:
+    """Tell whether quantising runs the model on calibration tokens."""
+    return precision in ("int8", "fp8") or recipe in CALIBRATED
+
+
+def check_recipe(config: ModelConfig, precision: str, recipe: str | None) -> None:
+    """Refuse what cannot be quantised, before anything is read.
+
+    Raises:
+        UsageError: a recipe that TensorRT's format cannot hold, or a shape that 4-bit blocks do not divide.
+    """
+    if recipe is not None and precision != "int4":
+        raise UsageError(f"recipe {recipe}: int4 alone has a choice, {precision} has none")
+    if recipe is not None and recipe not in INT4_RECIPES:
+        reason = "mixes precisions" if recipe in MIXED else "is unknown"
+        raise UsageError(f"recipe {recipe}: it {reason}; TensorRT's int4 takes {', '.join(INT4_RECIPES)}")
+    if precision == "int4":
+        int4_block_size(config)
+
+
+def int4_block_size(config: ModelConfig) -> int:
+    """Return the largest block that divides the rows of all linears.
+
+    Raises:
+        UsageError: none does.
+    """
+    lengths = sorted({weight_shapes(config)[name][1] for name in _names(config, "int4")})
+    fitting = [size for size in BLOCK_SIZES if not any(length % size for length in lengths)]
+    if not fitting:
+        raise UsageError(
+            f"int4: blocks of {', '.join(map(str, BLOCK_SIZES))} weights do not divide {', '.join(map(str, lengths))} "
+            "inputs, and TensorRT takes whole blocks; use --precision int8 or bf16"
+        )
+    return max(fitting)
+
+
+def static_weights(
+    source: WeightSource,
+    config: ModelConfig,
+    precision: str,
+    *,
+    recipe: str | None = None,
+    calibration: Path | None = None,
+    spool: Path,
+) -> StaticWeights:
+    """Quantise the linears of a checkpoint for a TensorRT graph.
+
+    Args:
+        source: the weights.
+        config: their shape.
+        precision: int4, int8 or fp8.
+        recipe: of int4, out of `INT4_RECIPES`; None: search.
+        calibration: a UTF-8 text for what measures activations; see `calibration_tokens` for None.
+        spool: a folder for gptq; it must outlive the result, and its owner removes it.
+
+    Raises:
+        UsageError: see `check_recipe` and `calibration_tokens`.
+        CheckpointError: a weight is NaN, Inf or beyond 1e36; the uncalibrated recipes say so from `linear`.
+        NumericError: activations on the calibration tokens that are not finite.
+    """
+    check_recipe(config, precision, recipe)
+    names = _names(config, precision)
+    if precision == "int4":
+        form = BlockFormat(4, int4_block_size(config), symmetric=True, positive=True)
+        head = replace(form, block_size=min(BLOCK_SIZES))
+        recipe = recipe or "search"
+        blocks = quantize(
+            source,
+            config,
+            recipe,
+            form=form,
+            head=head,
+            keep=(EMBEDDING,),
+            calibration=calibration if recipe in CALIBRATED else None,
+            spool=spool if recipe == "gptq" else None,
+        )
+        sizes = dict.fromkeys(names, form.block_size) | {HEAD: head.block_size}
+        forms = {name: LinearForm(precision, size, None) for name, size in sizes.items()}
+        return StaticWeights(source, config, precision, forms, blocks)
+    scales = static_input_scales(source, config, precision, calibration)
+    forms = {name: LinearForm(precision, 0, scales[name]) for name in names}
+    return StaticWeights(source, config, precision, forms, None)
+
+
+def static_input_scales(
+    source: WeightSource, config: ModelConfig, precision: str, calibration: Path | None
+) -> dict[str, float]:
+    """Return the scales of the linears' inputs, by the weights' names; arguments and errors as `static_weights`."""
+    tokens = calibration_tokens(source, config, calibration, **_CALIBRATION)
+    return input_scales(source, config, tokens, int8_scale if precision == "int8" else fp8_scale, KEPT[precision])
+
+
+def _names(config: ModelConfig, precision: str) -> list[str]:
+    return [n for n in [*linear_names(config), HEAD] if not n.removesuffix(".weight").endswith(KEPT[precision])]
