@@ -15,7 +15,7 @@ import importlib.metadata
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
 from olmo2_export.parity import GATES, CaseResult, Gate, ParityReport, compare, compare_greedy, failed_case
 from olmo2_export.reference import open_reference
-from runtimes import Runner, open_runner
+from runtimes import Backend, Runner, open_runner
 from runtimes.errors import ConfigError, NumericError, PackageError
 from runtimes.manifest import find_variant, load_manifest
 
@@ -104,7 +104,7 @@ def ask_pytorch(
     return Truth(sequences, origin, exact, own, continuations)
 
 
-def measure(package: Path, variant: str, truth: Truth, backend: Literal["ort"] = "ort") -> ParityReport:
+def measure(package: Path, variant: str, truth: Truth, backend: Backend = "ort") -> ParityReport:
     """Run one variant through every case and compare.
 
     Args:
@@ -122,19 +122,26 @@ def measure(package: Path, variant: str, truth: Truth, backend: Literal["ort"] =
 
 
 def measure_runner(
-    runner: Runner, truth: Truth, precision: str, label: str, graph_sha256: str, backend: str = "ort"
+    runner: Runner,
+    truth: Truth,
+    precision: str,
+    label: str,
+    graph_sha256: str,
+    backend: str = "ort",
+    gate: Gate | None = None,
 ) -> ParityReport:
     """Run every case on an open runner and compare.
 
     Args:
         runner: of any graph.
         truth: what `ask_pytorch` found, with that precision among its own.
-        precision: a name out of `GATES`.
+        precision: a name out of `GATES`, unless a gate is given.
         label: the report's name of the variant.
         graph_sha256: of the ONNX file that is run.
         backend: what runs it.
+        gate: the limits; None: those of the precision.
     """
-    gate, own = GATES[precision], truth.own[precision]
+    gate, own = gate or GATES[precision], truth.own[precision]
     cases = feed(runner, truth.sequences, truth.exact, own, gate)
     tokens = [
         _greedy(runner, ids[:GREEDY_PROMPT], len(wanted))

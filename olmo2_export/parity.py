@@ -133,8 +133,8 @@ class ParityReport:
     def to_document(self) -> dict[str, Any]:
         """Return the JSON form; numbers that are not finite become strings."""
         document = asdict(self) | {"passed": self.passed}
-        for case in document["cases"]:
-            case |= {k: str(v) for k, v in case.items() if isinstance(v, float) and not math.isfinite(v)}
+        for part in (document["gate"], *document["cases"]):
+            part |= {k: str(v) for k, v in part.items() if isinstance(v, float) and not math.isfinite(v)}
         return document
 
 

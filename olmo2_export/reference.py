@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,35 @@ from olmo2_export.checkpoint import Checkpoint
 from runtimes.errors import CheckpointError, first_names
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+Rounding = Callable[[torch.Tensor], torch.Tensor]
+"""float32 or float64 [..., K] -> the same, rounded"""
+
+
+def int8_blocks(block_size: int) -> Rounding:
+    """Return what rounds to 8 bits, with a scale for each `block_size` columns of a row; 0: for a whole row."""
+
+    def rounding(x: torch.Tensor) -> torch.Tensor:
+        columns = x.shape[-1]
+        size = block_size or columns
+        padded = F.pad(x, (0, -columns % size))
+        blocks = padded.view(*padded.shape[:-1], -1, size)
+        scale = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+        rounded: torch.Tensor = ((blocks / scale).round() * scale).flatten(-2)[..., :columns]
+        return rounded
+
+    return rounding
+
+
+def int8_scaled(scale: float) -> Rounding:
+    """Return what rounds to int8 with a fixed scale."""
+    return lambda x: (x / scale).round().clamp(-128, 127) * scale
+
+
+def fp8_scaled(scale: float) -> Rounding:
+    """Return what rounds to float8e4m3fn with a fixed scale."""
+    return lambda x: (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
 
 
 class Reference:
@@ -63,7 +92,7 @@ def open_reference(
     checkpoint: Checkpoint,
     precision: str,
     weights: Mapping[str, torch.Tensor] | None = None,
-    int8_inputs: Mapping[str, int] | None = None,
+    rounded_inputs: Mapping[str, Rounding] | None = None,
 ) -> Iterator[Reference]:
     """Load the reference weights into PyTorch; they are dropped at the end.
 
@@ -71,8 +100,7 @@ def open_reference(
         checkpoint: the weights.
         precision: fp32, fp16 or bf16: the dtype of weights and activations; fp64: the exact answer.
         weights: by the checkpoint's names, to compute with instead of the checkpoint's: dequantised ones.
-        int8_inputs: names of linear weights whose inputs are rounded to 8 bits, and how many columns share a scale; 0:
-            all of a row.
+        rounded_inputs: names of linear weights, and what rounds their inputs, such as `int8_blocks`.
 
     Raises:
         CheckpointError: PyTorch could not load every tensor.
@@ -97,11 +125,12 @@ def open_reference(
         _use_float64_norms(model)
     for name, weight in (weights or {}).items():
         parameter = nn.Parameter(weight.to(TORCH_DTYPES[precision]), requires_grad=False)
-        setattr(model.get_submodule(name.rpartition(".")[0]), "weight", parameter)  # noqa: B010  # mypy sees a Tensor
-    for name, block_size in (int8_inputs or {}).items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, parameter)
+    for name, rounding in (rounded_inputs or {}).items():
         owner, _, linear = name.removesuffix(".weight").rpartition(".")
         module = model.get_submodule(owner) if owner else model
-        setattr(module, linear, _Int8Inputs(module.get_submodule(linear), block_size))
+        setattr(module, linear, _RoundedInputs(module.get_submodule(linear), rounding))
     try:
         yield Reference(model.eval(), precision)
     finally:
@@ -126,19 +155,14 @@ class _Float64Norm(nn.Module):
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
 
 
-class _Int8Inputs(nn.Module):
-    """A linear whose inputs are rounded to 8 bits, as quantised kernels do."""
+class _RoundedInputs(nn.Module):
+    """A linear whose inputs are rounded, as quantised kernels do."""
 
-    def __init__(self, linear: nn.Module, block_size: int) -> None:
+    def __init__(self, linear: nn.Module, rounding: Rounding) -> None:
         super().__init__()
-        self.linear, self.block_size = linear, block_size
+        self.linear, self.rounding = linear, rounding
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        columns = x.shape[-1]
-        size = self.block_size or columns
-        padded = F.pad(x, (0, -columns % size))
-        blocks = padded.view(*padded.shape[:-1], -1, size)
-        scale = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
-        rounded = ((blocks / scale).round() * scale).flatten(-2)[..., :columns]
-        y: torch.Tensor = self.linear(rounded)
+        wide = x if x.dtype == torch.float64 else x.float()
+        y: torch.Tensor = self.linear(self.rounding(wide).to(x.dtype))
         return y

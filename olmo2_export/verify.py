@@ -1,6 +1,7 @@
 """Verify a package: run each variant against PyTorch, print one verdict per case, write `parity.json`.
 
-How a graph is fed and compared is in `measure.py`; what else a quantised variant must show, in `verify_quantized.py`.
+How a graph is fed and compared is in `measure.py`; what else quantised variants and the graphs for GPUs and TensorRT
+must show, in `verify_quantized.py`, `verify_device.py` and `verify_static.py`.
 """
 
 from __future__ import annotations
@@ -8,37 +9,48 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tqdm import tqdm
 
 from olmo2_export.checkpoint import Checkpoint
+from olmo2_export.device_graph import DTYPES
 from olmo2_export.measure import ask_pytorch, measure
 from olmo2_export.parity import GATES, ParityReport
+from olmo2_export.verify_device import measure_device
 from olmo2_export.verify_quantized import measure_quantized
-from runtimes.errors import PackageError
+from olmo2_export.verify_static import measure_static
+from runtimes import Backend, Device, open_runner
+from runtimes.errors import PackageError, UsageError, VariantNotFoundError
 from runtimes.manifest import (
-    FORMAT_VERSION,
     PARITY_NAME,
-    check_files,
+    Manifest,
     find_variant,
     load_manifest,
+    load_trt_manifest,
     package_checksum,
-    read_sealed,
-    seal,
 )
+from runtimes.ort_devices import find_device
+from runtimes.sealed import FORMAT_VERSION, check_files, read_sealed, seal
 
 
 def verify(
-    package: Path, checkpoint: Checkpoint, *, variants: Sequence[str] = (), backend: Literal["ort"] = "ort"
+    package: Path,
+    checkpoint: Checkpoint,
+    *,
+    variants: Sequence[str] = (),
+    backend: Backend = "ort",
+    device: Device = "cpu",
 ) -> list[ParityReport]:
     """Compare variants of a package with PyTorch on the reference weights, and write `parity.json` beside the manifest.
 
     Args:
         package: the package folder; all its files are checked against the manifest first.
         checkpoint: the reference weights.
-        variants: which; none means all of the export.
+        variants: which; none means all that the backend can run: for ort those of the export and the TensorRT graphs,
+            or on another device than the CPU those for GPUs; for a TensorRT those with an engine for it.
         backend: what runs the graphs.
+        device: where ort runs them.
 
     Returns:
         One report per variant; look at `passed`.
@@ -50,8 +62,14 @@ def verify(
     manifest = load_manifest(package)
     checksum = package_checksum(package)
     check_files(package, manifest.files)
-    names = list(dict.fromkeys(variants)) or list(manifest.variants)
+    if backend == "ort" and device != "cpu":
+        find_device(device)  # before PyTorch is asked
+    if backend != "ort" and device == "nv-rtx":
+        raise UsageError(f"device nv-rtx is one of onnxruntime; backend {backend} runs on the GPU by itself")
+    names = list(dict.fromkeys(variants)) or _all_variants(package, manifest, backend, device)
     entries = {name: find_variant(package, name)[0] for name in names}
+    if backend != "ort":
+        open_runner(package, variant=names[0], backend=backend).close()  # likewise
     precisions = {entry.precision for entry in entries.values() if entry.quantization is None}
     if unknown := precisions - GATES.keys():
         raise PackageError(f"{package}: precision {', '.join(sorted(unknown))}; there are gates for {', '.join(GATES)}")
@@ -63,7 +81,14 @@ def verify(
             truth = ask_pytorch(package, checkpoint, precisions, capacity, bar)
         reports = []
         for name, entry in entries.items():
-            if entry.quantization is not None:
+            own = truth if entry.quantization is None else None
+            if name in DTYPES:
+                reports.append(measure_device(package, name, checkpoint, own, device))
+            elif entry.kv_cache.form == "static" and device != "nv-rtx":
+                reports.append(measure_static(package, name, checkpoint, own, backend, device))
+            elif device != "cpu" and backend == "ort":
+                raise UsageError(f"variant {name}: verify has {', '.join(DTYPES)} for device {device}")
+            elif entry.quantization is not None:
                 reports.append(measure_quantized(package, name, checkpoint))
             else:
                 assert truth is not None  # its precision is among those asked for
@@ -71,6 +96,28 @@ def verify(
             bar.update()
     _write(package, checksum, checkpoint, reports)
     return reports
+
+
+def _all_variants(package: Path, manifest: Manifest, backend: Backend, device: Device) -> list[str]:
+    """Return what the backend can run there.
+
+    Raises:
+        VariantNotFoundError: there is nothing.
+    """
+    trt = load_trt_manifest(package)
+    if backend == "ort" and device != "cpu":
+        if names := [name for name in manifest.variants if name in DTYPES]:
+            return names
+        raise VariantNotFoundError(f"{package}: no variant for {device}; export it with --variant bf16")
+    if backend == "ort":
+        return [*manifest.variants, *(trt.variants if trt is not None else ())]
+    engines = trt.engines.values() if trt is not None else ()
+    names = list(dict.fromkeys(engine.variant for engine in engines if engine.backend == backend))
+    if not names:
+        raise VariantNotFoundError(
+            f"{package}: no engine for {backend}; run: olmo2-export build {package} --backend {backend}"
+        )
+    return names
 
 
 def format_reports(reports: Sequence[ParityReport]) -> str:

@@ -30,24 +30,22 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.measure import Truth, ask_pytorch, feed, measure_runner
 from olmo2_export.ort_graph import exact_form, stored_int8, stored_matrices
 from olmo2_export.parity import KERNELS, CaseResult, Check, ParityReport
-from olmo2_export.quality import broken_limits, gate, measure_quality, quality_tokens
-from olmo2_export.quantize.blocks import QuantizedMatrix
-from olmo2_export.quantize.encode import cut
-from olmo2_export.quantize.names import EMBEDDING, stored_weight
+from olmo2_export.quality import gate_of, measure_quality, quality_check, quality_tokens
+from olmo2_export.quantize.names import EMBEDDING
 from olmo2_export.quantize.sweep import reference_logits
-from olmo2_export.reference import open_reference
+from olmo2_export.reference import int8_blocks, open_reference
+from olmo2_export.weight_checks import check_int8, check_matrices
 from runtimes.errors import PackageError
-from runtimes.manifest import ModelSpec, Variant, check_files, find_variant, load_manifest
+from runtimes.manifest import ModelSpec, Variant, find_variant, load_manifest
 from runtimes.ort_runner import open_ort
 from runtimes.ort_session import open_session
+from runtimes.sealed import check_files
 from runtimes.shared_runner import SharedRunner
 
 LONG = 4096
 """tokens on which a quantised KV cache is measured, where the context holds them"""
 
-_SCALE_ERROR = 0.25  # a block's scale against the one that fits its codes best; seen: 0.1 with GPTQ
 _KV_ERROR_RATIO = {8: 4.0, 4: math.inf}  # where the cache is rounded too; what 4 bits cost, quality must tell
-_ROWS = 4096
 
 
 def measure_quantized(package: Path, name: str, checkpoint: Checkpoint) -> ParityReport:
@@ -76,7 +74,7 @@ def measure_quantized(package: Path, name: str, checkpoint: Checkpoint) -> Parit
         report = measure_runner(runner, truth, "fp32", name, files[entry.graph].sha256)
     blocks = {tensor: m.form.block_size for tensor, m in matrices.items() if tensor != EMBEDDING}
     cases = [*report.cases, *_kernel_cases("kernels", package, entry, checkpoint, truth, weights, blocks)]
-    checks = [_check_weights(matrices, checkpoint, config)]
+    checks = [check_matrices(matrices, checkpoint, config)]
     if entry.prefill is not None:
         int8 = {
             tensor: torch.from_numpy(w) for tensor, w in stored_int8(ir.load(package / entry.prefill.graph)).items()
@@ -86,7 +84,7 @@ def measure_quantized(package: Path, name: str, checkpoint: Checkpoint) -> Parit
         exact = _exact_logits(checkpoint, truth.sequences, weights | int8)
         int8_truth = dataclasses.replace(truth, exact=exact)
         cases += _kernel_cases("int8", package, prefill, checkpoint, int8_truth, weights | int8, rows)
-        checks.append(_check_int8(int8, checkpoint, config))
+        checks.append(check_int8(int8, checkpoint, config))
     checks += _check_quality(package, entry, spec, checkpoint, config)
     if entry.kv_cache.quantization is not None:
         checks.append(_check_cache_scales(package, entry))
@@ -121,7 +119,8 @@ def _kernel_cases(
     int8_inputs: Mapping[str, int],
 ) -> list[CaseResult]:
     """Feed one graph as it is; its error is measured in units of PyTorch's, with inputs rounded likewise."""
-    with open_reference(checkpoint, "fp32", weights, int8_inputs) as reference:
+    rounding = {tensor: int8_blocks(block) for tensor, block in int8_inputs.items()}
+    with open_reference(checkpoint, "fp32", weights, rounding) as reference:
         own = reference.logits(truth.sequences)
     limits = KERNELS
     if entry.kv_cache.quantization is not None:
@@ -130,47 +129,6 @@ def _kernel_cases(
     with open_ort(package, variant, load_manifest(package).model, None) as runner:
         cases = feed(runner, truth.sequences, truth.exact, own, limits)
     return [dataclasses.replace(case, mode=f"{label} {case.mode}") for case in cases]
-
-
-def _check_weights(matrices: Mapping[str, QuantizedMatrix], checkpoint: Checkpoint, config: ModelConfig) -> Check:
-    """Compare each block's scale with the one that fits its codes to the checkpoint's weights best."""
-    worst = 0.0
-    failures: list[str] = []
-    for name, matrix in matrices.items():
-        source = stored_weight(checkpoint, config, name)
-        for start in range(0, matrix.rows, _ROWS):
-            truth = cut(source[start : start + _ROWS], matrix.form)
-            stored = cut(matrix.dequantize(start, start + _ROWS), matrix.form)
-            off = _scale_error(truth, stored)
-            worst = max(worst, float(off.max()))
-            if bool((off > _SCALE_ERROR).any()):
-                block = int(off.argmax())
-                row, column = divmod(block, matrix.form.blocks(matrix.columns))
-                failures.append(
-                    f"{name}: row {start + row}, block {column}: its scale is off by {float(off.max()):.0%}"
-                )
-                break
-    return Check("weights", f"{len(matrices)} tensors, scales within {worst:.1%} of the best", tuple(failures[:5]))
-
-
-def _check_int8(weights: Mapping[str, torch.Tensor], checkpoint: Checkpoint, config: ModelConfig) -> Check:
-    """The same for the int8 weights, whose scales are per output channel."""
-    worst = 0.0
-    failures: list[str] = []
-    for name, stored in weights.items():
-        off = _scale_error(stored_weight(checkpoint, config, name).float(), stored)
-        worst = max(worst, float(off.max()))
-        if worst > _SCALE_ERROR and not failures:
-            failures.append(f"{name}: channel {int(off.argmax())}: its scale is off by {float(off.max()):.0%}")
-    return Check("int8 weights", f"{len(weights)} tensors, scales within {worst:.1%} of the best", tuple(failures))
-
-
-def _scale_error(truth: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
-    """Return per row |<truth, stored> / <stored, stored> - 1|: 0 where the scale is the least-squares one."""
-    energy = stored.square().sum(1)
-    fit = (truth * stored).sum(1) / energy.clamp_min(1e-30)
-    lost = (energy <= 1e-12 * truth.square().sum(1)) & (truth.square().sum(1) > 1e-30)  # all zero where weights were
-    return torch.where(lost, torch.ones_like(energy), torch.where(energy > 1e-30, (fit - 1).abs(), energy))
 
 
 def _check_quality(
@@ -187,12 +145,7 @@ def _check_quality(
     for name, variant, alternate in views:
         with open_ort(package, variant, spec, None) as runner:
             measured = measure_quality(runner, sequences, wanted, origin, alternate=alternate)
-        rise = measured.perplexity / measured.reference_perplexity - 1
-        found = (
-            f"KL {measured.kl_mean:.2g}, p99 {measured.kl_p99:.2g}, top-1 {measured.top1:.1%}, perplexity "
-            f"{measured.perplexity:.3f} ({rise:+.2%}) on {measured.tokens} tokens of {origin} in {len(sequences[0])}s"
-        )
-        checks.append(Check(name, found, tuple(broken_limits(measured, gate(entry.precision, config)))))
+        checks.append(quality_check(name, measured, len(sequences[0]), gate_of(entry, config)))
     return checks
 
 

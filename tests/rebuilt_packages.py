@@ -9,7 +9,17 @@ from pathlib import Path
 import onnx_ir as ir
 
 from olmo2_export.graph_files import save_graph
-from runtimes.manifest import MANIFEST_NAME, TRT_FOLDER, hash_files, read_sealed, seal
+from olmo2_export.trt_graph import Precision
+from olmo2_export.trt_variants import TrtOptions, write_trt_variant
+from runtimes.manifest import (
+    MANIFEST_NAME,
+    TRT_FOLDER,
+    TrtManifest,
+    load_manifest,
+    package_checksum,
+    to_document,
+)
+from runtimes.sealed import FORMAT_VERSION, hash_files, read_sealed, seal
 
 
 def rebuilt(package: Path, out: Path, change: Callable[[ir.Model], object], graph: str = "onnx/model.onnx") -> Path:
@@ -24,17 +34,37 @@ def rebuilt(package: Path, out: Path, change: Callable[[ir.Model], object], grap
     return _rebuilt(package, out, change, graph, MANIFEST_NAME)
 
 
-def rebuilt_trt(package: Path, out: Path, change: Callable[[ir.Model], object]) -> Path:
-    """Copy a package with a changed fp32 graph for TensorRT; every hash is right.
+def with_trt_graph(package: Path, out: Path, options: TrtOptions) -> Path:
+    """Copy a package and add a graph for TensorRT, without an engine.
+
+    Args:
+        package: the original.
+        out: the copy, which must not exist.
+        options: of the graph.
+    """
+    shutil.copytree(package, out)
+    folder = out / TRT_FOLDER
+    folder.mkdir()
+    variant = write_trt_variant(out, load_manifest(out), folder, options)
+    version = load_manifest(out).exporter_version
+    files = hash_files(out, variant.files)
+    manifest = TrtManifest(FORMAT_VERSION, version, package_checksum(out), {variant.name: variant}, {}, files)
+    (folder / MANIFEST_NAME).write_bytes(seal(to_document(manifest)))
+    return out
+
+
+def rebuilt_trt(package: Path, out: Path, change: Callable[[ir.Model], object], precision: Precision = "fp32") -> Path:
+    """Copy a package with a changed graph for TensorRT; every hash is right.
 
     The plan stays as it was: it is for a runner of the graph, onnxruntime.
 
     Args:
-        package: the original, with an engine of fp32.
+        package: the original, with that graph.
         out: the copy, which must not exist.
         change: edits the graph in place.
+        precision: of the graph.
     """
-    return _rebuilt(package, out, change, f"{TRT_FOLDER}/model_fp32.onnx", f"{TRT_FOLDER}/{MANIFEST_NAME}")
+    return _rebuilt(package, out, change, f"{TRT_FOLDER}/model_{precision}.onnx", f"{TRT_FOLDER}/{MANIFEST_NAME}")
 
 
 def _rebuilt(package: Path, out: Path, change: Callable[[ir.Model], object], graph: str, manifest: str) -> Path:

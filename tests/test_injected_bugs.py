@@ -14,6 +14,7 @@ from rebuilt_packages import rebuilt, rebuilt_trt
 
 from olmo2_export.checkpoint import open_checkpoint
 from olmo2_export.engine import build
+from olmo2_export.engine_options import EngineOptions
 from olmo2_export.measure import Truth, ask_pytorch, measure
 
 LAYER = 1
@@ -232,7 +233,7 @@ TRT_BUGS: list[Callable[[ir.Model], None]] = [
 def trt_case(tiny_package: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Truth]:
     """A package with an engine of fp32, and what PyTorch says of its model."""
     package = Path(shutil.copytree(tiny_package, tmp_path_factory.mktemp("trt") / "tiny"))
-    build(package, precision="fp32", compute_capabilities=["8.9"], max_cache_length=64, progress=False)
+    build(package, EngineOptions("fp32", compute_capabilities=["8.9"], max_cache_length=64), progress=False)
     return package, ask_pytorch(package, open_checkpoint(str(tiny_checkpoint)), ["fp32"])
 
 

@@ -16,13 +16,14 @@ from transformers import Olmo2ForCausalLM
 from olmo2_export import verify as verify_module
 from olmo2_export.checkpoint import open_checkpoint
 from olmo2_export.engine import build
+from olmo2_export.engine_options import EngineOptions
 from olmo2_export.measure import LENGTHS, MODES
 from olmo2_export.package import export
 from olmo2_export.reference import open_reference
 from olmo2_export.summary import summarize
 from olmo2_export.verify import format_reports, verify
 from runtimes.errors import ConfigError, IntegrityError, PackageError, VariantNotFoundError
-from runtimes.manifest import read_sealed
+from runtimes.sealed import read_sealed
 
 FORMS: dict[str, dict[str, Any]] = {
     "mha": {"num_key_value_heads": 6},
@@ -105,7 +106,7 @@ def test_a_context_too_short_to_tell_the_cases_apart_is_refused(tmp_path: Path) 
 
 
 def test_a_cache_shorter_than_the_sequences_is_verified_within_it(copy: Path, tiny_checkpoint: Path) -> None:
-    build(copy, precision="fp32", compute_capabilities=["8.9"], max_cache_length=33, progress=False)
+    build(copy, EngineOptions("fp32", compute_capabilities=["8.9"], max_cache_length=33), progress=False)
     (report,) = verify(copy, open_checkpoint(str(tiny_checkpoint)), variants=["trt_fp32"])
     assert report.passed
     assert report.sequences == (33, 32, 13)
