@@ -1,47 +1,35 @@
-"""Compile one ONNX graph to one TensorRT plan, in a process of its own.
-
-    python -m olmo2_export.engine_compiler REQUEST.json
-
-Why a process of its own: TensorRT numbers things in the order of their addresses, so that two plans of one graph are
-byte-identical only if memory is laid out in the same way, which has to be arranged before a process starts; what
-TensorRT allocates, more than twice the plan, is given back whole; and a build can be killed at any time.
-
-Standard output carries one JSON message a line: {"phase": name}, {"log": level, "text": text}, and last either
-{"result": CompileResult} or {"error": class name of `runtimes.errors`, "text": text}.
-"""
+"""Compile one ONNX graph to one TensorRT plan: parse, check, build, write."""
 
 from __future__ import annotations
 
-import ctypes
-import json
 import logging
 import mmap
-import os
 import re
 import resource
-import signal
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import onnx
 
-from runtimes.errors import EngineBuildError, FusionError, Olmo2ExportError, first_names
+from olmo2_export.engine_builder import (
+    OnProgress,
+    build_to_file,
+    progress_monitor,
+    set_compute_capabilities,
+    set_flags,
+    timing_cache,
+)
+from runtimes.errors import EngineBuildError, FusionError, first_names
 from runtimes.manifest import ProfileRange
 from runtimes.nvidia import Message, TensorRT, TensorRTBackend, load_tensorrt
 
-logger = logging.getLogger(__name__)
-
 # What TensorRT says when it leaves something out of the network that the graph says: never acceptable.
 _CHANGES_MEANING = re.compile(r"unused|ignor|not supported|unsupported|clamp|truncat|overflow|lossy", re.IGNORECASE)
-_ADDR_NO_RANDOMIZE = 0x0040000  # of personality(2)
-_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 @dataclass(frozen=True)
@@ -58,6 +46,10 @@ class CompileRequest:
     compute_capabilities: tuple[str, ...]
     layer_counts: dict[str, int]
     """layers of the TensorRT network that must be there, by type; `A|B` counts both together"""
+    flags: tuple[str, ...] = ()
+    """portable, refit, weight_streaming"""
+    timing_cache: str | None = None
+    """absolute path of a file"""
 
 
 @dataclass(frozen=True)
@@ -72,12 +64,12 @@ class CompileResult:
     """bytes, of this process; the mapped weights are part of it"""
 
 
-def compile_plan(request: CompileRequest, on_phase: Callable[[str], None]) -> CompileResult:
+def compile_plan(request: CompileRequest, on_progress: OnProgress) -> CompileResult:
     """Parse the graph, check the network, build the plan and write it.
 
     Args:
         request: what to compile.
-        on_phase: called with the name of each phase of the build.
+        on_progress: called as the build goes on.
 
     Raises:
         BackendError: the library is not installed, or does not know a compute capability.
@@ -89,28 +81,33 @@ def compile_plan(request: CompileRequest, on_phase: Callable[[str], None]) -> Co
     builder = trt.Builder(tensorrt.log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, tensorrt.log)
-    on_phase("Parsing the graph")
-    with _mapped_weights(Path(request.graph)) as (model, weights):
+    on_progress("Parsing the graph", 0.0)
+    with mapped_weights(Path(request.graph)) as (model, weights):
         _parse(tensorrt, parser, model, weights)
         _check_inputs(network)
         counts = check_layers(_layer_types(network), request.layer_counts)
         config = builder.create_builder_config()
-        config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32
-        tensorrt.set_compute_capabilities(config, request.compute_capabilities)
+        set_flags(tensorrt, config, request.flags)
+        set_compute_capabilities(tensorrt, config, request.compute_capabilities)
         for ranges in request.profiles.values():
             _add_profile(builder, config, ranges)
-        config.progress_monitor = monitor = tensorrt.progress_monitor(on_phase)
-        with tensorrt.collected() as messages, Path(request.plan).open("wb") as file:
-            built = tensorrt.build_to_file(builder, network, config, file)
+        config.progress_monitor = monitor = progress_monitor(tensorrt, on_progress)
+        cache = Path(request.timing_cache) if request.timing_cache else None
+        with (
+            tensorrt.collected() as messages,
+            Path(request.plan).open("wb") as file,
+            timing_cache(config, cache),
+        ):
+            built = build_to_file(tensorrt, builder, network, config, file)
         del monitor  # it had to live until here: TensorRT does not keep it alive
         if not built:
-            raise EngineBuildError(f"TensorRT {tensorrt.version} could not build the engine: {_texts(messages)}")
+            raise EngineBuildError(f"TensorRT {tensorrt.version} could not build the engine: {texts(messages)}")
         check_messages(messages)
     return CompileResult(
         backend_version=tensorrt.version,
         layer_counts=counts,
         aliases=_aliases(trt, network),
-        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss=peak_rss(),
     )
 
 
@@ -134,11 +131,11 @@ def check_messages(messages: Sequence[Message]) -> None:
     """
     fatal = [m for m in messages if m.level >= logging.ERROR or _CHANGES_MEANING.search(m.text)]
     if fatal:
-        raise EngineBuildError(f"TensorRT would not compute what the graph says: {_texts(fatal)}")
+        raise EngineBuildError(f"TensorRT would not compute what the graph says: {texts(fatal)}")
 
 
 @contextmanager
-def _mapped_weights(graph: Path) -> Iterator[tuple[bytes, dict[str, tuple[int, int]]]]:
+def mapped_weights(graph: Path) -> Iterator[tuple[bytes, dict[str, tuple[int, int]]]]:
     """Yield the serialised graph, and the address and size of each weight, mapped read-only while the body runs."""
     serialised = graph.read_bytes()
     model = onnx.load_model_from_string(serialised)
@@ -169,15 +166,15 @@ def _parse(tensorrt: TensorRT, parser: Any, model: bytes, weights: Mapping[str, 
         if refused:
             raise EngineBuildError(f"TensorRT {tensorrt.version} did not take the weights {first_names(refused)}")
         ok = ok and parser.parse_model_proto()
-    errors = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
+    errors = [parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
     if not ok or errors:
         raise EngineBuildError(
-            f"TensorRT {tensorrt.version} cannot parse the graph: {'; '.join(errors) or _texts(messages)}"
+            f"TensorRT {tensorrt.version} cannot parse the graph: {'; '.join(errors) or texts(messages)}"
         )
     check_messages(messages)
 
 
-def _parser_error(error: Any) -> str:
+def parser_error(error: Any) -> str:
     where = f" at {error.node_operator()} {error.node_name()}" if error.node_operator() else ""
     return f"{error.desc()}{where}"
 
@@ -215,90 +212,10 @@ def _aliases(trt: Any, network: Any) -> dict[str, str]:
     return {layer.get_output(0).name: layer.get_input(0).name for layer in updates}
 
 
-def _texts(messages: Sequence[Message]) -> str:
+def peak_rss() -> int:
+    """Return the most memory that this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def texts(messages: Sequence[Message]) -> str:
     return "; ".join(dict.fromkeys(m.text.strip() for m in messages)) or "it did not say why"
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Compile what the request file says; return the exit code. See the top of this file for what is printed."""
-    reproducible = _be_reproducible()
-    _die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would wait for the end of the build
-    channel = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints must not mix with the messages
-    logging.basicConfig(level=logging.DEBUG, handlers=[_ChannelHandler(channel)])
-    if not reproducible:
-        logger.info(
-            "this system does not let a process arrange its memory: two plans of one graph can differ in some bytes"
-        )
-
-    def send(message: dict[str, object]) -> None:
-        channel.write(json.dumps(message) + "\n")
-
-    try:
-        request = read_request(Path(arguments[0]))
-        with ThreadPoolExecutor(max_workers=1) as pool:  # a thread allocates from a heap of its own, untouched so far
-            result = pool.submit(compile_plan, request, lambda phase: send({"phase": phase})).result()
-    except Olmo2ExportError as error:
-        send({"error": type(error).__name__, "text": str(error)})
-        return error.exit_code
-    except OSError as error:
-        send({"error": "ResourceError", "text": f"{error.filename or 'plan'}: {error.strerror or error}"})
-        return 1
-    send({"result": asdict(result)})
-    return 0
-
-
-def read_request(path: Path) -> CompileRequest:
-    """Read a request that was written as the JSON of `asdict`."""
-    document = json.loads(path.read_text())
-    profiles = {
-        name: tuple(ProfileRange(r["name"], tuple(r["min"]), tuple(r["opt"]), tuple(r["max"])) for r in ranges)
-        for name, ranges in document["profiles"].items()
-    }
-    capabilities = tuple(document["compute_capabilities"])
-    return CompileRequest(**{**document, "profiles": profiles, "compute_capabilities": capabilities})
-
-
-class _ChannelHandler(logging.Handler):
-    """Sends log records to the parent process."""
-
-    def __init__(self, channel: TextIO) -> None:
-        super().__init__()
-        self.channel = channel
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.channel.write(json.dumps({"log": record.levelno, "text": record.getMessage()}) + "\n")
-
-
-def _be_reproducible() -> bool:
-    """Make this process allocate memory in the same way each time; tell whether the system let it.
-
-    Addresses are not randomised, for which the process starts again, and TensorRT's threads take turns on one CPU
-    without interrupting each other, which costs little: its work is serial but for the generation of kernels.
-    """
-    if sys.platform != "linux":
-        return False
-    cpus = sorted(os.sched_getaffinity(0))
-    try:
-        os.sched_setaffinity(0, {cpus[os.getpid() % len(cpus)]})
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    except PermissionError:
-        return False
-    libc = ctypes.CDLL(None)
-    current = libc.personality(0xFFFFFFFF)  # reads it
-    if current != -1 and current & _ADDR_NO_RANDOMIZE:
-        return True
-    if current != -1 and libc.personality(current | _ADDR_NO_RANDOMIZE) != -1:
-        os.execv(sys.executable, sys.orig_argv)
-    return False
-
-
-def _die_with_parent() -> None:
-    """Have the system kill this process if the one that waits for its plan is killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -10,17 +10,15 @@ from runtimes.errors import IntegrityError, PackageError
 from runtimes.manifest import (
     PARITY_NAME,
     Engine,
-    FileEntry,
     Manifest,
     TensorSpec,
     TrtManifest,
     Variant,
-    check_files,
     load_manifest,
     load_trt_manifest,
     package_checksum,
-    read_sealed,
 )
+from runtimes.sealed import FileEntry, check_files, read_sealed
 
 
 def summarize(package: Path) -> str:
@@ -44,7 +42,7 @@ def summarize(package: Path) -> str:
     if trt:
         check_files(package, trt.files, trt.files.keys() | _listed(trt), remedy=f"run: olmo2-export build {package}")
     sections = [_model(package, manifest), *map(_variant, variants.values())]
-    sections += map(_engine, trt.engines.values() if trt else ())
+    sections += [engine_lines(engine, files[engine.plan].size) for engine in (trt.engines.values() if trt else ())]
     sections += [_files(files), _parity(package, {name: files[v.graph].sha256 for name, v in variants.items()})]
     return "\n\n".join("\n".join(lines) for lines in sections)
 
@@ -69,6 +67,30 @@ def quantization_lines(variant: Variant) -> list[str]:
             f"{graph}: KL {quality.kl_mean:.2g} (p99 {quality.kl_p99:.2g}), top-1 {quality.top1:.1%}{perplexity} "
             f"on {quality.tokens} tokens of {quality.tokens_from}"
         )
+    return lines
+
+
+def engine_lines(engine: Engine, size: int) -> list[str]:
+    """Describe an engine.
+
+    Args:
+        engine: its entry in the manifest.
+        size: of the plan, in bytes.
+    """
+    rows = "batch 1" if engine.max_batch_size == 1 else f"batch up to {engine.max_batch_size}"
+    lines = [
+        f"engine {engine.name}: {engine.plan}, {engine.precision}, {engine.backend} {engine.backend_version}, "
+        f"{size / 1e6:,.1f} MB",
+        f"  for      compute capability {', '.join(engine.compute_capabilities)}; "
+        f"{', '.join(engine.flags) or 'no flags'}",
+        f"  holds    profile {engine.profile}: {rows}, cache {engine.max_cache_length} tokens, "
+        f"prefill of {engine.prefill_chunk} tokens",
+        f"  layers   {', '.join(f'{n} {kind}' for kind, n in engine.layer_counts.items())}",
+    ]
+    for name, ranges in engine.profiles.items():
+        ids = next(r for r in ranges if r.name == "input_ids")
+        kernels = f", {engine.kernels[name]} kernels" if name in engine.kernels else ""
+        lines.append(f"  {name:<8} input_ids {list(ids.min)} .. {list(ids.opt)} .. {list(ids.max)}{kernels}")
     return lines
 
 
@@ -108,19 +130,6 @@ def _io(title: str, specs: Iterable[TensorSpec]) -> list[str]:
     """One line per tensor; of the KV cache only the first layer."""
     shown = [s for s in specs if "." not in s.name or ".0." in s.name]
     return [f"  {title if i == 0 else '':<8} {s.name:<24} {s.dtype:<8} {list(s.shape)}" for i, s in enumerate(shown)]
-
-
-def _engine(engine: Engine) -> list[str]:
-    lines = [
-        f"engine {engine.name}: {engine.plan}, {engine.precision}, {engine.backend} {engine.backend_version}",
-        f"  compute capabilities {', '.join(engine.compute_capabilities)}; batch up to {engine.max_batch_size}, "
-        f"cache {engine.max_cache_length} tokens",
-        f"  layers   {', '.join(f'{n} {kind}' for kind, n in engine.layer_counts.items())}",
-    ]
-    for name, ranges in engine.profiles.items():
-        first = next(r for r in ranges if r.name == "input_ids")
-        lines.append(f"  profile  {name}: input_ids {list(first.min)} .. {list(first.opt)} .. {list(first.max)}")
-    return lines
 
 
 def _files(files: Mapping[str, FileEntry]) -> list[str]:
