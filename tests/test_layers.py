@@ -17,17 +17,22 @@ quantize
 fuse
 trace
 graph_files ort_graph parity
-quality
+device_graph quality
 variants
 package
-trt_graph
+package_weights trt_graph engine_progress engine_plan
+trt_variants engine_builder engine_options
 engine_compiler
+engine_refitter
+engine_worker engine_process
 engine reference
+first_call polygraphy_tool
 measure
-verify_quantized
+trt_forms weight_checks
+verify_quantized verify_static verify_device
 verify
 summary
-bench
+bench debug
 cli
 __main__
 """
@@ -38,10 +43,17 @@ OWNERS = {
     "tensorrt": {"runtimes/nvidia.py"},
     "tensorrt_rtx": {"runtimes/nvidia.py"},
     "tensorrt_rtx_bindings": {"runtimes/nvidia.py"},
-    "transformers": {"olmo2_export/reference.py", "olmo2_export/demo/train.py"},
+    "transformers": {
+        "olmo2_export/reference.py",
+        "olmo2_export/demo/train.py",
+        "olmo2_export/bench/workers/static_cache.py",
+    },
     "onnxruntime": {
+        "runtimes/device_runner.py",
+        "runtimes/ort_devices.py",
         "runtimes/ort_session.py",
         "runtimes/ort_runner.py",
+        "runtimes/ort_static.py",
         "runtimes/shared_runner.py",
         "olmo2_export/bench/workers/profile.py",
     },
