@@ -9,17 +9,20 @@ VARIANTS  ?= fp32 q4
 PRECISION ?= bf16
 PROMPT    ?= In the beginning
 EXTRAS    ?= dev
+ROW       ?=
+TENSORRT  ?=
 PYTHON    ?= $(shell command -v python3.11 || command -v python3)
 
 VENV      := .venv
 BIN       := $(VENV)/bin
+COMMA     := ,
 STAMP     := $(VENV)/.installed-dev
 # torch first: a package that merely allows it must not choose another build of it
 PIP       := pip install --quiet --disable-pip-version-check --constraint constraints.txt
 REVISION_FLAG := $(if $(REVISION),--revision $(REVISION))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export test check format lint types bench peers clean
+.PHONY: help setup export test check format lint types bench gpu-test peers clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -29,7 +32,7 @@ setup: $(VENV)/.installed-$(EXTRAS) ## make .venv with what constraints.txt pins
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(if $(filter dev export,$*),$(BIN)/$(PIP) torch)
+	$(if $(filter dev export export$(COMMA)%,$*),$(BIN)/$(PIP) torch)
 	$(BIN)/$(PIP) --editable '.[$*]'
 	@touch $@
 
@@ -60,6 +63,20 @@ bench: $(STAMP) ## the table of targets on the 1B shape, beside the peers that a
 	$(BIN)/python -m olmo2_export.bench quality
 	$(BIN)/python -m olmo2_export.bench cpu
 
+gpu-test: $(VENV)-gpu/.installed ## the rows of tests/gpu/CHECKLIST.md that this machine's GPU allows; skips say why
+	$(VENV)-gpu/bin/python -m pytest -q -o filterwarnings=default --tb=short --show-capture=no tests/gpu/gpu_*.py $(if $(ROW),-k '$(ROW)')
+
+# A venv of its own, with full TensorRT if TENSORRT=1: onnxruntime-gpu takes the place of onnxruntime. torch brings CUDA, unless pip is told otherwise.
+$(VENV)-gpu/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D) && echo '*' > $(@D)/.gitignore
+	$(@D)/bin/$(PIP) torch
+	$(@D)/bin/$(PIP) --editable '.[dev]'
+	$(@D)/bin/pip uninstall --quiet --yes onnxruntime
+	$(@D)/bin/$(PIP) onnxruntime-gpu==1.31.1
+	$(@D)/bin/$(PIP) --no-deps onnxruntime-ep-nv-tensorrt-rtx-cu13
+	$(if $(TENSORRT),$(@D)/bin/$(PIP) tensorrt --extra-index-url https://pypi.nvidia.com)
+	@touch $@
+
 peers: $(VENV)-peers-llama/.installed $(VENV)-peers-genai/.installed ## what make bench compares with; compiles llama.cpp
 
 # A venv each, which git and ruff are told to ignore, because the peers pin other versions than we do.
@@ -75,5 +92,5 @@ $(VENV)-peers-genai/.installed: constraints.txt
 	@touch $@
 
 clean: ## remove .venv, packages and caches
-	rm -rf $(VENV) $(VENV)-peers-* packages .pytest_cache .mypy_cache .ruff_cache *.egg-info build
+	rm -rf $(VENV) $(VENV)-gpu $(VENV)-peers-* packages .pytest_cache .mypy_cache .ruff_cache *.egg-info build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from olmo2_export.bench import contenders, cpu, quality
+from olmo2_export.bench import contenders, cpu, gpu, quality
 from olmo2_export.bench.checkpoint import SIZES, echo_successor, write_checkpoint
 from olmo2_export.bench.claims import CLAIMS, Claim, Quantity, Result, claims_table, judge, samples_table, to_document
 from olmo2_export.bench.cli import main, parse_args
@@ -26,7 +26,7 @@ from olmo2_export.bench.workers.profile import operator_times
 from olmo2_export.checkpoint import open_checkpoint
 from olmo2_export.package import export
 from olmo2_export.reference import open_reference
-from runtimes.errors import FailedError
+from runtimes.errors import FailedError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,8 @@ def kept(demo_package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for --keep, where the demo package stands for all that `cpu` wants; the demo model has that shape."""
     folder = tmp_path_factory.mktemp("kept")
     (folder / "checkpoint-demo-olmo2.json").write_text("{}")
-    for name in ("package-demo-fp32-bench", "package-demo-fp32-demo-model"):
+    shutil.copytree(contenders.DEMO, folder / "checkpoint-demo-olmo2")
+    for name in ("package-demo-fp32-bench", "package-demo-fp32-demo-model", "package-demo-fp32-gpu"):
         shutil.copytree(demo_package, folder / name)
         (folder / f"{name}.json").write_text('{"seconds": 80.0, "peak_memory_mb": 2600}')
     return folder
@@ -84,6 +85,39 @@ def test_cpu_with_ours_alone(kept: Path, tmp_path: Path, capfd: pytest.CaptureFi
     assert verdicts["export", None] == "met"
     assert verdicts["export, peak memory", None] == "missed by 4%"
     assert verdicts["prompt lookup gives identical text", "demo"] == "met"
+
+
+def test_gpu_table_on_a_processor(kept: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The command of the GPU, with the CPU in its place: every worker runs, and the walls are the shape's."""
+    command = ["gpu", "--size", "demo", "--device", "cpu", "--with", "ort:fp32", "--rounds", "1", "--steps", "4"]
+    assert main([*command, "--keep", str(kept), "--only", "decode_128"]) == 0
+    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert result["failures"] == []
+    assert {task: set(row) for task, row in result["samples"].items()} == {
+        "decode_128": {"ours", "static_cache", "wall"},
+        "export": {"ours", "static_cache"},
+    }
+    assert all(sample["tokens_per_second"] > 0 for sample in result["samples"]["decode_128"]["static_cache"])
+
+
+def test_the_walls_of_the_1b_shape() -> None:
+    """2.56 GB of weights a token: 0.53 ms on an H200, and two operations a weight and token."""
+    device = {"device": "NVIDIA H200", "copied_bytes_per_second": 1.0, "bf16_flops_per_second": 790e12}
+    walls = gpu.walls("1B", device)
+    cache = 128 * 2 * 16 * 2048 * 2
+    assert 4.8e12 / walls["decode_128"]["tokens_per_second"] == pytest.approx(2.558e9 + cache, rel=1e-3)
+    assert walls["decode_2048"]["tokens_per_second"] < walls["decode_128"]["tokens_per_second"]
+    assert 790e12 / walls["prefill_2048"]["tokens_per_second"] == pytest.approx(
+        2 * 1.0737e9 + 2 * 16 * 2048**2, rel=1e-3
+    )
+    slower = gpu.walls("1B", {**device, "device": "another", "copied_bytes_per_second": 1e12})
+    assert slower["decode_128"]["tokens_per_second"] < walls["decode_128"]["tokens_per_second"] / 4
+
+
+@pytest.mark.parametrize("text", ["bf16", "onnx:bf16", "ort:"])
+def test_a_contender_of_no_backend_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="expected ort:VARIANT"):
+        gpu.contenders(Workshop(tmp_path, "demo"), [text], "cuda", baseline=False)
 
 
 def test_profile_of_a_kept_package(kept: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -145,7 +179,7 @@ def test_a_failing_contender_leaves_the_others_their_samples(monkeypatch: pytest
 
     monkeypatch.setattr(Contender, "sample", sample)
     both = [Contender(key, key.upper(), Path("x"), "x", (), ("decode_128",), {}) for key in ("ours", "llama")]
-    samples, failures = cpu.measure(both, ["decode_128"], "demo", rounds=2, threads=2, steps=1)
+    samples, failures = cpu.measure(both, {"decode_128": {"threads": 2}}, rounds=2)
     assert samples["decode_128"] == {"ours": [{"tokens_per_second": 2.0}] * 2, "llama": [{}, {}]}
     assert failures == ["LLAMA, decode_128: it broke"] * 2
     assert judge(samples)[0].median is None
@@ -155,7 +189,7 @@ def test_contenders_take_turns_within_each_task(monkeypatch: pytest.MonkeyPatch)
     seen = []
     monkeypatch.setattr(Contender, "sample", lambda self, task: seen.append((task["kind"], self.key)) or {})
     two = [Contender(key, key, Path("x"), "x", (), ("load", "prefill_512"), {}) for key in "ab"]
-    cpu.measure(two, ["prefill_512", "load"], "demo", rounds=2, threads=2, steps=1)
+    cpu.measure(two, {"prefill_512": {"kind": "prefill"}, "load": {"kind": "load"}}, rounds=2)
     assert seen == [("prefill", "a"), ("prefill", "b"), ("load", "a"), ("load", "b")] * 2
 
 

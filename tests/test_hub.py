@@ -13,7 +13,8 @@ import pytest
 from checkpoints import make_checkpoint
 from hub import COMMIT, REPOSITORY, local_hub
 
-from runtimes.manifest import hash_file, load_manifest
+from runtimes.manifest import load_manifest
+from runtimes.sealed import hash_file
 
 
 def export(

@@ -3,6 +3,7 @@
     stages    seconds and peak memory of export and build
     quality   KL, top-1 and perplexity of quantised variants on the demo model, and llama.cpp's
     cpu       the table of targets: ours, llama.cpp and onnxruntime-genai in turns
+    gpu       the table of targets on a GPU: ours, transformers' compiled static cache, and the hardware's limits
     profile   where the time of our prefill and decode goes, by operator
 
 Tables go to stdout, progress to stderr; the last line of stdout is JSON whose keys carry the units.
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from olmo2_export.bench import cpu, profile, quality, stages
+from olmo2_export.bench import cpu, gpu, profile, quality, stages
 from olmo2_export.bench.checkpoint import SIZES
 from olmo2_export.bench.processes import ROOT
 from runtimes.errors import Olmo2ExportError
@@ -52,6 +53,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     verb = verbs.add_parser("cpu", parents=[work, sized, kept, beside], help="the table of targets")
     verb.add_argument("--rounds", type=int, default=3)
     verb.add_argument("--only", action="append", choices=cpu.TASKS, metavar="TASK", help=f"of {', '.join(cpu.TASKS)}")
+    verb = verbs.add_parser("gpu", parents=[work, sized], help="the table of targets on a GPU")
+    verb.add_argument("--keep", type=Path, metavar="DIR", help="make the models here, and use those already here")
+    verb.add_argument(
+        "--with",
+        dest="wanted",
+        action="append",
+        metavar="B:V",
+        help="ort:VARIANT, trt_rtx:PRECISION or trt:PRECISION; the first is judged; default: ort:bf16",
+    )
+    verb.add_argument("--device", default="cuda", help="of ort and transformers; default cuda")
+    verb.add_argument("--rounds", type=int, default=3)
+    verb.add_argument("--steps", type=int, default=128, help="decode steps that are timed; default 128")
+    verb.add_argument("--only", action="append", choices=gpu.TASKS, metavar="TASK", help=f"of {', '.join(gpu.TASKS)}")
+    verb.add_argument("--no-baseline", action="store_true", help="leave transformers out")
     verb = verbs.add_parser("profile", parents=[work, sized, kept], help="time by operator")
     verb.add_argument("--context", type=int, default=512, help="tokens of the prefill; default 512")
     given = sys.argv[1:] if argv is None else argv
@@ -85,6 +100,17 @@ def run(args: argparse.Namespace) -> int:
                     rounds=args.rounds,
                     threads=args.threads,
                     steps=args.steps,
+                )
+            case "gpu":
+                result, report = gpu.run(
+                    args.size,
+                    work,
+                    wanted=args.wanted or ["ort:bf16"],
+                    device=args.device,
+                    rounds=args.rounds,
+                    steps=args.steps,
+                    only=args.only or gpu.TASKS,
+                    baseline=not args.no_baseline,
                 )
             case _:
                 result = profile.run(args.size, work, args.variant or ["q4"], args.threads, args.context, args.steps)

@@ -74,6 +74,18 @@ class Workshop:
         folder = f"package-{self.size}-{variant}-{name}"
         return self.folder / folder, self._once(folder, make)
 
+    def engine(self, checkpoint: Path, precision: str, backend: str) -> tuple[Path, dict[str, float]]:
+        """Export to fp32 and build an engine for the GPU at hand; return the package and what the build cost."""
+
+        def make(out: Path) -> dict[str, float]:
+            stage("export", [checkpoint, "--out", out])
+            flags = ["--precision", precision, "--backend", backend, "--compute-capability", "current"]
+            cost = stage("build", [out, *flags, "--max-batch-size", "8"])
+            return {key: cost[key] for key in ("seconds", "peak_memory_mb")}
+
+        folder = f"package-{self.size}-{backend}-{precision}"
+        return self.folder / folder, self._once(folder, make)
+
     def gguf(self, python: Path, ftype: str) -> tuple[Path, dict[str, float]]:
         """Convert for llama.cpp.
 

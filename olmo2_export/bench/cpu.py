@@ -7,7 +7,7 @@ For each task of each round every contender gets a fresh process, one after the 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -65,16 +65,20 @@ def _lookup(first: int, vocab_size: int, steps: int) -> dict[str, Any]:
 
 
 def measure(
-    contenders: Sequence[Contender], tasks: Sequence[str], size: str, rounds: int, threads: int, steps: int
+    contenders: Sequence[Contender], tasks: Mapping[str, dict[str, Any]], rounds: int
 ) -> tuple[dict[str, dict[str, list[dict[str, float]]]], list[str]]:
     """Measure in turns; a contender that fails does not take the others' samples with it.
+
+    Args:
+        contenders: each with the tasks it is measured in.
+        tasks: name -> the task as the workers take it.
+        rounds: how often.
 
     Returns:
         task -> contender -> a sample a round, empty where it failed; under `export`, what making each model cost, once.
         And what failed.
     """
     failures = []
-    vocab_size = SIZES[size]["vocab_size"]
     plan = [(name, c) for _ in range(rounds) for name in tasks for c in contenders if name in c.tasks]
     samples: dict[str, dict[str, list[dict[str, float]]]] = {name: {} for name in tasks}
     with tqdm(plan, desc="measuring", leave=False) as progress:
@@ -82,7 +86,7 @@ def measure(
             progress.set_postfix_str(f"{name} of {contender.name}")
             sample: dict[str, float] = {}
             try:
-                sample = contender.sample(task(name, vocab_size, threads, steps))
+                sample = contender.sample(tasks[name])
             except FailedError as error:
                 failures.append(f"{contender.name}, {name}: {error}")
             samples[name].setdefault(contender.key, []).append(sample)
@@ -111,7 +115,9 @@ def run(
     rivals, missing = peers(workshop, peers_folder, threads, llama_types)
     contenders = [*ours(workshop, variants), *rivals]
     busy = os.getloadavg()[0]  # of others; what was just made is in it too
-    samples, failures = measure(contenders, tasks, size, rounds, threads, steps)
+    vocab_size = SIZES[size]["vocab_size"]
+    details = {name: task(name, vocab_size, threads, steps) for name in tasks}
+    samples, failures = measure(contenders, details, rounds)
     results = judge(samples)
     names = {contender.key: contender.name for contender in contenders}
     for key, name in (("llama", f"llama.cpp {llama_types[0]}"), ("genai", "onnxruntime-genai int4")):

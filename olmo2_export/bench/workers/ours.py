@@ -1,6 +1,6 @@
 """This project: one task of a package, through its public functions only.
 
-    python -m olmo2_export.bench.workers.ours PACKAGE VARIANT '{"kind": "decode", ...}'
+    python -m olmo2_export.bench.workers.ours PACKAGE VARIANT [--backend B] [--device D] '{"kind": "decode", ...}'
 
 Beside the tasks of `common.py`:
 
@@ -37,14 +37,17 @@ class Ours:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._logits = np.zeros((0, 0), np.float32)
+        self._ids = np.zeros(0, np.int64)
 
     def prefill(self, rows: Sequence[Sequence[int]]) -> None:
         self._runner.reset()
-        self._logits = np.concatenate(self._runner.prefill(rows))  # (B, V)
+        self._ids = np.concatenate(self._runner.prefill(rows)).argmax(axis=-1)  # (B,)
 
     def step(self) -> None:
-        self._logits = self._runner.decode(self._logits.argmax(axis=-1))  # (B, V)
+        if self._runner.top_k:
+            self._ids = self._runner.decode_top(self._ids)[0][:, 0]
+        else:
+            self._ids = self._runner.decode(self._ids).argmax(axis=-1)
 
 
 def lookup(runner: Runner, prompt_ids: Sequence[int], new_tokens: int, repeats: int) -> dict[str, float]:
@@ -111,11 +114,20 @@ def main() -> None:
     parser.add_argument("package", type=Path)
     parser.add_argument("variant")
     parser.add_argument("task", type=json.loads)
+    parser.add_argument("--backend", default="ort")
+    parser.add_argument("--device")
     args = parser.parse_args()
     task = args.task
 
     def open_package(check_hashes: bool = True) -> Runner:
-        return open_runner(args.package, variant=args.variant, threads=task["threads"], check_hashes=check_hashes)
+        return open_runner(
+            args.package,
+            variant=args.variant,
+            backend=args.backend,
+            device=args.device,
+            threads=task["threads"],
+            check_hashes=check_hashes,
+        )
 
     match task["kind"]:
         case "lookup":

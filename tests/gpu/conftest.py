@@ -1,0 +1,134 @@
+"""What the rows share: the device, what it lacks, and the table at the end.
+
+A row is a test of gpu_*.py, one line of CHECKLIST.md. It notes its figure with `record_property("figure", ...)`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from olmo2_export.checkpoint import Checkpoint, open_checkpoint
+from olmo2_export.package import export
+from runtimes.errors import BackendError
+from runtimes.nvidia import TensorRTBackend, check_installed
+
+CUDA_VARIANTS = ("bf16", "fp16", "q4f16")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        choices=["cuda", "cpu"],
+        default="cuda",
+        help="cpu: a rehearsal; rows of the CUDA provider run on the CPU, where they can, and prove nothing of a GPU",
+    )
+    parser.addoption("--shape", choices=["1B", "demo"], default="1B", help="of the benchmark; default 1B")
+
+
+@pytest.fixture(scope="session")
+def gpu(request: pytest.FixtureRequest) -> str:
+    """cuda, or cpu in a rehearsal; without a GPU every other row is skipped."""
+    wanted: str = request.config.getoption("--device")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU that PyTorch can use")
+    return wanted
+
+
+@pytest.fixture(scope="session")
+def device(gpu: str) -> str:
+    """The device of onnxruntime."""
+    if gpu == "cuda":
+        import onnxruntime as ort
+
+        if "CUDAExecutionProvider" not in ort.get_available_providers():
+            pytest.skip("this onnxruntime has no CUDA provider: pip install onnxruntime-gpu")
+    return gpu
+
+
+@pytest.fixture(params=["trt_rtx", "trt"])
+def backend(gpu: str, request: pytest.FixtureRequest) -> TensorRTBackend:
+    """A TensorRT that is installed and knows this GPU."""
+    found: TensorRTBackend = request.param
+    if gpu == "cpu":
+        pytest.skip("an engine runs on a GPU alone")
+    try:
+        check_installed(found)
+    except BackendError as error:
+        pytest.skip(str(error))
+    capability = "{}.{}".format(*torch.cuda.get_device_capability())
+    if found == "trt_rtx" and capability in ("8.7", "9.0", "10.0", "10.3", "11.0"):
+        pytest.skip(f"TensorRT for RTX does not run on compute capability {capability}: use full TensorRT")
+    return found
+
+
+@pytest.fixture(scope="session")
+def demo() -> Checkpoint:
+    """The bundled trained model."""
+    return open_checkpoint("demo")
+
+
+@pytest.fixture(scope="session")
+def demo_package(gpu: str, demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG001
+    """The demo with every variant for CUDA; engines are built into it."""
+    out = tmp_path_factory.mktemp("gpu") / "demo"
+    export(demo, out, variants=["fp32", *CUDA_VARIANTS])
+    return out
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print a line per row, why rows were skipped, and last one line of JSON."""
+    rows = list(_rows(terminalreporter))
+    if not rows:
+        return
+    machine = describe_machine()
+    rehearsal = config.getoption("--device") == "cpu"
+    terminalreporter.section("rehearsal on the CPU: proves nothing of a GPU" if rehearsal else machine["gpu"])
+    widths = [max(len(str(row[key])) for row in rows) for key in ("row", "outcome", "seconds")]
+    for row in rows:
+        cells = [str(row[key]).ljust(w) for key, w in zip(("row", "outcome", "seconds"), widths, strict=True)]
+        terminalreporter.write_line("  ".join([*cells, row["figure"] or row["why"]]))
+    for report in terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", []):
+        for name, value in report.user_properties:
+            if name == "report":
+                terminalreporter.write_line(f"\n{report.nodeid}\n\n{value}\n")
+    terminalreporter.write_line(json.dumps({**machine, "rehearsal": rehearsal, "rows": rows}))
+
+
+def _rows(reporter: Any) -> Iterator[dict[str, Any]]:
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in reporter.stats.get(outcome, []):
+            if "tests/gpu/" not in report.nodeid:  # pytest asks this file for the others too
+                continue
+            figure = " ".join(str(value) for name, value in report.user_properties if name == "figure")
+            why = ""
+            if outcome == "skipped":
+                why = str(report.longrepr[2]).removeprefix("Skipped: ")
+            elif outcome != "passed":
+                why = str(report.longrepr).strip().splitlines()[-1]
+            name = report.nodeid.rpartition("::test_")[2]
+            yield {"row": name, "outcome": outcome, "seconds": round(report.duration, 1), "figure": figure, "why": why}
+
+
+def describe_machine() -> dict[str, str]:
+    """Return what the figures were measured on."""
+    gpu = driver = "none"
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name()
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    libraries = {}
+    for name in ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13-libs"):
+        try:
+            libraries[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"gpu": gpu, "driver": driver, "python": platform.python_version(), **libraries}
