@@ -44,7 +44,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     verb = verbs.add_parser("stages", parents=[work, sized], help="time and memory of export and build")
-    verb.add_argument("--no-build", action="store_true", help="leave the TensorRT engine out")
+    verb.add_argument("--precision", action="append", metavar="P", help="of an engine; may be repeated; default: bf16")
+    verb.add_argument("--no-build", action="store_true", help="leave the TensorRT engines out")
     verb = verbs.add_parser("quality", parents=[work, beside], help="variants against llama.cpp on the demo model")
     verb.add_argument(
         "--variant", action="append", choices=list(quality.OURS), metavar="V", help="default: all of ours"
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     with _work_folder(args.work, getattr(args, "keep", None)) as work:
         match args.verb:
             case "stages":
-                result = stages.run(args.size, work, not args.no_build)
+                result = stages.run(args.size, work, [] if args.no_build else args.precision or ["bf16"])
                 report = stages.table(result)
             case "quality":
                 result = quality.run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from olmo2_export.bench.checkpoint import write_checkpoint
 from olmo2_export.bench.processes import stage
 
 
-def run(size: str, work: Path, build: bool) -> dict[str, Any]:
-    """Measure export to fp32, and build if asked for, in an empty folder.
+def run(size: str, work: Path, precisions: Sequence[str]) -> dict[str, Any]:
+    """Measure export to fp32, and the build of an engine of each precision, in an empty folder.
 
     Returns:
         What the last line of stdout says.
@@ -20,8 +21,9 @@ def run(size: str, work: Path, build: bool) -> dict[str, Any]:
     checkpoint.mkdir(parents=True)
     stored = write_checkpoint(checkpoint, size)
     rows = [stage("export", [checkpoint, "--out", package])]
-    if build:
-        rows.append(stage("build", [package, "--compute-capability", "8.9"]))
+    for precision in precisions:
+        cost = stage("build", [package, "--compute-capability", "8.9", "--precision", precision])
+        rows.append({**cost, "stage": f"build {precision}"})
     package_bytes = sum(p.stat().st_size for p in package.rglob("*") if p.is_file())
     return {
         "size": size,
@@ -34,6 +36,6 @@ def run(size: str, work: Path, build: bool) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """Return the result for people."""
-    lines = [f"{r['stage']:<8} {r['seconds']:>8.1f} s {r['peak_memory_mb']:>8,} MB peak" for r in result["stages"]]
+    lines = [f"{r['stage']:<10} {r['seconds']:>8.1f} s {r['peak_memory_mb']:>8,} MB peak" for r in result["stages"]]
     sizes = f"checkpoint {result['checkpoint_mb']:,} MB, package {result['package_mb']:,} MB, {result['cores']} cores"
     return "\n".join([*lines, sizes])

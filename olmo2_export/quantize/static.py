@@ -6,10 +6,9 @@
 | int8      | per output channel, least squared error     | int8, a scale from calibration | and down_proj, lm_head |
 | fp8       | per output channel, the largest becomes 448 | fp8, a scale from calibration  | and lm_head            |
 
-down_proj reads products of two activations, whose outliers reach 60 times their root mean square: one int8 scale for
-all costs the demo a KL divergence of 7e-3 nats per token where all other linears together cost 1.4e-4. lm_head is what
-the logits are read from: 8 bits there cost as much again as all layers do (KL 2.5e-4 instead of 1.4e-4 for int8, 1.7e-3
-instead of 1.0e-3 for fp8), for a sixth of the 1B model's weights. In int4 it has blocks of 32, at 0.4 bits a weight.
+down_proj reads products of two activations, whose outliers take the resolution of one int8 scale away from the rest; it
+alone would cost more than all other linears together. lm_head is what the logits are read from: 8 bits there cost
+about as much as those of all layers, for a sixth of the 1B model's weights. In int4 it has blocks of 32.
 """
 
 from __future__ import annotations
