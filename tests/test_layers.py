@@ -33,11 +33,12 @@ verify_quantized verify_static verify_device
 verify
 summary
 bench debug
+verbs
 cli
 __main__
 """
 
-PACKAGES = {"bench", "fuse", "quantize"}  # folders; their files may import each other
+PACKAGES = {"bench", "fuse", "quantize", "verbs"}  # folders; their files may import each other
 
 OWNERS = {
     "tensorrt": {"runtimes/nvidia.py"},

@@ -1,0 +1,68 @@
+"""olmo2-export export: checkpoint -> package folder."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from olmo2_export.verbs.words import megabytes, peak_megabytes
+
+HELP = "checkpoint -> package folder"
+
+_VARIANTS = "fp32 (the default); q4, q8 for CPUs; bf16, fp16, q4f16 for --device cuda; may be repeated"
+
+
+def declare(verb: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    verb.add_argument("model", metavar="MODEL", help="Hub id (allenai/OLMo-2-0425-1B), folder, or 'demo'")
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="the package folder to write")
+    verb.add_argument("--variant", action="append", metavar="V", help=_VARIANTS)
+    verb.add_argument("--recipe", metavar="R", help="of q4, q8, q4f16: rtn, search (the default), gptq, ...")
+    verb.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="UTF-8 text for gptq, mixed and a quantised KV cache"
+    )
+    verb.add_argument("--size-budget", type=float, metavar="BITS", help="bits per weight, for mixed and gptq-mixed")
+    verb.add_argument("--block-size", type=int, choices=[32, 64, 128], help="weights that share a scale; default 128")
+    verb.add_argument("--kv-cache", choices=["fp32", "int8", "int4"], default="fp32", help="of q4 and q8; default fp32")
+    verb.add_argument("--no-prefill-graph", action="store_true", help="q4 and q8: leave the int8 prefill graph out")
+    verb.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub id")
+    verb.add_argument("--force", action="store_true", help="replace the package that is there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run it; return the exit code."""
+    from olmo2_export.checkpoint import open_checkpoint
+    from olmo2_export.package import export
+    from olmo2_export.summary import quantization_lines
+    from olmo2_export.variants import Options
+
+    options = Options(
+        recipe=args.recipe,
+        calibration=args.calibration,
+        size_budget=args.size_budget,
+        block_size=args.block_size,
+        kv_cache=args.kv_cache,
+        prefill_graph=not args.no_prefill_graph,
+    )
+    started = time.monotonic()
+    manifest = export(
+        open_checkpoint(args.model, args.revision),
+        args.out,
+        variants=args.variant or ["fp32"],
+        options=options,
+        force=args.force,
+    )
+    seconds = time.monotonic() - started
+    size = sum(entry.size for entry in manifest.files.values())
+    at = f"@{manifest.source.revision[:12]}" if manifest.source.revision else ""
+    for variant in manifest.variants.values():
+        counts = ", ".join(f"{n} {op}" for op, n in variant.op_counts.items() if n)
+        print(f"{variant.name}: opset {variant.opset}, {counts}")
+        for line in quantization_lines(variant):
+            print(f"  {line}")
+    print(
+        f"exported {manifest.source.model}{at} to {args.out}: {megabytes(size)} in {seconds:.1f} s, "
+        f"peak memory {peak_megabytes()}"
+    )
+    return 0
