@@ -26,6 +26,8 @@ engine_compiler
 engine_refitter
 engine_worker engine_process
 engine reference
+taps torch_layers
+explain
 first_call polygraphy_tool
 measure
 trt_forms weight_checks
@@ -33,6 +35,10 @@ verify_quantized verify_static verify_device
 verify
 summary
 bench debug
+segments
+layer_checks
+views
+locate
 verbs
 cli
 __main__
@@ -46,6 +52,7 @@ OWNERS = {
     "tensorrt_rtx_bindings": {"runtimes/nvidia.py"},
     "transformers": {
         "olmo2_export/reference.py",
+        "olmo2_export/torch_layers.py",
         "olmo2_export/demo/train.py",
         "olmo2_export/bench/workers/static_cache.py",
     },

@@ -25,6 +25,11 @@ def declare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--device", choices=["cpu", "cuda", "nv-rtx"], default="cpu", help="where ort runs them; default cpu"
     )
+    verb.add_argument(
+        "--locate",
+        action="store_true",
+        help="find the first layer and tensor that departs, and the operation; nothing else; exit 1 if there is one",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,6 +38,12 @@ def run(args: argparse.Namespace) -> int:
     from olmo2_export.verify import format_reports, verify
 
     checkpoint = open_checkpoint(args.reference, args.revision)
+    if args.locate:
+        from olmo2_export.locate import format_location, locate_all
+
+        locations = locate_all(args.package, checkpoint, args.variant or [], backend=args.backend, device=args.device)
+        print("\n\n".join(format_location(location) for location in locations))
+        return 1 if any(location.first is not None for location in locations) else 0
     reports = verify(args.package, checkpoint, variants=args.variant or [], backend=args.backend, device=args.device)
     print(format_reports(reports))
     passed = all(report.passed for report in reports)
