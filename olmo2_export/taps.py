@@ -1,20 +1,20 @@
 """Find the same tensors in every form of graph that this exporter makes, and cut a graph where its layers meet.
 
-| name, after `model.layers.N.`      | shape                                      | what gives it                           |
-|------------------------------------|--------------------------------------------|-----------------------------------------|
-| self_attn.{q,k,v}_proj             | [B, S, heads * head_dim]                   | linear                                  |
-| self_attn.{q,k}_norm               | [B, S, heads * head_dim]                   | RMS norm                                |
-| self_attn.{q,k}_rotary             | [B, heads, S, head_dim]                    | rotary embedding, where it is a node    |
-| self_attn.{key,value}_cache        | [B, kv_heads, total or capacity, head_dim] | KV cache write: the output present.N.*  |
-| self_attn.attention                | [B, S, heads * head_dim]                   | attention; the input of o_proj          |
-| self_attn.o_proj                   | [B, S, hidden]                             | linear                                  |
-| post_attention_layernorm           | [B, S, hidden]                             | RMS norm                                |
-| after_attention                    | [B, S, hidden]                             | residual add; the input of gate and up  |
-| mlp.{gate,up}_proj                 | [B, S, intermediate]                       | linear                                  |
-| mlp.gated                          | [B, S, intermediate]                       | gated activation; the input of down     |
-| mlp.down_proj                      | [B, S, hidden]                             | linear                                  |
-| post_feedforward_layernorm         | [B, S, hidden]                             | RMS norm                                |
-| output                             | [B, S, hidden]                             | residual add                            |
+| name, after `model.layers.N.`  | shape                              | what gives it                          |
+|--------------------------------|------------------------------------|----------------------------------------|
+| self_attn.{q,k,v}_proj         | [B, S, heads * head_dim]           | linear                                 |
+| self_attn.{q,k}_norm           | [B, S, heads * head_dim]           | RMS norm                               |
+| self_attn.{q,k}_rotary         | [B, heads, S, head_dim]            | rotary embedding, where it is a node   |
+| self_attn.{key,value}_cache    | [B, kv_heads, length, head_dim]    | KV cache write: the output present.N   |
+| self_attn.attention            | [B, S, heads * head_dim]           | attention; the input of o_proj         |
+| self_attn.o_proj               | [B, S, hidden]                     | linear                                 |
+| post_attention_layernorm       | [B, S, hidden]                     | RMS norm                               |
+| after_attention                | [B, S, hidden]                     | residual add; the input of gate and up |
+| mlp.{gate,up}_proj             | [B, S, intermediate]               | linear                                 |
+| mlp.gated                      | [B, S, intermediate]               | gated activation; the input of down    |
+| mlp.down_proj                  | [B, S, hidden]                     | linear                                 |
+| post_feedforward_layernorm     | [B, S, hidden]                     | RMS norm                               |
+| output                         | [B, S, hidden]                     | residual add                           |
 
 and model.embed_tokens, model.norm_input (the rows that get logits), model.norm, logits. Values are found from the names
 of weights, which no pass changes but for a suffix, and from who reads them: a norm that is ignored has the value that
@@ -26,13 +26,13 @@ of one layer in memory, whatever the model's size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from olmo2_export.fuse.edit import find_input, is_op, name_of
+from olmo2_export.fuse.edit import is_op, name_of
 from olmo2_export.fuse.merge_projections import JOINT
 from runtimes.errors import PackageError
 
@@ -298,13 +298,3 @@ def _back(value: ir.Value, *op_types: str) -> ir.Value:
 
 def _users(value: ir.Value) -> Iterator[ir.Node]:
     return (use.node for use in value.uses())
-
-
-def input_names(part: ir.Model) -> Sequence[str]:
-    """Return the names of a segment's inputs."""
-    return [name_of(value) for value in part.graph.inputs]
-
-
-def has_input(model: ir.Model, name: str) -> bool:
-    """Tell whether a graph has an input."""
-    return find_input(model.graph, name) is not None
