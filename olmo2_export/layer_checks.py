@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -303,13 +304,17 @@ def embedding_check(found: Sequence[Arrays], calls: Calls, exact: TorchModel, ow
 
     def explainer() -> tuple[str, str | None]:
         shifted = {
-            f"it looks up the row of the token id {shift:+d}": lambda shift=shift: exact.embed((ids + shift) % rows)  # type: ignore[misc]
+            f"it looks up the row of the token id {shift:+d}": partial(_shifted, exact, ids, shift, rows)
             for shift in (-1, 1)
         }
         wrong = explain.best(graph, wanted, shifted) or next(explain.wrong_places(graph, wanted), None)
         return _finite(graph, EMBEDDING) or (EMBEDDING, wrong)
 
     return Checked(parity, explainer)
+
+
+def _shifted(model: TorchModel, ids: Tensor, shift: int, rows: int) -> Tensor:
+    return model.embed((ids + shift) % rows)
 
 
 def head_checks(found: Sequence[Arrays], calls: Calls, exact: TorchModel, own: TorchModel) -> list[Checked]:
@@ -345,19 +350,22 @@ def head_checks(found: Sequence[Arrays], calls: Calls, exact: TorchModel, own: T
         ),
         ("logits", LINEAR, lambda model: model.head(normed), logits, lambda: _head_words(logits, exact, normed)),
     ]
-    made = []
-    for name, operation, compute, graph, words in checks:
-        right = compute(exact)
-        parity = TensorParity(
-            name, None, operation, relative_error(graph, right), relative_error(compute(own).double(), right)
-        )
-        made.append(
-            Checked(
-                parity,
-                lambda graph=graph, operation=operation, words=words: _finite(graph, operation) or (operation, words()),
-            )
-        )
-    return made
+    return [_head_check(exact, own, *check) for check in checks]
+
+
+def _head_check(
+    exact: TorchModel,
+    own: TorchModel,
+    name: str,
+    operation: str,
+    compute: Callable[[TorchModel], Tensor],
+    graph: Tensor,
+    words: Callable[[], str | None],
+) -> Checked:
+    right = compute(exact)
+    expected = relative_error(compute(own), right)
+    parity = TensorParity(name, None, operation, relative_error(graph, right), expected)
+    return Checked(parity, lambda: _finite(graph, operation) or (operation, words()))
 
 
 def _head_words(logits: Tensor, exact: TorchModel, normed: Tensor) -> str | None:

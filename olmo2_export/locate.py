@@ -2,15 +2,15 @@
 
 A variant is looked at in up to three views, in this order; the first that departs is reported.
 
-| variant                | view     | what runs                              | PyTorch's weights         | its precision |
-|------------------------|----------|----------------------------------------|---------------------------|---------------|
-| quantised              | weights  | -                                      | stored against checkpoint | -             |
-| fp32, trt_fp32         | as it is | the graph                              | the checkpoint            | fp32          |
-| all others, on a CPU   | exact    | activations and cache in float32       | as stored, or rounded so  | fp32          |
-| q4, q8                 | kernels  | the decode graph, inputs in 8 bits     | as stored                 | fp32 *        |
-| q4, q8                 | int8     | the prefill graph                      | as stored                 | fp32 *        |
-| bf16, fp16, q4f16, trt | rounded  | rounded where the graph has fewer bits | as stored, or rounded so  | bf16, fp16 *  |
-| any, on a GPU          | as it is | the graph                              | as stored, or rounded so  | bf16, fp16 *  |
+| variant                | view     | what runs                              | PyTorch's weights        | precision    |
+|------------------------|----------|----------------------------------------|--------------------------|--------------|
+| quantised              | weights  | -                                      | the checkpoint's         | -            |
+| fp32, trt_fp32         | as it is | the graph                              | the checkpoint           | fp32         |
+| all others, on a CPU   | exact    | activations and cache in float32       | stored, or rounded so    | fp32         |
+| q4, q8                 | kernels  | the decode graph, inputs in 8 bits     | as stored                | fp32 *       |
+| q4, q8                 | int8     | the prefill graph                      | as stored                | fp32 *       |
+| bf16, fp16, q4f16, trt | rounded  | rounded where the graph has fewer bits | stored, or rounded so    | bf16, fp16 * |
+| any, on a GPU          | as it is | the graph                              | stored, or rounded so    | bf16, fp16 * |
 
 * PyTorch rounds the inputs of linears as the variant does. A quantised KV cache has the exact view alone: the others
 show codes, whose scales `verify` checks.
@@ -39,7 +39,7 @@ from olmo2_export.layer_checks import LAYER, Checked, LayerChecks, TensorParity,
 from olmo2_export.segments import Arrays, Calls, Opener, joined, run_segments
 from olmo2_export.taps import layer_name
 from olmo2_export.torch_layers import TorchModel
-from olmo2_export.views import INT8, View, variant_views, weight_check
+from olmo2_export.views import FIRST_CALL, INT8, View, variant_views, weight_check
 from runtimes import Backend, Device
 from runtimes.errors import ConfigError, PackageError, VariantNotFoundError
 from runtimes.manifest import find_variant, load_manifest, load_trt_manifest
@@ -163,7 +163,7 @@ class _Locator:
         capacity = view.variant.kv_cache.max_cache_length
         sizes: tuple[int, ...] = TOKENS if capacity >= sum(TOKENS) else (capacity - 6, 5, 1)
         if view.first_call_only:
-            sizes = (sum(sizes),)
+            sizes = (FIRST_CALL,)
         ids = np.random.default_rng(_SEED).integers(0, config.vocab_size, sum(sizes), dtype=np.int64)
         self._calls = Calls(ids, sizes)
 

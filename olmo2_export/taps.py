@@ -26,7 +26,7 @@ of one layer in memory, whatever the model's size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -95,8 +95,14 @@ def find_segments(model: ir.Model, layers: int) -> list[Segment]:
     return [*segments, Segment(None, head, ends[-1], None)]
 
 
-def cut(model: ir.Model, segment: Segment) -> ir.Model:
-    """Return a segment as a graph; its outputs are its taps and its result, in float32 where they are bfloat16."""
+def cut(model: ir.Model, segment: Segment, hidden_shape: Sequence[int] | None = None) -> ir.Model:
+    """Return a segment as a graph; its outputs are its taps and its result, in float32 where they are bfloat16.
+
+    Args:
+        model: as `find_segments` has seen it; left as it is.
+        segment: of it.
+        hidden_shape: of the value that it starts from, where the graph does not say: it is fixed to this.
+    """
     part = model.clone()
     graph = part.graph
     values = {name_of(v): v for node in graph for v in node.outputs if v.name}
@@ -104,6 +110,8 @@ def cut(model: ir.Model, segment: Segment) -> ir.Model:
     if segment.source is not None:
         old = values[segment.source]
         hidden = ir.Value(name=HIDDEN, type=old.type, shape=old.shape)
+        if hidden.shape is None and hidden_shape is not None:
+            hidden.shape = ir.Shape(hidden_shape)
         graph.inputs.append(hidden)
         old.replace_all_uses_with(hidden)
     wanted = dict.fromkeys([*segment.taps.values(), *([segment.result] if segment.result else [])])
@@ -123,9 +131,11 @@ def _float32_interface(graph: ir.Graph) -> None:
     for value in graph.inputs:
         if value.dtype == ir.DataType.BFLOAT16:
             down = ir.node("Cast", [value], {"to": int(ir.DataType.BFLOAT16)})
-            down.outputs[0].name = f"{value.name}.bfloat16"
+            result = down.outputs[0]
+            result.name, result.shape = f"{value.name}.bfloat16", value.shape
+            result.type = ir.TensorType(ir.DataType.BFLOAT16)
             value.type = ir.TensorType(ir.DataType.FLOAT)
-            value.replace_all_uses_with(down.outputs[0])
+            value.replace_all_uses_with(result)
             down.replace_input_with(0, value)
             first = next(iter(graph), None)
             assert first is not None  # somebody reads the input
