@@ -26,13 +26,19 @@ engine_compiler
 engine_refitter
 engine_worker engine_process
 engine reference
-first_call polygraphy_tool feeds
+taps torch_layers feeds
+explain
+first_call polygraphy_tool
 measure
 trt_forms weight_checks
 verify_quantized verify_static verify_device
 verify
 summary
 bench debug
+segments
+layer_checks
+views
+locate
 verbs
 cli
 __main__
@@ -46,6 +52,7 @@ OWNERS = {
     "tensorrt_rtx_bindings": {"runtimes/nvidia.py"},
     "transformers": {
         "olmo2_export/reference.py",
+        "olmo2_export/torch_layers.py",
         "olmo2_export/demo/train.py",
         "olmo2_export/bench/workers/static_cache.py",
     },
