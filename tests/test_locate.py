@@ -106,8 +106,7 @@ def test_nothing_departs_in_the_demo(demo_package: Path) -> None:
 )
 def test_nothing_departs_in_other_shapes(shape: dict[str, object], tmp_path: Path) -> None:
     model = open_checkpoint(str(make_checkpoint(tmp_path / "model", **shape)))
-    variants = ["fp32", "bf16"]
-    export(model, tmp_path / "package", variants=variants)
+    export(model, tmp_path / "package")
     for location in locate_all(tmp_path / "package", model):
         assert_nothing(location)
     trt = with_trt_graph(tmp_path / "package", tmp_path / "trt", TrtOptions("int4", 24))
