@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 EXPORTER = """
 __init__
 config
-atomic checkpoint model
+atomic checkpoint model evaluate_text evaluate_statistics lm_eval_adapter
 quantize
 fuse
 trace
@@ -26,6 +26,10 @@ engine_compiler
 engine_refitter
 engine_worker engine_process
 engine reference
+evaluate_models
+evaluate
+revisions
+revisions_plot
 first_call polygraphy_tool
 measure
 trt_forms weight_checks
@@ -58,6 +62,7 @@ OWNERS = {
         "runtimes/shared_runner.py",
         "olmo2_export/bench/workers/profile.py",
     },
+    "lm_eval": {"olmo2_export/lm_eval_adapter.py"},
     "huggingface_hub": {"olmo2_export/checkpoint.py"},
     "safetensors": {"olmo2_export/checkpoint.py"},
 }
