@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 EXPORTER = """
 __init__
 config
-atomic checkpoint model
+atomic checkpoint model evaluate_text evaluate_statistics lm_eval_adapter
 quantize
 fuse
 trace
@@ -28,6 +28,10 @@ engine_worker engine_process
 engine reference
 taps torch_layers feeds
 explain
+evaluate_models
+evaluate
+revisions
+revisions_plot
 first_call polygraphy_tool
 measure
 trt_forms weight_checks
@@ -65,6 +69,7 @@ OWNERS = {
         "runtimes/shared_runner.py",
         "olmo2_export/bench/workers/profile.py",
     },
+    "lm_eval": {"olmo2_export/lm_eval_adapter.py"},
     "huggingface_hub": {"olmo2_export/checkpoint.py"},
     "safetensors": {"olmo2_export/checkpoint.py"},
 }
