@@ -48,6 +48,7 @@ OWNERS = {
         "olmo2_export/reference.py",
         "olmo2_export/demo/train.py",
         "olmo2_export/bench/workers/static_cache.py",
+        "olmo2_export/bench/workers/hugging_face.py",
     },
     "onnxruntime": {
         "runtimes/device_runner.py",
@@ -57,6 +58,7 @@ OWNERS = {
         "runtimes/ort_static.py",
         "runtimes/shared_runner.py",
         "olmo2_export/bench/workers/profile.py",
+        "olmo2_export/bench/workers/hugging_face.py",
     },
     "huggingface_hub": {"olmo2_export/checkpoint.py"},
     "safetensors": {"olmo2_export/checkpoint.py"},
