@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from olmo2_export.verbs import build, debug, evaluate, export, inspect, sweep, verify
+from olmo2_export.verbs import bench, build, debug, evaluate, export, inspect, report, sweep, verify
 from runtimes.errors import DISK_FULL, Olmo2ExportError, UsageError
 from runtimes.signals import Interrupted, interruptible
 
@@ -21,6 +21,8 @@ VERBS = {
     "sweep": sweep,
     "build": build,
     "debug": debug,
+    "bench": bench,
+    "report": report,
     "inspect": inspect,
 }
 

@@ -59,6 +59,7 @@ OWNERS = {
         "olmo2_export/torch_layers.py",
         "olmo2_export/demo/train.py",
         "olmo2_export/bench/workers/static_cache.py",
+        "olmo2_export/bench/workers/hugging_face.py",
     },
     "onnxruntime": {
         "runtimes/device_runner.py",
@@ -68,6 +69,7 @@ OWNERS = {
         "runtimes/ort_static.py",
         "runtimes/shared_runner.py",
         "olmo2_export/bench/workers/profile.py",
+        "olmo2_export/bench/workers/hugging_face.py",
     },
     "lm_eval": {"olmo2_export/lm_eval_adapter.py"},
     "huggingface_hub": {"olmo2_export/checkpoint.py"},
