@@ -1,16 +1,8 @@
-"""Run a graph every way it can be fed, all positions, against PyTorch.
-
-| case            | what is fed                                                                     |
-|-----------------|---------------------------------------------------------------------------------|
-| prefill         | the whole sequence in one call                                                  |
-| decode          | token by token (a ragged batch: a prefix each, then token by token to the end)  |
-| chunked         | three pieces, of other sizes in every row                                       |
-| batch 1, batch 3| the first sequence alone; all three, ragged                                     |
-| greedy          | free-running continuation of each sequence's first tokens                       |
-"""
+"""Run a graph in every way that `feeds.py` has, against PyTorch, and let it decode freely; one report per variant."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,20 +16,32 @@ from tqdm import tqdm
 
 from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
-from olmo2_export.parity import GATES, CaseResult, Gate, ParityReport, compare, compare_greedy, failed_case
+from olmo2_export.feeds import MIN_CAPACITY, compared_positions, feed_all, row_lengths
+from olmo2_export.parity import (
+    GATES,
+    QUALITY,
+    CaseResult,
+    Check,
+    Gate,
+    ParityReport,
+    compare,
+    compare_greedy,
+    failed_case,
+)
+from olmo2_export.quality import Measured, measure_quality, perplexity_check, quality_tokens
+from olmo2_export.quantize.sweep import reference_logits
 from olmo2_export.reference import open_reference
 from runtimes import Backend, Runner, open_runner
 from runtimes.errors import ConfigError, NumericError, PackageError
 from runtimes.manifest import find_variant, load_manifest
 
 SEED = 0
-LENGTHS = (61, 37, 13)
-"""tokens of the three sequences; odd, and all different"""
-MIN_CACHE_LENGTH = 16
-"""tokens: below it the cases are not different from each other"""
+LONGEST = 4096
+"""tokens of the longest rows where a cache holds more; PyTorch in float64 has to compute them too"""
+QUALITY_LENGTH = 256
+"""tokens of a sequence on which quality is measured, where the cache holds them"""
 GREEDY_TOKENS = 24
 GREEDY_PROMPT = 5
-MODES = ("prefill", "decode", "chunked")
 _TEXT = Path(__file__).parent / "demo" / "heldout.txt"
 
 
@@ -47,11 +51,15 @@ class Truth:
 
     sequences: list[np.ndarray]
     """int64 token ids, each [length]"""
+    positions: list[np.ndarray]
+    """per sequence int64 [n]: those of which there are logits here"""
+    capacity: int
+    """tokens of the longest rows"""
     tokens_from: str
     exact: list[np.ndarray]
-    """per sequence float64 [length, vocab_size]"""
+    """per sequence float64 [n, vocab_size]"""
     own: dict[str, list[np.ndarray]]
-    """precision -> per sequence float32 [length, vocab_size]"""
+    """precision -> per sequence float32 [n, vocab_size]"""
     continuations: list[tuple[np.ndarray, np.ndarray]]
     """greedy tokens after each sequence's first GREEDY_PROMPT, and the gaps by which they were chosen"""
 
@@ -70,7 +78,8 @@ def ask_pytorch(
         package: for its tokenizer and its shape.
         checkpoint: the reference weights.
         precisions: of the variants to be measured.
-        capacity: tokens that the smallest of their caches holds; None means the context.
+        capacity: tokens of the longest rows, which fill the smallest of their caches; None means the context, or
+            LONGEST if that is less.
         bar: advanced after each PyTorch model.
         weights: to compute with instead of the reference's, by the checkpoint's names.
 
@@ -82,17 +91,18 @@ def ask_pytorch(
     if spec != config.spec:
         different = [k for k, v in vars(config.spec).items() if getattr(spec, k) != v]
         raise ConfigError(f"{package}: not of the reference's shape: {', '.join(different)} differ")
-    capacity = config.max_position_embeddings if capacity is None else capacity
-    if capacity < MIN_CACHE_LENGTH:
-        raise PackageError(f"{package}: a cache of {capacity} tokens; verification needs {MIN_CACHE_LENGTH}")
-    sequences, origin = _sequences(package, config.vocab_size, capacity)
+    capacity = min(config.max_position_embeddings, LONGEST) if capacity is None else capacity
+    if capacity < MIN_CAPACITY:
+        raise PackageError(f"{package}: a cache of {capacity} tokens; verification needs {MIN_CAPACITY}")
+    sequences, origin = _sequences(package, config.vocab_size, row_lengths(capacity))
+    positions = compared_positions(capacity)
     new_tokens = min(GREEDY_TOKENS, capacity - GREEDY_PROMPT)
     exact: list[np.ndarray] = []
     own: dict[str, list[np.ndarray]] = {}
     continuations: list[tuple[np.ndarray, np.ndarray]] = []
     for precision in ["fp64", *sorted({"fp32", *precisions})]:
         with open_reference(checkpoint, precision, weights) as torch_model:
-            logits = torch_model.logits(sequences)
+            logits = torch_model.logits(sequences, positions)
             if precision == "fp32":
                 continuations = [torch_model.greedy(ids[:GREEDY_PROMPT], new_tokens) for ids in sequences]
         if precision == "fp64":
@@ -101,15 +111,18 @@ def ask_pytorch(
             own[precision] = logits
         if bar is not None:
             bar.update()
-    return Truth(sequences, origin, exact, own, continuations)
+    return Truth(sequences, positions, capacity, origin, exact, own, continuations)
 
 
-def measure(package: Path, variant: str, truth: Truth, backend: Backend = "ort") -> ParityReport:
-    """Run one variant through every case and compare.
+def measure(
+    package: Path, variant: str, checkpoint: Checkpoint, truth: Truth, backend: Backend = "ort"
+) -> ParityReport:
+    """Run one variant through every case, and on text, and compare.
 
     Args:
         package: the package folder.
         variant: its name.
+        checkpoint: the reference weights.
         truth: what `ask_pytorch` found.
         backend: what runs the graph.
 
@@ -118,7 +131,8 @@ def measure(package: Path, variant: str, truth: Truth, backend: Backend = "ort")
     """
     entry, files = find_variant(package, variant)
     with open_runner(package, variant=variant, backend=backend) as runner:
-        return measure_runner(runner, truth, entry.precision, variant, files[entry.graph].sha256, backend)
+        report = measure_runner(runner, truth, entry.precision, variant, files[entry.graph].sha256, backend)
+        return with_quality(report, runner, checkpoint)
 
 
 def measure_runner(
@@ -142,7 +156,7 @@ def measure_runner(
         gate: the limits; None: those of the precision.
     """
     gate, own = gate or GATES[precision], truth.own[precision]
-    cases = feed(runner, truth.sequences, truth.exact, own, gate)
+    cases = feed(runner, truth, truth.exact, own, gate)
     tokens = [
         _greedy(runner, ids[:GREEDY_PROMPT], len(wanted))
         for ids, (wanted, _) in zip(truth.sequences, truth.continuations, strict=True)
@@ -161,71 +175,53 @@ def measure_runner(
             tokens, [wanted for wanted, _ in truth.continuations], [gaps for _, gaps in truth.continuations], gate
         ),
         libraries={name: importlib.metadata.version(name) for name in ("onnxruntime", "torch", "transformers")},
+        capacity=truth.capacity,
+        max_cache_length=runner.max_cache_length,
     )
 
 
+def with_quality(report: ParityReport, runner: Measured, checkpoint: Checkpoint) -> ParityReport:
+    """Return the report of a graph that is not quantised, with its change of perplexity on text added.
+
+    Args:
+        report: of that graph.
+        runner: of it; what its cache holds is dropped.
+        checkpoint: the original weights.
+    """
+    config = ModelConfig.from_json(checkpoint.folder / "config.json")
+    length = min(report.max_cache_length, config.max_position_embeddings, QUALITY_LENGTH)
+    sequences, origin = quality_tokens(checkpoint, config, length=length)
+    runner.reset()
+    try:
+        measured = measure_quality(runner, sequences, reference_logits(checkpoint, config, sequences), origin)
+    except NumericError as error:
+        check = Check("quality", "not measured", (str(error),), QUALITY)
+        return dataclasses.replace(report, checks=(*report.checks, check))
+    check = perplexity_check(measured.perplexity, length, report.gate)
+    return dataclasses.replace(report, checks=(*report.checks, check), perplexity=measured.perplexity)
+
+
 def feed(
-    runner: Runner,
-    sequences: Sequence[np.ndarray],
-    exact: Sequence[np.ndarray],
-    own: Sequence[np.ndarray],
-    gate: Gate,
+    runner: Runner, truth: Truth, exact: Sequence[np.ndarray], own: Sequence[np.ndarray], gate: Gate
 ) -> list[CaseResult]:
-    """Feed the sequences in every way, the first alone and all together, and compare at all positions.
+    """Run every case of `feeds.feed_all` and compare.
 
     Args:
         runner: of any graph.
-        sequences: int64 [length] each.
-        exact: per sequence [length, vocab_size].
+        truth: for its sequences, and the positions that are compared.
+        exact: per sequence [positions, vocab_size], what is true.
         own: the same at the gate's precision.
         gate: the limits.
     """
-    return [
-        _case(runner, mode, list(sequences[:batch]), list(exact[:batch]), list(own[:batch]), gate)
-        for batch in dict.fromkeys((1, len(sequences)))
-        for mode in MODES
-    ]
-
-
-def _case(
-    runner: Runner,
-    mode: str,
-    sequences: list[np.ndarray],
-    exact: list[np.ndarray],
-    own: list[np.ndarray],
-    gate: Gate,
-) -> CaseResult:
-    runner.reset()
-    try:
-        return compare(mode, _FEEDS[mode](runner, sequences), exact, own, gate)
-    except NumericError as error:
-        return failed_case(mode, len(sequences), str(error))
-
-
-def _prefill(runner: Runner, sequences: list[np.ndarray]) -> list[np.ndarray]:
-    return runner.prefill(sequences, all_positions=True)
-
-
-def _decode(runner: Runner, sequences: list[np.ndarray]) -> list[np.ndarray]:
-    steps = min(len(s) for s in sequences) - 1
-    rows = [[logits] for logits in runner.prefill([s[: len(s) - steps] for s in sequences], all_positions=True)]
-    for step in range(steps, 0, -1):
-        logits = runner.decode([int(s[-step]) for s in sequences])  # (B, V)
-        for row, last in zip(rows, logits, strict=True):
-            row.append(last[None])
-    return [np.concatenate(row) for row in rows]
-
-
-def _chunked(runner: Runner, sequences: list[np.ndarray]) -> list[np.ndarray]:
-    pieces = []
-    for row, ids in enumerate(sequences):
-        first, second = len(ids) // (3 + row), len(ids) // 2 + row
-        pieces.append([ids[:first], ids[first:second], ids[second:]])
-    chunks = [runner.prefill(list(chunk), all_positions=True) for chunk in zip(*pieces, strict=True)]
-    return [np.concatenate(row) for row in zip(*chunks, strict=True)]
-
-
-_FEEDS = {"prefill": _prefill, "decode": _decode, "chunked": _chunked}
+    cases = []
+    for fed in feed_all(runner, truth.sequences, truth.capacity):
+        if fed.error:
+            cases.append(failed_case(fed.mode, fed.lengths, fed.error))
+            continue
+        found = [np.searchsorted(truth.positions[row], at) for row, at in enumerate(fed.positions)]
+        wanted, ours = ([array[row][index] for row, index in enumerate(found)] for array in (exact, own))
+        cases.append(compare(fed.mode, fed.lengths, fed.logits, wanted, ours, gate))
+    return cases
 
 
 def _greedy(runner: Runner, prompt: np.ndarray, new_tokens: int) -> np.ndarray:
@@ -241,15 +237,17 @@ def _greedy(runner: Runner, prompt: np.ndarray, new_tokens: int) -> np.ndarray:
     return np.array(found, dtype=np.int64)
 
 
-def _sequences(package: Path, vocab_size: int, capacity: int) -> tuple[list[np.ndarray], str]:
-    """Return the token sequences: text where the package has a tokenizer, the last row always random ids."""
+def _sequences(package: Path, vocab_size: int, lengths: Sequence[int]) -> tuple[list[np.ndarray], str]:
+    """Return the token sequences: text where the package has a tokenizer, the last row always random ids.
+
+    A text that is too short for the first begins again.
+    """
     generator = np.random.default_rng(SEED)
-    lengths = [min(n, capacity - i) for i, n in enumerate(LENGTHS)]
     rows = [generator.integers(0, vocab_size, n, dtype=np.int64) for n in lengths]
     tokenizer_file = package / "tokenizer.json"
     if not tokenizer_file.exists():
         return rows, "random ids"
     text = _TEXT.read_text(encoding="utf-8")[: 50 * sum(lengths)]
     ids = np.array(Tokenizer.from_file(str(tokenizer_file)).encode(text, add_special_tokens=False).ids, dtype=np.int64)
-    rows[:-1] = np.split(ids[: sum(lengths[:-1])], np.cumsum(lengths[:-2]))
+    rows[:-1] = np.split(np.resize(ids, sum(lengths[:-1])), np.cumsum(lengths[:-2]))
     return rows, "text, the last row random ids"

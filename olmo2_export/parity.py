@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import scipy.stats  # type: ignore[import-untyped]
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,18 @@ class Gate:
     """most: squared error against float64 / variance of the reference"""
     max_abs: float | None = None
     """most: logit units, against PyTorch"""
+    perplexity_rise: float | None = None
+    """most: relative, either way, against PyTorch in float32 on text"""
 
 
 GATES: dict[str, Gate] = {
     # Different summation order only: a few times PyTorch's own rounding, and nothing visible in any token.
-    "fp32": Gate(error_ratio=4.0, nmse=1e-11, max_abs=1e-3, kl_mean=1e-10, top1=1.0, near_tie=1e-4),
+    "fp32": Gate(
+        error_ratio=4.0, nmse=1e-11, max_abs=1e-3, kl_mean=1e-10, top1=1.0, near_tie=1e-4, perplexity_rise=1e-5
+    ),
     # Rounding to 11 or 8 bits dominates; a faithful graph rounds in the same places as PyTorch, so 1.5 times is ample.
-    "fp16": Gate(error_ratio=1.5, kl_mean=5e-5, top1=0.995, near_tie=2e-2),
-    "bf16": Gate(error_ratio=1.5, kl_mean=2e-4, top1=0.985, near_tie=1.5e-1),
+    "fp16": Gate(error_ratio=1.5, kl_mean=5e-5, top1=0.995, near_tie=2e-2, perplexity_rise=1e-3),
+    "bf16": Gate(error_ratio=1.5, kl_mean=2e-4, top1=0.985, near_tie=1.5e-1, perplexity_rise=2e-3),
 }
 """reliability gates; see the README for where each number comes from"""
 
@@ -47,25 +52,38 @@ GATES: dict[str, Gate] = {
 KERNELS = Gate(error_ratio=1.5, kl_mean=math.inf, top1=0.0, near_tie=1e-9)
 """the gate of quantised kernels"""
 
+_SAMPLE = 9  # positions from which a case is held to its gate as it stands
+_BLOCK = 32  # tokens
+_RESAMPLES = 2000
+
 
 @dataclass(frozen=True)
 class CaseResult:
     """One way of running the graph, compared at every position."""
 
     mode: str
-    """prefill | decode | chunked"""
+    """prefill | decode | chunked | prefix reuse, behind the name of a form of the graph"""
     batch_size: int
+    length: int
+    """tokens of the first row; the other rows of a batch are shorter, or longer than 1"""
     positions: int
+    """compared, over all rows"""
     max_abs: float
     """against PyTorch at the gate's precision"""
     nmse: float
     """against float64"""
+    relative_error: float
+    """RMS error against float64 / RMS of the float64 logits"""
     error_ratio: float
     top1: float
+    """share of positions, near-ties counting as agreement"""
     top5: float
+    """mean share of the reference's first five that are among the test's first five"""
+    top10: float
     kl_mean: float
     """nats per token, KL(float64 reference || test)"""
     kl_p99: float
+    kl_max: float
     failures: tuple[str, ...]
     """the limits that do not hold, with both numbers"""
 
@@ -91,6 +109,26 @@ class GreedyResult:
         return not self.failures
 
 
+KERNEL_PARITY, QUALITY = "kernel parity", "quality"
+"""the two verdicts: the graph computes what its weights say; those weights say what the checkpoint's do"""
+
+
+@dataclass(frozen=True)
+class PerplexityChange:
+    """Perplexity against PyTorch's in float32, on the same tokens."""
+
+    reference: float
+    test: float
+    relative: float
+    """test / reference - 1"""
+    low: float
+    """of the 95 % interval of `relative`, by paired bootstrap over blocks of tokens; NaN of fewer than two blocks"""
+    high: float
+    tokens: int
+    tokens_from: str
+    """text | random ids"""
+
+
 @dataclass(frozen=True)
 class Check:
     """Something else that a variant must show."""
@@ -99,6 +137,8 @@ class Check:
     found: str
     """in words and numbers"""
     failures: tuple[str, ...]
+    verdict: str = KERNEL_PARITY
+    """the verdict that it is part of"""
 
     @property
     def passed(self) -> bool:
@@ -123,67 +163,105 @@ class ParityReport:
     cases: tuple[CaseResult, ...]
     greedy: GreedyResult
     libraries: dict[str, str] = field(hash=False)
+    capacity: int = 0
+    """tokens of the longest rows: the cache's, unless verify was told to use less"""
+    max_cache_length: int = 0
+    """tokens that the cache holds"""
+    perplexity: PerplexityChange | None = None
+    """of the graph as users run it; of two graphs, the decode graph"""
     checks: tuple[Check, ...] = ()
-    """of quantised variants: weights and quality"""
+    """of weights, scales and quality"""
+
+    @property
+    def verdicts(self) -> dict[str, bool]:
+        """Whether the graph computes what its weights say, and whether these say what the checkpoint's do."""
+        kernels = all(case.passed for case in self.cases) and self.greedy.passed
+        return {
+            KERNEL_PARITY: kernels and all(c.passed for c in self.checks if c.verdict == KERNEL_PARITY),
+            QUALITY: all(c.passed for c in self.checks if c.verdict == QUALITY),
+        }
 
     @property
     def passed(self) -> bool:
-        return all(case.passed for case in self.cases) and self.greedy.passed and all(c.passed for c in self.checks)
+        return all(self.verdicts.values())
 
     def to_document(self) -> dict[str, Any]:
         """Return the JSON form; numbers that are not finite become strings."""
-        document = asdict(self) | {"passed": self.passed}
-        for part in (document["gate"], *document["cases"]):
+        document = asdict(self) | {"verdicts": self.verdicts, "passed": self.passed}
+        for part in (document["gate"], document["perplexity"] or {}, *document["cases"]):
             part |= {k: str(v) for k, v in part.items() if isinstance(v, float) and not math.isfinite(v)}
         return document
 
 
 def compare(
     mode: str,
+    lengths: Sequence[int],
     test: Sequence[np.ndarray],
     exact: Sequence[np.ndarray],
     torch_logits: Sequence[np.ndarray],
     gate: Gate,
 ) -> CaseResult:
-    """Compare logits at all positions of all sequences.
+    """Compare logits at some positions of all sequences.
 
     Args:
         mode: how `test` was computed, for the report.
-        test: per sequence, float32 [length, vocab_size].
+        lengths: tokens of each sequence, for the report.
+        test: per sequence, float32 [positions, vocab_size].
         exact: the same from PyTorch in float64.
         torch_logits: the same from PyTorch at the gate's precision.
-        gate: the limits.
+        gate: the limits. Few positions are a small sample: see `_few`.
 
     Returns:
         The metrics and the limits that do not hold. Logits of another shape, or not finite, fail.
     """
     shapes = [a.shape for a in test], [a.shape for a in exact]
     if shapes[0] != shapes[1]:
-        return failed_case(mode, len(test), f"shapes {shapes[0]}, expected {shapes[1]}")
+        return failed_case(mode, lengths, f"shapes {shapes[0]}, expected {shapes[1]}")
     got, truth, own = (np.concatenate(list(a)).astype(np.float64) for a in (test, exact, torch_logits))  # (N, V)
     if not np.isfinite(got).all():
-        return failed_case(
-            mode, len(test), f"{int((~np.isfinite(got)).any(axis=1).sum())} of {len(got)} positions not finite"
-        )
+        count = int((~np.isfinite(got)).any(axis=1).sum())
+        return failed_case(mode, lengths, f"{count} of {len(got)} positions not finite")
     error = _rms(got - truth)
     own_error = _rms(own - truth)
     kl = kl_divergence(truth, got)
-    top1, top5 = _top1_agreement(truth, got, gate.near_tie), _topk_agreement(truth, got, 5)
     values = {
         "error_ratio": error / own_error if own_error > 0 else (0.0 if error == 0 else math.inf),
         "nmse": error**2 / float(truth.var()),
         "max_abs": float(np.abs(got - own).max()),
         "kl_mean": float(kl.mean()),
-        "top1": top1,
+        "top1": _top1_agreement(truth, got, gate.near_tie),
     }
     return CaseResult(
         mode=mode,
         batch_size=len(test),
+        length=lengths[0],
         positions=len(got),
-        top5=top5,
+        relative_error=error / _rms(truth),
+        top5=_topk_agreement(truth, got, 5),
+        top10=_topk_agreement(truth, got, 10),
         kl_p99=float(np.quantile(kl, 0.99)),
-        failures=_broken_limits(values, gate),
+        kl_max=float(kl.max()),
+        failures=_broken_limits(values, _few(gate, len(got))),
         **values,
+    )
+
+
+def _few(gate: Gate, positions: int) -> Gate:
+    """Return the gate of a case with few positions: one position has its own size of error, and is right or wrong.
+
+    The errors of a position's logits go up and down together, so that it takes some positions to average them. Below
+    _SAMPLE of them the limit of the error is larger by sqrt(_SAMPLE / positions), and those of its square accordingly;
+    where tokens may differ at all, one may.
+    """
+    if positions >= _SAMPLE:
+        return gate
+    slack = _SAMPLE / positions
+    return replace(
+        gate,
+        error_ratio=gate.error_ratio * math.sqrt(slack),
+        kl_mean=gate.kl_mean * slack,
+        nmse=None if gate.nmse is None else gate.nmse * slack,
+        top1=gate.top1 if gate.top1 == 1.0 else min(gate.top1, 1 - 1 / positions),
     )
 
 
@@ -262,7 +340,32 @@ def _broken_limits(values: dict[str, float], gate: Gate) -> tuple[str, ...]:
     return tuple(broken)
 
 
-def failed_case(mode: str, batch_size: int, reason: str) -> CaseResult:
+def failed_case(mode: str, lengths: Sequence[int], reason: str) -> CaseResult:
     """Return the result of a case that gave no logits to compare."""
-    nan = math.nan
-    return CaseResult(mode, batch_size, 0, nan, nan, nan, nan, nan, nan, nan, failures=(reason,))
+    metrics = "max_abs nmse relative_error error_ratio top1 top5 top10 kl_mean kl_p99 kl_max".split()
+    numbers = dict.fromkeys(metrics, math.nan)
+    return CaseResult(mode, len(lengths), lengths[0], 0, failures=(reason,), **numbers)
+
+
+def perplexity_change(reference: np.ndarray, test: np.ndarray, tokens_from: str) -> PerplexityChange:
+    """Compare perplexities over the same tokens.
+
+    Args:
+        reference: nats per token of PyTorch, float64 [N], in the order of the text.
+        test: the same of the graph.
+        tokens_from: for the report.
+
+    Returns:
+        The change and its 95 % interval. Neighbouring tokens are not independent: blocks of _BLOCK are resampled.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        before, after, relative = np.exp(reference.mean()), np.exp(test.mean()), np.expm1((test - reference).mean())
+        low = high = math.nan
+        blocks = len(test) // _BLOCK
+        if blocks > 1 and np.isfinite(relative):
+            change = (test - reference)[: blocks * _BLOCK].reshape(blocks, _BLOCK).mean(axis=1)
+            found = scipy.stats.bootstrap(
+                (change,), np.mean, n_resamples=_RESAMPLES, method="percentile", rng=np.random.default_rng(0)
+            ).confidence_interval
+            low, high = (float(np.expm1(x)) for x in (found.low, found.high))
+    return PerplexityChange(float(before), float(after), float(relative), low, high, len(test), tokens_from)

@@ -6,6 +6,7 @@ the checkpoint has no tokenizer, through onnxruntime, at every position.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import tokenizers
 
 from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
-from olmo2_export.parity import Check, kl_divergence
+from olmo2_export.parity import QUALITY, Check, Gate, PerplexityChange, kl_divergence, perplexity_change
 from runtimes.manifest import Quality, Variant
 from runtimes.runner import Logits, TokenIds
 
@@ -69,14 +70,34 @@ def gate_of(variant: Variant, config: ModelConfig) -> QualityGate:
     return gate(f"{variant.precision} W8A8" if static else variant.precision, config)
 
 
-def quality_check(name: str, quality: Quality, length: int, limits: QualityGate) -> Check:
+def quality_check(name: str, measured: Measurement, length: int, limits: QualityGate) -> Check:
     """Say what was measured, on sequences of that many tokens, and which limits do not hold."""
-    rise = quality.perplexity / quality.reference_perplexity - 1
+    quality = measured.quality
     found = (
-        f"KL {quality.kl_mean:.2g}, p99 {quality.kl_p99:.2g}, top-1 {quality.top1:.1%}, perplexity "
-        f"{quality.perplexity:.3f} ({rise:+.2%}) on {quality.tokens} tokens of {quality.tokens_from} in {length}s"
+        f"KL {quality.kl_mean:.2g}, p99 {quality.kl_p99:.2g}, top-1 {quality.top1:.1%}, "
+        f"{describe(measured.perplexity)} in {length}s"
     )
-    return Check(name, found, tuple(broken_limits(quality, limits)))
+    return Check(name, found, tuple(broken_limits(quality, limits)), QUALITY)
+
+
+def perplexity_check(change: PerplexityChange, length: int, limits: Gate) -> Check:
+    """Say how the perplexity of a graph that is not quantised changed; it counts on text alone."""
+    failures = []
+    if limits.perplexity_rise is not None and change.tokens_from == "text":
+        if not abs(change.relative) <= limits.perplexity_rise:
+            failures.append(f"perplexity {change.relative:+.3%}, the gate is ±{limits.perplexity_rise:.3%}")
+    elif not math.isfinite(change.relative):
+        failures.append("perplexity is no number")
+    return Check("quality", f"{describe(change)} in {length}s", tuple(failures), QUALITY)
+
+
+def describe(change: PerplexityChange) -> str:
+    """Return the change in words."""
+    interval = "" if math.isnan(change.low) else f", 95 % from {change.low:+.2g} to {change.high:+.2g}"
+    return (
+        f"perplexity {change.test:.3f} ({change.relative:+.2g}{interval}) on {change.tokens} tokens of "
+        f"{change.tokens_from}"
+    )
 
 
 def broken_limits(quality: Quality, limits: QualityGate) -> list[str]:
@@ -121,6 +142,14 @@ def quality_tokens(
     return list(drawn), "random ids"
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """What was found on text, and the change of perplexity with its interval."""
+
+    quality: Quality
+    perplexity: PerplexityChange
+
+
 class Measured(Protocol):
     """What is asked of a runner here; see `runtimes.runner.Runner`."""
 
@@ -136,7 +165,7 @@ def measure_quality(
     tokens_from: str,
     *,
     alternate: bool = False,
-) -> Quality:
+) -> Measurement:
     """Compare a runner with reference logits at every position.
 
     Args:
@@ -164,17 +193,19 @@ def measure_quality(
             losses.append(np.stack([_loss(x[: len(following)], following) for x in (truth, test)]))
     runner.reset()
     kl = np.concatenate(kls)
-    mean_losses = np.concatenate(losses, axis=1).mean(axis=1).clip(max=_MOST_LOSS)
-    of_reference, of_test = (float(np.exp(x)) for x in mean_losses)
-    return Quality(
+    # A loss that is no number on text, on ids that no model expects, is still compared.
+    of_reference, of_test = np.concatenate(losses, axis=1).clip(max=_MOST_LOSS)
+    change = perplexity_change(of_reference, of_test, tokens_from)
+    quality = Quality(
         tokens=len(kl),
         tokens_from=tokens_from,
         kl_mean=float(kl.mean()),
         kl_p99=float(np.quantile(kl, 0.99)),
         top1=float(np.concatenate(agreements).mean()),
-        perplexity=of_test,
-        reference_perplexity=of_reference,
+        perplexity=change.test,
+        reference_perplexity=change.reference,
     )
+    return Measurement(quality, change)
 
 
 def _loss(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:

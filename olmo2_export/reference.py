@@ -57,16 +57,24 @@ class Reference:
         self._result = torch.float64 if precision == "fp64" else torch.float32
 
     @torch.inference_mode()
-    def logits(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def logits(
+        self, sequences: Sequence[np.ndarray], positions: Sequence[np.ndarray] | None = None
+    ) -> list[np.ndarray]:
         """Run each sequence alone, whole and without padding.
 
         Args:
             sequences: int64 token ids, each [length].
+            positions: per sequence int64 [n], where logits are wanted; None: everywhere.
 
         Returns:
-            Per sequence the logits of all positions [length, vocab_size]; float64 for fp64, else float32.
+            Per sequence the logits of these positions [n, vocab_size]; float64 for fp64, else float32.
         """
-        return [self._model(torch.from_numpy(ids)[None]).logits[0].to(self._result).numpy() for ids in sequences]
+        found = []
+        for row, ids in enumerate(sequences):
+            kept: Any = 0 if positions is None else torch.from_numpy(positions[row])  # 0: all
+            logits = self._model(torch.from_numpy(ids)[None], logits_to_keep=kept, use_cache=False).logits
+            found.append(logits[0].to(self._result).numpy())
+        return found
 
     @torch.inference_mode()
     def greedy(self, prompt: np.ndarray, new_tokens: int) -> tuple[np.ndarray, np.ndarray]:

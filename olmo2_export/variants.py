@@ -278,7 +278,7 @@ class VariantWriter:
     def _measure(self, variant: Variant) -> Quality:
         sequences, origin, reference = self._reference
         with open_ort(self._staging, variant, self._config.spec, None) as runner:
-            return measure_quality(runner, sequences, reference, origin)
+            return measure_quality(runner, sequences, reference, origin).quality
 
     def _cache_spec(self, form: str, dtype: str) -> KVCacheSpec:
         return KVCacheSpec(

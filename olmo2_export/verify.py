@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.device_graph import DTYPES
-from olmo2_export.measure import ask_pytorch, measure
-from olmo2_export.parity import GATES, ParityReport
+from olmo2_export.feeds import MIN_CAPACITY
+from olmo2_export.measure import LONGEST, ask_pytorch, measure
+from olmo2_export.parity import GATES, CaseResult, ParityReport
 from olmo2_export.verify_device import measure_device
 from olmo2_export.verify_quantized import measure_quantized
 from olmo2_export.verify_static import measure_static
@@ -41,6 +43,7 @@ def verify(
     variants: Sequence[str] = (),
     backend: Backend = "ort",
     device: Device = "cpu",
+    longest: int = LONGEST,
 ) -> list[ParityReport]:
     """Compare variants of a package with PyTorch on the reference weights, and write `parity.json` beside the manifest.
 
@@ -51,6 +54,7 @@ def verify(
             or on another device than the CPU those for GPUs; for a TensorRT those with an engine for it.
         backend: what runs the graphs.
         device: where ort runs them.
+        longest: tokens of the longest rows, where a cache holds more; at least MIN_CAPACITY.
 
     Returns:
         One report per variant; look at `passed`.
@@ -59,6 +63,8 @@ def verify(
         IntegrityError: a file of the package changed.
         ConfigError: package and reference are not of one shape.
     """
+    if longest < MIN_CAPACITY:
+        raise UsageError(f"longest rows of {longest} tokens: verification needs {MIN_CAPACITY}")
     manifest = load_manifest(package)
     checksum = package_checksum(package)
     check_files(package, manifest.files)
@@ -78,21 +84,21 @@ def verify(
         truth = None
         if precisions:
             capacity = min(e.kv_cache.max_cache_length for e in entries.values() if e.quantization is None)
-            truth = ask_pytorch(package, checkpoint, precisions, capacity, bar)
+            truth = ask_pytorch(package, checkpoint, precisions, min(capacity, longest), bar)
         reports = []
         for name, entry in entries.items():
             own = truth if entry.quantization is None else None
             if name in DTYPES:
-                reports.append(measure_device(package, name, checkpoint, own, device))
+                reports.append(measure_device(package, name, checkpoint, own, device, longest))
             elif entry.kv_cache.form == "static" and device != "nv-rtx":
-                reports.append(measure_static(package, name, checkpoint, own, backend, device))
+                reports.append(measure_static(package, name, checkpoint, own, backend, device, longest))
             elif device != "cpu" and backend == "ort":
                 raise UsageError(f"variant {name}: verify has {', '.join(DTYPES)} for device {device}")
             elif entry.quantization is not None:
-                reports.append(measure_quantized(package, name, checkpoint))
+                reports.append(measure_quantized(package, name, checkpoint, longest))
             else:
                 assert truth is not None  # its precision is among those asked for
-                reports.append(measure(package, name, truth, backend))
+                reports.append(measure(package, name, checkpoint, truth, backend))
             bar.update()
     _write(package, checksum, checkpoint, reports)
     return reports
@@ -121,23 +127,14 @@ def _all_variants(package: Path, manifest: Manifest, backend: Backend, device: D
 
 
 def format_reports(reports: Sequence[ParityReport]) -> str:
-    """Return the table that the command line prints: a line per case, then the greedy verdicts and what failed."""
-    head = "variant case batch positions max_abs NMSE err/torch top-1 top-5 KL_mean KL_p99 verdict".split()
+    """Return the table that the command line prints: a line per mode with the worst of its cases, then what failed."""
+    head = "variant mode cases positions max_abs NMSE relative err/torch".split()
+    head += "top-1 top-5 top-10 KL_mean KL_p99 KL_max verdict".split()
     rows, notes = [head], []
     for report in reports:
-        for c in report.cases:
-            numbers = [f"{c.max_abs:.1e}", f"{c.nmse:.1e}", f"{c.error_ratio:.2f}", f"{c.top1:.1%}", f"{c.top5:.1%}"]
-            numbers += [f"{c.kl_mean:.1e}", f"{c.kl_p99:.1e}"]
-            verdict = "ok" if c.passed else "FAIL"
-            rows.append([report.variant, c.mode, str(c.batch_size), str(c.positions), *numbers, verdict])
-            notes += [f"{report.variant} {c.mode} batch {c.batch_size}: {failure}" for failure in c.failures]
-        g = report.greedy
-        ties = f" ({g.near_ties} prompts part at a near-tie)" if g.near_ties else ""
-        notes.append(f"{report.variant} greedy: {g.equal} of {g.tokens} tokens equal over {g.prompts} prompts{ties}")
-        notes += [f"{report.variant} greedy: {failure}" for failure in g.failures]
-        for check in report.checks:
-            notes.append(f"{report.variant} {check.name}: {check.found}: {'ok' if check.passed else 'FAIL'}")
-            notes += [f"{report.variant} {check.name}: {failure}" for failure in check.failures]
+        for mode in dict.fromkeys(case.mode for case in report.cases):
+            rows.append([report.variant, *_worst([case for case in report.cases if case.mode == mode])])
+        notes += _notes(report)
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     left = {0, 1, len(head) - 1}
     lines = [
@@ -145,6 +142,49 @@ def format_reports(reports: Sequence[ParityReport]) -> str:
         for row in rows
     ]
     return "\n".join([line.rstrip() for line in lines] + notes)
+
+
+def _worst(cases: Sequence[CaseResult]) -> list[str]:
+    """Return the words of a line: the worst of each metric over the cases of a mode."""
+
+    def most(metric: str) -> float:
+        return float(np.max([getattr(case, metric) for case in cases]))  # NaN if any is
+
+    def least(metric: str) -> str:
+        return f"{float(np.min([getattr(case, metric) for case in cases])):.1%}"
+
+    failed = sum(not case.passed for case in cases)
+    return [
+        cases[0].mode,
+        str(len(cases)),
+        str(sum(case.positions for case in cases)),
+        *(f"{most(metric):.1e}" for metric in ("max_abs", "nmse", "relative_error")),
+        f"{most('error_ratio'):.2f}",
+        *(least(metric) for metric in ("top1", "top5", "top10")),
+        *(f"{most(metric):.1e}" for metric in ("kl_mean", "kl_p99", "kl_max")),
+        f"FAIL {failed}" if failed else "ok",
+    ]
+
+
+def _notes(report: ParityReport) -> list[str]:
+    """Return a report's other lines: the cases that failed, greedy decoding, the checks and the verdicts."""
+    name, notes = report.variant, []
+    for c in report.cases:
+        where = f"{name} {c.mode} batch {c.batch_size} length {c.length}"
+        notes += [f"{where}: {failure}" for failure in c.failures]
+    g = report.greedy
+    ties = f" ({g.near_ties} prompts part at a near-tie)" if g.near_ties else ""
+    notes.append(f"{name} greedy: {g.equal} of {g.tokens} tokens equal over {g.prompts} prompts{ties}")
+    notes += [f"{name} greedy: {failure}" for failure in g.failures]
+    for check in report.checks:
+        notes.append(f"{name} {check.name}: {check.found}: {'ok' if check.passed else 'FAIL'}")
+        notes += [f"{name} {check.name}: {failure}" for failure in check.failures]
+    lengths = ", ".join(str(n) for n in sorted({case.length for case in report.cases}))
+    batches = " and ".join(str(n) for n in sorted({case.batch_size for case in report.cases}))
+    held = "" if report.capacity == report.max_cache_length else f"; its cache holds {report.max_cache_length}"
+    notes.append(f"{name} rows: first of {lengths} tokens{held}; batches of {batches}")
+    said = ", ".join(f"{verdict} {'passed' if passed else 'FAILED'}" for verdict, passed in report.verdicts.items())
+    return [*notes, f"{name} on {report.backend}: {said}"]
 
 
 def _write(package: Path, checksum: str, checkpoint: Checkpoint, reports: Sequence[ParityReport]) -> None:

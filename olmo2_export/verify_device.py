@@ -24,7 +24,7 @@ import onnx_ir as ir
 
 from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
-from olmo2_export.measure import Truth, ask_pytorch, measure_runner
+from olmo2_export.measure import LONGEST, Truth, ask_pytorch, measure_runner, with_quality
 from olmo2_export.ort_graph import stored_matrices
 from olmo2_export.parity import ParityReport
 from olmo2_export.quality import gate_of, measure_quality, quality_check, quality_tokens
@@ -40,7 +40,12 @@ from runtimes.shared_runner import SharedRunner
 
 
 def measure_device(
-    package: Path, name: str, checkpoint: Checkpoint, truth: Truth | None, device: Device = "cpu"
+    package: Path,
+    name: str,
+    checkpoint: Checkpoint,
+    truth: Truth | None,
+    device: Device = "cpu",
+    longest: int = LONGEST,
 ) -> ParityReport:
     """Run a graph made for GPUs through every case and check.
 
@@ -50,6 +55,7 @@ def measure_device(
         checkpoint: the reference weights.
         truth: what `ask_pytorch` found for its precision; None where its weights are quantised.
         device: where onnxruntime runs it.
+        longest: tokens of the longest rows, where the cache holds more.
 
     Raises:
         IntegrityError: the variant's files changed.
@@ -61,13 +67,14 @@ def measure_device(
     sha256 = files[entry.graph].sha256
     if truth is not None:
         with _open(package, entry, device) as runner:
-            return measure_runner(runner, truth, entry.precision, name, sha256)
+            return with_quality(measure_runner(runner, truth, entry.precision, name, sha256), runner, checkpoint)
     config = ModelConfig.from_json(checkpoint.folder / "config.json")
     matrices = stored_matrices(ir.load(package / entry.graph))
     if entry.quantization is None or matrices.keys() != entry.quantization.tensors.keys():
         raise PackageError(f"{package}: {entry.graph} has other weights than its manifest; export it again")
     weights = {tensor: matrix.dequantize() for tensor, matrix in matrices.items()}
-    stored = ask_pytorch(package, checkpoint, {"fp16"}, entry.kv_cache.max_cache_length, weights=weights)
+    capacity = min(entry.kv_cache.max_cache_length, longest)
+    stored = ask_pytorch(package, checkpoint, {"fp16"}, capacity, weights=weights)
     sequences, origin = quality_tokens(checkpoint, config)
     wanted = list(reference_logits(checkpoint, config, sequences))
     with _open(package, entry, device) as runner:
@@ -78,7 +85,7 @@ def measure_device(
         check_matrices(matrices, checkpoint, config),
         quality_check("quality", quality, len(sequences[0]), limits),
     )
-    return dataclasses.replace(report, precision=entry.precision, checks=checks)
+    return dataclasses.replace(report, precision=entry.precision, checks=checks, perplexity=quality.perplexity)
 
 
 @contextmanager

@@ -27,9 +27,9 @@ import torch
 
 from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
-from olmo2_export.measure import Truth, ask_pytorch, feed, measure_runner
+from olmo2_export.measure import LONGEST, Truth, ask_pytorch, feed, measure_runner
 from olmo2_export.ort_graph import exact_form, stored_int8, stored_matrices
-from olmo2_export.parity import KERNELS, CaseResult, Check, ParityReport
+from olmo2_export.parity import KERNELS, CaseResult, Check, ParityReport, PerplexityChange
 from olmo2_export.quality import gate_of, measure_quality, quality_check, quality_tokens
 from olmo2_export.quantize.names import EMBEDDING
 from olmo2_export.quantize.sweep import reference_logits
@@ -48,13 +48,14 @@ LONG = 4096
 _KV_ERROR_RATIO = {8: 4.0, 4: math.inf}  # where the cache is rounded too; what 4 bits cost, quality must tell
 
 
-def measure_quantized(package: Path, name: str, checkpoint: Checkpoint) -> ParityReport:
+def measure_quantized(package: Path, name: str, checkpoint: Checkpoint, longest: int = LONGEST) -> ParityReport:
     """Run a quantised variant through every case and check.
 
     Args:
         package: the package folder.
         name: of the variant.
         checkpoint: the reference weights.
+        longest: tokens of the longest rows, where the cache holds more.
 
     Raises:
         IntegrityError: the variant's files changed.
@@ -69,7 +70,8 @@ def measure_quantized(package: Path, name: str, checkpoint: Checkpoint) -> Parit
     if entry.quantization is None or matrices.keys() != entry.quantization.tensors.keys():
         raise PackageError(f"{package}: {entry.graph} has other weights than its manifest; export it again")
     weights = {tensor: matrix.dequantize() for tensor, matrix in matrices.items()}
-    truth = ask_pytorch(package, checkpoint, {"fp32"}, entry.kv_cache.max_cache_length, weights=weights)
+    capacity = min(entry.kv_cache.max_cache_length, longest)
+    truth = ask_pytorch(package, checkpoint, {"fp32"}, capacity, weights=weights)
     with _open_exact(package, entry, spec, graph) as runner:
         report = measure_runner(runner, truth, "fp32", name, files[entry.graph].sha256)
     blocks = {tensor: m.form.block_size for tensor, m in matrices.items() if tensor != EMBEDDING}
@@ -81,14 +83,17 @@ def measure_quantized(package: Path, name: str, checkpoint: Checkpoint) -> Parit
         }
         rows = dict.fromkeys(int8, 0) | {t: blocks[t] for t in blocks.keys() - int8.keys()}
         prefill = dataclasses.replace(entry, graph=entry.prefill.graph, data=entry.prefill.data)
-        exact = _exact_logits(checkpoint, truth.sequences, weights | int8)
+        exact = _exact_logits(checkpoint, truth, weights | int8)
         int8_truth = dataclasses.replace(truth, exact=exact)
         cases += _kernel_cases("int8", package, prefill, checkpoint, int8_truth, weights | int8, rows)
         checks.append(check_int8(int8, checkpoint, config))
-    checks += _check_quality(package, entry, spec, checkpoint, config)
+    quality, change = _check_quality(package, entry, spec, checkpoint, config)
+    checks += quality
     if entry.kv_cache.quantization is not None:
         checks.append(_check_cache_scales(package, entry))
-    return dataclasses.replace(report, precision=entry.precision, cases=tuple(cases), checks=tuple(checks))
+    return dataclasses.replace(
+        report, precision=entry.precision, cases=tuple(cases), checks=tuple(checks), perplexity=change
+    )
 
 
 @contextmanager
@@ -102,11 +107,9 @@ def _open_exact(package: Path, entry: Variant, spec: ModelSpec, graph: ir.Model)
         yield runner
 
 
-def _exact_logits(
-    checkpoint: Checkpoint, sequences: list[np.ndarray], weights: Mapping[str, torch.Tensor]
-) -> list[np.ndarray]:
+def _exact_logits(checkpoint: Checkpoint, truth: Truth, weights: Mapping[str, torch.Tensor]) -> list[np.ndarray]:
     with open_reference(checkpoint, "fp32", weights) as reference:  # much closer than the rounding that is measured
-        return reference.logits(sequences)
+        return reference.logits(truth.sequences, truth.positions)
 
 
 def _kernel_cases(
@@ -121,19 +124,19 @@ def _kernel_cases(
     """Feed one graph as it is; its error is measured in units of PyTorch's, with inputs rounded likewise."""
     rounding = {tensor: int8_blocks(block) for tensor, block in int8_inputs.items()}
     with open_reference(checkpoint, "fp32", weights, rounding) as reference:
-        own = reference.logits(truth.sequences)
+        own = reference.logits(truth.sequences, truth.positions)
     limits = KERNELS
     if entry.kv_cache.quantization is not None:
         limits = dataclasses.replace(limits, error_ratio=_KV_ERROR_RATIO[entry.kv_cache.quantization.bits])
     variant = dataclasses.replace(entry, prefill=None)
     with open_ort(package, variant, load_manifest(package).model, None) as runner:
-        cases = feed(runner, truth.sequences, truth.exact, own, limits)
+        cases = feed(runner, truth, truth.exact, own, limits)
     return [dataclasses.replace(case, mode=f"{label} {case.mode}") for case in cases]
 
 
 def _check_quality(
     package: Path, entry: Variant, spec: ModelSpec, checkpoint: Checkpoint, config: ModelConfig
-) -> list[Check]:
+) -> tuple[list[Check], PerplexityChange]:
     """Measure each graph, and both in turns on one cache; a quantised cache on the whole context, or 4096 tokens."""
     long = LONG if entry.kv_cache.quantization is not None else None
     sequences, origin = quality_tokens(checkpoint, config, length=long)
@@ -141,12 +144,13 @@ def _check_quality(
     views = [("quality", dataclasses.replace(entry, prefill=None), False)]
     if entry.prefill is not None:
         views += [("int8 quality", entry, False), ("quality of both in turns", entry, True)]
-    checks = []
+    checks, changes = [], []
     for name, variant, alternate in views:
         with open_ort(package, variant, spec, None) as runner:
             measured = measure_quality(runner, sequences, wanted, origin, alternate=alternate)
         checks.append(quality_check(name, measured, len(sequences[0]), gate_of(entry, config)))
-    return checks
+        changes.append(measured.perplexity)
+    return checks, changes[0]
 
 
 def _check_cache_scales(package: Path, entry: Variant) -> Check:

@@ -30,8 +30,8 @@ import onnx_ir as ir
 
 from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
-from olmo2_export.measure import Truth, ask_pytorch, feed, measure_runner
-from olmo2_export.parity import GATES, KERNELS, CaseResult, Check, Gate, ParityReport
+from olmo2_export.measure import LONGEST, QUALITY_LENGTH, Truth, ask_pytorch, feed, measure_runner, with_quality
+from olmo2_export.parity import GATES, KERNELS, CaseResult, Check, Gate, ParityReport, PerplexityChange
 from olmo2_export.quality import Measured, gate_of, measure_quality, quality_check, quality_tokens
 from olmo2_export.quantize.static import static_input_scales
 from olmo2_export.quantize.sweep import reference_logits
@@ -61,7 +61,6 @@ from runtimes.static_runner import StaticRunner
 Form = Callable[[ir.Model], ir.Model]
 
 _SCALED: dict[str, Callable[[float], Rounding]] = {"int8": int8_scaled, "fp8": fp8_scaled}
-_LENGTH = 256  # tokens of a sequence on which quality is measured, where the cache holds them
 _ENGINE = dataclasses.replace(KERNELS, near_tie=GATES["bf16"].near_tie)
 _CALIBRATION_RATIO = 1.15  # two steps of clipping; the same tokens, summed in another order, seldom give one
 _AS_IS = ("fp32", "fp16")  # precisions that the CPU provider has
@@ -74,6 +73,7 @@ def measure_static(
     truth: Truth | None,
     backend: Backend = "ort",
     device: Device = "cpu",
+    longest: int = LONGEST,
 ) -> ParityReport:
     """Run a static-cache graph, or the engine made of it, through every case and check.
 
@@ -84,6 +84,7 @@ def measure_static(
         truth: what `ask_pytorch` found for its precision; None where its weights are quantised.
         backend: ort, or the TensorRT whose engine is run as it is: it has no other forms.
         device: of ort: cpu, or cuda, where the graph is run as it is.
+        longest: tokens of the longest rows, where the cache holds more.
 
     Raises:
         IntegrityError: the variant's files changed.
@@ -103,9 +104,12 @@ def measure_static(
     if truth is not None:
         with static.open(None if entry.precision in _AS_IS else rounded_form) as runner:
             report = measure_runner(runner, truth, entry.precision, name, sha256, backend)
+            measured = runner if static.as_itself else static.open_all_positions()
+            report = with_quality(report, measured, checkpoint)
+        checks += report.checks
         if entry.precision == "fp32" or static.as_itself:
             return dataclasses.replace(report, checks=tuple(checks))
-    capacity, weights = entry.kv_cache.max_cache_length, all_weights(linears, tensors)
+    capacity, weights = min(entry.kv_cache.max_cache_length, longest), all_weights(linears, tensors)
     stored = ask_pytorch(package, checkpoint, {"fp32"}, capacity, weights=weights)
     if truth is not None:
         with static.open(exact_form) as runner:
@@ -114,7 +118,7 @@ def measure_static(
     scales = entry.quantization.input_scales if entry.quantization else {}
     rounding = {tensor: _SCALED[entry.precision](scale) for tensor, scale in scales.items()}
     with open_reference(checkpoint, "bf16", weights, rounding) as reference:
-        own = reference.logits(stored.sequences)
+        own = reference.logits(stored.sequences, stored.positions)
     checks += [
         check_linears(linears, checkpoint, config),
         _check_input_scales(stored_input_scales(graph), scales),
@@ -127,13 +131,19 @@ def measure_static(
             report = measure_runner(runner, stored, "fp32", name, sha256)
         with static.open(rounded_form) as runner:
             cases = _labelled("rounded", runner, stored, own, KERNELS)
-        checks.append(_check_quality(static.open_all_positions(), entry, checkpoint, config))
+        quality, change = _check_quality(static.open_all_positions(), entry, checkpoint, config)
     else:
         rounded = dataclasses.replace(stored, own={entry.precision: own})
         with static.open(rounded_form) as runner:
             report = measure_runner(runner, rounded, entry.precision, name, sha256, backend, _ENGINE)
-            checks.append(_check_quality(runner, entry, checkpoint, config))
-    return dataclasses.replace(report, precision=entry.precision, cases=(*report.cases, *cases), checks=tuple(checks))
+            quality, change = _check_quality(runner, entry, checkpoint, config)
+    return dataclasses.replace(
+        report,
+        precision=entry.precision,
+        cases=(*report.cases, *cases),
+        checks=(*checks, quality),
+        perplexity=change,
+    )
 
 
 class _Static:
@@ -221,7 +231,7 @@ class _AllPositions:
 
 
 def _labelled(label: str, runner: Runner, truth: Truth, own: Sequence[np.ndarray], gate: Gate) -> list[CaseResult]:
-    cases = feed(runner, truth.sequences, truth.exact, own, gate)
+    cases = feed(runner, truth, truth.exact, own, gate)
     return [dataclasses.replace(case, mode=f"{label} {case.mode}") for case in cases]
 
 
@@ -249,8 +259,10 @@ def _check_calibration(
     )
 
 
-def _check_quality(runner: Measured, entry: Variant, checkpoint: Checkpoint, config: ModelConfig) -> Check:
-    length = min(config.max_position_embeddings, entry.kv_cache.max_cache_length, _LENGTH)
+def _check_quality(
+    runner: Measured, entry: Variant, checkpoint: Checkpoint, config: ModelConfig
+) -> tuple[Check, PerplexityChange]:
+    length = min(config.max_position_embeddings, entry.kv_cache.max_cache_length, QUALITY_LENGTH)
     sequences, origin = quality_tokens(checkpoint, config, length=length)
-    quality = measure_quality(runner, sequences, reference_logits(checkpoint, config, sequences), origin)
-    return quality_check("quality", quality, length, gate_of(entry, config))
+    measured = measure_quality(runner, sequences, reference_logits(checkpoint, config, sequences), origin)
+    return quality_check("quality", measured, length, gate_of(entry, config)), measured.perplexity

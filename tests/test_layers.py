@@ -26,7 +26,7 @@ engine_compiler
 engine_refitter
 engine_worker engine_process
 engine reference
-first_call polygraphy_tool
+first_call polygraphy_tool feeds
 measure
 trt_forms weight_checks
 verify_quantized verify_static verify_device

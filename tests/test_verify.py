@@ -17,12 +17,12 @@ from olmo2_export import verify as verify_module
 from olmo2_export.checkpoint import open_checkpoint
 from olmo2_export.engine import build
 from olmo2_export.engine_options import EngineOptions
-from olmo2_export.measure import LENGTHS, MODES
+from olmo2_export.feeds import LENGTHS, MODES
 from olmo2_export.package import export
 from olmo2_export.reference import open_reference
 from olmo2_export.summary import summarize
 from olmo2_export.verify import format_reports, verify
-from runtimes.errors import ConfigError, IntegrityError, PackageError, VariantNotFoundError
+from runtimes.errors import ConfigError, IntegrityError, PackageError, UsageError, VariantNotFoundError
 from runtimes.sealed import read_sealed
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -42,7 +42,13 @@ def test_every_form_of_checkpoint_verifies(tmp_path: Path, fields: dict[str, Any
     export(checkpoint, tmp_path / "p")
     (report,) = verify(tmp_path / "p", checkpoint)
     assert report.passed, format_reports([report])
-    assert [(c.mode, c.batch_size) for c in report.cases] == [(m, b) for b in (1, 3) for m in MODES]
+    capacity = fields.get("max_position_embeddings", 256)
+    odd = min(61, capacity - 1)
+    lengths = (1, odd, capacity - 1, capacity)
+    cases = {(c.mode, c.batch_size, c.length) for c in report.cases}
+    assert cases == {(mode, rows, length) for mode in MODES for rows in (1, 3) for length in lengths}
+    assert len(report.cases) == 32
+    assert report.verdicts == {"kernel parity": True, "quality": True}
     assert report.greedy.tokens == (33 if "max_position_embeddings" in fields else 72)
 
 
@@ -56,14 +62,27 @@ def test_the_demo_verifies_on_text_and_the_report_says_how(demo_package: Path, t
     (report,) = verify(copy, open_checkpoint("demo"), variants=["fp32", "fp32"])
     assert report.passed
     assert report.tokens_from == "text, the last row random ids"
-    assert report.sequences == LENGTHS
-    assert [c.positions for c in report.cases] == [61, 61, 61, 111, 111, 111]
-    assert all(c.top1 == c.top5 == 1.0 for c in report.cases)
+    assert report.sequences == (1024, *LENGTHS[1:])
+    assert (report.capacity, report.max_cache_length) == (1024, 1024)
+    positions = {(c.mode, c.batch_size, c.length): c.positions for c in report.cases}
+    assert [positions[mode, 1, 61] for mode in MODES] == [61] * 4
+    assert [positions[mode, 3, 61] for mode in MODES] == [111] * 4
+    assert [positions[mode, 3, 1] for mode in MODES] == [51] * 4
+    assert [positions[mode, 1, 1024] for mode in MODES] == [1, 11, 3, 2]
+    assert all(c.top1 == c.top5 == c.top10 == 1.0 for c in report.cases)
+    assert all(c.relative_error < 1e-6 and c.kl_max < 1e-10 for c in report.cases)
+    assert report.perplexity is not None
+    assert report.perplexity.tokens == 4080
+    assert report.perplexity.reference == pytest.approx(39.625, abs=0.001)
+    assert report.perplexity.low < report.perplexity.relative < report.perplexity.high
+    assert abs(report.perplexity.relative) < 1e-6
     assert all(c.kl_mean < 1e-10 and c.max_abs < 1e-3 for c in report.cases)
     document = read_sealed(copy / "parity.json")["variants"]["fp32"]
     assert document["passed"] is True
     assert document["gate"]["error_ratio"] == 4.0
-    assert len(document["cases"]) == 6
+    assert len(document["cases"]) == 32
+    assert document["verdicts"] == {"kernel parity": True, "quality": True}
+    assert document["perplexity"]["tokens_from"] == "text"
     assert "fp32     passed on ort" in summarize(copy)
     table = format_reports([report])
     assert "72 of 72 tokens equal over 3 prompts" in table
@@ -109,7 +128,19 @@ def test_a_cache_shorter_than_the_sequences_is_verified_within_it(copy: Path, ti
     build(copy, EngineOptions("fp32", compute_capabilities=["8.9"], max_cache_length=33), progress=False)
     (report,) = verify(copy, open_checkpoint(str(tiny_checkpoint)), variants=["trt_fp32"])
     assert report.passed
-    assert report.sequences == (33, 32, 13)
+    assert report.sequences == (33, 29, 13)
+    assert (report.capacity, report.max_cache_length) == (33, 33)
+
+
+def test_rows_can_be_shorter_than_the_cache(copy: Path, tiny_checkpoint: Path) -> None:
+    checkpoint = open_checkpoint(str(tiny_checkpoint))
+    (report,) = verify(copy, checkpoint, longest=40)
+    assert report.passed
+    assert (report.capacity, report.max_cache_length) == (40, 256)
+    assert {c.length for c in report.cases} == {1, 39, 40}
+    assert "first of 1, 39, 40 tokens; its cache holds 256" in format_reports([report])
+    with pytest.raises(UsageError, match="longest rows of 15 tokens: verification needs 16"):
+        verify(copy, checkpoint, longest=15)
 
 
 def test_a_package_replaced_meanwhile_gets_no_verdict(

@@ -25,15 +25,29 @@ def declare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--device", choices=["cpu", "cuda", "nv-rtx"], default="cpu", help="where ort runs them; default cpu"
     )
+    verb.add_argument(
+        "--longest",
+        type=int,
+        metavar="N",
+        help="tokens of the longest rows; default: what the cache holds, at most 4096. Fewer are quicker",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run it; return the exit code."""
     from olmo2_export.checkpoint import open_checkpoint
+    from olmo2_export.measure import LONGEST
     from olmo2_export.verify import format_reports, verify
 
     checkpoint = open_checkpoint(args.reference, args.revision)
-    reports = verify(args.package, checkpoint, variants=args.variant or [], backend=args.backend, device=args.device)
+    reports = verify(
+        args.package,
+        checkpoint,
+        variants=args.variant or [],
+        backend=args.backend,
+        device=args.device,
+        longest=LONGEST if args.longest is None else args.longest,
+    )
     print(format_reports(reports))
     passed = all(report.passed for report in reports)
     print(f"{'verified' if passed else 'NOT verified'}: {args.package} against {checkpoint.model}")
