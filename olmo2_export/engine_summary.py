@@ -132,6 +132,8 @@ def _kind(name: str, in_place: bool) -> str:
         return "norm, or a part of one"
     if "Silu" in name:
         return "SiLU and product"
-    if name == "CastGath":
+    if name.startswith("CastGath"):
         return "embedding"
+    if name.endswith("Fc"):
+        return "matrix product, weights unpacked in it"
     return "other: copies, masks, reshapes"

@@ -1,4 +1,4 @@
-"""What the graphs of a package are made of: operators, weights, bits. Reads graphs alone, never the weights beside them.
+"""What the graphs of a package are made of: operators, weights, bits. The weights beside them are not read.
 
 An ONNX file names its weights with dtype and shape and leaves their bytes in another file, which is not opened here, so
 that a package of gigabytes is described in the memory of its graphs.
@@ -22,7 +22,7 @@ from runtimes.errors import PackageError
 from runtimes.manifest import KVCacheSpec, Manifest, Quantization, TensorSpec, Variant
 
 LARGEST = 8
-"""tensors that are listed as the largest"""
+"""rows in the list of the largest tensors"""
 
 _PARTS = re.compile(r"\.(packed|scales|zero_points|int8|channel_scales|codes|dequantized)$")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -56,12 +56,14 @@ class WeightGroup:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a graph."""
+    """One tensor of a graph, or those of several layers that are alike, with `N` for the layer."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    """of each"""
+    count: int
     share: float
     """of all bytes of the graph's tensors"""
 
@@ -143,7 +145,7 @@ def summarize_graph(package: Path, graph: str, config: ModelConfig, quantization
         if tensor is None:
             raise PackageError(f"{package / graph}: {name} has no data; export the package again")
         shape = tuple(int(d) for d in tensor.shape.numpy())
-        stored.append(StoredTensor(name, dtype_name(tensor.dtype), shape, tensor.nbytes, 0.0))
+        stored.append(StoredTensor(name, dtype_name(tensor.dtype), shape, tensor.nbytes, 1, 0.0))
     total = sum(t.nbytes for t in stored)
     stored = [dataclasses.replace(t, share=t.nbytes / total if total else 0.0) for t in stored]
     counts = op_counts(model)
@@ -154,7 +156,7 @@ def summarize_graph(package: Path, graph: str, config: ModelConfig, quantization
         tensors=len(stored),
         nbytes=total,
         weights=_groups(stored),
-        largest=tuple(sorted(stored, key=lambda t: (-t.nbytes, t.name))[:LARGEST]),
+        largest=_largest(stored),
         parts=_parts(stored, config, quantization),
     )
 
@@ -204,7 +206,7 @@ def _io(direction: str, specs: Iterable[TensorSpec]) -> list[IoRow]:
         name = f"{cache[1]}.N.{cache[3]}" if cache else spec.name
         if cache:
             what = "keys" if cache[3] == "key" else "values"
-            meaning = f"{what} of layer N{', new tokens included' if cache[1] == 'present' else ' so far'}"
+            meaning = f"{what} of each layer{', new ones included' if cache[1] == 'present' else ' so far'}"
         else:
             meaning = _MEANINGS.get(spec.name, "")
         key = (name, spec.dtype, spec.shape)
@@ -222,6 +224,17 @@ def _groups(stored: Iterable[StoredTensor]) -> tuple[WeightGroup, ...]:
         for dtype, ts in by_dtype.items()
     ]
     return tuple(sorted(groups, key=lambda g: (-g.nbytes, g.dtype)))
+
+
+def _largest(stored: Iterable[StoredTensor]) -> tuple[StoredTensor, ...]:
+    """Return the largest tensors, those of all layers that are alike as one: else they would be all there is."""
+    rows: dict[tuple[object, ...], StoredTensor] = {}
+    for tensor in stored:
+        name = _LAYER.sub("model.layers.N.", tensor.name)
+        key = (name, tensor.dtype, tensor.shape)
+        count, share = (rows[key].count, rows[key].share) if key in rows else (0, 0.0)
+        rows[key] = dataclasses.replace(tensor, name=name, count=count + 1, share=share + tensor.share)
+    return tuple(sorted(rows.values(), key=lambda t: (-t.nbytes, t.name))[:LARGEST])
 
 
 def _elements(tensor: StoredTensor) -> int:

@@ -30,7 +30,8 @@ first_call polygraphy_tool feeds
 measure
 trt_forms weight_checks
 verify_quantized verify_static verify_device
-verify
+verify graph_summary engine_summary
+package_summary
 summary
 bench debug
 verbs
