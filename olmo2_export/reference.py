@@ -130,7 +130,7 @@ def open_reference(
     if wrong:
         raise CheckpointError(f"{checkpoint.folder}: PyTorch could not load {first_names(wrong)}")
     if precision == "fp64":
-        _use_float64_norms(model)
+        use_float64_norms(model)
     for name, weight in (weights or {}).items():
         parameter = nn.Parameter(weight.to(TORCH_DTYPES[precision]), requires_grad=False)
         owner, _, attribute = name.rpartition(".")
@@ -146,7 +146,7 @@ def open_reference(
         gc.collect()
 
 
-def _use_float64_norms(model: nn.Module) -> None:
+def use_float64_norms(model: nn.Module) -> None:
     """Replace the norms: transformers computes them in float32 whatever the model's dtype."""
     for name, module in list(model.named_modules()):
         if isinstance(module, Olmo2RMSNorm):

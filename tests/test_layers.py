@@ -26,6 +26,8 @@ engine_compiler
 engine_refitter
 engine_worker engine_process
 engine reference
+taps torch_layers
+explain
 first_call polygraphy_tool feeds
 measure
 trt_forms weight_checks
@@ -34,6 +36,10 @@ verify graph_summary engine_summary
 package_summary
 summary
 bench debug
+segments
+layer_checks
+views
+locate
 verbs
 cli
 __main__
@@ -47,6 +53,7 @@ OWNERS = {
     "tensorrt_rtx_bindings": {"runtimes/nvidia.py"},
     "transformers": {
         "olmo2_export/reference.py",
+        "olmo2_export/torch_layers.py",
         "olmo2_export/demo/train.py",
         "olmo2_export/bench/workers/static_cache.py",
     },

@@ -31,6 +31,11 @@ def declare(verb: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of the longest rows; default: what the cache holds, at most 4096. Fewer are quicker",
     )
+    verb.add_argument(
+        "--locate",
+        action="store_true",
+        help="find the first layer and tensor that departs, and the operation; nothing else; exit 1 if there is one",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,6 +45,12 @@ def run(args: argparse.Namespace) -> int:
     from olmo2_export.verify import format_reports, verify
 
     checkpoint = open_checkpoint(args.reference, args.revision)
+    if args.locate:
+        from olmo2_export.locate import format_location, locate_all
+
+        locations = locate_all(args.package, checkpoint, args.variant or [], backend=args.backend, device=args.device)
+        print("\n\n".join(format_location(location) for location in locations))
+        return 1 if any(location.first is not None for location in locations) else 0
     reports = verify(
         args.package,
         checkpoint,
