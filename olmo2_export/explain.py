@@ -191,7 +191,10 @@ def attention(attend: Attend, mask: Callable[[int, int, int, int | None], Tensor
 def attention_scale(found: Tensor, exact: Tensor, attend: Callable[[float], Tensor]) -> str | None:
     """Fit the scale of the scores."""
     fit = minimize_scalar(
-        lambda scale: relative_error(attend(scale), found), bounds=(0.1, 10.0), method="bounded", options={"xatol": 1e-6}
+        lambda scale: relative_error(attend(scale), found),
+        bounds=(0.1, 10.0),
+        method="bounded",
+        options={"xatol": 1e-6},
     )
     if not fit.fun < _EXPLAINED * relative_error(found, exact):
         return None

@@ -183,7 +183,9 @@ class LayerChecks:
                 return ROTARY, wrong
             first = next(iter(self._calls.spans()))[1]
             right = relative_error(found[:, :, :first], exact[:, :, :first]) < 1e-2 * relative_error(found, exact)
-            return (CACHE, "what the first call wrote is right, what is there later is not") if right else (ROTARY, None)
+            return (
+                (CACHE, "what the first call wrote is right, what is there later is not") if right else (ROTARY, None)
+            )
 
         return self._check(
             "self_attn.key_cache",

@@ -159,9 +159,7 @@ class _Locator:
         bad: tuple[TensorParity, list[TensorParity], str] | None = None
         ids = torch.from_numpy(calls.ids)
         exact, own = self._exact.embed(ids), self._own.embed(ids)
-        segments = run_segments(
-            view.model, view.variant, calls, view.opener, first_call_only=view.first_call_only
-        )
+        segments = run_segments(view.model, view.variant, calls, view.opener, first_call_only=view.first_call_only)
         depth = 0
         for segment, found in segments:
             if segment.source is None:
@@ -273,5 +271,3 @@ def format_location(location: Location) -> str:
         lines += ["", f"{location.variant}: each operation of {where} on the graph's own inputs", head]
         lines += [line(p) for p in location.tensors]
     return "\n".join([*lines, "", f"{location.variant}: {location.explanation}"])
-
-

@@ -40,6 +40,10 @@ segments
 layer_checks
 views
 locate
+plots bench_file logit_samples
+report_data
+report_sections
+report
 verbs
 cli
 __main__
