@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,9 @@ def locked(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replace_folder(target: Path, *, force: bool) -> Iterator[Path]:
+def replace_folder(
+    target: Path, *, force: bool, kind: str = "package", foreign: Callable[[Path], list[str]] | None = None
+) -> Iterator[Path]:
     """Yield an empty staging folder beside `target`; swap it in on success, remove it on failure.
 
     The swap is one atomic exchange. A lock keeps a second writer out, and leftovers of killed writers are removed.
@@ -68,19 +70,22 @@ def replace_folder(target: Path, *, force: bool) -> Iterator[Path]:
     Args:
         target: the folder to create or replace.
         force: replace it if it is a package of ours and holds nothing else; other non-empty folders are never replaced.
+        kind: what is written, for messages.
+        foreign: returns the files of a folder that are not of such a kind; None: those that are not a package's.
 
     Raises:
         UsageError: the target is a file, or a non-empty folder that must not be replaced.
         ResourceError: another process is writing it, or the disk is full.
     """
     target = Path.cwd() / target  # not resolved: a link must be seen as one
-    _check_replaceable(target, force)
+    foreign = foreign or _foreign_files
+    check_replaceable(target, force, kind, foreign)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{target}: cannot be created ({error.strerror})") from error
     with locked(target):
-        _check_replaceable(target, force)
+        check_replaceable(target, force, kind, foreign)
         for leftover in target.parent.glob(f".{target.name}.staging-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         staging = target.parent / f".{target.name}.staging-{os.getpid()}"
@@ -104,18 +109,22 @@ def resource_error(path: Path, error: OSError) -> ResourceError:
     return ResourceError(f"{path}: writing failed ({error.strerror or error}); {free:,} bytes are free: disk full?")
 
 
-def _check_replaceable(target: Path, force: bool) -> None:
+def check_replaceable(target: Path, force: bool, kind: str, foreign: Callable[[Path], list[str]]) -> None:
+    """Refuse a target that must not be replaced; see `replace_folder`.
+
+    Raises:
+        UsageError: it is a file, or a non-empty folder that is not to be replaced.
+    """
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UsageError(f"{target}: exists and is not a folder; choose another --out")
     if target.resolve() in (Path.cwd().resolve(), *Path.cwd().resolve().parents):
         raise UsageError(f"{target}: the folder you are in, or one around it; choose another --out")
     if not target.exists() or not any(target.iterdir()):
         return
-    foreign = _foreign_files(target)
-    if foreign:
-        raise UsageError(f"{target}: not empty and not a package ({first_names(foreign)}); choose another --out")
+    if found := foreign(target):
+        raise UsageError(f"{target}: not empty and not a {kind} ({first_names(found)}); choose another --out")
     if not force:
-        raise UsageError(f"{target}: holds a package already; --force replaces it")
+        raise UsageError(f"{target}: holds a {kind} already; --force replaces it")
 
 
 def _foreign_files(folder: Path) -> list[str]:

@@ -36,13 +36,18 @@ first_call polygraphy_tool
 measure
 trt_forms weight_checks
 verify_quantized verify_static verify_device
-verify
+verify graph_summary engine_summary
+package_summary
 summary
 bench debug
 segments
 layer_checks
 views
 locate
+plots bench_file logit_samples
+report_data
+report_sections
+report
 verbs
 cli
 __main__
