@@ -163,13 +163,14 @@ def test_missing_peers_are_named_and_the_run_goes_on(
 ) -> None:
     monkeypatch.setattr(entries.importlib.util, "find_spec", lambda _name: None)
     vs = ["--vs", "all", "--reference", str(tiny_checkpoint), "--peers", str(tmp_path), "--repeats", "1"]
-    assert main(["bench", str(tiny_package), *vs, "--contexts", "8", "--batch-sizes", "1", "--new-tokens", "3"]) == 0
+    assert main(["bench", str(tiny_package), *vs, "--batch-sizes", "1", "--new-tokens", "3"]) == 0
     out = capfd.readouterr().out
     document = document_of(out)
     assert [line.partition(" is left out")[0] for line in document["left_out"]] == list(PEERS)
     assert all(line in out for line in document["left_out"])
     assert sum("make peers installs it" in line for line in document["left_out"]) == 3
-    assert len(document["contenders"]["ours fp32"]["points"]) == 1
+    (point,) = document["contenders"]["ours fp32"]["points"]
+    assert point["context_tokens"] == 128  # of 128, 512 and 2048 what the model's 256 tokens leave room for
     assert document["ratios"] == []
 
 
