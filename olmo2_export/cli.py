@@ -9,12 +9,22 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from olmo2_export.verbs import build, debug, export, inspect, report, verify
+from olmo2_export.verbs import bench, build, debug, evaluate, export, inspect, report, sweep, verify
 from runtimes.errors import DISK_FULL, Olmo2ExportError, UsageError
 from runtimes.signals import Interrupted, interruptible
 
 # In the order of a package's life.
-VERBS = {"export": export, "verify": verify, "build": build, "debug": debug, "inspect": inspect, "report": report}
+VERBS = {
+    "export": export,
+    "verify": verify,
+    "evaluate": evaluate,
+    "sweep": sweep,
+    "build": build,
+    "debug": debug,
+    "bench": bench,
+    "report": report,
+    "inspect": inspect,
+}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,11 +1,11 @@
-"""Say what about an operation is wrong: try known mistakes in PyTorch, and name the one that gives the graph's numbers."""
+"""Say what about an operation is wrong: try known mistakes in PyTorch, and name the one that gives these numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]  # it has no types
 from torch import Tensor
 
 from olmo2_export.torch_layers import TorchLayer
@@ -68,7 +68,8 @@ def linear(found: Tensor, exact: Tensor, x: Tensor) -> str | None:
         bad = int((energy > 1e-2 * energy[worst]).sum())
         ratio = float((found.double()[0] * exact.double()[0]).sum() / exact.double()[0].square().sum())
         size = float((energy.sum() / (typical * len(energy))).sqrt())
-        return f"{bad} of its {len(energy)} output channels are off, by {size:.1e} of their size; fitted factor {ratio:.4g}"
+        channels = f"{bad} of its {len(energy)} output channels are off"
+        return f"{channels}, by {size:.1e} of their size; fitted factor {ratio:.4g}"
     along = error[:, worst]
     fits = (x * along[:, None]).sum(0) / x.square().sum(0).clamp_min(1e-30)
     left = (along[:, None] - fits * x).square().sum(0)
@@ -159,33 +160,35 @@ def addition(one: Tensor, other: Tensor) -> Candidates:
     }
 
 
-Attend = Callable[[Callable[[int, int], Tensor], float, bool], Tensor]
-"""visible(start, stop) -> bool [stop - start, C]; scale in units of the right one; interleaved heads -> output"""
-
-
-def attention(attend: Attend, mask: Callable[[int, int, int, int | None], Tensor], tokens: int) -> Candidates:
-    """Return mistakes of attention.
+def attention_mask(attend: Callable[[int, int | None], Tensor], tokens: int) -> Candidates:
+    """Return mistakes of the causal mask.
 
     Args:
-        attend: computes it.
-        mask: (start, stop, shift, window) -> bool, where a query sees the slots up to its own + shift.
+        attend: (shift, window) -> output, where a query sees `window` slots, or all, up to its own + shift.
         tokens: of the whole sequence.
     """
-
-    def masked(shift: int, window: int | None) -> Callable[[], Tensor]:
-        return lambda: attend(lambda start, stop: mask(start, stop, shift, window), 1.0, False)
-
-    made = {
-        "KV heads are interleaved: query head h reads KV head h modulo their number, not the one of its group": (
-            lambda: attend(lambda start, stop: mask(start, stop, 0, None), 1.0, True)
-        ),
-        "its causal mask is off by +1: each token sees the next one": masked(1, None),
-        "its causal mask is off by -1: no token sees itself": masked(-1, None),
-        "it has no causal mask": masked(tokens, None),
+    made: dict[str, Callable[[], Tensor]] = {
+        "its causal mask is off by +1: each token sees the next one": lambda: attend(1, None),
+        "its causal mask is off by -1: no token sees itself": lambda: attend(-1, None),
+        "it has no causal mask": lambda: attend(tokens, None),
     }
     for window in range(1, tokens):
-        made[f"it sees only a window of {window} tokens"] = masked(0, window)
+        made[f"it sees only a window of {window} tokens"] = lambda window=window: attend(0, window)  # type: ignore[misc]
     return made
+
+
+def kv_head_map(found: Tensor, exact: Tensor, attend: Callable[[list[int]], Tensor], layer: TorchLayer) -> str | None:
+    """Find the KV head that each query head reads; `attend` computes with such a map."""
+    heads, count = layer.heads, layer.kv_heads
+    wanted = found.view(*found.shape[:2], heads, -1)
+    errors = [
+        (attend([kv] * heads).view_as(wanted) - wanted).square().sum((0, 1, 3)).nan_to_num(torch.inf)
+        for kv in range(count)
+    ]
+    read = torch.stack(errors).argmin(0).tolist()
+    right = [head * count // heads for head in range(heads)]
+    words = f"query heads read the KV heads {read}, the right ones are {right}"
+    return best(found, exact, {words: lambda: attend(read)}) if read != right else None
 
 
 def attention_scale(found: Tensor, exact: Tensor, attend: Callable[[float], Tensor]) -> str | None:

@@ -26,7 +26,7 @@ from functools import partial
 
 import numpy as np
 
-from runtimes.errors import NumericError
+from runtimes.errors import FailedError
 from runtimes.runner import Logits, Runner
 
 LENGTHS = (61, 37, 13)
@@ -49,9 +49,9 @@ class Fed:
     positions: tuple[np.ndarray, ...]
     """per row int64 [n]: the positions that have logits here"""
     logits: tuple[Logits, ...]
-    """per row float32 [n, vocab_size]; () where a logit was not finite"""
+    """per row float32 [n, vocab_size]; () where there is an error"""
     error: str
-    """what the runner said of it, or empty"""
+    """why there are none: not finite, or the graph did not run; else empty"""
 
 
 Pieces = list[tuple[np.ndarray, Logits]]
@@ -114,7 +114,7 @@ def _fed(mode: str, batch: list[np.ndarray], feed: Callable[[], list[Pieces]]) -
     lengths = tuple(len(ids) for ids in batch)
     try:
         rows = feed()
-    except NumericError as error:
+    except FailedError as error:
         return Fed(mode, lengths, (), (), str(error))
     positions = tuple(np.concatenate([p for p, _ in pieces]) for pieces in rows)
     return Fed(mode, lengths, positions, tuple(np.concatenate([x for _, x in pieces]) for pieces in rows), "")
@@ -178,7 +178,7 @@ def _long_cases(runner: Runner, sequences: Sequence[np.ndarray], capacity: int) 
     try:
         beginnings = runner.prefill([ids[:n] for ids, n in zip(sequences, filled, strict=True)])
         failed = ""
-    except NumericError as error:
+    except FailedError as error:
         failed = str(error)
     for length in (capacity - 1, capacity):
         batch = [ids[: len(ids) - (capacity - length)] for ids in sequences]

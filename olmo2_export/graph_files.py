@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from tqdm import tqdm
@@ -15,7 +16,7 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.fuse.fold_weight_transpose import TRANSPOSED
 from olmo2_export.model import rotary_tables
 from olmo2_export.trace import ROTARY_TABLES
-from runtimes.errors import ResourceError
+from runtimes.errors import FusionError, ResourceError, first_names
 
 _BLOCK_ROWS = 4096
 _ALIGNMENT = 4096  # of large tensors in the data file, so that a runtime can map them
@@ -71,3 +72,49 @@ def save_graph(model: ir.Model, path: Path) -> None:
             ir.save(model, path, external_data=f"{path.name}_data", alignment=_ALIGNMENT, callback=on_tensor)
         except OSError as error:
             raise resource_error(path, error) from error
+
+
+def save_weights(model: ir.Model, path: Path, stored: Path) -> None:
+    """Write the weights of a graph that another package has already: its file is copied, its data written anew.
+
+    Args:
+        model: every initializer has data, possibly lazy.
+        path: the .onnx file to write; the weights go to the same name with `_data`.
+        stored: the .onnx file of the other package, made from a model of the same shape.
+
+    Raises:
+        FusionError: the stored graph has other weights, or weights inside it that differ.
+        ResourceError: the disk cannot hold it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    places = {name: value.const_value for name, value in ir.load(stored).graph.initializers.items()}
+    new = {name: value.const_value for name, value in model.graph.initializers.items()}
+    wrong = sorted(places.keys() ^ new.keys())
+    for name in places.keys() & new.keys():
+        old, other = places[name], new[name]
+        assert old is not None  # all of a stored graph have data
+        assert other is not None
+        if old.dtype != other.dtype or old.shape != other.shape:
+            wrong.append(name)
+        elif not isinstance(old, ir.ExternalTensor) and not np.array_equal(old.numpy(), other.numpy()):
+            wrong.append(f"{name} (stored inside the graph)")
+    if wrong:
+        raise FusionError(f"{stored}: weights that this checkpoint does not fit: {first_names(wrong)}")
+    outside = {name: old for name, old in places.items() if isinstance(old, ir.ExternalTensor)}
+    size = (stored.parent / f"{stored.name}_data").stat().st_size
+    free = shutil.disk_usage(path.parent).free
+    if size + (1 << 20) > free:
+        raise ResourceError(f"{path.parent}: {path.name} needs {size + (1 << 20):,} bytes, {free:,} are free")
+    shutil.copyfile(stored, path)
+    bar = tqdm(total=size, desc=f"writing {path.name}_data", unit="B", unit_scale=True, leave=False)
+    try:
+        with bar, path.with_name(f"{path.name}_data").open("wb") as file:
+            file.truncate(size)
+            for name in sorted(outside, key=lambda n: outside[n].offset or 0):
+                tensor = new[name]
+                assert tensor is not None  # checked above
+                file.seek(outside[name].offset or 0)
+                file.write(tensor.tobytes())
+                bar.update(tensor.nbytes)
+    except OSError as error:
+        raise resource_error(path, error) from error

@@ -7,8 +7,9 @@ of the same inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -60,33 +61,38 @@ class LayerChecks:
         self._index, self._found, self._calls = index, found, calls
         self._exact, self._own = exact, own
         self.x = _tensor(joined(found, HIDDEN))
+        self._misshapen = False
 
     def run(self) -> list[Checked]:
-        """Compare everything, in the order of execution."""
+        """Compare everything, in the order of execution; up to a tensor of a wrong shape, which nothing can follow."""
+        checks: list[Checked] = []
+        for check in self._checks():
+            checks.append(check)
+            if self._misshapen:
+                break
+        return checks
+
+    def _checks(self) -> Iterator[Checked]:
         t, x = self._tap, self.x
-        checks = [self._linear(f"self_attn.{kind}_proj", x) for kind in "qkv"]
-        checks += [self._norm(f"self_attn.{kind}_norm", t(f"self_attn.{kind}_proj")) for kind in "qk"]
+        for kind in "qkv":
+            yield self._linear(f"self_attn.{kind}_proj", x)
+        for kind in "qk":
+            yield self._norm(f"self_attn.{kind}_norm", t(f"self_attn.{kind}_proj"))
         for kind in "qk":
             if self._has(f"self_attn.{kind}_rotary"):
-                checks.append(self._rotary(kind))
-        checks += [self._key_cache(), self._value_cache(), self._attention()]
-        checks.append(self._linear("self_attn.o_proj", t("self_attn.attention")))
-        checks.append(self._norm("post_attention_layernorm", t("self_attn.o_proj")))
-        checks.append(self._add("after_attention", x, t("post_attention_layernorm")))
-        checks += [self._linear(f"mlp.{kind}_proj", t("after_attention")) for kind in ("gate", "up")]
-        gate, up = t("mlp.gate_proj"), t("mlp.up_proj")
-        checks.append(
-            self._check(
-                "mlp.gated",
-                GATED,
-                lambda layer: layer.gated(gate, up),
-                lambda found, exact: (GATED, explain.best(found, exact, explain.activation(self._exact, gate, up))),
-            )
-        )
-        checks.append(self._linear("mlp.down_proj", t("mlp.gated")))
-        checks.append(self._norm("post_feedforward_layernorm", t("mlp.down_proj")))
-        checks.append(self._add("output", t("after_attention"), t("post_feedforward_layernorm")))
-        return checks
+                yield self._rotary(kind)
+        yield self._key_cache()
+        yield self._value_cache()
+        yield self._attention()
+        yield self._linear("self_attn.o_proj", t("self_attn.attention"))
+        yield self._norm("post_attention_layernorm", t("self_attn.o_proj"))
+        yield self._add("after_attention", x, t("post_attention_layernorm"))
+        for kind in ("gate", "up"):
+            yield self._linear(f"mlp.{kind}_proj", t("after_attention"))
+        yield self._gated(t("mlp.gate_proj"), t("mlp.up_proj"))
+        yield self._linear("mlp.down_proj", t("mlp.gated"))
+        yield self._norm("post_feedforward_layernorm", t("mlp.down_proj"))
+        yield self._add("output", t("after_attention"), t("post_feedforward_layernorm"))
 
     def _has(self, name: str) -> bool:
         return layer_name(self._index, name) in self._found[0]
@@ -104,13 +110,15 @@ class LayerChecks:
     ) -> Checked:
         graph = self._tap(name) if found is None else found
         exact = compute(self._exact)
-        parity = TensorParity(
-            layer_name(self._index, name),
-            self._index,
-            operation,
-            relative_error(graph, exact) if graph.shape == exact.shape else float("nan"),
-            relative_error(compute(self._own), exact),
-        )
+        full = layer_name(self._index, name)
+        expected = relative_error(compute(self._own), exact)
+        if graph.shape != exact.shape:
+            self._misshapen = True
+            words = f"its shape is {list(graph.shape)}, expected {list(exact.shape)}"
+            return Checked(
+                TensorParity(full, self._index, operation, float("nan"), expected), lambda: (operation, words)
+            )
+        parity = TensorParity(full, self._index, operation, relative_error(graph, exact), expected)
         return Checked(parity, lambda: _finite(graph, operation) or explainer(graph, compute(self._exact)))
 
     def _linear(self, name: str, x: Tensor) -> Checked:
@@ -127,6 +135,14 @@ class LayerChecks:
             return NORM, explain.best(found, exact, mistakes)
 
         return self._check(name, NORM, lambda layer: layer.norm(name, x), explainer)
+
+    def _gated(self, gate: Tensor, up: Tensor) -> Checked:
+        return self._check(
+            "mlp.gated",
+            GATED,
+            lambda layer: layer.gated(gate, up),
+            lambda found, exact: (GATED, explain.best(found, exact, explain.activation(self._exact, gate, up))),
+        )
 
     def _add(self, name: str, one: Tensor, other: Tensor) -> Checked:
         return self._check(
@@ -149,7 +165,7 @@ class LayerChecks:
         )
 
     def _rotated(self, layer: TorchLayer, kind: str) -> Tensor:
-        """Return query or key as attention reads it: the graph's, or, where it rotates inside, the graph's norm rotated."""
+        """Return query or key as attention reads it: the graph's, or its norm rotated where attention does that."""
         if self._has(f"self_attn.{kind}_rotary"):
             return self._tap(f"self_attn.{kind}_rotary").to(layer.dtype)
         return layer.rotate(layer.split(self._tap(f"self_attn.{kind}_norm")))
@@ -240,42 +256,41 @@ class LayerChecks:
         presents = list(zip(self._presents("key"), self._presents("value"), strict=True))
         spans = list(self._calls.spans())
 
+        capacity = max(key.shape[2] for key, _ in presents)
+
         def attend(
             layer: TorchLayer,
-            visible: Callable[[int, int], Tensor],
+            shift: int = 0,
+            window: int | None = None,
             scale: float = 1.0,
-            interleaved: bool = False,
+            kv_heads: list[int] | None = None,
             swapped: bool = False,
         ) -> Tensor:
             query = self._rotated(layer, "q")
             parts = []
             for (start, stop), (key, value) in zip(spans, presents, strict=True):
+                slots, queries = torch.arange(capacity)[None], torch.arange(start, stop)[:, None]
+                seen = slots <= queries + shift
+                if window is not None:
+                    seen &= slots > queries - window
                 pair = (value, key) if swapped else (key, value)
-                seen = visible(start, stop)[:, : key.shape[2]]
-                parts.append(layer.attend(query[:, :, start:stop], *pair, seen, scale, interleaved=interleaved))
+                new = query[:, :, start:stop]
+                parts.append(layer.attend(new, *pair, seen[:, : key.shape[2]], scale, kv_heads=kv_heads))
             return torch.cat(parts, dim=1)
-
-        capacity = max(key.shape[2] for key, _ in presents)
-
-        def mask(start: int, stop: int, shift: int = 0, window: int | None = None) -> Tensor:
-            slots, queries = torch.arange(capacity)[None], torch.arange(start, stop)[:, None]
-            seen = slots <= queries + shift
-            return seen if window is None else seen & (slots > queries - window)
 
         def explainer(found: Tensor, exact: Tensor) -> tuple[str, str | None]:
             layer = self._exact
-            mistakes = dict(
-                explain.attention(
-                    lambda visible, scale, interleaved: attend(layer, visible, scale, interleaved), mask, spans[-1][1]
-                )
+            mistakes = dict(explain.attention_mask(lambda shift, window: attend(layer, shift, window), spans[-1][1]))
+            mistakes["keys and values are swapped"] = lambda: attend(layer, swapped=True)
+            words = (
+                explain.best(found, exact, mistakes)
+                or explain.kv_head_map(found, exact, lambda heads: attend(layer, kv_heads=heads), layer)
+                or explain.attention_scale(found, exact, lambda scale: attend(layer, scale=scale))
+                or next(explain.wrong_places(found, exact), None)
             )
-            mistakes["keys and values are swapped"] = lambda: attend(layer, mask, swapped=True)
-            wrong = explain.best(found, exact, mistakes)
-            return ATTENTION, wrong or explain.attention_scale(
-                found, exact, lambda scale: attend(layer, mask, scale)
-            ) or next(explain.wrong_places(found, exact), None)
+            return ATTENTION, words
 
-        return self._check("self_attn.attention", ATTENTION, lambda layer: attend(layer, mask), explainer)
+        return self._check("self_attn.attention", ATTENTION, attend, explainer)
 
 
 def embedding_check(found: Sequence[Arrays], calls: Calls, exact: TorchModel, own: TorchModel) -> Checked:
@@ -289,13 +304,17 @@ def embedding_check(found: Sequence[Arrays], calls: Calls, exact: TorchModel, ow
 
     def explainer() -> tuple[str, str | None]:
         shifted = {
-            f"it looks up the row of the token id {shift:+d}": lambda shift=shift: exact.embed((ids + shift) % rows)  # type: ignore[misc]
+            f"it looks up the row of the token id {shift:+d}": partial(_shifted, exact, ids, shift, rows)
             for shift in (-1, 1)
         }
         wrong = explain.best(graph, wanted, shifted) or next(explain.wrong_places(graph, wanted), None)
         return _finite(graph, EMBEDDING) or (EMBEDDING, wrong)
 
     return Checked(parity, explainer)
+
+
+def _shifted(model: TorchModel, ids: Tensor, shift: int, rows: int) -> Tensor:
+    return model.embed((ids + shift) % rows)
 
 
 def head_checks(found: Sequence[Arrays], calls: Calls, exact: TorchModel, own: TorchModel) -> list[Checked]:
@@ -310,7 +329,7 @@ def head_checks(found: Sequence[Arrays], calls: Calls, exact: TorchModel, own: T
     normed = torch.cat([_rows(call["model.norm"]) for call in found], dim=1)
     logits = torch.cat([_rows(call["logits"]) for call in found], dim=1)
     last = torch.cat([h[:, -1:] for h in hidden], dim=1)
-    checks = [
+    checks: list[tuple[str, str, Callable[[TorchModel], Tensor], Tensor, Callable[[], str | None]]] = [
         (
             "model.norm_input",
             PICK,
@@ -331,19 +350,22 @@ def head_checks(found: Sequence[Arrays], calls: Calls, exact: TorchModel, own: T
         ),
         ("logits", LINEAR, lambda model: model.head(normed), logits, lambda: _head_words(logits, exact, normed)),
     ]
-    made = []
-    for name, operation, compute, graph, words in checks:
-        right = compute(exact)
-        parity = TensorParity(
-            name, None, operation, relative_error(graph, right), relative_error(compute(own).double(), right)
-        )
-        made.append(
-            Checked(
-                parity,
-                lambda graph=graph, operation=operation, words=words: _finite(graph, operation) or (operation, words()),  # type: ignore[misc]
-            )
-        )
-    return made
+    return [_head_check(exact, own, *check) for check in checks]
+
+
+def _head_check(
+    exact: TorchModel,
+    own: TorchModel,
+    name: str,
+    operation: str,
+    compute: Callable[[TorchModel], Tensor],
+    graph: Tensor,
+    words: Callable[[], str | None],
+) -> Checked:
+    right = compute(exact)
+    expected = relative_error(compute(own), right)
+    parity = TensorParity(name, None, operation, relative_error(graph, right), expected)
+    return Checked(parity, lambda: _finite(graph, operation) or (operation, words()))
 
 
 def _head_words(logits: Tensor, exact: TorchModel, normed: Tensor) -> str | None:

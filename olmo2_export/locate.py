@@ -2,17 +2,18 @@
 
 A variant is looked at in up to three views, in this order; the first that departs is reported.
 
-| variant                       | view     | what runs                               | weights in PyTorch            | precision |
-|-------------------------------|----------|-----------------------------------------|-------------------------------|-----------|
-| quantised                     | weights  | -                                       | stored against the checkpoint | -         |
-| fp32, trt_fp32                | as it is | the graph                               | the checkpoint                | fp32      |
-| all others, on the CPU        | exact    | activations and cache in float32        | as stored, or rounded so      | fp32      |
-| q4, q8 without quantised cache| kernels  | the decode graph, inputs in 8 bits      | as stored                     | fp32 *    |
-| q4, q8                        | int8     | the prefill graph                       | as stored                     | fp32 *    |
-| bf16, fp16, q4f16, trt_*      | rounded  | rounded where the graph has fewer bits  | as stored, or rounded so      | bf16/fp16 * |
-| any, on a GPU                 | as it is | the graph                               | as stored, or rounded so      | bf16/fp16 * |
+| variant                | view     | what runs                              | PyTorch's weights        | precision    |
+|------------------------|----------|----------------------------------------|--------------------------|--------------|
+| quantised              | weights  | -                                      | the checkpoint's         | -            |
+| fp32, trt_fp32         | as it is | the graph                              | the checkpoint           | fp32         |
+| all others, on a CPU   | exact    | activations and cache in float32       | stored, or rounded so    | fp32         |
+| q4, q8                 | kernels  | the decode graph, inputs in 8 bits     | as stored                | fp32 *       |
+| q4, q8                 | int8     | the prefill graph                      | as stored                | fp32 *       |
+| bf16, fp16, q4f16, trt | rounded  | rounded where the graph has fewer bits | stored, or rounded so    | bf16, fp16 * |
+| any, on a GPU          | as it is | the graph                              | stored, or rounded so    | bf16, fp16 * |
 
-* PyTorch rounds the inputs of linears as the variant does.
+* PyTorch rounds the inputs of linears as the variant does. A quantised KV cache has the exact view alone: the others
+show codes, whose scales `verify` checks.
 
 The graph is run a segment at a time, and PyTorch a layer at a time, so that the memory is that of one layer. All
 operations are compared in one pass over the layers: halving the depth would need as many passes as it saves.
@@ -32,16 +33,16 @@ from tqdm import tqdm
 
 from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
+from olmo2_export.device_graph import DTYPES
 from olmo2_export.explain import relative_error
 from olmo2_export.layer_checks import LAYER, Checked, LayerChecks, TensorParity, embedding_check, head_checks
 from olmo2_export.segments import Arrays, Calls, Opener, joined, run_segments
 from olmo2_export.taps import layer_name
 from olmo2_export.torch_layers import TorchModel
-from olmo2_export.verify import _all_variants
-from olmo2_export.views import INT8, View, variant_views, weight_check
+from olmo2_export.views import FIRST_CALL, INT8, View, variant_views, weight_check
 from runtimes import Backend, Device
-from runtimes.errors import ConfigError, PackageError
-from runtimes.manifest import find_variant, load_manifest
+from runtimes.errors import ConfigError, PackageError, VariantNotFoundError
+from runtimes.manifest import find_variant, load_manifest, load_trt_manifest
 from runtimes.sealed import check_files
 
 TOKENS = (17, 6, 1)
@@ -132,8 +133,23 @@ def locate_all(
     device: Device = "cpu",
 ) -> list[Location]:
     """Locate in several variants; none means all that the backend can run, as in `verify`."""
-    names = list(dict.fromkeys(variants)) or _all_variants(package, load_manifest(package), backend, device)
+    names = list(dict.fromkeys(variants)) or _all_variants(package, backend, device)
     return [locate(package, checkpoint, name, backend=backend, device=device) for name in names]
+
+
+def _all_variants(package: Path, backend: Backend, device: Device) -> list[str]:
+    """Return what can be looked at there.
+
+    Raises:
+        VariantNotFoundError: there is nothing.
+    """
+    own, trt = load_manifest(package).variants, load_trt_manifest(package)
+    graphs = list(trt.variants) if trt is not None else []
+    if backend == "ort":
+        graphs = [*(name for name in own if device == "cpu" or name in DTYPES), *graphs]
+    if not graphs:
+        raise VariantNotFoundError(f"{package}: no variant for {backend} on {device}; export it with --variant bf16")
+    return graphs
 
 
 class _Locator:
@@ -145,9 +161,9 @@ class _Locator:
         self._exact = TorchModel(folder, view.weights, "fp64", tables=view.tables)
         self._own = TorchModel(folder, view.weights, view.precision, view.rounding, view.tables)
         capacity = view.variant.kv_cache.max_cache_length
-        sizes = TOKENS if capacity >= sum(TOKENS) else (capacity - 6, 5, 1)
+        sizes: tuple[int, ...] = TOKENS if capacity >= sum(TOKENS) else (capacity - 6, 5, 1)
         if view.first_call_only:
-            sizes = (sum(sizes),)
+            sizes = (FIRST_CALL,)
         ids = np.random.default_rng(_SEED).integers(0, config.vocab_size, sum(sizes), dtype=np.int64)
         self._calls = Calls(ids, sizes)
 
@@ -206,8 +222,8 @@ class _Locator:
         """Return the first depth at which errors that are small by themselves have added up."""
         for parity in growth:
             if not parity.relative <= self._view.growth_factor * max(parity.expected, _FLOOR[self._view.precision]):
-                text = f"{self._label()}each operation is right on its own inputs, but up to {parity.name} errors add up to"
-                return parity, [], f"{text} {_ratio(parity)} times those of PyTorch."
+                text = f"{self._label()}each operation is right on its own inputs, but up to {parity.name} errors"
+                return parity, [], f"{text} add up to {_ratio(parity)} times those of PyTorch."
         return None
 
     def _head_growth(self, found: Sequence[Arrays], exact: torch.Tensor, own: torch.Tensor) -> list[TensorParity]:
@@ -261,7 +277,8 @@ def format_location(location: Location) -> str:
     def line(p: TensorParity) -> str:
         ratio = p.relative / p.expected if p.expected > 0 else (math.inf if p.relative > 0 else 0.0)
         mark = "  <- the first that departs" if p is first else ""
-        return f"{p.name:<{width}}  {p.operation:<{operations}}  {p.relative:>9.2e}  {p.expected:>9.2e}  {ratio:>8.3g}{mark}"
+        numbers = f"{p.relative:>9.2e}  {p.expected:>9.2e}  {ratio:>8.3g}"
+        return f"{p.name:<{width}}  {p.operation:<{operations}}  {numbers}{mark}"
 
     head = f"{'':<{width}}  {'operation':<{operations}}  {'error':>9}  {'PyTorch':>9}  {'ratio':>8}"
     lines = [f"{location.variant} on {location.backend}: error against float64, from the tokens on", head]

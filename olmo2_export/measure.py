@@ -32,7 +32,7 @@ from olmo2_export.quality import Measured, measure_quality, perplexity_check, qu
 from olmo2_export.quantize.sweep import reference_logits
 from olmo2_export.reference import open_reference
 from runtimes import Backend, Runner, open_runner
-from runtimes.errors import ConfigError, NumericError, PackageError
+from runtimes.errors import ConfigError, FailedError, PackageError
 from runtimes.manifest import find_variant, load_manifest
 
 SEED = 0
@@ -114,15 +114,12 @@ def ask_pytorch(
     return Truth(sequences, positions, capacity, origin, exact, own, continuations)
 
 
-def measure(
-    package: Path, variant: str, checkpoint: Checkpoint, truth: Truth, backend: Backend = "ort"
-) -> ParityReport:
-    """Run one variant through every case, and on text, and compare.
+def measure(package: Path, variant: str, truth: Truth, backend: Backend = "ort") -> ParityReport:
+    """Run one variant through every case and compare.
 
     Args:
         package: the package folder.
         variant: its name.
-        checkpoint: the reference weights.
         truth: what `ask_pytorch` found.
         backend: what runs the graph.
 
@@ -131,8 +128,7 @@ def measure(
     """
     entry, files = find_variant(package, variant)
     with open_runner(package, variant=variant, backend=backend) as runner:
-        report = measure_runner(runner, truth, entry.precision, variant, files[entry.graph].sha256, backend)
-        return with_quality(report, runner, checkpoint)
+        return measure_runner(runner, truth, entry.precision, variant, files[entry.graph].sha256, backend)
 
 
 def measure_runner(
@@ -194,7 +190,7 @@ def with_quality(report: ParityReport, runner: Measured, checkpoint: Checkpoint)
     runner.reset()
     try:
         measured = measure_quality(runner, sequences, reference_logits(checkpoint, config, sequences), origin)
-    except NumericError as error:
+    except FailedError as error:
         check = Check("quality", "not measured", (str(error),), QUALITY)
         return dataclasses.replace(report, checks=(*report.checks, check))
     check = perplexity_check(measured.perplexity, length, report.gate)
@@ -232,7 +228,7 @@ def _greedy(runner: Runner, prompt: np.ndarray, new_tokens: int) -> np.ndarray:
         found.append(int(runner.prefill([prompt])[0][-1].argmax()))
         while len(found) < new_tokens:
             found.append(int(runner.decode(found[-1:])[0].argmax()))
-    except NumericError:
+    except FailedError:
         found += [-1] * (new_tokens - len(found))
     return np.array(found, dtype=np.int64)
 

@@ -43,6 +43,7 @@ def export(
     variants: Sequence[str] = ("fp32",),
     options: Options | None = None,
     force: bool = False,
+    graphs_of: Path | None = None,
 ) -> Manifest:
     """Export a checkpoint to a package folder.
 
@@ -52,6 +53,8 @@ def export(
         variants: names out of `VARIANTS`.
         options: how quantised variants are made; None: the defaults.
         force: replace the package that is there.
+        graphs_of: a package of another revision of the model, of the same variants and options: its graph files are
+            taken as they are and only the weights are written, with the same result.
 
     Raises:
         ConfigError, CheckpointError: the checkpoint cannot be exported; nothing was written.
@@ -66,7 +69,7 @@ def export(
         check_weights(checkpoint, config)
         sources = pool.submit(hash_files, checkpoint.folder, checkpoint.files)  # meanwhile, the trace
         _write_text_files(checkpoint, config, staging, list(dict.fromkeys(variants)))
-        writer = VariantWriter(checkpoint, config, staging, options)
+        writer = VariantWriter(checkpoint, config, staging, options, graphs_of)
         written = {name: writer.write(name) for name in dict.fromkeys(variants)}
         shutil.rmtree(staging / SPOOL, ignore_errors=True)
         files = sorted(p.relative_to(staging).as_posix() for p in staging.rglob("*") if p.is_file())

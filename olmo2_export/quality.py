@@ -190,7 +190,7 @@ def measure_quality(
             kls.append(kl_divergence(truth, test))
             agreements.append(truth.argmax(-1) == test.argmax(-1))
             following = ids[start + 1 : start + 1 + _PIECE]
-            losses.append(np.stack([_loss(x[: len(following)], following) for x in (truth, test)]))
+            losses.append(np.stack([token_losses(x[: len(following)], following) for x in (truth, test)]))
     runner.reset()
     kl = np.concatenate(kls)
     # A loss that is no number on text, on ids that no model expects, is still compared.
@@ -208,8 +208,8 @@ def measure_quality(
     return Measurement(quality, change)
 
 
-def _loss(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Return -log p of the ids: logits [n, V], ids [n] -> float64 [n]."""
+def token_losses(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Return -log p of the ids, in nats: logits [n, V], ids [n] -> float64 [n]."""
     x = logits.astype(np.float64)
     top = x.max(axis=-1)
     total: np.ndarray = np.log(np.exp(x - top[:, None]).sum(axis=-1)) + top

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from olmo2_export.checkpoint import Checkpoint
 from runtimes.errors import CheckpointError, first_names
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
+_CONTEXT_PIECE = 512  # positions at a time where no logits are wanted
 
 
 Rounding = Callable[[torch.Tensor], torch.Tensor]
@@ -75,6 +77,28 @@ class Reference:
             logits = self._model(torch.from_numpy(ids)[None], logits_to_keep=kept, use_cache=False).logits
             found.append(logits[0].to(self._result).numpy())
         return found
+
+    @torch.inference_mode()
+    def stream(self, ids: np.ndarray, first: int, piece: int) -> Iterator[np.ndarray]:
+        """Run one sequence in pieces over a KV cache, so that the logits of few positions are in memory.
+
+        Args:
+            ids: int64 [length].
+            first: the position from which logits are wanted.
+            piece: positions at a time.
+
+        Yields:
+            The logits of positions first, first + 1, ...: [up to piece, vocab_size]; float64 for fp64, else float32.
+        """
+        cache = None
+        bounds = [*range(0, first, _CONTEXT_PIECE), *range(first, len(ids), piece), len(ids)]
+        for start, stop in pairwise(bounds):
+            part = torch.from_numpy(ids[start:stop])[None]
+            keep = 0 if start >= first else 1  # 0: all
+            output = self._model(part, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+            cache = output.past_key_values
+            if start >= first:
+                yield output.logits[0].to(self._result).numpy()
 
     @torch.inference_mode()
     def greedy(self, prompt: np.ndarray, new_tokens: int) -> tuple[np.ndarray, np.ndarray]:

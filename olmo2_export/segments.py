@@ -116,7 +116,7 @@ def run_segments(
     """
     hidden: list[np.ndarray] = []
     for segment in find_segments(model, variant.kv_cache.num_layers):
-        part = cut(model, segment)
+        part = cut(model, segment, hidden[0].shape if hidden else None)
         found: list[Arrays] = []
         following: list[np.ndarray] = []
         caches: Arrays = {}

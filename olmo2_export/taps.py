@@ -1,20 +1,20 @@
 """Find the same tensors in every form of graph that this exporter makes, and cut a graph where its layers meet.
 
-| name, after `model.layers.N.`      | shape                                      | what gives it                           |
-|------------------------------------|--------------------------------------------|-----------------------------------------|
-| self_attn.{q,k,v}_proj             | [B, S, heads * head_dim]                   | linear                                  |
-| self_attn.{q,k}_norm               | [B, S, heads * head_dim]                   | RMS norm                                |
-| self_attn.{q,k}_rotary             | [B, heads, S, head_dim]                    | rotary embedding, where it is a node    |
-| self_attn.{key,value}_cache        | [B, kv_heads, total or capacity, head_dim] | KV cache write: the output present.N.*  |
-| self_attn.attention                | [B, S, heads * head_dim]                   | attention; the input of o_proj          |
-| self_attn.o_proj                   | [B, S, hidden]                             | linear                                  |
-| post_attention_layernorm           | [B, S, hidden]                             | RMS norm                                |
-| after_attention                    | [B, S, hidden]                             | residual add; the input of gate and up  |
-| mlp.{gate,up}_proj                 | [B, S, intermediate]                       | linear                                  |
-| mlp.gated                          | [B, S, intermediate]                       | gated activation; the input of down     |
-| mlp.down_proj                      | [B, S, hidden]                             | linear                                  |
-| post_feedforward_layernorm         | [B, S, hidden]                             | RMS norm                                |
-| output                             | [B, S, hidden]                             | residual add                            |
+| name, after `model.layers.N.`  | shape                              | what gives it                          |
+|--------------------------------|------------------------------------|----------------------------------------|
+| self_attn.{q,k,v}_proj         | [B, S, heads * head_dim]           | linear                                 |
+| self_attn.{q,k}_norm           | [B, S, heads * head_dim]           | RMS norm                               |
+| self_attn.{q,k}_rotary         | [B, heads, S, head_dim]            | rotary embedding, where it is a node   |
+| self_attn.{key,value}_cache    | [B, kv_heads, length, head_dim]    | KV cache write: the output present.N   |
+| self_attn.attention            | [B, S, heads * head_dim]           | attention; the input of o_proj         |
+| self_attn.o_proj               | [B, S, hidden]                     | linear                                 |
+| post_attention_layernorm       | [B, S, hidden]                     | RMS norm                               |
+| after_attention                | [B, S, hidden]                     | residual add; the input of gate and up |
+| mlp.{gate,up}_proj             | [B, S, intermediate]               | linear                                 |
+| mlp.gated                      | [B, S, intermediate]               | gated activation; the input of down    |
+| mlp.down_proj                  | [B, S, hidden]                     | linear                                 |
+| post_feedforward_layernorm     | [B, S, hidden]                     | RMS norm                               |
+| output                         | [B, S, hidden]                     | residual add                           |
 
 and model.embed_tokens, model.norm_input (the rows that get logits), model.norm, logits. Values are found from the names
 of weights, which no pass changes but for a suffix, and from who reads them: a norm that is ignored has the value that
@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from olmo2_export.fuse.edit import find_input, is_op, name_of
+from olmo2_export.fuse.edit import is_op, name_of
 from olmo2_export.fuse.merge_projections import JOINT
 from runtimes.errors import PackageError
 
@@ -95,8 +95,14 @@ def find_segments(model: ir.Model, layers: int) -> list[Segment]:
     return [*segments, Segment(None, head, ends[-1], None)]
 
 
-def cut(model: ir.Model, segment: Segment) -> ir.Model:
-    """Return a segment as a graph; its outputs are its taps and its result, in float32 where they are bfloat16."""
+def cut(model: ir.Model, segment: Segment, hidden_shape: Sequence[int] | None = None) -> ir.Model:
+    """Return a segment as a graph; its outputs are its taps and its result, in float32 where they are bfloat16.
+
+    Args:
+        model: as `find_segments` has seen it; left as it is.
+        segment: of it.
+        hidden_shape: of the value that it starts from, where the graph does not say: it is fixed to this.
+    """
     part = model.clone()
     graph = part.graph
     values = {name_of(v): v for node in graph for v in node.outputs if v.name}
@@ -104,6 +110,8 @@ def cut(model: ir.Model, segment: Segment) -> ir.Model:
     if segment.source is not None:
         old = values[segment.source]
         hidden = ir.Value(name=HIDDEN, type=old.type, shape=old.shape)
+        if hidden.shape is None and hidden_shape is not None:
+            hidden.shape = ir.Shape(hidden_shape)
         graph.inputs.append(hidden)
         old.replace_all_uses_with(hidden)
     wanted = dict.fromkeys([*segment.taps.values(), *([segment.result] if segment.result else [])])
@@ -123,9 +131,11 @@ def _float32_interface(graph: ir.Graph) -> None:
     for value in graph.inputs:
         if value.dtype == ir.DataType.BFLOAT16:
             down = ir.node("Cast", [value], {"to": int(ir.DataType.BFLOAT16)})
-            down.outputs[0].name = f"{value.name}.bfloat16"
+            result = down.outputs[0]
+            result.name, result.shape = f"{value.name}.bfloat16", value.shape
+            result.type = ir.TensorType(ir.DataType.BFLOAT16)
             value.type = ir.TensorType(ir.DataType.FLOAT)
-            value.replace_all_uses_with(down.outputs[0])
+            value.replace_all_uses_with(result)
             down.replace_input_with(0, value)
             first = next(iter(graph), None)
             assert first is not None  # somebody reads the input
@@ -298,13 +308,3 @@ def _back(value: ir.Value, *op_types: str) -> ir.Value:
 
 def _users(value: ir.Value) -> Iterator[ir.Node]:
     return (use.node for use in value.uses())
-
-
-def input_names(part: ir.Model) -> Sequence[str]:
-    """Return the names of a segment's inputs."""
-    return [name_of(value) for value in part.graph.inputs]
-
-
-def has_input(model: ir.Model, name: str) -> bool:
-    """Tell whether a graph has an input."""
-    return find_input(model.graph, name) is not None

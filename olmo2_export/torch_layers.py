@@ -6,8 +6,9 @@ bug in this project's model is one too. One layer's weights are in memory, in on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,10 +94,12 @@ class TorchLayer:
                 linear = self.module.get_submodule(name.removeprefix(self._prefix).removesuffix(".weight"))
                 linear.register_forward_pre_hook(self._rounded(self._rounding[name]))
         self._rotary, self._tables = Olmo2RotaryEmbedding(config), model.tables
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.heads = config.num_attention_heads
+        self.kv_heads: int = config.num_key_value_heads or self.heads
         self.head_dim: int = self.module.self_attn.head_dim
         self.scale: float = self.module.self_attn.scaling
-        self.theta: float = config.rope_parameters["rope_theta"]
+        rope: Any = config.rope_parameters  # transformers has filled it in
+        self.theta = float(rope["rope_theta"])
         self.eps: float = config.rms_norm_eps
 
     @staticmethod
@@ -131,8 +134,8 @@ class TorchLayer:
         """Apply a norm, or the same with another epsilon."""
         module = self.module.get_submodule(name)
         if eps is not None:
-            wide = x.double()
-            return module.weight.double() * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+            wide, weight = x.double(), module.get_parameter("weight").double()
+            return weight * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         y: Tensor = module(x.to(self.dtype))
         return y
 
@@ -159,7 +162,7 @@ class TorchLayer:
         visible: Tensor,
         scale: float = 1.0,
         *,
-        interleaved: bool = False,
+        kv_heads: Sequence[int] | None = None,
     ) -> Tensor:
         """Return o_proj's input, [1, S, heads * head_dim].
 
@@ -169,11 +172,11 @@ class TorchLayer:
             value: the same shape.
             visible: bool [S, C].
             scale: in units of the right one.
-            interleaved: head h reads KV head h modulo kv_heads instead of the one of its group.
+            kv_heads: the KV head that each query head reads; None: the right ones.
         """
         groups = self.heads // self.kv_heads
         query, key, value = (t.to(self.dtype) for t in (query, key, value))
-        keys, values = (t.repeat(1, groups, 1, 1) if interleaved else repeat_kv(t, groups) for t in (key, value))
+        keys, values = (repeat_kv(t, groups) if kv_heads is None else t[:, list(kv_heads)] for t in (key, value))
         mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=visible, scale=scale * self.scale)
         return mixed.transpose(1, 2).flatten(2)
 

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.device_graph import DTYPE_NAMES, DTYPES, device_graph, device_outputs
 from olmo2_export.fuse import DEVICE, check_op_counts
 from olmo2_export.fuse.quantized_kv_cache import quantized_kv_cache
-from olmo2_export.graph_files import attach_weights, save_graph
+from olmo2_export.graph_files import attach_weights, save_graph, save_weights
 from olmo2_export.ort_graph import decode_graph, prefill_graph, shared_graph, shared_inputs, shared_outputs
 from olmo2_export.quality import broken_limits, gate, measure_quality, quality_tokens
 from olmo2_export.quantize.blocks import BlockFormat
@@ -152,14 +152,33 @@ def check_variants(variants: Sequence[str], config: ModelConfig, options: Option
         )
 
 
+_trace_once = lru_cache(maxsize=1)(trace)  # many revisions of a model have one graph; it holds no weights
+
+
 class VariantWriter:
     """Writes the variants of one checkpoint; traces it once, and asks PyTorch for its logits once."""
 
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, staging: Path, options: Options) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        staging: Path,
+        options: Options,
+        graphs_of: Path | None = None,
+    ) -> None:
+        """Open nothing yet.
+
+        Args:
+            checkpoint, config: what is exported.
+            staging: the folder to write to.
+            options: how quantised variants are made.
+            graphs_of: a package of the same shape whose graph files are taken as they are; only weights are written.
+        """
         self._checkpoint = checkpoint
         self._config = config
         self._staging = staging
         self._options = options
+        self._graphs_of = graphs_of
 
     def write(self, name: str) -> Variant:
         """Write one variant and return the manifest's entry."""
@@ -170,7 +189,7 @@ class VariantWriter:
     @cached_property
     def _traced(self) -> ir.Model:
         with tqdm(total=1, desc="tracing", bar_format="{desc} {elapsed}", leave=False):
-            return trace(self._config)
+            return _trace_once(self._config)
 
     @cached_property
     def _reference(self) -> tuple[list[np.ndarray], str, list[np.ndarray]]:
@@ -181,13 +200,11 @@ class VariantWriter:
 
     def _portable(self) -> Variant:
         model, graph = self._traced.clone(), VARIANTS["fp32"]
-        attach_weights(model, self._checkpoint, self._config)
-        save_graph(model, self._staging / graph)
         return Variant(
             name="fp32",
             precision="fp32",
             graph=graph,
-            data=(f"{graph}_data",),
+            data=self._save(model, graph),
             opset=OPSET,
             inputs=portable_inputs(self._config),
             outputs=portable_outputs(self._config),
@@ -227,7 +244,7 @@ class VariantWriter:
         weights = self._weights(name) if name in DEFAULTS else None
         shared = shared_graph(self._traced, spec, DEVICE)
         model, rounding, counts = device_graph(shared, self._checkpoint, self._config, dtype, weights)
-        save_graph(model, self._staging / graph)
+        self._write(model, graph)
         rounding.check()
         variant = Variant(
             name=name,
@@ -272,8 +289,14 @@ class VariantWriter:
 
     def _save(self, model: ir.Model, graph: str) -> tuple[str, ...]:
         attach_weights(model, self._checkpoint, self._config)
-        save_graph(model, self._staging / graph)
+        self._write(model, graph)
         return (f"{graph}_data",)
+
+    def _write(self, model: ir.Model, graph: str) -> None:
+        if self._graphs_of is not None and (self._graphs_of / graph).is_file():
+            save_weights(model, self._staging / graph, self._graphs_of / graph)
+        else:
+            save_graph(model, self._staging / graph)
 
     def _measure(self, variant: Variant) -> Quality:
         sequences, origin, reference = self._reference

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.device_graph import DTYPES
 from olmo2_export.feeds import MIN_CAPACITY
-from olmo2_export.measure import LONGEST, ask_pytorch, measure
+from olmo2_export.measure import LONGEST, ask_pytorch, measure, with_quality
 from olmo2_export.parity import GATES, CaseResult, ParityReport
 from olmo2_export.verify_device import measure_device
 from olmo2_export.verify_quantized import measure_quantized
@@ -98,7 +98,9 @@ def verify(
                 reports.append(measure_quantized(package, name, checkpoint, longest))
             else:
                 assert truth is not None  # its precision is among those asked for
-                reports.append(measure(package, name, checkpoint, truth, backend))
+                report = measure(package, name, truth, backend)
+                with open_runner(package, variant=name, backend=backend) as runner:
+                    reports.append(with_quality(report, runner, checkpoint))
             bar.update()
     _write(package, checksum, checkpoint, reports)
     return reports

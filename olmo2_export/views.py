@@ -19,6 +19,7 @@ from olmo2_export.device_graph import DTYPES
 from olmo2_export.explain import relative_error
 from olmo2_export.fuse.merge_projections import JOINT
 from olmo2_export.layer_checks import TensorParity
+from olmo2_export.quantize.linear import QuantizedLinear
 from olmo2_export.quantize.names import EMBEDDING, stored_weight
 from olmo2_export.reference import Rounding, fp8_scaled, int8_blocks, int8_scaled
 from olmo2_export.segments import Opener, one_call, onnxruntime_opener, tensorrt_opener
@@ -28,7 +29,7 @@ from olmo2_export.trt_forms import Lazy
 from olmo2_export.weight_checks import check_int8, check_linears, check_matrices
 from runtimes import Backend, Device
 from runtimes.errors import UsageError
-from runtimes.manifest import Variant
+from runtimes.manifest import Quantization, Variant
 
 EXACT, ROUNDED = 4.0, 2.0
 """most: error / PyTorch's own, of one operation on the graph's inputs. In float32 another order of summation costs up
@@ -68,7 +69,7 @@ class View:
         """of the rotary tables: GroupQueryAttention wants them in the precision of its queries"""
         stored = self.model.graph.initializers.get(ROTARY_TABLES[0])
         dtype = stored.dtype if stored is not None else None
-        return _SMALL[dtype] if dtype in _SMALL else torch.float32
+        return torch.float32 if dtype is None else _SMALL.get(dtype, torch.float32)
 
 
 def variant_views(
@@ -181,7 +182,7 @@ def _quantized_weights(graph: ir.Model, config: ModelConfig, *, static: bool) ->
     return Lazy({name: matrix.dequantize for name, matrix in matrices.items()})
 
 
-def _dequantized_linear(linears: Lazy[trt_forms.QuantizedLinear], name: str) -> torch.Tensor:
+def _dequantized_linear(linears: Lazy[QuantizedLinear], name: str) -> torch.Tensor:
     return linears[name].dequantize()
 
 
@@ -200,18 +201,37 @@ def weight_check(
     if entry.prefill is not None:
         int8 = stored_int8(ir.load(package / entry.prefill.graph))
         checks.append((check_int8(int8, checkpoint, config), int8))
+    if entry.kv_cache.form == "static" and (wrong := _wrong_input_scale(graph, entry.quantization)) is not None:
+        return wrong
     for check, stored in checks:
         if check.passed:
             continue
         name, _, words = check.failures[0].partition(": ")
-        layer = re.search(r"layers\.(\d+)\.", name)
         tensor = entry.quantization.tensors.get(name)
         parity = TensorParity(
             name,
-            int(layer[1]) if layer else None,
+            _layer_of(name),
             f"stored weight ({check.name})",
             relative_error(stored[name], stored_weight(checkpoint, config, name)),
             tensor.nmse**0.5 if tensor is not None else 0.0,
         )
         return parity, f"The stored weight {name} is not the checkpoint's: {words}."
     return None
+
+
+def _wrong_input_scale(graph: ir.Model, quantization: Quantization) -> tuple[TensorParity, str] | None:
+    """Compare the scales with which a graph rounds the inputs of linears with the manifest's."""
+    stored, expected = trt_forms.stored_input_scales(graph), quantization.input_scales
+    for name in sorted(stored.keys() | expected.keys()):
+        found, wanted = stored.get(name), expected.get(name)
+        if found != wanted:
+            off = abs(found / wanted - 1) if found and wanted else 1.0
+            parity = TensorParity(name, _layer_of(name), "quantisation of the input", off, 0.0)
+            said = "is not rounded to 8 bits" if found is None else f"is rounded with the scale {found:.4g}"
+            return parity, f"The input of {name} {said}; the manifest's scale is {wanted}."
+    return None
+
+
+def _layer_of(name: str) -> int | None:
+    layer = re.search(r"layers\.(\d+)\.", name)
+    return int(layer[1]) if layer else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,10 @@ from runtimes.sealed import check_files
 _TOKENIZER = "tokenizer.json"
 _CONFIGS = ("generation_config.json", "config.json")
 """where the special ids are, the first that has one counts"""
+_UNSURE_WORDS = (
+    8  # at the end of a piece: what follows may still change where words end, a lookahead or a run of spaces
+)
+_MOST_HELD = 1 << 20  # characters; a word that is longer than this is cut
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,23 @@ class Tokenizer:
             raise PackageError(f"{folder}: no {_TOKENIZER}; add it to the checkpoint and export the package again")
         if check_hashes:
             check_files(folder, files, [name for name in (_TOKENIZER, *_CONFIGS) if name in files])
+        return cls.from_folder(folder)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """Read the tokenizer of any folder that has the files of one, a checkpoint for example; nothing is vouched for.
+
+        Raises:
+            PackageError: there is no tokenizer, or a file cannot be read.
+        """
+        if not (folder / _TOKENIZER).is_file():
+            raise PackageError(f"{folder}: no {_TOKENIZER}; text cannot be turned into tokens without it")
         configs = [_read_object(folder / name) for name in _CONFIGS]
         bos, eos, pad = (_special_ids(folder, configs, f"{kind}_token_id") for kind in ("bos", "eos", "pad"))
         return cls(_load(folder / _TOKENIZER), eos, bos[0] if bos else None, pad[0] if pad else None)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, with what tokenizer.json itself adds.
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids of a text, with what tokenizer.json itself adds unless `add_special_tokens` is False.
 
         The text is only text: `<|endoftext|>` in it becomes the tokens of these characters, not the special token.
 
@@ -69,8 +84,48 @@ class Tokenizer:
                 f"text: character {error.start} is the lone surrogate U+{ord(text[error.start]):04X}; "
                 "expected valid Unicode"
             ) from error
-        ids: list[int] = self._backend.encode(text).ids
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
+
+    def encode_pieces(self, pieces: Iterable[str], *, piece_length: int = 1 << 16) -> Iterator[list[int]]:
+        """Encode a text of any length in little memory; the ids are those of the whole text, nothing added.
+
+        It is cut only between words, as the tokenizer itself cuts a text, and before a space where what follows can no
+        longer change the words in front. A word of more than a million characters is cut nevertheless.
+
+        Args:
+            pieces: the text, in pieces of any length.
+            piece_length: characters that are encoded at a time, at least.
+
+        Yields:
+            Ids, at least one at a time.
+
+        Raises:
+            InputError: as `encode`.
+        """
+        held, wanted = "", piece_length
+        for piece in pieces:
+            held += piece
+            if len(held) < wanted:
+                continue
+            cut = self._safe_cut(held)
+            if cut == 0:  # one long word so far: ask again when there is much more of it
+                wanted = 2 * len(held)
+                if len(held) < _MOST_HELD:
+                    continue
+                cut = len(held)
+            yield self.encode(held[:cut], add_special_tokens=False)
+            held, wanted = held[cut:], piece_length
+        if held:
+            yield self.encode(held, add_special_tokens=False)
+
+    def _safe_cut(self, text: str) -> int:
+        """Return the last place at which a text can be cut so that both parts have the ids of the whole; 0: nowhere."""
+        splitter = self._backend.pre_tokenizer
+        if splitter is None:
+            return 0
+        starts = [start for _, (start, _) in splitter.pre_tokenize_str(text)][:-_UNSURE_WORDS]
+        return next((s for s in reversed(starts) if s and not text[s - 1].isspace() and text[s].isspace()), 0)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of ids, without special tokens; bytes that are no UTF-8 become U+FFFD."""

@@ -21,6 +21,7 @@ from olmo2_export.bench.claims import CLAIMS, Claim, Quantity, Result, claims_ta
 from olmo2_export.bench.cli import main, parse_args
 from olmo2_export.bench.contenders import Contender, Workshop, peer_python
 from olmo2_export.bench.processes import run, worker
+from olmo2_export.bench.turns import take_turns
 from olmo2_export.bench.workers.common import measure, prompt, resident
 from olmo2_export.bench.workers.profile import operator_times
 from olmo2_export.checkpoint import open_checkpoint
@@ -178,7 +179,7 @@ def test_a_failing_contender_leaves_the_others_their_samples(monkeypatch: pytest
 
     monkeypatch.setattr(Contender, "sample", sample)
     both = [Contender(key, key.upper(), Path("x"), "x", (), ("decode_128",), {}) for key in ("ours", "llama")]
-    samples, failures = cpu.measure(both, {"decode_128": {"threads": 2}}, rounds=2)
+    samples, failures = take_turns(both, {"decode_128": {"threads": 2}}, rounds=2)
     assert samples["decode_128"] == {"ours": [{"tokens_per_second": 2.0}] * 2, "llama": [{}, {}]}
     assert failures == ["LLAMA, decode_128: it broke"] * 2
     assert judge(samples)[0].median is None
@@ -188,7 +189,7 @@ def test_contenders_take_turns_within_each_task(monkeypatch: pytest.MonkeyPatch)
     seen = []
     monkeypatch.setattr(Contender, "sample", lambda self, task: seen.append((task["kind"], self.key)) or {})
     two = [Contender(key, key, Path("x"), "x", (), ("load", "prefill_512"), {}) for key in "ab"]
-    cpu.measure(two, {"prefill_512": {"kind": "prefill"}, "load": {"kind": "load"}}, rounds=2)
+    take_turns(two, {"prefill_512": {"kind": "prefill"}, "load": {"kind": "load"}}, rounds=2)
     assert seen == [("prefill", "a"), ("prefill", "b"), ("load", "a"), ("load", "b")] * 2
 
 
@@ -258,7 +259,7 @@ def test_every_claim_is_about_a_task_that_is_measured() -> None:
 
 @pytest.mark.parametrize("first", [100, 4096 - 3])
 def test_greedy_text_of_the_checkpoint_is_the_cycle(first: int, tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, "demo")
+    write_checkpoint(tmp_path, SIZES["demo"])
     expected = [first]
     while len(expected) < 71:
         expected.append(echo_successor(expected[-1], SIZES["demo"]["vocab_size"]))
@@ -273,7 +274,7 @@ def test_no_weight_of_the_checkpoint_is_there_twice(tmp_path: Path) -> None:
     for form in ("olmo2", "llama"):
         folder = tmp_path / form
         folder.mkdir()
-        write_checkpoint(folder, "demo", form)
+        write_checkpoint(folder, SIZES["demo"], form)
         matrices = [w for w in load_file(folder / "model.safetensors").values() if w.ndim == 2]
         assert len(matrices) == 6 * 7 + 2
         assert len({w.view(torch.int16).numpy().tobytes() for w in matrices}) == len(matrices)
@@ -365,8 +366,8 @@ def test_a_half_made_venv_is_no_peer(tmp_path: Path) -> None:
 def test_what_was_interrupted_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def broken(folder: Path, size: str, form: str) -> int:
-        calls.append((size, form))
+    def broken(folder: Path, shape: dict[str, int], form: str) -> int:
+        calls.append((shape, form))
         (folder / "half").touch()
         if len(calls) == 1:
             raise FailedError("killed")
@@ -378,7 +379,7 @@ def test_what_was_interrupted_is_made_again(tmp_path: Path, monkeypatch: pytest.
         workshop.checkpoint("llama")
     for _ in range(2):
         assert workshop.checkpoint("llama") == tmp_path / "checkpoint-demo-llama"
-    assert calls == [("demo", "llama")] * 2
+    assert calls == [(SIZES["demo"], "llama")] * 2
     assert json.loads((tmp_path / "checkpoint-demo-llama.json").read_text()) == {"checkpoint_mb": 5}
 
 

@@ -216,6 +216,7 @@ def logit_index_ignored(model: ir.Model) -> None:
     model.graph.insert_before(gather, [length, last, nothing, index])
 
 
+TRT_CAPACITY = 64
 TRT_BUGS: list[Callable[[ir.Model], None]] = [
     q_norm_ignored,
     post_attention_norm_ignored,
@@ -233,8 +234,8 @@ TRT_BUGS: list[Callable[[ir.Model], None]] = [
 def trt_case(tiny_package: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Truth]:
     """A package with an engine of fp32, and what PyTorch says of its model."""
     package = Path(shutil.copytree(tiny_package, tmp_path_factory.mktemp("trt") / "tiny"))
-    build(package, EngineOptions("fp32", compute_capabilities=["8.9"], max_cache_length=64), progress=False)
-    return package, ask_pytorch(package, open_checkpoint(str(tiny_checkpoint)), ["fp32"])
+    build(package, EngineOptions("fp32", compute_capabilities=["8.9"], max_cache_length=TRT_CAPACITY), progress=False)
+    return package, ask_pytorch(package, open_checkpoint(str(tiny_checkpoint)), ["fp32"], TRT_CAPACITY)
 
 
 def test_a_rebuilt_trt_graph_without_a_bug_passes(trt_case: tuple[Path, Truth], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 EXPORTER = """
 __init__
 config
-atomic checkpoint model
+atomic checkpoint model evaluate_text evaluate_statistics lm_eval_adapter
 quantize
 fuse
 trace
@@ -26,9 +26,13 @@ engine_compiler
 engine_refitter
 engine_worker engine_process
 engine reference
-taps torch_layers
+taps torch_layers feeds
 explain
-first_call polygraphy_tool feeds
+evaluate_models
+evaluate
+revisions
+revisions_plot
+first_call polygraphy_tool
 measure
 trt_forms weight_checks
 verify_quantized verify_static verify_device
@@ -60,6 +64,7 @@ OWNERS = {
         "olmo2_export/torch_layers.py",
         "olmo2_export/demo/train.py",
         "olmo2_export/bench/workers/static_cache.py",
+        "olmo2_export/bench/workers/hugging_face.py",
     },
     "onnxruntime": {
         "runtimes/device_runner.py",
@@ -69,7 +74,9 @@ OWNERS = {
         "runtimes/ort_static.py",
         "runtimes/shared_runner.py",
         "olmo2_export/bench/workers/profile.py",
+        "olmo2_export/bench/workers/hugging_face.py",
     },
+    "lm_eval": {"olmo2_export/lm_eval_adapter.py"},
     "huggingface_hub": {"olmo2_export/checkpoint.py"},
     "safetensors": {"olmo2_export/checkpoint.py"},
 }

@@ -62,15 +62,21 @@ def echo_successor(token_id: int, vocab_size: int) -> int:
     return half + (token_id + 1 - half) % (vocab_size - half)
 
 
-def write_checkpoint(folder: Path, size: str, form: Form = "olmo2") -> int:
-    """Write a bfloat16 checkpoint of a size of `SIZES`; return its bytes."""
+def shape_of(checkpoint: Path) -> dict[str, int]:
+    """Return the shape of another checkpoint, as `SIZES` has them."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    return {name: config[name] for name in SIZES["1B"]}
+
+
+def write_checkpoint(folder: Path, sizes: dict[str, int], form: Form = "olmo2") -> int:
+    """Write a bfloat16 checkpoint of a shape, as `SIZES` has them; return its bytes."""
     config: dict[str, Any] = {
-        **SIZES[size],
+        **sizes,
         "model_type": form,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-6,
         "rope_theta": 500_000.0,
-        "eos_token_id": SIZES[size]["vocab_size"] - 1,
+        "eos_token_id": sizes["vocab_size"] - 1,
     }
     with torch.device("meta"):
         model = Olmo2ForCausalLM(ModelConfig.from_dict({**config, "model_type": "olmo2"}))
@@ -92,7 +98,7 @@ def write_checkpoint(folder: Path, size: str, form: Form = "olmo2") -> int:
     encoded += b" " * (-len(encoded) % 8)
     with (
         (folder / "model.safetensors").open("wb") as file,
-        tqdm(total=end, desc=f"{form} {size} checkpoint", unit="B", unit_scale=True, leave=False) as progress,
+        tqdm(total=end, desc=f"{form} checkpoint", unit="B", unit_scale=True, leave=False) as progress,
     ):
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for part in _weights(shapes):

@@ -1,5 +1,6 @@
 """python -m olmo2_export.bench: what this project costs and how fast it is, beside what a user would take instead.
 
+    compare   olmo2-export bench on made-up weights: ours and all peers, over context lengths and batch sizes
     stages    seconds and peak memory of export and build
     quality   KL, top-1 and perplexity of quantised variants on the demo model, and llama.cpp's
     cpu       the table of targets: ours, llama.cpp and onnxruntime-genai in turns
@@ -13,16 +14,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from olmo2_export.bench import cpu, gpu, profile, quality, stages
+from olmo2_export.bench.arguments import declare_setting
 from olmo2_export.bench.checkpoint import SIZES
+from olmo2_export.bench.command import run_comparison, work_folder
+from olmo2_export.bench.compare import ours_failed
+from olmo2_export.bench.contenders import Workshop
 from olmo2_export.bench.processes import ROOT
+from olmo2_export.checkpoint import open_checkpoint
 from runtimes.errors import Olmo2ExportError
 
 
@@ -43,6 +46,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     beside.add_argument("--llama-type", action="append", metavar="T", help="of GGUF; the first is judged")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
+    verb = verbs.add_parser("compare", parents=[work, sized], help="ours and all peers, by context and batch size")
+    verb.add_argument("--variant", action="append", metavar="V", help="of ours; default: q4 q8 fp32")
+    declare_setting(verb)
+    verb.set_defaults(vs=["all"])
     verb = verbs.add_parser("stages", parents=[work, sized], help="time and memory of export and build")
     verb.add_argument("--precision", action="append", metavar="P", help="of an engine; may be repeated; default: bf16")
     verb.add_argument("--no-build", action="store_true", help="leave the TensorRT engines out")
@@ -76,8 +83,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Run one verb; return 0, or 1 if a contender failed."""
-    with _work_folder(args.work, getattr(args, "keep", None)) as work:
+    failed = False
+    with work_folder(args.work, getattr(args, "keep", None)) as work:
         match args.verb:
+            case "compare":
+                workshop = Workshop(work, args.size)
+                args.variant = args.variant or ["q4", "q8", "fp32"]
+                reference = open_checkpoint(str(workshop.checkpoint("olmo2")))
+                result, report = run_comparison(args, workshop.bundle(args.variant), reference, work)
+                failed = ours_failed(result)
             case "stages":
                 result = stages.run(args.size, work, [] if args.no_build else args.precision or ["bf16"])
                 report = stages.table(result)
@@ -118,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
                 report = profile.table(result)
     print(report)
     print(json.dumps(result))
-    return 1 if result.get("failures") else 0
+    return 1 if failed or (args.verb != "compare" and result.get("failures")) else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -128,17 +142,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Olmo2ExportError as error:
         print(f"bench: error: {error}", file=sys.stderr)
         return error.exit_code
-
-
-@contextmanager
-def _work_folder(parent: Path | None, keep: Path | None) -> Iterator[Path]:
-    """A temporary folder that is removed, or the one to keep."""
-    if keep is not None:
-        keep.mkdir(parents=True, exist_ok=True)
-        yield keep.resolve()
-        return
-    work = Path(tempfile.mkdtemp(prefix="olmo2-bench-", dir=parent))
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)

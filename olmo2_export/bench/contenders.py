@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import olmo2_export.demo
-from olmo2_export.bench.checkpoint import Form, write_checkpoint
+from olmo2_export.bench.checkpoint import SIZES, Form, shape_of, write_checkpoint
 from olmo2_export.bench.processes import run, stage, worker
 from runtimes.manifest import find_variant
 
-LLAMA_VENV, GENAI_VENV = ".venv-peers-llama", ".venv-peers-genai"
+LLAMA_VENV, GENAI_VENV, OPTIMUM_VENV = ".venv-peers-llama", ".venv-peers-genai", ".venv-peers-optimum"
 SPEED = ("decode_128", "decode_3000", "prefill_512", "streams_8", "load", "memory_1024")
 DEMO = Path(olmo2_export.demo.__file__).parent
 
@@ -36,7 +36,7 @@ class Contender:
     made: dict[str, float]
     """seconds and peak_memory_mb of the process that made the model"""
 
-    def sample(self, task: dict[str, Any]) -> dict[str, float]:
+    def sample(self, task: dict[str, Any]) -> dict[str, Any]:
         """Measure a task once, in a fresh process."""
         return worker(self.python, self.worker, [*self.arguments, json.dumps(task)])
 
@@ -50,14 +50,21 @@ def peer_python(peers: Path, venv: str) -> Path | None:
 class Workshop:
     """A folder where things are made once; a second run with the same folder finds them, and what they cost."""
 
-    def __init__(self, folder: Path, size: str) -> None:
+    def __init__(self, folder: Path, size: str, reference: Path | None = None) -> None:
+        """Take a size of `SIZES`, or any other word for the checkpoint that is given as `reference`."""
         self.folder = folder
         self.size = size
+        self.reference = reference
 
     def checkpoint(self, form: Form) -> Path:
+        """Return the reference, or else one with made-up weights; as a Llama always the latter."""
+        if form == "olmo2" and self.reference is not None:
+            return self.reference
+        shape = SIZES[self.size] if self.reference is None else shape_of(self.reference)
+
         def make(out: Path) -> dict[str, float]:
             out.mkdir()
-            return {"checkpoint_mb": round(write_checkpoint(out, self.size, form) / 1e6)}
+            return {"checkpoint_mb": round(write_checkpoint(out, shape, form) / 1e6)}
 
         self._once(f"checkpoint-{self.size}-{form}", make)
         return self.folder / f"checkpoint-{self.size}-{form}"
@@ -73,6 +80,18 @@ class Workshop:
 
         folder = f"package-{self.size}-{variant}-{name}"
         return self.folder / folder, self._once(folder, make)
+
+    def bundle(self, variants: Sequence[str]) -> Path:
+        """Export several variants into one package; return it."""
+
+        def make(out: Path) -> dict[str, float]:
+            flags = [word for variant in variants for word in ("--variant", variant)]
+            cost = stage("export", [self.checkpoint("olmo2"), "--out", out, *flags])
+            return {key: cost[key] for key in ("seconds", "peak_memory_mb")}
+
+        folder = f"package-{self.size}-{'-'.join(variants)}"
+        self._once(folder, make)
+        return self.folder / folder
 
     def engine(self, checkpoint: Path, precision: str, backend: str) -> tuple[Path, dict[str, float]]:
         """Export to fp32 and build an engine for the GPU at hand; return the package and what the build cost."""
@@ -131,6 +150,17 @@ class Workshop:
         cost = self._once(folder, make)
         return self.folder / folder, cost
 
+    def optimum(self, python: Path) -> tuple[Path, dict[str, float]]:
+        """Export with optimum-onnx; return the folder and what that cost."""
+
+        def make(out: Path) -> dict[str, float]:
+            convert: list[str | Path] = [python, "-m", "olmo2_export.bench.workers.convert_optimum"]
+            return run([*convert, self.checkpoint("olmo2"), out]).cost
+
+        folder = f"optimum-{self.size}"
+        cost = self._once(folder, make)
+        return self.folder / folder, cost
+
     def _once(self, name: str, make: Callable[[Path], dict[str, float]]) -> dict[str, float]:
         note, out = self.folder / f"{name}.json", self.folder / name
         if not note.exists():
@@ -182,7 +212,7 @@ def peers(
     found, missing = [], []
     python = peer_python(folder, LLAMA_VENV)
     if python is None:
-        missing.append(f"llama.cpp is left out: {folder / LLAMA_VENV} is not there; make peers installs it")
+        missing.append(left_out("llama.cpp", folder / LLAMA_VENV))
     else:
         for ftype in llama_types:
             key = "llama" if ftype == llama_types[0] else f"llama_{ftype}"
@@ -190,8 +220,13 @@ def peers(
             found.append(Contender(key, f"llama.cpp {ftype}", python, "llama", ("task", str(path)), SPEED, made))
     python = peer_python(folder, GENAI_VENV)
     if python is None:
-        missing.append(f"onnxruntime-genai is left out: {folder / GENAI_VENV} is not there; make peers installs it")
+        missing.append(left_out("onnxruntime-genai", folder / GENAI_VENV))
     else:
         path, made = workshop.genai(python, threads)
         found.append(Contender("genai", "onnxruntime-genai int4", python, "genai", (str(path),), SPEED, made))
     return found, missing
+
+
+def left_out(peer: str, venv: Path) -> str:
+    """Say that a peer is not installed."""
+    return f"{peer} is left out: {venv} is not there; make peers installs it"

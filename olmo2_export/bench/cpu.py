@@ -1,23 +1,21 @@
 """The table of targets: ours and the peers on one machine in one run, measured in turns.
 
-For each task of each round every contender gets a fresh process, one after the other (task 1: A B C, task 2: A B C,
-...), so that the two sides of a ratio ran within minutes of each other.
+How turns are taken is in `turns.py`. What a package costs on its own, and beside any peer, is `compare.py`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from olmo2_export.bench.checkpoint import SIZES, echo_successor
 from olmo2_export.bench.claims import claims_table, judge, samples_table, to_document
-from olmo2_export.bench.contenders import DEMO, Contender, Workshop, ours, peers
-from runtimes.errors import FailedError
+from olmo2_export.bench.contenders import DEMO, Workshop, ours, peers
+from olmo2_export.bench.machine import processor
+from olmo2_export.bench.turns import take_turns
 
 TASKS = (
     "decode_128",
@@ -64,36 +62,6 @@ def _lookup(first: int, vocab_size: int, steps: int) -> dict[str, Any]:
     return {"kind": "lookup", "prompt_ids": ids, "new_tokens": 4 * steps, "repeats": 2}
 
 
-def measure(
-    contenders: Sequence[Contender], tasks: Mapping[str, dict[str, Any]], rounds: int
-) -> tuple[dict[str, dict[str, list[dict[str, float]]]], list[str]]:
-    """Measure in turns; a contender that fails does not take the others' samples with it.
-
-    Args:
-        contenders: each with the tasks it is measured in.
-        tasks: name -> the task as the workers take it.
-        rounds: how often.
-
-    Returns:
-        task -> contender -> a sample a round, empty where it failed; under `export`, what making each model cost, once.
-        And what failed.
-    """
-    failures = []
-    plan = [(name, c) for _ in range(rounds) for name in tasks for c in contenders if name in c.tasks]
-    samples: dict[str, dict[str, list[dict[str, float]]]] = {name: {} for name in tasks}
-    with tqdm(plan, desc="measuring", leave=False) as progress:
-        for name, contender in progress:
-            progress.set_postfix_str(f"{name} of {contender.name}")
-            sample: dict[str, float] = {}
-            try:
-                sample = contender.sample(tasks[name])
-            except FailedError as error:
-                failures.append(f"{contender.name}, {name}: {error}")
-            samples[name].setdefault(contender.key, []).append(sample)
-    samples["export"] = {contender.key: [contender.made] for contender in contenders}
-    return samples, failures
-
-
 def run(
     size: str,
     work: Path,
@@ -117,12 +85,13 @@ def run(
     busy = os.getloadavg()[0]  # of others; what was just made is in it too
     vocab_size = SIZES[size]["vocab_size"]
     details = {name: task(name, vocab_size, threads, steps) for name in tasks}
-    samples, failures = measure(contenders, details, rounds)
+    samples, failures = take_turns(contenders, details, rounds)
+    samples["export"] = {contender.key: [contender.made] for contender in contenders}
     results = judge(samples)
     names = {contender.key: contender.name for contender in contenders}
     for key, name in (("llama", f"llama.cpp {llama_types[0]}"), ("genai", "onnxruntime-genai int4")):
         names.setdefault(key, name)  # claims are about them, there or not
-    machine = f"{_processor()}, {os.cpu_count()} cores, load average {busy:.1f} before the first sample"
+    machine = f"{processor()}, {os.cpu_count()} cores, load average {busy:.1f} before the first sample"
     setting = f"{size} shape, {threads} threads, {rounds} rounds"
     report = "\n\n".join(
         [
@@ -136,7 +105,7 @@ def run(
     )
     return {
         "size": size,
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": threads,
         "rounds": rounds,
@@ -148,10 +117,3 @@ def run(
         "claims": to_document(results),
         "samples": samples,
     }, report
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown processor"
-    )

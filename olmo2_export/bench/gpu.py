@@ -16,13 +16,11 @@ from typing import Any
 from olmo2_export.bench.checkpoint import SIZES
 from olmo2_export.bench.claims import Claim, Quantity, claims_table, judge, samples_table, to_document
 from olmo2_export.bench.contenders import Contender, Workshop
-from olmo2_export.bench.cpu import measure
-from olmo2_export.bench.processes import worker
+from olmo2_export.bench.machine import BANDWIDTH, device_limits
+from olmo2_export.bench.turns import take_turns
 from runtimes.errors import UsageError
 
 TASKS = ("decode_128", "decode_2048", "streams_8", "prefill_2048")
-BANDWIDTH = {"H200": 4.8e12, "H100 80GB HBM3": 3.35e12, "A100-SXM4-80GB": 2.04e12, "L40S": 0.864e12, "L4": 0.3e12}
-"""part of a GPU's name -> bytes per second of its data sheet"""
 WALL, STATIC = "wall", "static_cache"
 _BF16 = 2  # bytes
 
@@ -131,10 +129,11 @@ def run(
     Returns:
         What the last line of stdout says, and the report for people, in markdown.
     """
-    found = worker(sys.executable, "device", [device, str(8192 if device == "cuda" else 512)])
+    found = device_limits(device, 1)
     all_contenders = contenders(Workshop(work, size), wanted, device, baseline)
     chosen = {name: task for name, task in tasks(size, steps).items() if name in only}
-    samples, failures = measure(all_contenders, chosen, rounds)
+    samples, failures = take_turns(all_contenders, chosen, rounds)
+    samples["export"] = {contender.key: [contender.made] for contender in all_contenders}
     for name, sample in walls(size, found).items():
         if name in chosen:
             samples[name][WALL] = [sample] * rounds

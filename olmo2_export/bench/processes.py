@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -49,13 +51,22 @@ def run(command: Sequence[str | Path]) -> Finished:
             os.environ | {"PYTHONPATH": str(ROOT)},
             file_actions=[(os.POSIX_SPAWN_OPEN, 1, out, flags, 0o600), (os.POSIX_SPAWN_OPEN, 2, err, flags, 0o600)],
         )
+        with contextlib.suppress(OSError):  # where memory runs out, the kernel shall take this process and no other
+            Path(f"/proc/{child}/oom_score_adj").write_text("800")
         _, status, usage = os.wait4(child, 0)
         seconds = time.monotonic() - started
         code = os.waitstatus_to_exitcode(status)
         if code != 0:
             said = "\n".join(err.read_text(errors="replace").splitlines()[-8:])
-            raise FailedError(f"{' '.join(words)}: exit code {code}; it said\n{said}")
+            raise FailedError(f"{' '.join(words)}: {_ended(code)}; it said\n{said}")
         return Finished(out.read_text(errors="replace"), seconds, round(usage.ru_maxrss * 1024 / 1e6))
+
+
+def _ended(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name
+    return f"ended by {name}{', most likely for want of memory' if name == 'SIGKILL' else ''}"
 
 
 def stage(name: str, arguments: Sequence[str | Path]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from olmo2_export.bench.checkpoint import write_checkpoint
+from olmo2_export.bench.checkpoint import SIZES, write_checkpoint
 from olmo2_export.bench.processes import stage
 
 
@@ -19,7 +19,7 @@ def run(size: str, work: Path, precisions: Sequence[str]) -> dict[str, Any]:
     """
     checkpoint, package = work / "checkpoint", work / "package"
     checkpoint.mkdir(parents=True)
-    stored = write_checkpoint(checkpoint, size)
+    stored = write_checkpoint(checkpoint, SIZES[size])
     rows = [stage("export", [checkpoint, "--out", package])]
     for precision in precisions:
         cost = stage("build", [package, "--compute-capability", "8.9", "--precision", precision])

@@ -10,6 +10,11 @@ def megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
+def peak_bytes() -> int:
+    """Return the most memory this process has held so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def peak_megabytes() -> str:
-    """Return the most memory this process has held so far."""
-    return megabytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    """Return the same for people."""
+    return megabytes(peak_bytes())

@@ -1,10 +1,12 @@
 """What every worker shares; standard library only, for it runs in the interpreters of the peers too.
 
 A worker is one contender, in a process of its own, that measures one thing and prints one JSON object as its last line.
-A task says what to measure; `cpu.TASKS` has them all:
+A task says what to measure; `cpu.TASKS` and `compare.points_task` have them all:
 
 | kind    | task                        | result                                                                     |
 |---------|-----------------------------|----------------------------------------------------------------------------|
+| points  | contexts, batch_sizes,      | load_s, peak_memory_bytes, and of each context and batch size: ttft_s,     |
+|         | new_tokens                  | itl_s: the seconds before each token behind the first                      |
 | decode  | context, steps              | tokens_per_second: 1 / the median time of one step                         |
 | streams | context, steps, rows        | tokens_per_second of all rows together, one_stream_tokens_per_second       |
 | prefill | length, repeats             | tokens_per_second: length / the median time, after one that is not counted |
@@ -27,19 +29,27 @@ from typing import Any, Protocol, TypeAlias
 
 
 class Engine(Protocol):
-    """A model loaded, for a fixed number of rows."""
+    """A model loaded, with room for a fixed number of rows."""
 
     def prefill(self, rows: Sequence[Sequence[int]]) -> None:
-        """Forget what was before and compute the logits that follow each row."""
+        """Forget what was before, read the rows, and pick each row's likeliest next token."""
 
     def step(self) -> None:
-        """Pick each row's likeliest next token and compute the logits that follow it."""
+        """Read the token that was picked for each row, and pick the one that follows it."""
+
+    def close(self) -> None:
+        """Free the room; the model stays loaded."""
 
 
 OpenEngine: TypeAlias = Callable[[int, int], Engine]
-"""(most tokens of a row, rows) -> a fresh engine"""
+"""(most tokens of a row, rows) -> an engine of the loaded model; one is open at a time"""
+
+Load: TypeAlias = Callable[[], OpenEngine]
+"""loads the model"""
 
 _MEMORY_STEPS = 32
+_WARM_TOKENS = 16
+_WARM_STEPS = 2
 
 
 def prompt(length: int, vocab_size: int, row: int = 0) -> list[int]:
@@ -47,7 +57,21 @@ def prompt(length: int, vocab_size: int, row: int = 0) -> list[int]:
     return [2 + (7919 * (row + 1) + 104_729 * i) % (vocab_size - 4) for i in range(length)]
 
 
-def measure(task: dict[str, Any], open_engine: OpenEngine) -> dict[str, Any]:
+def text_seconds(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[float]:
+    """Return the seconds before each new token: the first are of the prefill, the time to first token.
+
+    Every speed of every contender comes from here.
+    """
+    times = [time.perf_counter()]
+    engine.prefill(prompts)
+    times.append(time.perf_counter())
+    for _ in range(new_tokens - 1):
+        engine.step()
+        times.append(time.perf_counter())
+    return [b - a for a, b in pairwise(times)]
+
+
+def measure(task: dict[str, Any], load: Load) -> dict[str, Any]:
     """Do a task; see the table above.
 
     Raises:
@@ -55,50 +79,61 @@ def measure(task: dict[str, Any], open_engine: OpenEngine) -> dict[str, Any]:
     """
     vocab_size = task["vocab_size"]
     match task["kind"]:
+        case "points":
+            return _points(task, load)
         case "decode":
-            return {"tokens_per_second": 1 / _step_seconds(task, open_engine, 1)}
+            return {"tokens_per_second": 1 / _step_seconds(task, load(), 1)}
         case "streams":
+            open_engine = load()
             one, all_rows = (_step_seconds(task, open_engine, rows) for rows in (1, task["rows"]))
             return {"tokens_per_second": task["rows"] / all_rows, "one_stream_tokens_per_second": 1 / one}
         case "prefill":
-            engine = open_engine(task["length"] + 2, 1)
-            seconds = _prefill_times(engine, task["length"], task["repeats"], vocab_size)
-            return {"tokens_per_second": task["length"] / statistics.median(seconds)}
+            engine, length = load()(task["length"] + 2, 1), task["length"]
+            times = [
+                text_seconds(engine, [prompt(length, vocab_size, row)], 1)[0] for row in range(1 + task["repeats"])
+            ]
+            return {"tokens_per_second": length / statistics.median(times[1:])}
         case "memory":
-            engine = open_engine(task["context"], 1)
-            engine.prefill([prompt(task["context"] - _MEMORY_STEPS, vocab_size)])
-            for _ in range(_MEMORY_STEPS):
-                engine.step()
+            engine = load()(task["context"], 1)
+            text_seconds(engine, [prompt(task["context"] - _MEMORY_STEPS, vocab_size)], 1 + _MEMORY_STEPS)
             return resident()
         case "load":
             started = time.perf_counter()
-            engine = open_engine(1024, 1)
+            engine = load()(1024, 1)
             seconds_to_load = time.perf_counter() - started
-            engine.prefill([prompt(8, vocab_size)])  # it is ready indeed
+            text_seconds(engine, [prompt(8, vocab_size)], 1)  # it is ready indeed
             return {"seconds": seconds_to_load}
         case kind:
-            raise ValueError(f"task {kind!r}: there is decode, streams, prefill, memory, load")
+            raise ValueError(f"task {kind!r}: there is points, decode, streams, prefill, memory, load")
+
+
+def _points(task: dict[str, Any], load: Load) -> dict[str, Any]:
+    vocab_size, new_tokens = task["vocab_size"], task["new_tokens"]
+    started = time.perf_counter()
+    open_engine = load()
+    load_s = time.perf_counter() - started
+    points: list[dict[str, Any]] = []
+    for rows in task["batch_sizes"]:
+        started = time.perf_counter()
+        engine = open_engine(max(task["contexts"]) + new_tokens + _WARM_TOKENS, rows)
+        if not points:
+            load_s += time.perf_counter() - started  # some load in earnest only then
+        warm = [prompt(_WARM_TOKENS, vocab_size, row) for row in range(rows)]
+        text_seconds(engine, warm, 1 + _WARM_STEPS)
+        for context in task["contexts"]:
+            prompts = [prompt(context, vocab_size, row) for row in range(rows)]
+            ttft_s, *itl_s = text_seconds(engine, prompts, new_tokens)
+            points.append({"context_tokens": context, "batch_size": rows, "ttft_s": ttft_s, "itl_s": itl_s})
+        engine.close()
+    return {"load_s": load_s, "peak_memory_bytes": round(resident()["peak_resident_mb"] * 1e6), "points": points}
 
 
 def _step_seconds(task: dict[str, Any], open_engine: OpenEngine, rows: int) -> float:
     engine = open_engine(task["context"] + task["steps"] + 2, rows)
-    engine.prefill([prompt(task["context"], task["vocab_size"], row) for row in range(rows)])
-    engine.step()  # warm
-    times = [time.perf_counter()]
-    for _ in range(task["steps"]):
-        engine.step()
-        times.append(time.perf_counter())
-    return statistics.median(b - a for a, b in pairwise(times))
-
-
-def _prefill_times(engine: Engine, length: int, repeats: int, vocab_size: int) -> list[float]:
-    times = []
-    for repeat in range(repeats + 1):
-        ids = prompt(length, vocab_size, row=repeat)
-        started = time.perf_counter()
-        engine.prefill([ids])
-        times.append(time.perf_counter() - started)
-    return times[1:]
+    prompts = [prompt(task["context"], task["vocab_size"], row) for row in range(rows)]
+    times = text_seconds(engine, prompts, 2 + task["steps"])
+    engine.close()
+    return statistics.median(times[2:])  # the first step is warm-up
 
 
 def resident() -> dict[str, float]:

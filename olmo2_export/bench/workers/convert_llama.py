@@ -2,6 +2,7 @@
 
     python -m olmo2_export.bench.workers.convert_llama f16 CHECKPOINT F16.gguf
     python -m olmo2_export.bench.workers.convert_llama quantize F16.gguf OUT.gguf Q4_K_M
+    python -m olmo2_export.bench.workers.convert_llama sizes OUT.gguf
 
 The F16 file is written with llama.cpp's gguf package instead of by its convert_hf_to_gguf.py, which refuses a tokenizer
 that it has no name for; the keys and tensor names are those of its conversion/olmo.py (llama.cpp as vendored by
@@ -13,8 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import struct
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import gguf  # type: ignore[import-not-found]
 import llama_cpp  # type: ignore[import-not-found]
@@ -30,6 +32,11 @@ FTYPES = {
 }
 
 _CHUNK = 1 << 22  # weights
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "BF16": np.dtype(np.uint16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+}
 
 _LAYER_NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -57,29 +64,46 @@ def gguf_name(name: str) -> str:
 
 
 def write_f16(checkpoint: Path, out: Path) -> None:
-    """Write the F16 GGUF of a bfloat16 checkpoint in one safetensors file, one tensor in memory at a time."""
+    """Write the F16 GGUF of a checkpoint in safetensors, one tensor in memory at a time."""
     config = json.loads((checkpoint / "config.json").read_text())
-    weights = checkpoint / "model.safetensors"
-    with weights.open("rb") as file:
+    tensors = [tensor for path in sorted(checkpoint.glob("*.safetensors")) for tensor in _tensors(path)]
+    writer = _writer(config, out)
+    for tensor in tensors:
+        dtype = np.dtype(np.float32 if len(tensor.shape) == 1 else np.float16)
+        count = int(np.prod(tensor.shape))
+        writer.add_tensor_info(gguf_name(tensor.name), tensor.shape, dtype, count * dtype.itemsize)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in tensors:
+        writer.write_tensor_data(_converted(tensor))
+    writer.close()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file."""
+
+    name: str
+    path: Path
+    start: int
+    """of its bytes in the file"""
+    dtype: str
+    shape: list[int]
+
+
+def _tensors(path: Path) -> list[Stored]:
+    with path.open("rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         header: dict[str, Any] = json.loads(file.read(size))
-        header.pop("__metadata__", None)
-        for name, tensor in header.items():
-            if tensor["dtype"] != "BF16":
-                raise ValueError(f"{weights}: {name} is {tensor['dtype']}, expected BF16")
-        writer = _writer(config, out)
-        for name, tensor in header.items():
-            dtype = np.dtype(np.float32 if len(tensor["shape"]) == 1 else np.float16)
-            count = int(np.prod(tensor["shape"]))
-            writer.add_tensor_info(gguf_name(name), tensor["shape"], dtype, count * dtype.itemsize)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for tensor in header.values():
-            start, end = tensor["data_offsets"]
-            file.seek(8 + size + start)
-            writer.write_tensor_data(_converted(file, (end - start) // 2, tensor["shape"]))
-        writer.close()
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(f"{path}: {name} is {entry['dtype']}, expected {', '.join(_DTYPES)}")
+    return [
+        Stored(name, path, 8 + size + entry["data_offsets"][0], entry["dtype"], entry["shape"])
+        for name, entry in header.items()
+    ]
 
 
 def _writer(config: dict[str, Any], out: Path) -> Any:
@@ -99,13 +123,17 @@ def _writer(config: dict[str, Any], out: Path) -> Any:
     return writer
 
 
-def _converted(file: BinaryIO, count: int, shape: list[int]) -> np.ndarray:
-    """Read bfloat16 numbers; norms become float32 and all else float16, as llama.cpp has it."""
-    result = np.empty(count, np.float32 if len(shape) == 1 else np.float16)
-    for start in range(0, count, _CHUNK):
-        part = np.frombuffer(file.read(2 * min(_CHUNK, count - start)), np.uint16)
-        result[start : start + len(part)] = (part.astype(np.uint32) << 16).view(np.float32)
-    return result.reshape(shape)
+def _converted(tensor: Stored) -> np.ndarray:
+    """Read a tensor; norms become float32 and all else float16, as llama.cpp has it."""
+    count, stored = int(np.prod(tensor.shape)), _DTYPES[tensor.dtype]
+    result = np.empty(count, np.float32 if len(tensor.shape) == 1 else np.float16)
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.start)
+        for start in range(0, count, _CHUNK):
+            part = np.frombuffer(file.read(stored.itemsize * min(_CHUNK, count - start)), stored)
+            exact = (part.astype(np.uint32) << 16).view(np.float32) if tensor.dtype == "BF16" else part
+            result[start : start + len(part)] = exact
+    return result.reshape(tensor.shape)
 
 
 def quantize(source: Path, out: Path, ftype: str) -> None:
@@ -124,7 +152,14 @@ def sizes(path: Path) -> dict[str, Any]:
     counts: dict[str, int] = {}
     for tensor in tensors:
         counts[tensor.tensor_type.name] = counts.get(tensor.tensor_type.name, 0) + 1
-    return {"bytes": path.stat().st_size, "tensor_bytes": sum(int(t.n_bytes) for t in tensors), "tensor_types": counts}
+    embedding = sum(int(t.n_bytes) for t in tensors if t.name == "token_embd.weight")
+    return {
+        "bytes": path.stat().st_size,
+        "tensor_bytes": sum(int(t.n_bytes) for t in tensors),
+        "embedding_bytes": embedding,
+        "head_is_embedding": all(t.name != "output.weight" for t in tensors),
+        "tensor_types": counts,
+    }
 
 
 def main() -> None:
@@ -137,10 +172,12 @@ def main() -> None:
     verb.add_argument("f16", type=Path)
     verb.add_argument("out", type=Path)
     verb.add_argument("type", choices=list(FTYPES))
+    verb = verbs.add_parser("sizes")
+    verb.add_argument("out", type=Path)
     args = parser.parse_args()
     if args.verb == "f16":
         write_f16(args.checkpoint, args.out)
-    else:
+    elif args.verb == "quantize":
         quantize(args.f16, args.out, args.type)
     finish(sizes(args.out))
 

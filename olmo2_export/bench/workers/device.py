@@ -1,8 +1,8 @@
-"""What the device can do at most, as PyTorch reaches it: bytes copied and bfloat16 products.
+"""What the device can do at most, as PyTorch reaches it: bytes copied and read, and bfloat16 products.
 
-    python -m olmo2_export.bench.workers.device DEVICE SIZE
+    python -m olmo2_export.bench.workers.device DEVICE THREADS
 
-SIZE: of the square matrices; the copies are of 64 SIZE squared bytes.
+The arrays are far larger than any cache. A copy moves each byte twice, a sum once: decoding is like the sum.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 from olmo2_export.bench.workers.common import finish
 
 _REPEATS = 10
+_MATRIX = {"cuda": 8192, "cpu": 512}
+_ARRAY_BYTES = {"cuda": 4 << 30, "cpu": 512 << 20}
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
@@ -39,18 +41,22 @@ def _wait(device: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("device")
-    parser.add_argument("size", type=int)
+    parser.add_argument("device", choices=list(_MATRIX))
+    parser.add_argument("threads", type=int)
     args = parser.parse_args()
-    n, device = args.size, args.device
-    source = torch.randint(0, 255, (64, n, n), dtype=torch.uint8, device=device)
+    torch.set_num_threads(args.threads)
+    n, device = _MATRIX[args.device], args.device
+    source = torch.ones(_ARRAY_BYTES[device] // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     copy = seconds(lambda: target.copy_(source), device)
+    read = seconds(source.sum, device)
     a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=device) for _ in range(2))
     product = seconds(lambda: a @ b, device)
     result: dict[str, object] = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "array_bytes": source.nbytes,
         "copied_bytes_per_second": 2 * source.nbytes / copy,  # read and written
+        "read_bytes_per_second": source.nbytes / read,
         "bf16_flops_per_second": 2 * n**3 / product,
     }
     if device == "cuda":

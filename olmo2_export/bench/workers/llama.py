@@ -19,7 +19,7 @@ from typing import Any
 import llama_cpp  # type: ignore[import-not-found]
 import numpy as np
 
-from olmo2_export.bench.workers.common import finish, measure
+from olmo2_export.bench.workers.common import OpenEngine, finish, measure
 
 _CHUNK = 512  # tokens a call; n_ubatch's default, and what fits into one llama_batch here
 
@@ -29,50 +29,54 @@ def _quiet(level: int, text: bytes, user_data: object) -> None:
     """llama.cpp narrates to stderr; what fails also returns None or a code."""
 
 
-class Llama:
-    """A model and a context of some sequences, called rows; an `Engine`."""
+def load_model(path: Path) -> Any:
+    """Map a GGUF."""
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+    if model is None:
+        raise RuntimeError(f"llama.cpp cannot load {path}")
+    return model
 
-    def __init__(self, path: Path, threads: int, context: int, rows: int) -> None:
-        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
-        if self._model is None:
-            raise RuntimeError(f"llama.cpp cannot load {path}")
+
+class Llama:
+    """A context of a model, of some sequences, called rows; an `Engine`."""
+
+    def __init__(self, model: Any, threads: int, context: int, rows: int) -> None:
         options = llama_cpp.llama_context_default_params()
         options.n_ctx = context * rows
         options.n_seq_max = rows
         options.n_threads = options.n_threads_batch = threads
-        self._context = llama_cpp.llama_init_from_model(self._model, options)
+        self._context = llama_cpp.llama_init_from_model(model, options)
         if self._context is None:
-            raise RuntimeError(f"llama.cpp cannot make a context of {context} for {path}")
+            raise RuntimeError(f"llama.cpp cannot make a context of {rows} rows of {context} tokens")
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._batch = llama_cpp.llama_batch_init(_CHUNK, 0, 1)
-        self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model)))
+        self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model)))
         self._lengths = [0] * rows
-        self._logits = np.zeros((rows, self.vocab_size), np.float32)
+        self._ids = [0] * rows
 
     def prefill(self, rows: Sequence[Sequence[int]]) -> None:
+        """The rows follow each other in calls that are filled, so that short prompts share one."""
         llama_cpp.llama_memory_clear(self._memory, True)
         self._lengths = [0] * len(self._lengths)
-        for row, ids in enumerate(rows):
-            self._logits[row] = self._append(row, ids, all_positions=False)[-1]
+        tokens = [(row, t, i == len(ids) - 1) for row, ids in enumerate(rows) for i, t in enumerate(ids)]
+        self._ids = [int(token) for token in self._append(tokens).argmax(axis=-1)]
 
     def step(self) -> None:
-        tokens = [(row, int(logits.argmax()), True) for row, logits in enumerate(self._logits)]
-        self._logits = self._decode(tokens)
+        logits = self._decode([(row, token, True) for row, token in enumerate(self._ids)])
+        self._ids = [int(token) for token in logits.argmax(axis=-1)]
+
+    def close(self) -> None:
+        llama_cpp.llama_batch_free(self._batch)
+        llama_cpp.llama_free(self._context)
 
     def all_logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Return the logits of every position [n, V]."""
         llama_cpp.llama_memory_clear(self._memory, True)
         self._lengths = [0]
-        return self._append(0, token_ids, all_positions=True)
+        return self._append([(0, token, True) for token in token_ids])
 
-    def _append(self, row: int, ids: Sequence[int], all_positions: bool) -> np.ndarray:
-        parts = []
-        for start in range(0, len(ids), _CHUNK):
-            part = ids[start : start + _CHUNK]
-            parts.append(
-                self._decode([(row, t, all_positions or start + i == len(ids) - 1) for i, t in enumerate(part)])
-            )
-        return np.concatenate(parts)
+    def _append(self, tokens: Sequence[tuple[int, int, bool]]) -> np.ndarray:
+        return np.concatenate([self._decode(tokens[start : start + _CHUNK]) for start in range(0, len(tokens), _CHUNK)])
 
     def _decode(self, tokens: Sequence[tuple[int, int, bool]]) -> np.ndarray:
         """(row, id, are its logits wanted) of each token -> the logits that are wanted [n, V]."""
@@ -93,7 +97,7 @@ class Llama:
 def write_logits(path: Path, ids_path: Path, out: Path) -> dict[str, Any]:
     """Write the logits of all positions of each row of ids (padded at the end with -1), one row after the other."""
     rows = [[int(t) for t in row if t >= 0] for row in np.load(ids_path)]
-    engine = Llama(path, threads=2, context=max(len(row) for row in rows), rows=1)
+    engine = Llama(load_model(path), threads=2, context=max(len(row) for row in rows), rows=1)
     with out.open("wb") as file:
         for row in rows:
             engine.all_logits(row).tofile(file)
@@ -116,7 +120,12 @@ def main() -> None:
     if args.verb == "logits":
         finish(write_logits(args.path, args.ids, args.out))
     else:
-        finish(measure(args.task, lambda context, rows: Llama(args.path, args.task["threads"], context, rows)))
+
+        def load() -> OpenEngine:
+            model = load_model(args.path)
+            return lambda context, rows: Llama(model, args.task["threads"], context, rows)
+
+        finish(measure(args.task, load))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 import runtimes.ort_runner  # noqa: F401  # before the clock starts, like the libraries of the others
-from olmo2_export.bench.workers.common import finish, measure
+from olmo2_export.bench.workers.common import OpenEngine, finish, measure
 from runtimes import Runner, open_runner
 from runtimes.generate import generate, generate_tokens
 from runtimes.sampling import Sampler
@@ -48,6 +48,9 @@ class Ours:
             self._ids = self._runner.decode_top(self._ids)[0][:, 0]
         else:
             self._ids = self._runner.decode(self._ids).argmax(axis=-1)
+
+    def close(self) -> None:
+        self._runner.reset()
 
 
 def lookup(runner: Runner, prompt_ids: Sequence[int], new_tokens: int, repeats: int) -> dict[str, float]:
@@ -125,7 +128,7 @@ def main() -> None:
             variant=args.variant,
             backend=args.backend,
             device=args.device,
-            threads=task["threads"],
+            threads=task["threads"] if args.backend == "ort" else None,
             check_hashes=check_hashes,
         )
 
@@ -135,7 +138,12 @@ def main() -> None:
         case "lookup_text":
             finish(lookup_text(open_package(), Tokenizer.from_package(args.package), task))
         case _:
-            finish(measure(task, lambda _length, _rows: Ours(open_package(not task.get("trusted", False)))))
+
+            def load() -> OpenEngine:
+                runner = open_package(not task.get("trusted", False))
+                return lambda _length, _rows: Ours(runner)
+
+            finish(measure(task, load))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,69 @@
+"""A comparison as a command line asks for it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from olmo2_export.bench.arguments import PEERS
+from olmo2_export.bench.compare import Setting, compare
+from olmo2_export.checkpoint import Checkpoint
+from runtimes.threads import default_threads
+
+
+def run_comparison(
+    args: argparse.Namespace,
+    package: Path,
+    reference: Checkpoint | None,
+    work: Path,
+    *,
+    backend: str = "ort",
+    device: str = "cpu",
+) -> tuple[dict[str, Any], str]:
+    """Run `compare` with the arguments of `declare_setting`, and `variant`; write `out`, if it is given.
+
+    Returns:
+        What the last line of stdout says, and the report for people.
+    """
+    setting = Setting(
+        contexts=tuple(args.contexts),
+        batch_sizes=tuple(args.batch_sizes),
+        new_tokens=args.new_tokens,
+        repeats=args.repeats,
+        threads=default_threads() if args.threads is None else args.threads,
+        backend=backend,
+        device=device,
+        minutes=args.minutes,
+    )
+    document, text = compare(
+        package,
+        args.variant or [],
+        setting,
+        work=work,
+        peers=PEERS if "all" in args.vs else args.vs,
+        reference=reference,
+        peers_folder=args.peers,
+    )
+    if args.out is not None:
+        args.out.write_text(json.dumps(document) + "\n")
+    return document, text
+
+
+@contextmanager
+def work_folder(parent: Path | None, keep: Path | None) -> Iterator[Path]:
+    """A temporary folder that is removed, or the one to keep."""
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        yield keep.resolve()
+        return
+    work = Path(tempfile.mkdtemp(prefix="olmo2-bench-", dir=parent))
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

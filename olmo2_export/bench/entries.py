@@ -1,0 +1,244 @@
+"""Who takes part in `compare`: variants of a package, and of each peer what is like them.
+
+| peer               | runs                                                         | is like             |
+|--------------------|--------------------------------------------------------------|---------------------|
+| transformers       | the checkpoint in float32, and in bfloat16 where that is fast | fp32, bf16          |
+| optimum-onnx       | its own export of the checkpoint, by its own runner           | fp32                |
+| onnxruntime-genai  | its own int4 build of a Llama of this shape                   | q4                  |
+| llama.cpp          | GGUF in Q4_K_M, Q8_0, or F16, whichever is like our variants  | q4, q8, bf16, fp16  |
+
+onnxruntime-genai's builder has no OLMo 2: a Llama of the same sizes with made-up weights stands in for it, which lacks
+the norms of queries and keys. Speed and memory are those of the shape; text and quality are not the model's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from olmo2_export.bench.bytes_moved import Traffic, WeightBytes, graph_weight_bytes, package_traffic
+from olmo2_export.bench.contenders import (
+    GENAI_VENV,
+    LLAMA_VENV,
+    OPTIMUM_VENV,
+    Contender,
+    Workshop,
+    left_out,
+    peer_python,
+)
+from olmo2_export.bench.machine import multiplies_bfloat16
+from olmo2_export.bench.processes import worker
+from olmo2_export.checkpoint import open_checkpoint
+from olmo2_export.config import ModelConfig
+from runtimes.errors import FailedError
+from runtimes.manifest import find_variant, load_manifest, load_trt_manifest
+
+POINTS = "points"
+"""the task that every entry is measured in"""
+
+_LLAMA_TYPES = {"q4": "Q4_K_M", "q4f16": "Q4_K_M", "q8": "Q8_0", "bf16": "F16", "fp16": "F16"}
+_NO_COST: dict[str, float] = {}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contender with what is known of it before anything is measured."""
+
+    contender: Contender
+    ours: bool
+    like: tuple[str, ...]
+    """our variants whose weights have as many bits; of ours, its own name"""
+    disk_bytes: int
+    traffic: Traffic
+    note: str = ""
+    """what a reader must know to judge its figures"""
+
+    @property
+    def name(self) -> str:
+        return self.contender.name
+
+
+def our_entry(package: Path, name: str, backend: str, device: str | None) -> Entry:
+    """Return a variant of a package."""
+    variant, files = find_variant(package, name)
+    sizes = [files[path].size for path in variant.files]
+    if backend != "ort":
+        trt = load_trt_manifest(package)
+        engines = [] if trt is None else [e for e in trt.engines.values() if (e.variant, e.backend) == (name, backend)]
+        sizes = [files[engine.plan].size for engine in engines]
+    arguments = (str(package), name, "--backend", backend, *(("--device", device) if device else ()))
+    contender = Contender(f"ours_{name}", f"ours {name}", Path(sys.executable), "ours", arguments, (POINTS,), _NO_COST)
+    return Entry(contender, True, (name,), sum(sizes), package_traffic(package, variant))
+
+
+@dataclass(frozen=True)
+class Made:
+    """What became of the peers that were asked for."""
+
+    entries: tuple[Entry, ...]
+    left_out: tuple[str, ...]
+    """a line for each that is not there"""
+    failures: tuple[str, ...]
+    """a line for each whose model could not be made"""
+
+
+def peer_entries(
+    wanted: Sequence[str], variants: Sequence[str], workshop: Workshop, folder: Path, threads: int, device: str
+) -> Made:
+    """Return the peers, their models made; one that cannot make its model does not stop the others.
+
+    Args:
+        wanted: out of `arguments.PEERS`.
+        variants: of ours, which they are like.
+        workshop: where models are made, of its checkpoint.
+        folder: where `make peers` put its venvs.
+        threads: of onnxruntime-genai, which are part of its model's folder.
+        device: cpu or cuda; on the latter there is transformers alone.
+    """
+    entries: list[Entry] = []
+    absent, failures = [], []
+    makers = {
+        "transformers": lambda: _transformers(workshop, device),
+        "optimum-onnx": lambda: _optimum(workshop, folder),
+        "onnxruntime-genai": lambda: _genai(workshop, folder, threads),
+        "llama.cpp": lambda: _llama(workshop, folder, variants),
+    }
+    for peer in dict.fromkeys(wanted):
+        if device != "cpu" and peer != "transformers":
+            absent.append(f"{peer} is left out: make peers installs it for CPUs")
+        elif line := _missing(peer, folder):
+            absent.append(line)
+        else:
+            try:
+                entries += makers[peer]()
+            except FailedError as error:
+                failures.append(f"{peer}, making its model: {error}")
+    return Made(tuple(entries), tuple(absent), tuple(failures))
+
+
+def _missing(peer: str, folder: Path) -> str | None:
+    venvs = {"optimum-onnx": OPTIMUM_VENV, "onnxruntime-genai": GENAI_VENV, "llama.cpp": LLAMA_VENV}
+    if peer == "transformers":
+        there = importlib.util.find_spec("transformers") is not None
+        return None if there else "transformers is left out: it is not installed; pip install 'olmo2-export[export]'"
+    return None if peer_python(folder, venvs[peer]) else left_out(peer, folder / venvs[peer])
+
+
+def _transformers(workshop: Workshop, device: str) -> Iterator[Entry]:
+    checkpoint = workshop.checkpoint("olmo2")
+    dtypes = {"float32": ("fp32", 4), "bfloat16": ("bf16", 2)}
+    if device != "cpu":
+        del dtypes["float32"]
+    elif not multiplies_bfloat16():
+        del dtypes["bfloat16"]
+    for dtype, (like, size) in dtypes.items():
+        arguments = ("transformers", str(checkpoint), dtype, device)
+        contender = Contender(
+            f"transformers_{like}",
+            f"transformers {like}",
+            Path(sys.executable),
+            "hugging_face",
+            arguments,
+            (POINTS,),
+            _NO_COST,
+        )
+        disk = sum((checkpoint / name).stat().st_size for name in open_checkpoint(str(checkpoint)).files)
+        traffic = Traffic(
+            ((1, _checkpoint_weights(checkpoint, size)),),
+            _cache_bytes(checkpoint, size),
+            None,
+            f"the checkpoint's tensors at {size} bytes a weight",
+        )
+        alike = (like, "fp16") if like == "bf16" else (like,)
+        yield Entry(contender, False, alike, disk, traffic, f"transformers {version('transformers')}, eager")
+
+
+def _optimum(workshop: Workshop, folder: Path) -> Iterator[Entry]:
+    python = _python(folder, OPTIMUM_VENV)
+    path, made = workshop.optimum(python)
+    arguments = ("optimum", str(path), "float32", "cpu")
+    contender = Contender("optimum", "optimum-onnx fp32", python, "hugging_face", arguments, (POINTS,), made)
+    traffic = Traffic(
+        ((1, graph_weight_bytes(path / "model.onnx")),),
+        _cache_bytes(workshop.checkpoint("olmo2"), 4),
+        None,
+        "initializers of its ONNX graph; every step copies the KV cache besides, which is not counted",
+    )
+    note = "its graph computes the logits of every position of a prompt"
+    yield Entry(contender, False, ("fp32",), _folder_bytes(path), traffic, note)
+
+
+def _genai(workshop: Workshop, folder: Path, threads: int) -> Iterator[Entry]:
+    python = _python(folder, GENAI_VENV)
+    path, made = workshop.genai(python, threads)
+    contender = Contender("genai", "onnxruntime-genai int4", python, "genai", (str(path),), (POINTS,), made)
+    traffic = Traffic(
+        ((1, graph_weight_bytes(path / "model.onnx")),),
+        _cache_bytes(workshop.checkpoint("llama"), 4),
+        None,
+        "initializers of its ONNX graph",
+    )
+    note = "a Llama of this shape with made-up weights: its builder has no OLMo 2"
+    yield Entry(contender, False, ("q4", "q4f16"), _folder_bytes(path), traffic, note)
+
+
+def _llama(workshop: Workshop, folder: Path, variants: Sequence[str]) -> Iterator[Entry]:
+    python = _python(folder, LLAMA_VENV)
+    checkpoint = workshop.checkpoint("olmo2")
+    config = ModelConfig.from_json(checkpoint / "config.json")
+    types = [_LLAMA_TYPES[name] for name in variants if name in _LLAMA_TYPES]
+    for ftype in dict.fromkeys(types or ["Q4_K_M"]):
+        path, made = workshop.gguf(python, ftype)
+        sizes = worker(python, "convert_llama", ["sizes", path])
+        step = sizes["tensor_bytes"] - (0 if sizes["head_is_embedding"] else sizes["embedding_bytes"])
+        weights = WeightBytes(step, sizes["embedding_bytes"] / config.vocab_size)
+        arguments = ("task", str(path))
+        contender = Contender(f"llama_{ftype}", f"llama.cpp {ftype}", python, "llama", arguments, (POINTS,), made)
+        traffic = Traffic(((1, weights),), _cache_bytes(checkpoint, 2), None, "tensors of the GGUF file, F16 KV cache")
+        alike = tuple(name for name, other in _LLAMA_TYPES.items() if other == ftype)
+        yield Entry(contender, False, alike, sizes["bytes"], traffic, "C defaults: mmap, F16 KV cache")
+
+
+def _python(folder: Path, venv: str) -> Path:
+    python = peer_python(folder, venv)
+    if python is None:
+        raise FailedError(left_out(venv, folder / venv))
+    return python
+
+
+def _checkpoint_weights(checkpoint: Path, size: int) -> WeightBytes:
+    tensors = open_checkpoint(str(checkpoint)).tensors
+    counts = {name: math.prod(info.shape) for name, info in tensors.items()}
+    embedding = counts["model.embed_tokens.weight"]
+    tied = "lm_head.weight" not in counts
+    hidden_size = tensors["model.embed_tokens.weight"].shape[-1]
+    return WeightBytes(size * (sum(counts.values()) - (0 if tied else embedding)), size * hidden_size)
+
+
+def _cache_bytes(checkpoint: Path, size: int) -> int:
+    """Return the bytes of a token in the cache of a row; also of a checkpoint that is a Llama."""
+    shape = json.loads((checkpoint / "config.json").read_text())
+    heads = shape["num_attention_heads"]
+    kv_size = shape["hidden_size"] // heads * shape.get("num_key_value_heads", heads)
+    return 2 * int(shape["num_hidden_layers"]) * int(kv_size) * size
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def default_variants(package: Path, backend: str, device: str) -> list[str]:
+    """Return the variants of a package that a backend runs on a device."""
+    if backend == "ort":
+        from runtimes.ort_runner import PREFERRED
+
+        wanted = load_manifest(package).variants
+        return [name for name in wanted if (name in PREFERRED) == (device != "cpu")]
+    trt = load_trt_manifest(package)
+    return [] if trt is None else [e.variant for e in trt.engines.values() if e.backend == backend]

@@ -1,0 +1,58 @@
+"""olmo2-export bench: what a package costs and how fast it is, alone or beside other runtimes in the same run.
+
+Generating text has two phases, and they are bound by different things.
+
+Prefill reads the whole prompt in one call (or a few). All its tokens are multiplied with each weight that is read, so
+that the time goes into arithmetic: it is bound by compute, grows with the prompt, and a batch makes it longer. It ends
+with the first new token: the time to first token (TTFT).
+
+Decode makes one token a call for every sequence. To multiply a single vector each weight is still read once, and so is
+the KV cache of all tokens before: it is bound by memory bandwidth. That is why fewer bits a weight make it faster; why
+a batch helps (the rows of a step share one reading of the weights, until arithmetic or their caches cost as much); and
+why context costs (every row reads its own cache, which grows by a token a step). Its time per token is the inter-token
+latency (ITL).
+
+bytes_per_token is what such a step must read for one token: weights / rows + the row's KV cache. Multiplied by decode
+tokens/s it is set against what this machine's memory gives, measured in the same run before and after, as the faster of
+a copy and a sum of 512 MB with as many threads (on a GPU: the data sheet, or a copy or sum). Peak memory is the largest
+resident set of the process that ran all points; on a GPU that is the host's. Load is from files that the system has in
+its cache, with libraries imported before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from olmo2_export.bench.arguments import declare_setting
+
+HELP = "time to first token, inter-token latency, tokens/s, memory; beside other runtimes: exit 1 if ours fails"
+
+
+def declare(verb: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    verb.formatter_class = argparse.RawDescriptionHelpFormatter
+    verb.add_argument("package", type=Path, metavar="PACKAGE")
+    verb.add_argument("--variant", action="append", metavar="V", help="default: all that the backend runs there")
+    verb.add_argument("--backend", choices=["ort", "trt_rtx", "trt"], default="ort", help="what runs it; default ort")
+    verb.add_argument(
+        "--device", choices=["cpu", "cuda", "nv-rtx"], default="cpu", help="where ort runs it; default cpu"
+    )
+    verb.add_argument("--reference", metavar="MODEL", help="the checkpoint it was exported from, for the peers")
+    verb.add_argument("--revision", metavar="REV", help="of the reference, if it is a Hub id")
+    declare_setting(verb)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run it; return the exit code."""
+    from olmo2_export.bench.command import run_comparison, work_folder
+    from olmo2_export.bench.compare import ours_failed
+    from olmo2_export.checkpoint import open_checkpoint
+
+    reference = open_checkpoint(args.reference, args.revision) if args.reference else None
+    with work_folder(None, args.keep) as work:
+        document, text = run_comparison(args, args.package, reference, work, backend=args.backend, device=args.device)
+    print(text)
+    print(json.dumps(document))
+    return 1 if ours_failed(document) else 0
