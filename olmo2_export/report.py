@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from olmo2_export.summary import printable, size
 HTML, MARKDOWN = "report.html", "report.md"
 _TEMPLATES = Path(__file__).parent
 _GENERATOR = '<meta name="generator" content="olmo2-export report">'
+_NUMBER = re.compile(r"[≤≥]? ?[+±-]?[\d.,]+(e[+-]?\d+)?( ?(%|[kMG]?B|m?s|tokens/s))?")
 _MARKDOWN_SIGNS = str.maketrans({c: f"\\{c}" for c in "\\`*_[]|#~"} | {"\n": " ", "\r": " "})
 
 
@@ -149,7 +151,7 @@ def _markdown_text(value: Any) -> Any:
 def _numeric(cells: list[str]) -> bool:
     """Tell whether a column is of numbers, to be aligned on the right."""
     shown = [cell for cell in cells if cell not in ("", NONE)]
-    return bool(shown) and all(cell[0] in "0123456789+-±≤≥" for cell in shown)
+    return bool(shown) and all(map(_NUMBER.fullmatch, shown))
 
 
 def _foreign_files(folder: Path) -> list[str]:

@@ -325,7 +325,7 @@ def _points(bench: Bench) -> int:
 
 
 def _machine(bench: Bench) -> Iterable[str]:
-    for name, value in bench.machine.items():
+    for name, value in ((n, v) for n, v in bench.machine.items() if v is not None):
         if name.endswith("bytes_per_s"):
             yield f"{name.removesuffix('_bytes_per_s').replace('_', ' ')} {_bytes(number(value))}/s"
         else:

@@ -181,10 +181,11 @@ def _variant(summary: VariantSummary, package: PackageSummary) -> list[Renderabl
     )
     facts += [("quantised" if i == 0 else "", line) for i, line in enumerate(quantization_lines(entry))]
     blocks: list[RenderableType] = [_title(f"variant {entry.name}"), _facts(facts)]
-    table = _table("input / output", ("dtype", "<"), ("shape", "<"), ("meaning", "<"))
+    table = _table("input / output", ("x", ">"), ("dtype", "<"), ("shape", "<"), ("meaning", "<"))
+    table.columns[0].no_wrap = True
     for row in summary.io:
-        name = f"{row.name}{f' x {row.count}' if row.count > 1 else ''}"
-        _row(table, f"{'in ' if row.direction == 'input' else 'out'} {name}", row.dtype, _shape(row.shape), row.meaning)
+        name = f"{'in ' if row.direction == 'input' else 'out'} {row.name}"
+        _row(table, name, row.count, row.dtype, _shape(row.shape), row.meaning)
     blocks += _block(table)
     for graph, changes in zip(summary.graphs, summary.changes, strict=True):
         blocks += _graph(graph, changes, package, several=len(summary.graphs) > 1)
@@ -218,10 +219,10 @@ def _graph(
             _share(group.share),
         )
     _row(weights, "all", f"{graph.tensors:,}", "", f"{graph.nbytes:,}", "", style="bold")
-    largest = _table("largest tensors", ("dtype", "<"), ("shape", "<"), ("bytes each", ">"), ("share", ">"))
+    largest = _table("largest tensors", ("x", ">"), ("dtype", "<"), ("shape", "<"), ("bytes each", ">"), ("share", ">"))
     for tensor in graph.largest:
-        name = f"{short_name(tensor.name)}{f' x {tensor.count}' if tensor.count > 1 else ''}"
-        _row(largest, name, tensor.dtype, _shape(tensor.shape), f"{tensor.nbytes:,}", _share(tensor.share))
+        numbers = (f"{tensor.nbytes:,}", _share(tensor.share))
+        _row(largest, short_name(tensor.name), tensor.count, tensor.dtype, _shape(tensor.shape), *numbers)
     # with two graphs each says which it is; with one the facts above have said so
     title = Padding(Text(printable(said), style="italic" if several else ""), (1, 0, 0, 2))
     return [title, *_block(ops, weights, largest, _parts(graph.parts))]
