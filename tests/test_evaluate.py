@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def test_kl_and_change_of_another_model(demo_package: Path, tokenizer: Tokenizer
 
     other = shutil.copytree(open_checkpoint(DEMO).folder, tmp_path / "other", ignore=shutil.ignore_patterns("*.txt"))
     weights = load_file(other / "model.safetensors")
-    name = "model.layers.3.mlp.down_proj.weight"
+    name = "model.layers.3.post_feedforward_layernorm.weight"
     save_file(weights | {name: weights[name] * 1.5}, other / "model.safetensors")
     tokens = token_text(demo_package, HELDOUT, most=600)
     with open_package_model(demo_package) as tested, open_torch_model(open_checkpoint(str(other))) as reference:
@@ -229,15 +229,22 @@ def test_text_edge_cases(demo_package: Path, tokenizer: Tokenizer, tmp_path: Pat
         list(TokenText(tmp_path / "bad.npy", None, None).pieces())
 
 
+def resident() -> int:
+    """The memory of this process, bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def test_a_long_text_is_read_in_little_memory(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "long.txt"
     path.write_bytes(HELDOUT.read_bytes() * 54)  # 10.5 MB
-    tracemalloc.start()
-    tokens = sum(len(window.targets) for window in TokenText(path, tokenizer, 0).windows(256, 256))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    before = highest = resident()
+    tokens = 0
+    for number, window in enumerate(TokenText(path, tokenizer, 0).windows(256, 256)):
+        tokens += len(window.targets)
+        if number % 64 == 0:
+            highest = max(highest, resident())
     assert tokens > 2_000_000
-    assert peak < 16e6
+    assert highest - before < 100e6  # encoded as a whole: over a gigabyte
 
 
 def test_logits_of_a_large_vocabulary_stay_small() -> None:
