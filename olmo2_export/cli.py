@@ -9,12 +9,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from olmo2_export.verbs import build, debug, export, inspect, verify
+from olmo2_export.verbs import build, debug, export, fp16, inspect, verify
 from runtimes.errors import DISK_FULL, Olmo2ExportError, UsageError
 from runtimes.signals import Interrupted, interruptible
 
 # In the order of a package's life.
-VERBS = {"export": export, "verify": verify, "build": build, "debug": debug, "inspect": inspect}
+VERBS = {"export": export, "fp16": fp16, "verify": verify, "build": build, "debug": debug, "inspect": inspect}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -121,6 +121,10 @@ def _variant(variant: Variant) -> list[str]:
         f"  KV cache {kv.form}, {kv.dtype}, {kv.num_layers} layers of 2 x [batch, {kv.num_key_value_heads}, "
         f"{kv.max_cache_length if kv.form == 'static' else 'length'}, {kv.stored_head_dim}]",
         *(f"  {'quantised' if i == 0 else '':<8} {line}" for i, line in enumerate(quantization_lines(variant))),
+        *(
+            f"  {'float32' if i == 0 else '':<8} {name}: {reason}"
+            for i, (name, reason) in enumerate(variant.float32_islands.items())
+        ),
         *_io("inputs", variant.inputs),
         *_io("outputs", variant.outputs),
     ]
