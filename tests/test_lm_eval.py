@@ -19,6 +19,8 @@ from olmo2_export.evaluate import evaluate, token_text
 from olmo2_export.evaluate_models import open_package_model
 from olmo2_export.lm_eval_adapter import PackageLM
 from runtimes.errors import ContextLengthError, UsageError
+from runtimes.generate import generate
+from runtimes.sampling import Sampler
 
 # Of lm-eval and datasets, which this project cannot change.
 pytestmark = [
@@ -210,7 +212,11 @@ def test_contexts_are_cut_on_the_left(demo_package: Path) -> None:
     (shorter,) = short._loglikelihood_tokens([(None, context[-22:], continuation)], disable_tqdm=True)
     assert cut == same  # 23 + 2 ids, the last of which is not fed
     assert abs(cut[0] - shorter[0]) > 1e-4
-    (text,) = short.generate_until([request(long, {"until": [], "max_gen_toks": 6})], disable_tqdm=True)
+    unfinished = ("And it came to pass that " * 40).strip()  # a finished verse would be followed by the end of the text
+    options = {"until": [], "max_gen_toks": 6}
+    (text,) = short.generate_until([request(unfinished, options)], disable_tqdm=True)
+    ids = short.tok_encode(unfinished)[-18:]
+    assert text == generate(short._runner, short._tokenizer, ids, sampler=Sampler(), max_new_tokens=6).text
     assert text
     with pytest.raises(ContextLengthError, match="the context holds 24"):
         short.loglikelihood([request("a", " And God said" * 20)], disable_tqdm=True)
