@@ -22,7 +22,7 @@ PIP       := pip install --quiet --disable-pip-version-check --constraint constr
 REVISION_FLAG := $(if $(REVISION),--revision $(REVISION))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export test check format lint types bench gpu-test peers clean
+.PHONY: help setup export test check format lint types bench targets gpu-test peers clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -58,7 +58,10 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-bench: $(STAMP) ## the table of targets on the 1B shape, beside the peers that are installed; some 40 minutes
+bench: $(STAMP) ## the 1B shape beside every peer that is installed, by context and batch size; some 40 minutes
+	$(BIN)/python -m olmo2_export.bench compare --contexts 128 1024 --batch-sizes 1 4 --repeats 5 --minutes 30
+
+targets: $(STAMP) ## the table of targets on the 1B shape, and what quantising costs; some 40 minutes
 	$(BIN)/python -m olmo2_export.bench stages
 	$(BIN)/python -m olmo2_export.bench quality
 	$(BIN)/python -m olmo2_export.bench cpu
@@ -77,7 +80,7 @@ $(VENV)-gpu/.installed: pyproject.toml constraints.txt
 	$(if $(TENSORRT),$(@D)/bin/$(PIP) tensorrt --extra-index-url https://pypi.nvidia.com)
 	@touch $@
 
-peers: $(VENV)-peers-llama/.installed $(VENV)-peers-genai/.installed ## what make bench compares with; compiles llama.cpp
+peers: $(addprefix $(VENV)-peers-,$(addsuffix /.installed,llama genai optimum)) ## what make bench compares with; compiles llama.cpp
 
 # A venv each, which git and ruff are told to ignore, because the peers pin other versions than we do.
 $(VENV)-peers-llama/.installed: constraints.txt
@@ -89,6 +92,13 @@ $(VENV)-peers-genai/.installed: constraints.txt
 	$(PYTHON) -m venv $(@D) && echo '*' > $(@D)/.gitignore
 	$(@D)/bin/$(PIP) torch
 	$(@D)/bin/$(PIP) onnxruntime-genai==0.18.0 onnxruntime onnx onnx-ir transformers tqdm
+	@touch $@
+
+# transformers 4 is what optimum-onnx allows: not the versions of constraints.txt
+$(VENV)-peers-optimum/.installed: constraints.txt
+	$(PYTHON) -m venv $(@D) && echo '*' > $(@D)/.gitignore
+	$(@D)/bin/$(PIP) torch
+	$(@D)/bin/pip install --quiet --disable-pip-version-check optimum-onnx==0.1.0 optimum==2.1.0 transformers==4.57.6 onnxruntime==1.31.1 onnx==1.23.2 torch==2.13.0
 	@touch $@
 
 clean: ## remove .venv, packages and caches

@@ -9,13 +9,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from olmo2_export.verbs import bench, build, debug, evaluate, export, inspect, report, sweep, verify
+from olmo2_export.verbs import bench, build, debug, evaluate, export, fp16, inspect, report, sweep, verify
 from runtimes.errors import DISK_FULL, Olmo2ExportError, UsageError
 from runtimes.signals import Interrupted, interruptible
 
 # In the order of a package's life.
 VERBS = {
     "export": export,
+    "fp16": fp16,
     "verify": verify,
     "evaluate": evaluate,
     "sweep": sweep,

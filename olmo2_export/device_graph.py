@@ -16,6 +16,7 @@ Weights, residual stream and cache have the precision; what is rounded, and wher
 - GroupQueryAttention wants its rotary tables in the precision of its queries; its CUDA kernels exist in float16 and
   bfloat16 alone, so that a float32 graph cannot run there.
 - The logits are cast to float32 after the head, as in transformers.
+- In float16 what a text has shown to overflow may stay in float32, see `fp16_safety.py` and `fuse/float32_islands.py`.
 
 Decoding can be captured as a CUDA graph: every node but those that compute shapes has a CUDA kernel in this precision,
 no shape depends on the contents of a tensor, and the tensor whose length is total_sequence_length, the mask, may have
@@ -33,13 +34,16 @@ operator here: GroupQueryAttention with queries, keys and values apart, MatMulNB
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 import onnx_ir as ir
 
 from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
+from olmo2_export.fp16_values import Wide, operations
 from olmo2_export.fuse import check_op_counts
 from olmo2_export.fuse.drop_unused import drop_unused
+from olmo2_export.fuse.float32_islands import float32_islands
 from olmo2_export.fuse.float32_lengths import float32_lengths
 from olmo2_export.fuse.float32_logits import float32_logits
 from olmo2_export.fuse.grouped_top_candidates import grouped_top_candidates
@@ -75,6 +79,7 @@ def device_graph(
     config: ModelConfig,
     dtype: ir.DataType,
     weights: QuantizedWeights | None = None,
+    wide: Wide | None = None,
 ) -> tuple[ir.Model, WeightRounding, dict[str, int]]:
     """Give a shared-cache graph its weights and its precision.
 
@@ -85,6 +90,7 @@ def device_graph(
         config: the model's.
         dtype: FLOAT16 or BFLOAT16; FLOAT gives the same graph unrounded.
         weights: the products to keep in blocks, whose scales are rounded; None: none.
+        wide: what stays in float32; none of it in blocks. None: nothing.
 
     Returns:
         The graph, what rounds its weights, and the operators that were counted.
@@ -92,8 +98,10 @@ def device_graph(
     Raises:
         FusionError: a pass did not find what it must find.
     """
-    graph, layers = shared.clone(), config.num_hidden_layers
+    graph, wide = shared.clone(), wide or Wide()
+    in_float32 = wide.operations(config)
     float32_logits(graph)
+    float32_islands(graph, in_float32, wide.values)
     if weights is not None:
         matmul_nbits(graph, weights.formats, accuracy_level=0)
         attach_blocks(graph, weights)
@@ -104,17 +112,30 @@ def device_graph(
         "host_logit_count": host_logit_count(graph),
         "grouped_top_candidates": grouped_top_candidates(graph, TOP_K),
     }
-    expected = {"merge_projections": 2 * layers if weights is None else 0}
+    quantized = {} if weights is None else weights.formats
+    products = _products(config, in_float32, quantized)
+    expected = {"merge_projections": sum(len(group) > 1 for group in products)}
     for name, count in applied.items():
         if count != expected.get(name, 1):
             raise FusionError(f"graph {graph.graph.name}: {name}: expected {expected.get(name, 1)}, applied {count}")
     drop_unused(graph)
     rounding = set_precision(graph, dtype)
-    return graph, rounding, check_op_counts(graph, expected_op_counts(config.spec, quantized=weights is not None))
+    counts = expected_op_counts(config.spec, quantized=weights is not None)
+    counts |= {"MatMul": len(products), "com.microsoft::MatMulNBits": len(quantized)}
+    return graph, rounding, check_op_counts(graph, counts)
+
+
+def _products(config: ModelConfig, in_float32: Collection[str], quantized: Collection[str]) -> list[list[str]]:
+    """Return the products that are not in blocks: linears that read one value in one dtype are merged."""
+    linears = (op for op in operations(config) if op.kind == "linear" and op.weight not in quantized)
+    groups: dict[tuple[object, bool], list[str]] = {}
+    for op in linears:
+        groups.setdefault((op.reads, op.name in in_float32), []).append(op.name)
+    return list(groups.values())
 
 
 def expected_op_counts(model: ModelSpec, *, quantized: bool) -> dict[str, int]:
-    """Return how often each operator that costs time must occur."""
+    """Return how often each operator that costs time must occur in a graph without islands."""
     layers = model.num_hidden_layers
     return {
         "MatMul": 0 if quantized else 4 * layers + 1,

@@ -35,11 +35,11 @@ from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
 from olmo2_export.device_graph import DTYPES
 from olmo2_export.explain import relative_error
-from olmo2_export.layer_checks import LAYER, Checked, LayerChecks, TensorParity, embedding_check, head_checks
+from olmo2_export.layer_checks import GATED, LAYER, Checked, LayerChecks, TensorParity, embedding_check, head_checks
 from olmo2_export.segments import Arrays, Calls, Opener, joined, run_segments
 from olmo2_export.taps import layer_name
 from olmo2_export.torch_layers import TorchModel
-from olmo2_export.views import FIRST_CALL, INT8, View, variant_views, weight_check
+from olmo2_export.views import EXACT, FIRST_CALL, INT8, View, variant_views, weight_check
 from runtimes import Backend, Device
 from runtimes.errors import ConfigError, PackageError, VariantNotFoundError
 from runtimes.manifest import find_variant, load_manifest, load_trt_manifest
@@ -202,7 +202,13 @@ class _Locator:
         return Location("", "", tuple(growth), tuple(bad[1]), bad[0], bad[2])
 
     def _limit(self, parity: TensorParity) -> float:
-        return self._view.factor * max(parity.expected, _FLOOR[self._view.precision])
+        """Return the error at which a tensor departs.
+
+        Where only the inputs of linears are rounded, everything else is float32 and held to that; kernels approximate
+        the sigmoid by rational functions, whose error on the demo model is 3 x PyTorch's.
+        """
+        units = 4 * EXACT if parity.operation == GATED else EXACT
+        return max(self._view.factor * max(parity.expected, _FLOOR[self._view.precision]), units * _FLOOR["fp32"])
 
     def _first_bad(self, checks: Sequence[Checked]) -> tuple[TensorParity, list[TensorParity], str] | None:
         for checked in checks:

@@ -256,7 +256,7 @@ class _Sweep:
         hashes = {hash_file(file).sha256 if file.is_file() else None for file in files}
         if len(hashes) > 1:
             raise ConfigError(
-                f"{self._model}@{revision}: another tokenizer.json than {package.name}; numbers cannot be compared"
+                f"{self._model}@{revision}: another tokenizer.json than {package.name}; they could not be compared"
             )
 
 

@@ -57,7 +57,7 @@ def draw(results: Sequence[RevisionResult], title: str, variant: str, out: Path)
 
         _points(distance, positions, [(r.kl_mean_nats, r.kl_mean_se_nats) for r in results], _BLUE, variant)
         _label(distance, f"How far {variant} is from PyTorch at each step", "KL(PyTorch ‖ variant)\nnats per token")
-        distance.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+        distance.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
         distance.set_ylim(bottom=0)
 
         changed = [(x, r) for x, r in zip(positions, results, strict=True) if r.change_kl_mean_nats is not None]

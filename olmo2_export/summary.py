@@ -180,6 +180,8 @@ def _variant(summary: VariantSummary, package: PackageSummary) -> list[Renderabl
         )
     )
     facts += [("quantised" if i == 0 else "", line) for i, line in enumerate(quantization_lines(entry))]
+    islands = enumerate(entry.float32_islands.items())
+    facts += [("float32" if i == 0 else "", f"{name}: {reason}") for i, (name, reason) in islands]
     blocks: list[RenderableType] = [_title(f"variant {entry.name}"), _facts(facts)]
     table = _table("input / output", ("x", ">"), ("dtype", "<"), ("shape", "<"), ("meaning", "<"))
     table.columns[0].no_wrap = True

@@ -10,7 +10,7 @@ import base64
 import dataclasses
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from tqdm import tqdm
 from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
 from olmo2_export.device_graph import DTYPE_NAMES, DTYPES, device_graph, device_outputs
+from olmo2_export.fp16_safety import Safety, measure_safety, refuse_overflow
+from olmo2_export.fp16_values import Wide, operations
 from olmo2_export.fuse import DEVICE, check_op_counts
 from olmo2_export.fuse.quantized_kv_cache import quantized_kv_cache
 from olmo2_export.graph_files import attach_weights, save_graph, save_weights
@@ -119,6 +121,10 @@ class Options:
     """a name out of `KV_CACHES`"""
     prefill_graph: bool = True
     """write a prefill graph if it passes its gate"""
+    fp16_islands: bool = False
+    """keep what overflows float16 in float32, instead of refusing the model"""
+    fp16_safety: Safety | None = field(default=None, compare=False)
+    """what was measured of the model; None: it is measured when it is needed"""
 
 
 def check_variants(variants: Sequence[str], config: ModelConfig, options: Options) -> None:
@@ -137,7 +143,9 @@ def check_variants(variants: Sequence[str], config: ModelConfig, options: Option
         raise UsageError(f"recipe {options.recipe}: this version has {', '.join(RECIPES)}")
     if not set(variants) & _FOR_CPUS and (options.kv_cache != "fp32" or not options.prefill_graph):
         raise UsageError("KV cache and prefill graph are for q4 and q8")
-    if not set(variants) & DEFAULTS.keys() and options != Options():
+    if options.fp16_islands and not {v for v in variants if DTYPES.get(v) == ir.DataType.FLOAT16}:
+        raise UsageError("float32 islands are for fp16 and q4f16: the other variants have the range of float32")
+    if not set(variants) & DEFAULTS.keys() and dataclasses.replace(options, fp16_islands=False) != Options():
         raise UsageError("recipe, calibration, size budget and block size are for q4, q8 and q4f16")
     if options.calibration is not None and options.recipe not in CALIBRATED and options.kv_cache == "fp32":
         raise UsageError(f"calibration text: only {', '.join(CALIBRATED)} and a quantised KV cache have use for one")
@@ -198,6 +206,11 @@ class VariantWriter:
         with tqdm(total=1, desc="reference logits", bar_format="{desc} {elapsed}", leave=False):
             return sequences, origin, list(reference_logits(self._checkpoint, self._config, sequences))
 
+    @cached_property
+    def _safety(self) -> Safety:
+        """What fits float16 and what does not."""
+        return self._options.fp16_safety or measure_safety(self._checkpoint, self._config)
+
     def _portable(self) -> Variant:
         model, graph = self._traced.clone(), VARIANTS["fp32"]
         return Variant(
@@ -241,9 +254,13 @@ class VariantWriter:
     def _device(self, name: str) -> Variant:
         spec, graph, dtype = self._config.spec, VARIANTS[name], DTYPES[name]
         cache = self._cache_spec("shared", DTYPE_NAMES[dtype])
-        weights = self._weights(name) if name in DEFAULTS else None
+        safety = self._safety if dtype == ir.DataType.FLOAT16 else None
+        if safety is not None and (safety.blocked or not self._options.fp16_islands):
+            refuse_overflow(safety, f"{self._checkpoint.model}, variant {name}")
+        wide = safety.wide if safety is not None else Wide()
+        weights = self._weights(name, wide) if name in DEFAULTS else None
         shared = shared_graph(self._traced, spec, DEVICE)
-        model, rounding, counts = device_graph(shared, self._checkpoint, self._config, dtype, weights)
+        model, rounding, counts = device_graph(shared, self._checkpoint, self._config, dtype, weights, wide)
         self._write(model, graph)
         rounding.check()
         variant = Variant(
@@ -256,6 +273,7 @@ class VariantWriter:
             outputs=device_outputs(spec, cache),
             kv_cache=cache,
             op_counts=counts,
+            float32_islands=safety.reasons if safety is not None else {},
         )
         if weights is None:
             return variant
@@ -327,7 +345,10 @@ class VariantWriter:
             scales={name: base64.b64encode(array.tobytes()).decode() for name, array in scales.items()},
         )
 
-    def _weights(self, name: str) -> QuantizedWeights:
+    def _weights(self, name: str, wide: Wide | None = None) -> QuantizedWeights:
+        """Quantise, but for what is to be multiplied in float32: MatMulNBits has no kernel for it on GPUs."""
+        in_float32 = (wide or Wide()).operations(self._config)
+        products = [op.weight for op in operations(self._config) if op.kind == "linear" and op.name in in_float32]
         options, default = self._options, DEFAULTS[name]
         recipe = options.recipe or default.recipe
         size = options.block_size
@@ -345,7 +366,7 @@ class VariantWriter:
             form=form,
             head=head,
             embedding=embedding,
-            keep=() if default.embedding else (EMBEDDING,),
+            keep=[*(() if default.embedding else (EMBEDDING,)), *(name for name in products if name is not None)],
             calibration=options.calibration if recipe in CALIBRATED else None,
             size_budget=budget,
             spool=self._staging / SPOOL if recipe.startswith("gptq") else None,

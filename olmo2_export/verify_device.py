@@ -2,7 +2,7 @@
 
 | variant | on the CPU        | against PyTorch with                          | gate    |
 |---------|-------------------|-----------------------------------------------|---------|
-| fp16    | the graph         | the checkpoint, in float16                    | fp16    |
+| fp16    | the graph         | the checkpoint, in float16, with its islands  | fp16    |
 | bf16    | its rounded form  | the checkpoint, in bfloat16                   | bf16    |
 | q4f16   | the graph         | the dequantised weights, in float16           | fp16    |
 |         | -                 | the checkpoint, block by block                | scale   |
@@ -16,18 +16,22 @@ this one sum in float32 there, see `device_graph.py`; `verify --device cuda` sho
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
+from torch import Tensor
 
 from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
+from olmo2_export.fp16_safety import simulated_logits
+from olmo2_export.fp16_values import wide_of
 from olmo2_export.measure import LONGEST, Truth, ask_pytorch, measure_runner, with_quality
 from olmo2_export.ort_graph import stored_matrices
 from olmo2_export.parity import ParityReport
 from olmo2_export.quality import gate_of, measure_quality, quality_check, quality_tokens
+from olmo2_export.quantize.source import Replaced
 from olmo2_export.quantize.sweep import reference_logits
 from olmo2_export.trt_forms import rounded_form
 from olmo2_export.weight_checks import check_matrices
@@ -66,6 +70,7 @@ def measure_device(
     check_files(package, files, entry.files)
     sha256 = files[entry.graph].sha256
     if truth is not None:
+        truth = _with_islands(truth, entry, checkpoint)
         with _open(package, entry, device) as runner:
             return with_quality(measure_runner(runner, truth, entry.precision, name, sha256), runner, checkpoint)
     config = ModelConfig.from_json(checkpoint.folder / "config.json")
@@ -75,6 +80,7 @@ def measure_device(
     weights = {tensor: matrix.dequantize() for tensor, matrix in matrices.items()}
     capacity = min(entry.kv_cache.max_cache_length, longest)
     stored = ask_pytorch(package, checkpoint, {"fp16"}, capacity, weights=weights)
+    stored = _with_islands(stored, entry, checkpoint, weights)
     sequences, origin = quality_tokens(checkpoint, config)
     wanted = list(reference_logits(checkpoint, config, sequences))
     with _open(package, entry, device) as runner:
@@ -86,6 +92,20 @@ def measure_device(
         quality_check("quality", quality, len(sequences[0]), limits),
     )
     return dataclasses.replace(report, precision=entry.precision, checks=checks, perplexity=quality.perplexity)
+
+
+def _with_islands(
+    truth: Truth, entry: Variant, checkpoint: Checkpoint, weights: Mapping[str, Tensor] | None = None
+) -> Truth:
+    """Where the graph has islands, replace the logits of PyTorch in float16, which overflow, by those with the same
+    islands; so that the error is measured in units of PyTorch's own with the same tensors in float32."""
+    if not entry.float32_islands:
+        return truth
+    config = ModelConfig.from_json(checkpoint.folder / "config.json")
+    source = Replaced(checkpoint, weights or {})
+    whole = simulated_logits(source, config, truth.sequences, wide_of(entry.float32_islands))
+    logits = [rows[positions] for rows, positions in zip(whole, truth.positions, strict=True)]
+    return dataclasses.replace(truth, own=truth.own | {"fp16": logits})
 
 
 @contextmanager

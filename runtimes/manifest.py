@@ -144,6 +144,8 @@ class Variant:
     quality: Quality | None = None
     """of `graph`; None where the weights are not quantised"""
     prefill: PrefillGraph | None = None
+    float32_islands: dict[str, str] = field(default_factory=dict, hash=False)
+    """of a float16 graph: the tensors that stay float32, and why"""
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,10 +26,17 @@ class Hub:
     """(file, Range header) of every GET"""
 
 
+def commit_of(revision: str) -> str:
+    """The commit at which `local_hub` serves a revision that is given by name."""
+    return COMMIT if revision == "main" else hashlib.sha1(revision.encode()).hexdigest()
+
+
 @contextmanager
-def local_hub(folder: Path) -> Iterator[Hub]:
-    """Serve a checkpoint folder as `REPOSITORY`, branch main at `COMMIT`."""
+def local_hub(folder: Path, revisions: Mapping[str, Path] | None = None) -> Iterator[Hub]:
+    """Serve a checkpoint folder as `REPOSITORY`, branch main at `COMMIT`, and others under other revisions."""
     hub = Hub()
+    folders = {commit_of(name): path for name, path in {"main": folder, **(revisions or {})}.items()}
+    commits = {name: commit_of(name) for name in ("main", *(revisions or {}))} | {c: c for c in folders}
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -45,28 +52,28 @@ def local_hub(folder: Path) -> Iterator[Hub]:
 
         def answer(self, body: bool) -> None:
             path = self.path.split("?")[0]
-            if path in {f"/api/models/{REPOSITORY}/revision/{rev}" for rev in ("main", COMMIT)}:
-                names = sorted(p.name for p in folder.iterdir())
-                info = {"id": REPOSITORY, "sha": COMMIT, "siblings": [{"rfilename": n} for n in names]}
-                self.send(200, json.dumps(info).encode(), {"Content-Type": "application/json"}, body)
-                return
-            if path == f"/api/models/{REPOSITORY}/tree/{COMMIT}":
-                files = sorted(folder.iterdir())
-                tree = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0" * 40} for p in files]
-                self.send(200, json.dumps(tree).encode(), {"Content-Type": "application/json"}, body)
-                return
-            for revision in (COMMIT, "main"):
-                prefix = f"/{REPOSITORY}/resolve/{revision}/"
+            for name, commit in commits.items():
+                folder, prefix = folders[commit], f"/{REPOSITORY}/resolve/{name}/"
+                if path == f"/api/models/{REPOSITORY}/revision/{name}":
+                    names = sorted(p.name for p in folder.iterdir())
+                    info = {"id": REPOSITORY, "sha": commit, "siblings": [{"rfilename": n} for n in names]}
+                    self.send(200, json.dumps(info).encode(), {"Content-Type": "application/json"}, body)
+                    return
+                if path == f"/api/models/{REPOSITORY}/tree/{name}":
+                    files = sorted(folder.iterdir())
+                    tree = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0" * 40} for p in files]
+                    self.send(200, json.dumps(tree).encode(), {"Content-Type": "application/json"}, body)
+                    return
                 if path.startswith(prefix) and (folder / path[len(prefix) :]).is_file():
-                    self.send_file(path[len(prefix) :], body)
+                    self.send_file(folder / path[len(prefix) :], commit, body)
                     return
             self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
 
-        def send_file(self, name: str, body: bool) -> None:
-            data = (folder / name).read_bytes()
+        def send_file(self, file: Path, commit: str, body: bool) -> None:
+            name, data = file.name, file.read_bytes()
             headers = {
                 "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
-                "X-Repo-Commit": COMMIT,
+                "X-Repo-Commit": commit,
                 "Accept-Ranges": "bytes",
             }
             wanted = self.headers.get("Range")

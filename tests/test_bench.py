@@ -301,6 +301,9 @@ class FakeEngine:
     def step(self) -> None:
         self.steps += 1
 
+    def close(self) -> None:
+        pass
+
 
 @pytest.mark.parametrize(
     ("task", "opened", "prefills", "steps", "keys"),
@@ -328,14 +331,14 @@ def test_tasks(
         asked.append((length, rows))
         return engine
 
-    result = measure({**task, "vocab_size": 97, "threads": 2}, open_engine)
+    result = measure({**task, "vocab_size": 97, "threads": 2}, lambda: open_engine)
     assert (asked, engine.prefills, engine.steps, list(result)) == (opened, prefills, steps, keys)
     assert all(value > 0 for value in result.values())
 
 
 def test_an_unknown_task_is_refused() -> None:
-    with pytest.raises(ValueError, match="'sleep': there is decode"):
-        measure({"kind": "sleep", "vocab_size": 97}, lambda _length, _rows: FakeEngine())
+    with pytest.raises(ValueError, match="'sleep': there is points, decode"):
+        measure({"kind": "sleep", "vocab_size": 97}, lambda: lambda _length, _rows: FakeEngine())
 
 
 def test_resident_memory_grows_with_what_is_held() -> None:

@@ -16,8 +16,10 @@ atomic checkpoint model evaluate_text evaluate_statistics lm_eval_adapter
 quantize
 fuse
 trace
+fp16_values
 graph_files ort_graph parity
-device_graph quality
+device_graph quality fp16_safety
+fp16_report
 variants
 package
 package_weights trt_graph engine_progress engine_plan

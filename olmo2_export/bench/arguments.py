@@ -8,12 +8,14 @@ from pathlib import Path
 from olmo2_export.bench.processes import ROOT
 
 PEERS = ("transformers", "optimum-onnx", "onnxruntime-genai", "llama.cpp")
+CONTEXTS = (128, 512, 2048)
+"""tokens of the prompts, where no others are asked for"""
 
 
 def declare_setting(parser: argparse.ArgumentParser) -> None:
     """Declare what is measured and beside whom."""
     parser.add_argument(
-        "--contexts", type=int, nargs="+", default=[128, 512, 2048], metavar="N", help="tokens; default 128 512 2048"
+        "--contexts", type=int, nargs="+", metavar="N", help="tokens; default: of 128 512 2048 those that fit"
     )
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4], metavar="N", help="rows; default 1 4")
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="of a row; default 32")

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from olmo2_export.bench.arguments import PEERS
+from olmo2_export.bench.arguments import CONTEXTS, PEERS
 from olmo2_export.bench.compare import Setting, compare
 from olmo2_export.checkpoint import Checkpoint
+from runtimes.manifest import load_manifest
 from runtimes.threads import default_threads
 
 
@@ -32,7 +33,7 @@ def run_comparison(
         What the last line of stdout says, and the report for people.
     """
     setting = Setting(
-        contexts=tuple(args.contexts),
+        contexts=tuple(args.contexts or _fitting(package, args.new_tokens)),
         batch_sizes=tuple(args.batch_sizes),
         new_tokens=args.new_tokens,
         repeats=args.repeats,
@@ -53,6 +54,12 @@ def run_comparison(
     if args.out is not None:
         args.out.write_text(json.dumps(document) + "\n")
     return document, text
+
+
+def _fitting(package: Path, new_tokens: int) -> list[int]:
+    """Return the usual context lengths that the model's context leaves room for; half of it, if none is."""
+    room = load_manifest(package).model.max_position_embeddings - new_tokens
+    return [length for length in CONTEXTS if length <= room] or [max(1, room // 2)]
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from olmo2_export.bench.arguments import CONTEXTS
 from olmo2_export.bench.contenders import Workshop
 from olmo2_export.bench.entries import POINTS, Entry, default_variants, our_entry, peer_entries
 from olmo2_export.bench.machine import device_limits, memory_bandwidth, processor
@@ -40,7 +41,7 @@ METRICS = ("decode_tokens_per_s", "prefill_tokens_per_s")
 class Setting:
     """What is measured."""
 
-    contexts: tuple[int, ...] = (128, 512, 2048)
+    contexts: tuple[int, ...] = CONTEXTS
     """tokens of a prompt"""
     batch_sizes: tuple[int, ...] = (1, 4)
     new_tokens: int = 32
@@ -51,6 +52,11 @@ class Setting:
     device: str = "cpu"
     minutes: float | None = None
     """for measuring; see `take_turns`"""
+
+    @property
+    def hardware(self) -> str:
+        """PyTorch's name of what computes."""
+        return "cpu" if (self.backend, self.device) == ("ort", "cpu") else "cuda"
 
     def check(self) -> None:
         """Refuse what cannot be measured.
@@ -127,8 +133,7 @@ def compare(
         if ModelConfig.from_json(folder / "config.json").spec != model:
             raise ConfigError(f"{package}: not of the shape of the reference {reference.model}")
         workshop = Workshop(work, f"of-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}", folder)
-        on = "cuda" if setting.backend != "ort" else setting.device
-        found_peers = peer_entries(peers, names, workshop, peers_folder, setting.threads, on)
+        found_peers = peer_entries(peers, names, workshop, peers_folder, setting.threads, setting.hardware)
     device = setting.device if setting.backend == "ort" else None
     entries = [our_entry(package.resolve(), name, setting.backend, device) for name in names]
     entries += found_peers.entries if found_peers else ()
@@ -170,8 +175,8 @@ def compare(
 
 
 def ours_failed(document: Mapping[str, Any]) -> bool:
-    """Tell whether a variant of the package could not be measured; a peer that fails is a result."""
-    return any(entry["ours"] and not entry["points"] for entry in document["contenders"].values())
+    """Tell whether a variant of the package failed in any repeat; a peer that fails is a result."""
+    return any(entry["ours"] and entry["repeats"] < document["repeats"] for entry in document["contenders"].values())
 
 
 def _check_room(package: Path, name: str, setting: Setting) -> None:
@@ -179,7 +184,8 @@ def _check_room(package: Path, name: str, setting: Setting) -> None:
     most, longest = variant.kv_cache.max_cache_length, max(setting.contexts)
     if longest + setting.new_tokens > most:
         raise ContextLengthError(
-            f"variant {name}: a context of {longest} and {setting.new_tokens} new tokens; its KV cache holds {most}"
+            f"variant {name}: a context of {longest} and {setting.new_tokens} new tokens; its KV cache holds {most}: "
+            "choose smaller --contexts"
         )
     if setting.backend != "ort":
         trt = load_trt_manifest(package)
@@ -190,7 +196,7 @@ def _check_room(package: Path, name: str, setting: Setting) -> None:
 
 
 def _limits(setting: Setting) -> dict[str, Any]:
-    return device_limits("cpu" if (setting.backend, setting.device) == ("ort", "cpu") else "cuda", setting.threads)
+    return device_limits(setting.hardware, setting.threads)
 
 
 def contender_document(entry: Entry, samples: Sequence[Mapping[str, Any]], bandwidth: float) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """Who takes part in `compare`: variants of a package, and of each peer what is like them.
 
-| peer               | runs                                                         | is like             |
-|--------------------|--------------------------------------------------------------|---------------------|
-| transformers       | the checkpoint in float32, and in bfloat16 where that is fast | fp32, bf16          |
-| optimum-onnx       | its own export of the checkpoint, by its own runner           | fp32                |
-| onnxruntime-genai  | its own int4 build of a Llama of this shape                   | q4                  |
-| llama.cpp          | GGUF in Q4_K_M, Q8_0, or F16, whichever is like our variants  | q4, q8, bf16, fp16  |
+| peer               | runs                                                           | is like            |
+|--------------------|----------------------------------------------------------------|--------------------|
+| transformers       | the checkpoint in float32, and in bfloat16 where that is fast  | fp32, bf16         |
+| optimum-onnx       | its own export, by its own runner; not grouped-query attention | fp32               |
+| onnxruntime-genai  | its own int4 build of a Llama of this shape                    | q4                 |
+| llama.cpp          | GGUF in Q4_K_M, Q8_0, or F16, whichever is like our variants   | q4, q8, bf16, fp16 |
 
 onnxruntime-genai's builder has no OLMo 2: a Llama of the same sizes with made-up weights stands in for it, which lacks
 the norms of queries and keys. Speed and memory are those of the shape; text and quality are not the model's.

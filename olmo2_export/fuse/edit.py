@@ -9,6 +9,9 @@ import onnx_ir as ir
 TO_PRECISION = "to_precision"
 """`node.meta` of a Cast whose target is the precision of the graph, which `set_precision` fills in"""
 
+IN_FLOAT32 = "in_float32"
+"""`node.meta` of a node that reads no computed float, and gives float32 whatever the precision of the graph"""
+
 
 def find_input(graph: ir.Graph, name: str) -> ir.Value | None:
     """Return the graph's input of that name."""

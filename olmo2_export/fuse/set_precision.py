@@ -21,7 +21,7 @@ from typing import TypeGuard
 import numpy as np
 import onnx_ir as ir
 
-from olmo2_export.fuse.edit import TO_PRECISION, is_op, name_of
+from olmo2_export.fuse.edit import IN_FLOAT32, TO_PRECISION, is_op, name_of
 from runtimes.errors import FailedError, FusionError, first_names
 
 
@@ -99,11 +99,14 @@ def _is_float(value: ir.Value | None) -> TypeGuard[ir.Value]:
 
 
 def _dtype_of(node: ir.Node, precision: ir.DataType) -> ir.DataType:
-    """Return the float dtype in which a node computes: that of its computed inputs; the precision if it has none."""
+    """Return the float dtype in which a node computes: that of its computed inputs; if it has none, the precision, or
+    float32 where a pass has marked it."""
     computed = [value for value in node.inputs if _is_float(value) and not value.is_initializer()]
     found = {value.dtype for value in computed if value.dtype is not None}
     if len(found) > 1:
         raise FusionError(f"{node.name}: {node.op_type} reads {' and '.join(sorted(d.name for d in found))}")
+    if node.meta.get(IN_FLOAT32, False):
+        return ir.DataType.FLOAT
     return found.pop() if found else precision
 
 

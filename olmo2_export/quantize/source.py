@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -24,3 +25,15 @@ class WeightSource(Protocol):
     def tensor(self, name: str) -> Tensor:
         """Return one weight by the checkpoint's name, in the checkpoint's layout, [N, K] where it is a matrix."""
         ...
+
+
+class Replaced:
+    """A checkpoint with some weights replaced, such as dequantised ones."""
+
+    def __init__(self, source: WeightSource, weights: Mapping[str, Tensor]) -> None:
+        self.folder, self.kind = source.folder, source.kind
+        self._source, self._weights = source, weights
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one weight; see `WeightSource`."""
+        return self._weights[name] if name in self._weights else self._source.tensor(name)

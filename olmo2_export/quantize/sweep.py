@@ -54,8 +54,8 @@ class StagedLayer:
     def attended(self, x: Tensor) -> Tensor:
         """Return o_proj's input; `x`, [B, S, hidden], is that of q, k and v."""
         attention = self.module.self_attn
-        q = self._rotate(attention.split_heads(attention.q_norm(attention.q_proj(x))))
-        k = self._rotate(attention.split_heads(attention.k_norm(attention.k_proj(x))))
+        q = self.rotate(attention.split_heads(attention.q_norm(attention.q_proj(x))))
+        k = self.rotate(attention.split_heads(attention.k_norm(attention.k_proj(x))))
         v = attention.split_heads(attention.v_proj(x))
         k, v = (t.repeat_interleave(self._groups, dim=1) for t in (k, v))  # (B, kv_heads, S, D) -> (B, heads, S, D)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -81,7 +81,8 @@ class StagedLayer:
         h = self.after_attention(x, self.attended(x))
         return self.after_mlp(h, self.gated(h))
 
-    def _rotate(self, x: Tensor) -> Tensor:
+    def rotate(self, x: Tensor) -> Tensor:
+        """Apply the rotary embedding, [B, heads, S, head_dim], from position 0 on."""
         cos, sin = self._cos[: x.shape[2]], self._sin[: x.shape[2]]
         left, right = x.chunk(2, dim=-1)
         return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)

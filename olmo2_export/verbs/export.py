@@ -26,6 +26,11 @@ def declare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--block-size", type=int, choices=[32, 64, 128], help="weights that share a scale; default 128")
     verb.add_argument("--kv-cache", choices=["fp32", "int8", "int4"], default="fp32", help="of q4 and q8; default fp32")
     verb.add_argument("--no-prefill-graph", action="store_true", help="q4 and q8: leave the int8 prefill graph out")
+    verb.add_argument(
+        "--fp16-islands",
+        action="store_true",
+        help="fp16 and q4f16: keep what overflows in float32, as the verb fp16 proposes, instead of refusing",
+    )
     verb.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub id")
     verb.add_argument("--force", action="store_true", help="replace the package that is there")
 
@@ -44,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
         block_size=args.block_size,
         kv_cache=args.kv_cache,
         prefill_graph=not args.no_prefill_graph,
+        fp16_islands=args.fp16_islands,
     )
     started = time.monotonic()
     manifest = export(
@@ -61,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"{variant.name}: opset {variant.opset}, {counts}")
         for line in quantization_lines(variant):
             print(f"  {line}")
+        for island, reason in variant.float32_islands.items():
+            print(f"  float32 {island}: {reason}")
     print(
         f"exported {manifest.source.model}{at} to {args.out}: {megabytes(size)} in {seconds:.1f} s, "
         f"peak memory {peak_megabytes()}"

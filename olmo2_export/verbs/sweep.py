@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
         max_tokens=args.max_tokens,
         low_memory=args.low_memory,
     )
-    title = f"{args.model}, {args.variant} on {text.name} ({results[0].evaluated_tokens:,} tokens)"
+    name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
+    title = f"{name}, {args.variant} on {text.name} ({results[0].evaluated_tokens:,} tokens)"
     files = draw(results, title, args.variant, args.out / "sweep")
     print(table(results))
     print(f"drawn: {', '.join(map(str, files))}")

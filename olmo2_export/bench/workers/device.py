@@ -16,7 +16,7 @@ import torch
 
 from olmo2_export.bench.workers.common import finish
 
-_REPEATS = 10
+_REPEATS = 7
 _MATRIX = {"cuda": 8192, "cpu": 512}
 _ARRAY_BYTES = {"cuda": 4 << 30, "cpu": 512 << 20}
 
