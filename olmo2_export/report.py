@@ -15,7 +15,9 @@ from markupsafe import Markup, escape
 from olmo2_export import plots
 from olmo2_export.atomic import check_replaceable, replace_folder
 from olmo2_export.report_data import ReportData
-from olmo2_export.report_sections import FAILED, FIGURES, NONE, PASSED, UNKNOWN, passed_all, sections
+from olmo2_export.report_parity import passed_all
+from olmo2_export.report_parts import FAILED, FIGURES, NONE, PASSED, UNKNOWN
+from olmo2_export.report_sections import sections
 from olmo2_export.summary import printable, size
 
 HTML, MARKDOWN = "report.html", "report.md"

@@ -138,10 +138,10 @@ def _head(summary: PackageSummary) -> RenderableType:
             f"context {m.max_position_embeddings}",
         ),
         ("made by", ", ".join(f"{name} {version}" for name, version in manifest.libraries.items())),
-        ("holds", f"{len(summary.files)} files, {size(total)}"),
+        ("holds", f"{len(summary.files)} files, {size(total)}, every file intact"),
     ]
     title = f"{summary.package}: olmo2-export {manifest.exporter_version}, format {manifest.format_version}"
-    return Group(Text(printable(f"{title}, every file intact"), style="bold"), _facts(rows))
+    return Group(Text(printable(title), style="bold"), _facts(rows))
 
 
 def _overview(summary: PackageSummary) -> list[RenderableType]:

@@ -44,7 +44,7 @@ def test_export_verify_inspect(tiny_checkpoint: Path, tmp_path: Path, capsys: py
     assert "verifying" in printed.err
     assert cli.main(["inspect", str(out)]) == 0
     described = capsys.readouterr().out
-    for expected in ("every file intact", "past_key_values.0.key", "onnx/model.onnx_data", "passed on ort"):
+    for expected in ("every file intact", "past_key_values.N.key", "onnx/model.onnx_data", "passed on ort"):
         assert expected in described
 
 
@@ -198,15 +198,16 @@ def test_build_verify_inspect(built: Path, tiny_checkpoint: Path, capsys: pytest
     assert cli.main(["verify", str(built), "--reference", str(tiny_checkpoint), *variants]) == 0
     assert "72 of 72 tokens equal" in capsys.readouterr().out
     assert cli.main(["inspect", str(built)]) == 0
-    described = capsys.readouterr().out
+    described = " ".join(capsys.readouterr().out.split())
     for expected in (
-        "variant trt_fp16: trt/model_fp16.onnx",
-        "engine trt_rtx_fp32: trt/model_fp32.trt_rtx.engine",
-        "fp32, trt_rtx 1.7.1.116, ",
-        "compute capability 8.9, 12.0; no flags",
+        "variant trt_fp16 graph trt/model_fp16.onnx, fp16, ",
+        "engine trt_rtx_fp32 plan trt/model_fp32.trt_rtx.engine, ",
+        "needs trt_rtx 1.7.1.116",
+        "compute capability 8.9, 12.0 needs",
+        "built as portable: no, refit: no, weight streaming: no",
         "profile compact: batch up to 3, cache 64 tokens, prefill of 64 tokens",
         "3 ATTENTION_INPUT, 6 KV_CACHE_UPDATE",
-        "prefill  input_ids [1, 1] .. [1, 64] .. [3, 64], ",
+        "prefill input_ids [1, 1] [1, 64] [3, 64]",
         "trt_fp32 passed on ort",
     ):
         assert expected in described

@@ -47,7 +47,8 @@ layer_checks
 views
 locate
 plots bench_file logit_samples
-report_data
+report_data report_parts
+report_parity report_package
 report_sections
 report
 verbs

@@ -7,7 +7,6 @@ import math
 import re
 import shutil
 from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from olmo2_export.logit_samples import sample_logits
 from olmo2_export.package import export
 from olmo2_export.quality import quality_tokens
 from olmo2_export.quantize.sweep import reference_logits
-from olmo2_export.report_sections import FIGURES, figures
+from olmo2_export.report_parts import FIGURES, figures
 from runtimes.errors import UsageError
 
 HOSTILE = "<script>alert(1)<|x`$a_b$"
@@ -171,10 +170,17 @@ def test_hostile_names_are_words(written: Path) -> None:
     markdown = (written / "report.md").read_text(encoding="utf-8")
     assert "<script" not in markdown
     assert r"&lt;script&gt;alert(1)&lt;\|x\`$a\_b$" in markdown
-    tables = [line for line in markdown.splitlines() if line.startswith("|")]
-    for head, rule in pairwise(tables):
-        if set(rule) <= set("|-: "):
-            assert head.count("|") - head.count(r"\|") == rule.count("|")
+
+
+def test_tables_of_markdown_are_tables(written: Path) -> None:
+    """A head, a rule with as many columns, and rows with as many."""
+    blocks = (written / "report.md").read_text(encoding="utf-8").split("\n\n")
+    tables = [block.splitlines() for block in blocks if block.startswith("|")]
+    assert len(tables) >= 8
+    for head, rule, *rows in tables:
+        assert re.fullmatch(r"\|( -{3}:? \|)+", rule)
+        for line in (head, *rows):
+            assert line.count("|") - line.count(r"\|") == rule.count("|"), line
 
 
 def test_folders_that_are_no_report_stay(package: Path, written: Path, tmp_path: Path, capsys: Any) -> None:
