@@ -12,9 +12,10 @@ without the first Cast where x is wide already, and without the second where y i
 share its Cast. Between an operation and its reader there may be nodes that only move numbers; they follow along.
 
 All of it has kernels for CUDA in float32: MatMul, Add, Mul, Sigmoid, Gather, Slice, Split, Cast both ways, and
-RMSNormalization-23 with x and weight both float32 (core/providers/cuda/nn/rms_norm.cc). GroupQueryAttention has none, nor has MatMulNBits: the pass refuses to widen what they read. A Cast is one small kernel whose shapes are
-those of its value, so that a step can still be captured as a CUDA graph. The products are merged after this pass: those
-of one value in one precision, so that a wide gate beside a narrow up costs a kernel more.
+RMSNormalization-23 with x and weight both float32 (core/providers/cuda/nn/rms_norm.cc). GroupQueryAttention has none,
+nor has MatMulNBits: the pass refuses to widen what they read. A Cast is one small kernel whose shapes are those of its
+value, so that a step can still be captured as a CUDA graph. The products are merged after this pass: those of one value
+in one precision, so that a wide gate beside a narrow up costs a kernel more.
 """
 
 from __future__ import annotations
