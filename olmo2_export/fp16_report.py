@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from olmo2_export.fp16_safety import LIMIT, Island, Peak, Safety, Simulated
+from olmo2_export.fp16_safety import LIMIT, Island, Peak, Safety
+from olmo2_export.fp16_simulate import Simulated
 from olmo2_export.fp16_values import PARAMETERS, SCORES
 
 _ROWS = 8

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from olmo2_export.config import ModelConfig
+from olmo2_export.fp16_safety import measure_safety, refuse_overflow
 from olmo2_export.fuse import check_op_counts
 from olmo2_export.graph_files import save_graph
 from olmo2_export.package_weights import PackageWeights
@@ -66,7 +67,7 @@ def write_trt_variant(package: Path, manifest: Manifest, folder: Path, options: 
 
     Raises:
         UsageError: see `check_trt_options`, and a calibration text that is no text or too short.
-        FailedError: weights beyond the range of float16.
+        FailedError: weights, or on text activations, beyond the range of float16.
         FusionError: a pass did not find what it must find.
         NumericError: activations on the calibration tokens that are not finite.
         ResourceError: disk full.
@@ -74,6 +75,9 @@ def write_trt_variant(package: Path, manifest: Manifest, folder: Path, options: 
     check_trt_options(package, manifest, options)
     precision, capacity, top_k = options.precision, options.max_cache_length, options.top_k
     weights, text = None, None
+    if precision == "fp16":
+        found = measure_safety(PackageWeights(package, manifest), ModelConfig.from_json(package / "config.json"))
+        refuse_overflow(found, f"{package}, precision fp16", can_have_islands=False)
     spool = folder / SPOOL
     try:
         if precision in QUANTIZED:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
-from olmo2_export.fp16_safety import simulated_logits
+from olmo2_export.fp16_simulate import simulated_logits
 from olmo2_export.fp16_values import wide_of
 from olmo2_export.measure import LONGEST, Truth, ask_pytorch, measure_runner, with_quality
 from olmo2_export.ort_graph import stored_matrices

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from checkpoints import make_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,9 +18,9 @@ CHANNEL = 5
 READERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 
 
-def changed(folder: Path, change: Callable[[State], None], *, seed: int = 0) -> Path:
-    """Write the tiny model with changed weights."""
-    make_checkpoint(folder, seed=seed)
+def changed(folder: Path, change: Callable[[State], None], **fields: bool) -> Path:
+    """Write the tiny model with changed weights, and changed fields of its config."""
+    make_checkpoint(folder, **fields)
     state = load_file(folder / "model.safetensors")
     change(state)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
@@ -29,11 +28,42 @@ def changed(folder: Path, change: Callable[[State], None], *, seed: int = 0) -> 
 
 
 def residual(state: State) -> None:
-    """The MLP of layer 1 adds a channel that no linear reads, so large that the stream leaves float16 from there on."""
-    state["model.layers.1.post_feedforward_layernorm.weight"][CHANNEL] = 4e4
+    """The MLP of layer 1 adds a channel that no linear reads, so large that the stream leaves float16 from there on.
+
+    Channel 6 is 3 for every token and in every layer, so that what is added is as large everywhere: a number that is
+    small only by cancellation would be as inexact as it is large elsewhere.
+    """
+    state["model.embed_tokens.weight"][:, 6] = 3
+    for norm in ("post_attention_layernorm", "post_feedforward_layernorm"):
+        for layer in range(3):
+            state[f"model.layers.{layer}.{norm}.weight"][6] = 0
+    for linear in ("gate_proj", "up_proj"):
+        state[f"model.layers.1.mlp.{linear}.weight"][7] = 0
+        state[f"model.layers.1.mlp.{linear}.weight"][7, 6] = 2
+    state["model.layers.1.mlp.down_proj.weight"][CHANNEL] = 0
+    state["model.layers.1.mlp.down_proj.weight"][CHANNEL, 7] = 1
+    state["model.layers.1.post_feedforward_layernorm.weight"][CHANNEL] = 1.2e4
     for linear in READERS:
         state[f"model.layers.2.{linear}.weight"][:, CHANNEL] = 0
+    state["model.norm.weight"] *= 2000
     state["model.norm.weight"][CHANNEL] *= 1e-3
+
+
+def embedding(state: State) -> None:
+    """One channel of the embedding is beyond float16, and so is all of the residual stream; no linear reads it."""
+    state["model.embed_tokens.weight"][:, CHANNEL] = 7e4
+    for layer in range(3):
+        for linear in READERS:
+            state[f"model.layers.{layer}.{linear}.weight"][:, CHANNEL] = 0
+    state["model.norm.weight"] *= 2000
+    state["model.norm.weight"][CHANNEL] *= 1e-3
+
+
+def bias(state: State) -> None:
+    """A bias of layer 0's o_proj is beyond float16; the norm behind it makes it small again."""
+    state["model.layers.0.self_attn.o_proj.bias"][2] = 7e4
+    state["model.layers.0.post_attention_layernorm.weight"] *= 1e3
+    state["model.layers.0.post_attention_layernorm.weight"][2] *= 1e-3
 
 
 def product(state: State) -> None:
@@ -64,7 +94,7 @@ def values(state: State) -> None:
 
 def margin(state: State) -> None:
     """down_proj of layer 1 comes close to float16's largest number, and stays below it."""
-    state["model.layers.1.mlp.down_proj.weight"] *= 4e4 / torch.tensor(4.0)
+    state["model.layers.1.mlp.down_proj.weight"] *= 2500
 
 
 def safe(_: State) -> None:

@@ -18,7 +18,8 @@ fuse
 trace
 fp16_values
 graph_files ort_graph parity
-device_graph quality fp16_safety
+device_graph quality fp16_simulate
+fp16_safety
 fp16_report
 variants
 package
