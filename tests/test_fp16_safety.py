@@ -14,6 +14,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from cases import large
 from fp16_models import State, changed
 from torch import nn
 from transformers import Olmo2ForCausalLM
