@@ -5,7 +5,7 @@
         evaluation = evaluate(tested, tokens, references=[reference])
 
 Perplexity is exp of the mean of -log p(token | what the window holds before it); `evaluate_text.py` says what that is,
-`evaluate_statistics.py` where the error bars come from. KL divergence is KL(reference || tested).
+`error_bars.py` where the error bars come from. KL divergence is KL(reference || tested).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from olmo2_export.error_bars import Change, Mean, mean, perplexity, perplexity_change
 from olmo2_export.evaluate_models import Evaluated, logit_pieces
-from olmo2_export.evaluate_statistics import Change, Mean, mean, perplexity, perplexity_change
 from olmo2_export.evaluate_text import TokenText, Window
 from olmo2_export.parity import kl_divergence
 from olmo2_export.quality import token_losses

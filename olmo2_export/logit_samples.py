@@ -12,8 +12,8 @@ import onnx_ir as ir
 
 from olmo2_export.parity import kl_divergence
 from olmo2_export.quality import Measured
-from olmo2_export.verify_device import _open
-from olmo2_export.verify_static import _Static
+from olmo2_export.verify_device import open_device_graph
+from olmo2_export.verify_static import StaticForms
 from runtimes.manifest import find_variant, load_manifest
 
 POINTS = 60_000
@@ -48,9 +48,9 @@ def open_measured(package: Path, variant: str) -> Iterator[Measured]:
     entry, _ = find_variant(package, variant)
     if entry.kv_cache.form == "static":
         model = load_manifest(package).model
-        yield _Static(package, entry, model, ir.load(package / entry.graph)).open_all_positions()
+        yield StaticForms(package, entry, model, ir.load(package / entry.graph)).open_all_positions()
         return
-    with _open(package, entry, "cpu") as runner:
+    with open_device_graph(package, entry, "cpu") as runner:
         yield runner
 
 

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import scipy.stats  # type: ignore[import-untyped]
+
+from olmo2_export import error_bars
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,7 @@ KERNELS = Gate(error_ratio=1.5, kl_mean=math.inf, top1=0.0, near_tie=1e-9)
 """the gate of quantised kernels"""
 
 _SAMPLE = 9  # positions from which a case is held to its gate as it stands
-_BLOCK = 32  # tokens
-_RESAMPLES = 2000
+_BLOCKS = 16  # of tokens, at least, over which the interval of a perplexity is drawn
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class PerplexityChange:
     relative: float
     """test / reference - 1"""
     low: float
-    """of the 95 % interval of `relative`, by paired bootstrap over blocks of tokens; NaN of fewer than two blocks"""
+    """of the 95 % interval of `relative`, by paired bootstrap over blocks of tokens; NaN of one token"""
     high: float
     tokens: int
     tokens_from: str
@@ -356,16 +356,11 @@ def perplexity_change(reference: np.ndarray, test: np.ndarray, tokens_from: str)
         tokens_from: for the report.
 
     Returns:
-        The change and its 95 % interval. Neighbouring tokens are not independent: blocks of _BLOCK are resampled.
+        The change and its interval over `error_bars.BLOCK` tokens in a row, or where the text is too short for
+        _BLOCKS of these, over so many shorter blocks.
     """
-    with np.errstate(over="ignore", invalid="ignore"):
-        before, after, relative = np.exp(reference.mean()), np.exp(test.mean()), np.expm1((test - reference).mean())
-        low = high = math.nan
-        blocks = len(test) // _BLOCK
-        if blocks > 1 and np.isfinite(relative):
-            change = (test - reference)[: blocks * _BLOCK].reshape(blocks, _BLOCK).mean(axis=1)
-            found = scipy.stats.bootstrap(
-                (change,), np.mean, n_resamples=_RESAMPLES, method="percentile", rng=np.random.default_rng(0)
-            ).confidence_interval
-            low, high = (float(np.expm1(x)) for x in (found.low, found.high))
-    return PerplexityChange(float(before), float(after), float(relative), low, high, len(test), tokens_from)
+    block = max(1, min(error_bars.BLOCK, len(test) // _BLOCKS))
+    change = error_bars.perplexity_change(test, reference, block)
+    low, high = (math.nan if bound is None else bound for bound in (change.low, change.high))
+    before, after = (error_bars.perplexity(losses).value for losses in (reference, test))
+    return PerplexityChange(before, after, change.value, low, high, len(test), tokens_from)

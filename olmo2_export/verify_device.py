@@ -71,7 +71,7 @@ def measure_device(
     sha256 = files[entry.graph].sha256
     if truth is not None:
         truth = _with_islands(truth, entry, checkpoint)
-        with _open(package, entry, device) as runner:
+        with open_device_graph(package, entry, device) as runner:
             return with_quality(measure_runner(runner, truth, entry.precision, name, sha256), runner, checkpoint)
     config = ModelConfig.from_json(checkpoint.folder / "config.json")
     matrices = stored_matrices(ir.load(package / entry.graph))
@@ -83,7 +83,7 @@ def measure_device(
     stored = _with_islands(stored, entry, checkpoint, weights)
     sequences, origin = quality_tokens(checkpoint, config)
     wanted = list(reference_logits(checkpoint, config, sequences))
-    with _open(package, entry, device) as runner:
+    with open_device_graph(package, entry, device) as runner:
         report = measure_runner(runner, stored, "fp16", name, sha256)
         quality = measure_quality(runner, sequences, wanted, origin)
     limits = gate_of(entry, config)
@@ -109,7 +109,7 @@ def _with_islands(
 
 
 @contextmanager
-def _open(package: Path, entry: Variant, device: Device) -> Iterator[Runner]:
+def open_device_graph(package: Path, entry: Variant, device: Device) -> Iterator[Runner]:
     """Run the graph as it is, or, where the CPU has no such arithmetic, its rounded form."""
     if device != "cpu" or entry.kv_cache.dtype != "bfloat16":
         with open_runner(package, variant=entry.name, device=device) as runner:

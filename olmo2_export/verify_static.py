@@ -98,7 +98,7 @@ def measure_static(
     linears, tensors = stored_linears(graph, config), stored_tensors(graph)
     if linears.keys() != (entry.quantization.tensors.keys() if entry.quantization else set()):
         raise PackageError(f"{package}: {entry.graph} quantises other weights than its manifest says; build it again")
-    static = _Static(package, entry, load_manifest(package).model, graph, backend, device)
+    static = StaticForms(package, entry, load_manifest(package).model, graph, backend, device)
     sha256 = files[entry.graph].sha256
     checks = [check_rounded(tensors, checkpoint, config)]
     if truth is not None:
@@ -146,7 +146,7 @@ def measure_static(
     )
 
 
-class _Static:
+class StaticForms:
     """A variant whose graph is opened on a backend and a device, where that is a CPU in forms made in memory."""
 
     def __init__(

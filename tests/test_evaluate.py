@@ -16,9 +16,9 @@ from lm_eval.utils import get_rolling_token_windows
 
 from olmo2_export import cli
 from olmo2_export.checkpoint import DEMO, open_checkpoint
+from olmo2_export.error_bars import mean, perplexity, perplexity_change
 from olmo2_export.evaluate import evaluate, token_text
 from olmo2_export.evaluate_models import logit_pieces, open_package_model, open_torch_model
-from olmo2_export.evaluate_statistics import mean, perplexity, perplexity_change
 from olmo2_export.evaluate_text import HELDOUT, TokenText, read_text
 from runtimes.errors import InputError, PackageError, UsageError
 from runtimes.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 EXPORTER = """
 __init__
 config
-atomic checkpoint model evaluate_text evaluate_statistics lm_eval_adapter
+atomic checkpoint model evaluate_text error_bars lm_eval_adapter
 quantize
 fuse
 trace

@@ -136,20 +136,21 @@ def test_few_positions_are_a_small_sample_and_nine_are_none() -> None:
 
 def test_the_change_of_perplexity_has_a_paired_interval() -> None:
     generator = np.random.default_rng(0)
-    before = generator.gamma(1.0, 3.0, 3200)  # nats: far larger than what changes
-    noise = generator.normal(0.001, 0.01, 3200)
+    before = generator.gamma(1.0, 3.0, 51_200)  # nats: far larger than what changes
+    noise = generator.normal(0.001, 0.01, 51_200)
     change = perplexity_change(before, before + noise, "text")
     assert change.reference == pytest.approx(math.exp(before.mean()), rel=1e-12)
     assert change.test == pytest.approx(math.exp((before + noise).mean()), rel=1e-12)
     assert change.relative == pytest.approx(change.test / change.reference - 1, rel=1e-9)
-    # 95 % of a mean of 3200: 1.96 x 0.01 / sqrt(3200), whatever the losses themselves vary by
-    assert change.high - change.low == pytest.approx(2 * 1.96 * 0.01 / math.sqrt(3200), rel=0.15)
+    # 95 % of a mean of 51 200: 1.96 x 0.01 / sqrt(51 200), whatever the losses themselves vary by
+    assert change.high - change.low == pytest.approx(2 * 1.96 * 0.01 / math.sqrt(51_200), rel=0.15)
     assert change.low < change.relative < change.high
     assert change == perplexity_change(before, before + noise, "text")  # the same draws every time
-    few = perplexity_change(before[:40], before[:40], "text")
-    assert few.relative == 0.0
-    assert math.isnan(few.low)
-    assert math.isnan(few.high)
+    same = perplexity_change(before[:40], before[:40], "text")
+    assert (same.relative, same.low, same.high) == (0.0, 0.0, 0.0)
+    one = perplexity_change(before[:1], before[:1], "text")
+    assert math.isnan(one.low)
+    assert math.isnan(one.high)
 
 
 def test_a_report_has_two_verdicts() -> None:

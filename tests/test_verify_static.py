@@ -113,7 +113,7 @@ def test_the_demo_meets_the_gates_of_quality(
     checkpoint = open_checkpoint("demo")
     entry, _ = find_variant(package, f"trt_{precision}")
     config = ModelConfig.from_json(checkpoint.folder / "config.json")
-    static = verify_static._Static(package, entry, config.spec, ir.load(package / entry.graph))
+    static = verify_static.StaticForms(package, entry, config.spec, ir.load(package / entry.graph))
     check, change = verify_static._check_quality(static.open_all_positions(), entry, checkpoint, config)
     assert change.low < change.relative < change.high < 0.02
     assert check.passed, check.failures
@@ -187,7 +187,7 @@ def test_the_device_form_changes_no_number(precision: Precision, packages: Calla
     found = []
     for model in (graph, form):
         entry, _ = find_variant(package, f"trt_{precision}")
-        static = verify_static._Static(package, entry, load_manifest(package).model, model)
+        static = verify_static.StaticForms(package, entry, load_manifest(package).model, model)
         with static.open(rounded_form) as runner:
             found.append(runner.prefill([list(range(40))])[0])
     assert np.array_equal(*found)
