@@ -12,14 +12,19 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import onnx_ir as ir
 import torch
 
 from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
 from olmo2_export.evaluate_text import Window
+from olmo2_export.quality import Measured
 from olmo2_export.quantize.sweep import Head, embed, staged_layers
 from olmo2_export.reference import Reference, open_reference
-from runtimes import Backend, Device, Runner, open_runner
+from olmo2_export.verify_device import open_device_graph
+from olmo2_export.verify_static import StaticForms
+from runtimes import Backend, Device, open_runner
+from runtimes.manifest import ModelSpec, Variant, find_variant, load_manifest
 from runtimes.runner import Logits
 
 PYTORCH = "PyTorch float32"
@@ -53,12 +58,13 @@ class PackageModel:
 
     group_tokens = 1
 
-    def __init__(self, runner: Runner, name: str, decode_graph: bool = False) -> None:
+    def __init__(self, runner: Measured, variant: Variant, model: ModelSpec, name: str, decode_graph: bool) -> None:
         self.name = name
-        self.vocab_size = runner.model.vocab_size
-        self.max_context = runner.max_cache_length
+        self.vocab_size = model.vocab_size
+        self.max_context = variant.kv_cache.max_cache_length
         self._runner = runner
         self._decode_graph = decode_graph
+        self._all_positions = variant.kv_cache.form == "static"  # made for it
         self._windows: Sequence[Window] = ()
 
     def begin(self, windows: Sequence[Window]) -> None:
@@ -72,7 +78,7 @@ class PackageModel:
             if self._decode_graph:
                 runner.decode_block(part)
             else:
-                runner.prefill([part])
+                runner.prefill([part], all_positions=self._all_positions)
         for start in range(window.first, len(window.ids), piece):
             part = window.ids[start : start + piece]
             yield runner.decode_block(part) if self._decode_graph else runner.prefill([part], all_positions=True)[0]
@@ -140,14 +146,42 @@ def open_package_model(
 
     Args:
         package: the package folder.
-        variant, backend, device: as `open_runner`.
+        variant, backend, device: as `open_runner`; on the CPU a named variant for a GPU runs in its rounded form.
         decode_graph: use the graph that generates text for all tokens, also where the package has another for prompts.
 
     Raises:
         Olmo2ExportError: as `open_runner`.
     """
+    model = load_manifest(package).model
+    entry = find_variant(package, variant)[0] if variant is not None else None
+    if entry is not None and backend == "ort" and device in (None, "cpu") and _rounded_here(entry):
+        with open_measured(package, entry.name) as measured:
+            yield PackageModel(measured, entry, model, f"{entry.name}, rounded as on its device", decode_graph)
+        return
     with open_runner(package, variant=variant, backend=backend, device=device) as runner:
-        yield PackageModel(runner, runner.variant.name, decode_graph)
+        yield PackageModel(runner, runner.variant, model, runner.variant.name, decode_graph)
+
+
+@contextmanager
+def open_measured(package: Path, variant: str) -> Iterator[Measured]:
+    """Open what the CPU can run of a variant: its graph, or where that has no kernels there its rounded form.
+
+    Raises:
+        VariantNotFoundError: the package has no such variant.
+        PackageError: the graph does not load.
+    """
+    entry, _ = find_variant(package, variant)
+    if entry.kv_cache.form == "static":
+        model = load_manifest(package).model
+        yield StaticForms(package, entry, model, ir.load(package / entry.graph)).open_all_positions()
+        return
+    with open_device_graph(package, entry, "cpu") as runner:
+        yield runner
+
+
+def _rounded_here(variant: Variant) -> bool:
+    """Whether onnxruntime's CPU provider runs another form of the graph, rounded where the graph rounds."""
+    return variant.kv_cache.form == "static" or variant.kv_cache.dtype == "bfloat16"
 
 
 @contextmanager

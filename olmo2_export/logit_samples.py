@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 
+from olmo2_export.evaluate_models import open_measured
 from olmo2_export.parity import kl_divergence
-from olmo2_export.quality import Measured
-from olmo2_export.verify_device import open_device_graph
-from olmo2_export.verify_static import StaticForms
-from runtimes.manifest import find_variant, load_manifest
+from runtimes.manifest import find_variant
 
 POINTS = 60_000
 """logits that are kept of each variant"""
@@ -35,23 +31,6 @@ class LogitSample:
     """float64 [positions]: KL(PyTorch || variant), nats"""
     top1: float
     """share of positions"""
-
-
-@contextmanager
-def open_measured(package: Path, variant: str) -> Iterator[Measured]:
-    """Open what the CPU can run of a variant: its graph, or where that has no kernels there its rounded form.
-
-    Raises:
-        VariantNotFoundError: the package has no such variant.
-        PackageError: the graph does not load.
-    """
-    entry, _ = find_variant(package, variant)
-    if entry.kv_cache.form == "static":
-        model = load_manifest(package).model
-        yield StaticForms(package, entry, model, ir.load(package / entry.graph)).open_all_positions()
-        return
-    with open_device_graph(package, entry, "cpu") as runner:
-        yield runner
 
 
 def sample_logits(

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from lm_eval.utils import get_rolling_token_windows
+from rebuilt_packages import with_trt_graph
 
 from olmo2_export import cli
 from olmo2_export.checkpoint import DEMO, open_checkpoint
@@ -20,6 +21,8 @@ from olmo2_export.error_bars import mean, perplexity, perplexity_change
 from olmo2_export.evaluate import evaluate, token_text
 from olmo2_export.evaluate_models import logit_pieces, open_package_model, open_torch_model
 from olmo2_export.evaluate_text import HELDOUT, TokenText, read_text
+from olmo2_export.package import export
+from olmo2_export.trt_variants import TrtOptions
 from runtimes.errors import InputError, PackageError, UsageError
 from runtimes.tokenizer import Tokenizer
 
@@ -305,3 +308,19 @@ def test_bad_usage(demo_package: Path, arguments: list[str], said: str, capsys: 
 def test_a_folder_without_tokenizer(tiny_checkpoint: Path) -> None:
     with pytest.raises(PackageError, match=r"IDS\.npy"):
         token_text(tiny_checkpoint, HELDOUT, is_package=False)
+
+
+def test_variants_for_gpus_are_evaluated_in_their_rounded_form(tmp_path: Path) -> None:
+    demo = open_checkpoint("demo")
+    export(demo, tmp_path / "package", variants=["fp32", "bf16"])
+    with_trt_graph(tmp_path / "package", tmp_path / "trt", TrtOptions("bf16", 300))
+    found = {}
+    for package, variant in (("package", "fp32"), ("package", "bf16"), ("trt", "trt_bf16")):
+        with open_package_model(tmp_path / package, variant=variant) as tested:
+            text = token_text(tmp_path / package, HELDOUT, most=300)
+            found[variant] = evaluate(tested, text, context=256, progress=False)
+    assert found["bf16"].name == "bf16, rounded as on its device"
+    exact = found["fp32"].perplexity.value
+    for name in ("bf16", "trt_bf16"):
+        change = found[name].perplexity.value / exact - 1
+        assert 1e-6 < abs(change) < 5e-3, (name, change)  # it is rounded, and no more than that

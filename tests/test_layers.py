@@ -31,14 +31,14 @@ engine_worker engine_process
 engine reference
 taps torch_layers feeds
 explain
-evaluate_models
-evaluate
-revisions
-revisions_plot
 first_call polygraphy_tool
 measure
 trt_forms weight_checks
 verify_quantized verify_static verify_device
+evaluate_models
+evaluate
+revisions
+revisions_plot
 verify graph_summary engine_summary
 package_summary
 summary
