@@ -49,6 +49,8 @@ TOKENS = (17, 6, 1)
 """of the calls: a prefill, a chunk, a step of decoding"""
 MIN_TOKENS = 16
 """of the cache"""
+GROWN = 4.0
+"""most: error / PyTorch's own, of errors that have come through all layers"""
 _FLOOR = {"fp32": 2.0**-24, "bf16": 2.0**-9, "fp16": 2.0**-12}
 _SEED = 0
 
@@ -227,7 +229,7 @@ class _Locator:
     def _grown(self, growth: Sequence[TensorParity]) -> tuple[TensorParity, list[TensorParity], str] | None:
         """Return the first depth at which errors that are small by themselves have added up."""
         for parity in growth:
-            if not parity.relative <= self._view.growth_factor * max(parity.expected, _FLOOR[self._view.precision]):
+            if not parity.relative <= GROWN * max(parity.expected, _FLOOR[self._view.precision]):
                 text = f"{self._label()}each operation is right on its own inputs, but up to {parity.name} errors"
                 return parity, [], f"{text} add up to {_ratio(parity)} times those of PyTorch."
         return None

@@ -34,8 +34,6 @@ from runtimes.manifest import Quantization, Variant
 EXACT, ROUNDED = 4.0, 2.0
 """most: error / PyTorch's own, of one operation on the graph's inputs. 4 is the fp32 gate of verify; where rounding to
 fewer bits dominates, the same places are rounded, and less is ample"""
-GROWN = 4.0
-"""the same of errors that have come through all layers"""
 INT8 = "int8"
 """the view of a prefill graph"""
 FIRST_CALL = 16
@@ -59,7 +57,6 @@ class View:
     precision: str
     """of PyTorch's own arithmetic: fp32 | bf16 | fp16"""
     factor: float
-    growth_factor: float = GROWN
     rounding: Mapping[str, Rounding] = dataclasses.field(default_factory=dict)
     """of the inputs of linears, by weight"""
     first_call_only: bool = False

@@ -15,7 +15,8 @@ import torch
 from checkpoints import make_checkpoint
 from rebuilt_packages import rebuilt, rebuilt_trt, with_trt_graph
 
-from olmo2_export import segments, views
+from olmo2_export import locate as locate_module
+from olmo2_export import segments
 from olmo2_export.checkpoint import Checkpoint, open_checkpoint
 from olmo2_export.cli import main
 from olmo2_export.debug import onnxruntime_runner
@@ -312,18 +313,13 @@ def test_bug_in_a_graph_for_gpus(
 def test_what_one_operation_cannot_tell_shows_in_the_growth(
     tiny_package: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(views, "GROWN", 0.5)
-    monkeypatch.setattr(views.View, "__init__", _with_growth(views.View.__init__, 0.5))
+    monkeypatch.setattr(locate_module, "GROWN", 0.5)  # no operation departs, and all together do
     location = locate(tiny_package, checkpoint, "fp32")
     assert location.first is not None
     assert (location.first.name, location.first.operation) == ("model.layers.0.output", "layer as a whole")
     assert "each operation is right on its own inputs, but up to model.layers.0.output errors add up" in (
         location.explanation
     )
-
-
-def _with_growth(init: Callable[..., None], factor: float) -> Callable[..., None]:
-    return lambda self, *args, **more: init(self, *args, **{**more, "growth_factor": factor})
 
 
 def test_the_layer_is_its_operations(checkpoint: Checkpoint) -> None:

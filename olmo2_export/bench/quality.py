@@ -22,6 +22,7 @@ from olmo2_export.bench.contenders import DEMO, LLAMA_VENV, peer_python
 from olmo2_export.bench.processes import stage, worker
 from olmo2_export.checkpoint import open_checkpoint
 from olmo2_export.parity import kl_divergence
+from olmo2_export.quality import token_losses
 from olmo2_export.reference import open_reference
 from runtimes import Runner, open_runner
 from runtimes.manifest import find_variant
@@ -65,7 +66,7 @@ def metrics(
         truth, got = (a[start:end].astype(np.float64) for a in (reference, test))
         kl.append(kl_divergence(truth, got))
         same.append(truth.argmax(axis=-1) == got.argmax(axis=-1))
-        nll.append(_negative_log_likelihood(got, ids))
+        nll.append(token_losses(got[:-1], ids[1:]))
     divergences, losses = np.concatenate(kl), np.concatenate(nll)
     perplexity = math.exp(losses.mean())
     return {
@@ -75,14 +76,6 @@ def metrics(
         "perplexity": perplexity,
         "perplexity_se": perplexity * float(losses.std()) / math.sqrt(len(losses)),
     }
-
-
-def _negative_log_likelihood(logits: npt.NDArray[np.float64], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Return that of every id but the first [length - 1]."""
-    shifted = logits[:-1] - logits[:-1].max(axis=-1, keepdims=True)
-    chosen = shifted[np.arange(len(ids) - 1), ids[1:]]
-    result: npt.NDArray[np.float64] = np.log(np.exp(shifted).sum(axis=-1)) - chosen
-    return result
 
 
 def run(
