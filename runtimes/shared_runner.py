@@ -19,7 +19,7 @@ from runtimes.runner import Ids, Logits, TokenIds
 PREFILL_CHUNK = 128
 """tokens of one sequence per call: seen as fast as 512, and the activations take a quarter of the memory"""
 _BATCHED_LOGITS = 64
-_LENGTH_STEP = 256  # tokens; the buffer grows to a multiple of it, and by half at least
+_LENGTH_STEP = 256  # tokens; the buffer grows to a multiple of it, with room for as many more, and by half at least
 _ALIGNMENT = 64
 
 
@@ -232,8 +232,9 @@ class _Buffer:
         if rows <= self._rows and length <= self._length:
             return
         spec = self._spec
-        if length > self._length:
-            length = min(spec.max_cache_length, _round_up(max(length, self._length * 3 // 2), _LENGTH_STEP))
+        if length > self._length:  # room that nobody writes is no memory yet; so a prompt's next tokens fit, too
+            wanted = max(length + _LENGTH_STEP, self._length * 3 // 2)
+            length = min(spec.max_cache_length, _round_up(wanted, _LENGTH_STEP))
         length = max(length, self._length)
         shape = (rows, spec.num_key_value_heads, length, spec.stored_head_dim)
         used = max(held, default=0)

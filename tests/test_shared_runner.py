@@ -78,8 +78,18 @@ def test_growth_starts_small_and_is_never_beyond_the_context(monkeypatch: pytest
         for _ in range(CONTEXT):
             runner.prefill([[7]]) if not runner.cache_lengths else runner.decode([7])
             seen.append(runner._buffer._length)
-    assert sorted(set(seen)) == [32, 64, 96, 160, 256]
+    assert sorted(set(seen)) == [64, 128, 192, 256]
     assert all(capacity > used - 1 for used, capacity in enumerate(seen, start=1))
+
+
+def test_a_prompt_leaves_room_for_the_tokens_that_follow(monkeypatch: pytest.MonkeyPatch, runner: SharedRunner) -> None:
+    """A first new token that has to copy the whole cache keeps people waiting."""
+    monkeypatch.setattr(shared_runner, "_LENGTH_STEP", 32)
+    runner.prefill([tokens(64)])
+    length = runner._buffer._length
+    for token in tokens(32):
+        runner.decode([int(token)])
+    assert runner._buffer._length == length == 96
 
 
 def test_exactly_the_context_works_and_one_more_is_an_error(runner: SharedRunner) -> None:
