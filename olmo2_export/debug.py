@@ -26,7 +26,7 @@ from polygraphy.logger import G_LOGGER  # type: ignore[import-untyped]
 
 from olmo2_export.first_call import first_call, float32_name
 from olmo2_export.graph_files import save_graph
-from olmo2_export.trt_forms import exact_form, rounded_form
+from olmo2_export.verify.trt_forms import exact_form, rounded_form
 from runtimes.errors import BackendError, FailedError, UsageError, VariantNotFoundError
 from runtimes.manifest import Variant, load_manifest, load_trt_manifest
 from runtimes.nvidia import TensorRTBackend, load_tensorrt

@@ -16,7 +16,7 @@ Weights, residual stream and cache have the precision; what is rounded, and wher
 - GroupQueryAttention wants its rotary tables in the precision of its queries; its CUDA kernels exist in float16 and
   bfloat16 alone, so that a float32 graph cannot run there.
 - The logits are cast to float32 after the head, as in transformers.
-- In float16 what a text has shown to overflow may stay in float32, see `fp16_safety.py` and `fuse/float32_islands.py`.
+- In float16 what a text has shown to overflow may stay in float32, see `fp16/safety.py` and `fuse/float32_islands.py`.
 
 Decoding can be captured as a CUDA graph: every node but those that compute shapes has a CUDA kernel in this precision,
 no shape depends on the contents of a tensor, and the tensor whose length is total_sequence_length, the mask, may have
@@ -40,7 +40,7 @@ import onnx_ir as ir
 
 from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
-from olmo2_export.fp16_values import Wide, operations
+from olmo2_export.fp16.values import Wide, operations
 from olmo2_export.fuse import check_op_counts
 from olmo2_export.fuse.drop_unused import drop_unused
 from olmo2_export.fuse.float32_islands import float32_islands

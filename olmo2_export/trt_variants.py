@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from olmo2_export.config import ModelConfig
-from olmo2_export.fp16_safety import measure_safety, refuse_overflow
+from olmo2_export.fp16.safety import measure_safety, refuse_overflow
 from olmo2_export.fuse import check_op_counts
 from olmo2_export.graph_files import save_graph
 from olmo2_export.package_weights import PackageWeights

@@ -21,8 +21,8 @@ from tqdm import tqdm
 from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
 from olmo2_export.device_graph import DTYPE_NAMES, DTYPES, device_graph, device_outputs
-from olmo2_export.fp16_safety import Safety, measure_safety, refuse_overflow
-from olmo2_export.fp16_values import Wide, operations
+from olmo2_export.fp16.safety import Safety, measure_safety, refuse_overflow
+from olmo2_export.fp16.values import Wide, operations
 from olmo2_export.fuse import DEVICE, check_op_counts
 from olmo2_export.fuse.quantized_kv_cache import quantized_kv_cache
 from olmo2_export.graph_files import attach_weights, save_graph, save_weights

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from olmo2_export.feeds import MODES
 from olmo2_export.parity import CaseResult, ParityReport
+from olmo2_export.verify.feeds import MODES
 
 
 def assert_full_matrix(report: ParityReport, *views: str) -> None:

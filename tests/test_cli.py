@@ -11,9 +11,10 @@ from typing import get_args
 import pytest
 from checkpoints import make_checkpoint
 
-from olmo2_export import cli, engine
+from olmo2_export import cli
 from olmo2_export.atomic import locked
-from olmo2_export.engine_options import EngineOptions, Profile
+from olmo2_export.engine import build as engine
+from olmo2_export.engine.options import EngineOptions, Profile
 from olmo2_export.trt_graph import PRECISIONS
 from runtimes.errors import UsageError
 from runtimes.manifest import load_manifest

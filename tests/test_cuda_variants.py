@@ -29,7 +29,7 @@ from olmo2_export.package import export
 from olmo2_export.reference import open_reference
 from olmo2_export.trace import trace
 from olmo2_export.variants import Options
-from olmo2_export.verify import verify
+from olmo2_export.verify.verify import verify
 from runtimes import open_runner
 from runtimes.errors import BackendError, FailedError, UsageError
 from runtimes.manifest import load_manifest

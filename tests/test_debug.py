@@ -25,8 +25,8 @@ from olmo2_export.debug import (
     reduce,
     tensorrt_runner,
 )
-from olmo2_export.engine import build
-from olmo2_export.engine_options import EngineOptions
+from olmo2_export.engine.build import build
+from olmo2_export.engine.options import EngineOptions
 from olmo2_export.first_call import first_call
 from olmo2_export.graph_files import save_graph
 from runtimes import open_runner

@@ -16,12 +16,12 @@ import tensorrt_rtx_bindings  # type: ignore[import-untyped]  # noqa: F401  # mi
 import torch
 from checkpoints import make_checkpoint
 
-from olmo2_export import verify as verify_module
 from olmo2_export.checkpoint import open_checkpoint
-from olmo2_export.engine import BuildReport, build
-from olmo2_export.engine_options import CAPABILITIES, MAX_BATCH_SIZE, EngineOptions
-from olmo2_export.engine_plan import read_kernels
+from olmo2_export.engine.build import BuildReport, build
+from olmo2_export.engine.options import CAPABILITIES, MAX_BATCH_SIZE, EngineOptions
+from olmo2_export.engine.plan import read_kernels
 from olmo2_export.package import export
+from olmo2_export.verify import verify as verify_module
 from runtimes import nvidia
 from runtimes.errors import (
     BackendError,

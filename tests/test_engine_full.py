@@ -14,12 +14,14 @@ import pytest
 from full_tensorrt import Strict
 from test_engine_process import MATMUL, graph_of, request_for
 
-from olmo2_export import engine as engine_module
-from olmo2_export import engine_compiler, engine_options, engine_refitter
-from olmo2_export.engine import build, refit
-from olmo2_export.engine_compiler import CompileRequest, CompileResult, compile_plan
-from olmo2_export.engine_options import EngineOptions
-from olmo2_export.engine_refitter import RefitRequest, refit_plan
+from olmo2_export.engine import build as engine_module
+from olmo2_export.engine import compiler as engine_compiler
+from olmo2_export.engine import options as engine_options
+from olmo2_export.engine import refitter as engine_refitter
+from olmo2_export.engine.build import build, refit
+from olmo2_export.engine.compiler import CompileRequest, CompileResult, compile_plan
+from olmo2_export.engine.options import EngineOptions
+from olmo2_export.engine.refitter import RefitRequest, refit_plan
 from runtimes import nvidia
 from runtimes.errors import BackendError, EngineBuildError, UsageError
 from runtimes.manifest import load_trt_manifest

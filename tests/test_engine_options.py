@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from olmo2_export import engine_options
-from olmo2_export.engine_options import EngineOptions, Settled, gpu_at_hand, settle
+from olmo2_export.engine import options as engine_options
+from olmo2_export.engine.options import EngineOptions, Settled, gpu_at_hand, settle
 from runtimes.errors import BackendError, UsageError
 from runtimes.manifest import ModelSpec
 

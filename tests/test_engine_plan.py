@@ -13,9 +13,9 @@ import pytest
 from checkpoints import make_checkpoint
 
 from olmo2_export.checkpoint import open_checkpoint
-from olmo2_export.engine import build
-from olmo2_export.engine_options import EngineOptions
-from olmo2_export.engine_plan import Kernel, count_kernels, materialized_weights, read_kernels, reads_cache_in_place
+from olmo2_export.engine.build import build
+from olmo2_export.engine.options import EngineOptions
+from olmo2_export.engine.plan import Kernel, count_kernels, materialized_weights, read_kernels, reads_cache_in_place
 from olmo2_export.package import export
 from olmo2_export.trt_graph import PRECISIONS, Precision
 from runtimes.errors import EngineBuildError
@@ -81,9 +81,9 @@ def test_kernels_of_every_precision_and_head_layout(
     package: tuple[str, Path], precision: Precision, caplog: pytest.LogCaptureFixture
 ) -> None:
     name, folder = package
-    with caplog.at_level(logging.WARNING, "olmo2_export.engine_plan"):
+    with caplog.at_level(logging.WARNING, "olmo2_export.engine.plan"):
         kernels = built_kernels(folder, precision)
-    assert not [r for r in caplog.records if r.name == "olmo2_export.engine_plan"]
+    assert not [r for r in caplog.records if r.name == "olmo2_export.engine.plan"]
     assert {profile: materialized_weights(listed) for profile, listed in kernels.items()} == {
         "decode": [],
         "prefill": [],

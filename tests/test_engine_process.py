@@ -19,11 +19,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from olmo2_export import engine_process
-from olmo2_export.engine import build
-from olmo2_export.engine_compiler import CompileRequest, CompileResult, check_layers, check_messages, compile_plan
-from olmo2_export.engine_options import EngineOptions
-from olmo2_export.engine_process import run_worker
+from olmo2_export.engine import process as engine_process
+from olmo2_export.engine.build import build
+from olmo2_export.engine.compiler import CompileRequest, CompileResult, check_layers, check_messages, compile_plan
+from olmo2_export.engine.options import EngineOptions
+from olmo2_export.engine.process import run_worker
 from runtimes import nvidia
 from runtimes.errors import BackendError, EngineBuildError, FusionError, ResourceError
 
@@ -147,7 +147,7 @@ def test_process_dies_with_its_parent() -> None:
     """A build that is killed must not go on, unseen, for minutes and with gigabytes."""
     script = (
         "import os, subprocess, sys, time\n"
-        "from olmo2_export.engine_process import worker_command\n"
+        "from olmo2_export.engine.process import worker_command\n"
         "process = subprocess.Popen(worker_command(), stdin=sys.stdin, stdout=subprocess.DEVNULL)\n"
         "print(process.pid, flush=True)\n"
         "time.sleep(60)"

@@ -18,9 +18,9 @@ from rebuilt_packages import with_trt_graph
 from olmo2_export import cli
 from olmo2_export.checkpoint import DEMO, open_checkpoint
 from olmo2_export.error_bars import mean, perplexity, perplexity_change
-from olmo2_export.evaluate import evaluate, token_text
-from olmo2_export.evaluate_models import logit_pieces, open_package_model, open_torch_model
-from olmo2_export.evaluate_text import HELDOUT, TokenText, read_text
+from olmo2_export.evaluate.evaluate import evaluate, token_text
+from olmo2_export.evaluate.models import logit_pieces, open_package_model, open_torch_model
+from olmo2_export.evaluate.text import HELDOUT, TokenText, read_text
 from olmo2_export.package import export
 from olmo2_export.trt_variants import TrtOptions
 from runtimes.errors import InputError, PackageError, UsageError

@@ -23,21 +23,21 @@ from olmo2_export.checkpoint import open_checkpoint
 from olmo2_export.cli import main
 from olmo2_export.config import ModelConfig
 from olmo2_export.device_graph import device_graph
-from olmo2_export.fp16_safety import LIMIT, Safety, measure_safety, safety_tokens
-from olmo2_export.fp16_simulate import simulate
-from olmo2_export.fp16_values import Wide, wide_of
+from olmo2_export.fp16.safety import LIMIT, Safety, measure_safety, safety_tokens
+from olmo2_export.fp16.simulate import simulate
+from olmo2_export.fp16.values import Wide, wide_of
 from olmo2_export.fuse import DEVICE, op_counts
 from olmo2_export.fuse.float32_islands import float32_islands
 from olmo2_export.graph_files import save_graph
 from olmo2_export.ort_graph import shared_graph
 from olmo2_export.package import export
 from olmo2_export.quantize.sweep import reference_logits
-from olmo2_export.summary import summarize
+from olmo2_export.summary.text import summarize
 from olmo2_export.trace import trace
-from olmo2_export.trt_forms import rounded_form
 from olmo2_export.trt_variants import TrtOptions, write_trt_variant
 from olmo2_export.variants import Options
-from olmo2_export.verify import verify
+from olmo2_export.verify.trt_forms import rounded_form
+from olmo2_export.verify.verify import verify
 from runtimes import open_runner
 from runtimes.errors import FailedError, FusionError, NumericError
 from runtimes.manifest import load_manifest

@@ -13,9 +13,9 @@ import pytest
 from rebuilt_packages import rebuilt, rebuilt_trt
 
 from olmo2_export.checkpoint import open_checkpoint
-from olmo2_export.engine import build
-from olmo2_export.engine_options import EngineOptions
-from olmo2_export.measure import Truth, ask_pytorch, measure
+from olmo2_export.engine.build import build
+from olmo2_export.engine.options import EngineOptions
+from olmo2_export.verify.measure import Truth, ask_pytorch, measure
 
 LAYER = 1
 

@@ -10,15 +10,16 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from olmo2_export import cli, graph_summary
+from olmo2_export import cli
 from olmo2_export.checkpoint import open_checkpoint
 from olmo2_export.config import ModelConfig
-from olmo2_export.engine import build
-from olmo2_export.engine_options import EngineOptions
-from olmo2_export.graph_summary import op_changes, portable_ops
+from olmo2_export.engine.build import build
+from olmo2_export.engine.options import EngineOptions
 from olmo2_export.package import export
-from olmo2_export.package_summary import describe
-from olmo2_export.summary import plain, printable, short_name, size
+from olmo2_export.summary import graph as graph_summary
+from olmo2_export.summary.graph import op_changes, portable_ops
+from olmo2_export.summary.package import describe
+from olmo2_export.summary.text import plain, printable, short_name, size
 from runtimes.manifest import load_manifest
 
 
@@ -176,7 +177,7 @@ def test_weights_are_not_read(package: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_plan_without_text_is_described(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = Path(shutil.copytree(package, tmp_path / "copy"))
-    monkeypatch.setattr("olmo2_export.engine_summary.RTX_VERSION", "9.9")
+    monkeypatch.setattr("olmo2_export.summary.engine.RTX_VERSION", "9.9")
     summary = describe(copy, "trt_bf16")
     assert summary.engines[0].kernel_table == ()
     assert "trt_rtx 1.7.1.116" in plain(summary)

@@ -15,8 +15,8 @@ import transformers
 
 from olmo2_export import lm_eval_adapter
 from olmo2_export.checkpoint import DEMO, open_checkpoint
-from olmo2_export.evaluate import evaluate, token_text
-from olmo2_export.evaluate_models import open_package_model
+from olmo2_export.evaluate.evaluate import evaluate, token_text
+from olmo2_export.evaluate.models import open_package_model
 from olmo2_export.lm_eval_adapter import PackageLM
 from runtimes.errors import ContextLengthError, UsageError
 from runtimes.generate import generate

@@ -15,20 +15,20 @@ import torch
 from checkpoints import make_checkpoint
 from rebuilt_packages import rebuilt, rebuilt_trt, with_trt_graph
 
-from olmo2_export import locate as locate_module
-from olmo2_export import segments
 from olmo2_export.checkpoint import Checkpoint, open_checkpoint
 from olmo2_export.cli import main
 from olmo2_export.debug import onnxruntime_runner
-from olmo2_export.locate import Location, TensorParity, format_location, locate, locate_all
+from olmo2_export.locate import locate as locate_module
+from olmo2_export.locate import segments
+from olmo2_export.locate.locate import Location, TensorParity, format_location, locate, locate_all
+from olmo2_export.locate.segments import Run, onnxruntime_opener, tensorrt_opener
+from olmo2_export.locate.taps import cut, find_segments
+from olmo2_export.locate.torch_layers import TorchModel
 from olmo2_export.package import export
-from olmo2_export.segments import Run, onnxruntime_opener, tensorrt_opener
-from olmo2_export.taps import cut, find_segments
-from olmo2_export.torch_layers import TorchModel
-from olmo2_export.trt_forms import rounded_form
 from olmo2_export.trt_graph import PRECISIONS, Precision
 from olmo2_export.trt_variants import TrtOptions
 from olmo2_export.variants import Options
+from olmo2_export.verify.trt_forms import rounded_form
 from runtimes.errors import ConfigError, PackageError, UsageError, VariantNotFoundError
 from runtimes.manifest import find_variant
 from runtimes.ort_devices import Device, find_device

@@ -25,7 +25,7 @@ from olmo2_export import package as package_module
 from olmo2_export.atomic import replace_folder
 from olmo2_export.checkpoint import open_checkpoint
 from olmo2_export.package import export
-from olmo2_export.summary import summarize
+from olmo2_export.summary.text import summarize
 from runtimes.errors import (
     CheckpointError,
     ConfigError,

@@ -13,15 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from olmo2_export import cli, plots, report_data
-from olmo2_export.bench_file import read_bench
+from olmo2_export import cli
 from olmo2_export.checkpoint import open_checkpoint
 from olmo2_export.config import ModelConfig
-from olmo2_export.logit_samples import sample_logits
 from olmo2_export.package import export
 from olmo2_export.quality import quality_tokens
 from olmo2_export.quantize.sweep import reference_logits
-from olmo2_export.report_parts import FIGURES, figures
+from olmo2_export.report import data as report_data
+from olmo2_export.report import plots
+from olmo2_export.report.bench_file import read_bench
+from olmo2_export.report.logit_samples import sample_logits
+from olmo2_export.report.parts import FIGURES, figures
 from runtimes.errors import UsageError
 
 HOSTILE = "<script>alert(1)<|x`$a_b$"

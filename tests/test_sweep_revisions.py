@@ -16,13 +16,14 @@ from checkpoints import make_checkpoint
 from hub import REPOSITORY, commit_of, local_hub
 from PIL import Image
 
-from olmo2_export import cli, revisions
+from olmo2_export import cli
 from olmo2_export.checkpoint import open_checkpoint
-from olmo2_export.evaluate import evaluate, token_text
-from olmo2_export.evaluate_models import open_package_model, open_torch_model
+from olmo2_export.evaluate import revisions
+from olmo2_export.evaluate.evaluate import evaluate, token_text
+from olmo2_export.evaluate.models import open_package_model, open_torch_model
+from olmo2_export.evaluate.revisions import RevisionResult, in_order, step_of, sweep
+from olmo2_export.evaluate.revisions_plot import draw
 from olmo2_export.package import export
-from olmo2_export.revisions import RevisionResult, in_order, step_of, sweep
-from olmo2_export.revisions_plot import draw
 from runtimes.errors import CheckpointNotFoundError, ConfigError, FusionError, UsageError
 from runtimes.manifest import load_manifest
 from runtimes.sealed import hash_file

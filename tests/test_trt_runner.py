@@ -34,8 +34,8 @@ from static_model import (
 )
 
 import runtimes
-from olmo2_export.engine import build
-from olmo2_export.engine_options import EngineOptions
+from olmo2_export.engine.build import build
+from olmo2_export.engine.options import EngineOptions
 from olmo2_export.graph_files import save_graph
 from olmo2_export.trt_graph import load_static_graph, static_variant
 from runtimes import cuda, jit_cache, nvidia, open_runner

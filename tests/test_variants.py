@@ -17,7 +17,7 @@ from olmo2_export.checkpoint import open_checkpoint
 from olmo2_export.cli import main
 from olmo2_export.package import export
 from olmo2_export.quality import GATES, QualityGate, broken_limits, quality_tokens
-from olmo2_export.summary import summarize
+from olmo2_export.summary.text import summarize
 from olmo2_export.variants import Options
 from runtimes import open_runner
 from runtimes.errors import ConfigError, UsageError
@@ -191,7 +191,7 @@ ODD: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("fields", ODD.values(), ids=ODD.keys())
 def test_odd_shapes_export_and_verify_exactly(tmp_path: Path, fields: dict[str, Any]) -> None:
-    from olmo2_export.verify_quantized import measure_quantized
+    from olmo2_export.verify.quantized import measure_quantized
 
     checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "c", **fields)))
     export(checkpoint, tmp_path / "p", variants=["q4", "q8"])

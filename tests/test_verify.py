@@ -13,15 +13,15 @@ import torch
 from checkpoints import make_checkpoint
 from transformers import Olmo2ForCausalLM
 
-from olmo2_export import verify as verify_module
 from olmo2_export.checkpoint import open_checkpoint
-from olmo2_export.engine import build
-from olmo2_export.engine_options import EngineOptions
-from olmo2_export.feeds import LENGTHS, MODES
+from olmo2_export.engine.build import build
+from olmo2_export.engine.options import EngineOptions
 from olmo2_export.package import export
 from olmo2_export.reference import open_reference
-from olmo2_export.summary import summarize
-from olmo2_export.verify import format_reports, verify
+from olmo2_export.summary.text import summarize
+from olmo2_export.verify import verify as verify_module
+from olmo2_export.verify.feeds import LENGTHS, MODES
+from olmo2_export.verify.verify import format_reports, verify
 from runtimes.errors import ConfigError, IntegrityError, PackageError, UsageError, VariantNotFoundError
 from runtimes.sealed import read_sealed
 

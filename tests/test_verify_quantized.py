@@ -12,13 +12,13 @@ import pytest
 from rebuilt_packages import rebuilt
 
 from olmo2_export.checkpoint import open_checkpoint
-from olmo2_export.feeds import MODES
 from olmo2_export.package import export
 from olmo2_export.parity import ParityReport
 from olmo2_export.quality import GATES
 from olmo2_export.variants import Options
-from olmo2_export.verify import format_reports, verify
-from olmo2_export.verify_quantized import measure_quantized
+from olmo2_export.verify.feeds import MODES
+from olmo2_export.verify.quantized import measure_quantized
+from olmo2_export.verify.verify import format_reports, verify
 
 LAYER = 1
 PREFIX = f"model.layers.{LAYER}"

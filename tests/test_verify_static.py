@@ -15,16 +15,17 @@ import pytest
 from cases import assert_full_matrix, large
 from rebuilt_packages import rebuilt_trt, with_trt_graph
 
-from olmo2_export import feeds, measure, verify_static
-from olmo2_export import verify as verify_module
 from olmo2_export.checkpoint import open_checkpoint
 from olmo2_export.config import ModelConfig
-from olmo2_export.feeds import MODES
 from olmo2_export.parity import GATES, Check, ParityReport
-from olmo2_export.trt_forms import device_form, rounded_form, stored_input_scales
 from olmo2_export.trt_graph import Precision
 from olmo2_export.trt_variants import TrtOptions
-from olmo2_export.verify import format_reports, verify
+from olmo2_export.verify import feeds, measure
+from olmo2_export.verify import static as verify_static
+from olmo2_export.verify import verify as verify_module
+from olmo2_export.verify.feeds import MODES
+from olmo2_export.verify.trt_forms import device_form, rounded_form, stored_input_scales
+from olmo2_export.verify.verify import format_reports, verify
 from runtimes import open_runner, ort_runner
 from runtimes.errors import BackendError, PackageError, UsageError, VariantNotFoundError
 from runtimes.manifest import MANIFEST_NAME, Variant, find_variant, load_manifest

@@ -35,7 +35,7 @@ def float32_islands(model: ir.Model, operations: Collection[str], values: Collec
 
     Args:
         model: a shared-cache graph, before its products are merged and before `set_precision`.
-        operations: names out of `fp16_values.operations` that compute in float32; all readers of `values` are among
+        operations: names out of `fp16.values.operations` that compute in float32; all readers of `values` are among
             them.
         values: names of those whose result stays float32 too.
 
@@ -80,7 +80,7 @@ def float32_islands(model: ir.Model, operations: Collection[str], values: Collec
 
 
 def _operations(graph: ir.Graph) -> Iterator[tuple[str, list[ir.Node]]]:
-    """Yield the operations of `fp16_values.operations` that the graph has, each with its nodes; the last gives its
+    """Yield the operations of `fp16.values.operations` that the graph has, each with its nodes; the last gives its
     value."""
     for node in graph:
         for value in node.inputs:

@@ -1,4 +1,4 @@
-"""olmo2-export build: package -> TensorRT engine. What the options may be together, `engine_options.settle` decides."""
+"""olmo2-export build: package -> TensorRT engine. What the options may be together, `engine.options.settle` decides."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def declare(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run it; return the exit code."""
-    from olmo2_export.engine import build, refit
-    from olmo2_export.engine_options import EngineOptions
-    from olmo2_export.summary import engine_lines
+    from olmo2_export.engine.build import build, refit
+    from olmo2_export.engine.options import EngineOptions
+    from olmo2_export.summary.text import engine_lines
 
     options = EngineOptions(
         precision=args.precision,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from olmo2_export.evaluate import Comparison, Evaluation
+    from olmo2_export.evaluate.evaluate import Comparison, Evaluation
 
 HELP = "perplexity ± standard error, and KL divergence to PyTorch, on a text"
 
@@ -45,9 +45,9 @@ def declare(verb: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run it; return the exit code."""
     from olmo2_export.checkpoint import open_checkpoint
-    from olmo2_export.evaluate import evaluate, token_text
-    from olmo2_export.evaluate_models import Evaluated, open_package_model, open_torch_model
-    from olmo2_export.evaluate_text import HELDOUT
+    from olmo2_export.evaluate.evaluate import evaluate, token_text
+    from olmo2_export.evaluate.models import Evaluated, open_package_model, open_torch_model
+    from olmo2_export.evaluate.text import HELDOUT
     from olmo2_export.verbs.words import peak_bytes
     from runtimes.errors import UsageError
     from runtimes.manifest import MANIFEST_NAME, load_manifest

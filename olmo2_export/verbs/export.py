@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """Run it; return the exit code."""
     from olmo2_export.checkpoint import open_checkpoint
     from olmo2_export.package import export
-    from olmo2_export.summary import quantization_lines
+    from olmo2_export.summary.text import quantization_lines
     from olmo2_export.variants import Options
 
     options = Options(

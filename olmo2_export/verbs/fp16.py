@@ -34,8 +34,8 @@ def run(args: argparse.Namespace) -> int:
 
     from olmo2_export.checkpoint import open_checkpoint
     from olmo2_export.config import ModelConfig
-    from olmo2_export.fp16_report import safety_lines
-    from olmo2_export.fp16_safety import MARGIN, TOKENS, measure_safety
+    from olmo2_export.fp16.report import safety_lines
+    from olmo2_export.fp16.safety import MARGIN, TOKENS, measure_safety
     from olmo2_export.package import check_weights, export
     from olmo2_export.variants import Options
     from runtimes.errors import UsageError

@@ -21,8 +21,8 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from olmo2_export.package_summary import describe
-    from olmo2_export.summary import plain, render
+    from olmo2_export.summary.package import describe
+    from olmo2_export.summary.text import plain, render
 
     summary = describe(args.package, args.variant)
     if args.json:

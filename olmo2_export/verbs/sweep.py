@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from olmo2_export.revisions import RevisionResult
+    from olmo2_export.evaluate.revisions import RevisionResult
 
 HELP = "several revisions of a model: perplexity and KL divergence over training steps"
 
@@ -38,9 +38,9 @@ def declare(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run it; return the exit code."""
-    from olmo2_export.evaluate_text import HELDOUT
-    from olmo2_export.revisions import RESULTS, sweep
-    from olmo2_export.revisions_plot import draw
+    from olmo2_export.evaluate.revisions import RESULTS, sweep
+    from olmo2_export.evaluate.revisions_plot import draw
+    from olmo2_export.evaluate.text import HELDOUT
     from olmo2_export.variants import Options
     from runtimes.errors import UsageError
 

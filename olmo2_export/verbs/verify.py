@@ -41,12 +41,12 @@ def declare(verb: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run it; return the exit code."""
     from olmo2_export.checkpoint import open_checkpoint
-    from olmo2_export.measure import LONGEST
-    from olmo2_export.verify import format_reports, verify
+    from olmo2_export.verify.measure import LONGEST
+    from olmo2_export.verify.verify import format_reports, verify
 
     checkpoint = open_checkpoint(args.reference, args.revision)
     if args.locate:
-        from olmo2_export.locate import format_location, locate_all
+        from olmo2_export.locate.locate import format_location, locate_all
 
         locations = locate_all(args.package, checkpoint, args.variant or [], backend=args.backend, device=args.device)
         print("\n\n".join(format_location(location) for location in locations))

@@ -17,11 +17,11 @@ from checkpoints import make_checkpoint
 from transformers import Olmo2ForCausalLM
 
 from olmo2_export.checkpoint import Checkpoint, open_checkpoint
-from olmo2_export.engine import build
-from olmo2_export.engine_options import EngineOptions
+from olmo2_export.engine.build import build
+from olmo2_export.engine.options import EngineOptions
 from olmo2_export.package import export
 from olmo2_export.trt_graph import Precision
-from olmo2_export.verify import verify
+from olmo2_export.verify.verify import verify
 from runtimes import open_runner
 from runtimes.generate import generate_tokens
 from runtimes.sampling import Sampler

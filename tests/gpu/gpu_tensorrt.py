@@ -22,11 +22,11 @@ from transformers import Olmo2ForCausalLM
 
 from olmo2_export.checkpoint import Checkpoint, open_checkpoint
 from olmo2_export.debug import compare_variant
-from olmo2_export.engine import build, refit
-from olmo2_export.engine_options import EngineOptions
+from olmo2_export.engine.build import build, refit
+from olmo2_export.engine.options import EngineOptions
 from olmo2_export.package import export
 from olmo2_export.trt_graph import Precision
-from olmo2_export.verify import verify
+from olmo2_export.verify.verify import verify
 from runtimes import open_runner, trt_runner
 from runtimes.errors import InputError
 from runtimes.generate import generate_tokens

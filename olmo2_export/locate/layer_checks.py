@@ -1,0 +1,387 @@
+"""Compare each operation of a layer with PyTorch's, on the inputs that the graph itself gave it.
+
+An error does not travel: an operation is compared on what it was given, so that the one which is wrong is the one that
+differs, and what comes after it does not. `expected` is what PyTorch's own arithmetic at the variant's precision makes
+of the same inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from olmo2_export.locate import explain
+from olmo2_export.locate.explain import relative_error
+from olmo2_export.locate.segments import Arrays, Calls, joined
+from olmo2_export.locate.taps import HIDDEN, layer_name
+from olmo2_export.locate.torch_layers import TorchLayer, TorchModel
+
+NORM, LINEAR, ROTARY, ATTENTION = "RMS norm", "linear", "rotary embedding", "attention"
+CACHE, ADD, GATED = "KV cache write", "residual add", "gated activation (SiLU x up)"
+EMBEDDING, PICK = "embedding lookup", "choice of the rows that get logits"
+LAYER = "layer as a whole"
+
+
+@dataclass(frozen=True)
+class TensorParity:
+    """One tensor of a graph, compared with PyTorch."""
+
+    name: str
+    """canonical, the same for the ONNX graph and torch, e.g. model.layers.3.self_attn.q_norm"""
+    layer: int | None
+    operation: str
+    """in words"""
+    relative: float
+    """RMS(graph - exact) / RMS(exact)"""
+    expected: float
+    """the same of PyTorch at the variant's precision: the error that is normal"""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A tensor's parity, and what can say more of it."""
+
+    parity: TensorParity
+    explain: Callable[[], tuple[str, str | None]]
+    """operation, and what about it is wrong"""
+
+
+Compute = Callable[[TorchLayer], Tensor]
+
+
+class LayerChecks:
+    """Compares the tensors of one layer."""
+
+    def __init__(self, index: int, found: Sequence[Arrays], calls: Calls, exact: TorchLayer, own: TorchLayer) -> None:
+        self._index, self._found, self._calls = index, found, calls
+        self._exact, self._own = exact, own
+        self.x = _tensor(joined(found, HIDDEN))
+        self._misshapen = False
+
+    def run(self) -> list[Checked]:
+        """Compare everything, in the order of execution; up to a tensor of a wrong shape, which nothing can follow."""
+        checks: list[Checked] = []
+        for check in self._checks():
+            checks.append(check)
+            if self._misshapen:
+                break
+        return checks
+
+    def _checks(self) -> Iterator[Checked]:
+        t, x = self._tap, self.x
+        for kind in "qkv":
+            yield self._linear(f"self_attn.{kind}_proj", x)
+        for kind in "qk":
+            yield self._norm(f"self_attn.{kind}_norm", t(f"self_attn.{kind}_proj"))
+        for kind in "qk":
+            if self._has(f"self_attn.{kind}_rotary"):
+                yield self._rotary(kind)
+        yield self._key_cache()
+        yield self._value_cache()
+        yield self._attention()
+        yield self._linear("self_attn.o_proj", t("self_attn.attention"))
+        yield self._norm("post_attention_layernorm", t("self_attn.o_proj"))
+        yield self._add("after_attention", x, t("post_attention_layernorm"))
+        for kind in ("gate", "up"):
+            yield self._linear(f"mlp.{kind}_proj", t("after_attention"))
+        yield self._gated(t("mlp.gate_proj"), t("mlp.up_proj"))
+        yield self._linear("mlp.down_proj", t("mlp.gated"))
+        yield self._norm("post_feedforward_layernorm", t("mlp.down_proj"))
+        yield self._add("output", t("after_attention"), t("post_feedforward_layernorm"))
+
+    def _has(self, name: str) -> bool:
+        return layer_name(self._index, name) in self._found[0]
+
+    def _tap(self, name: str) -> Tensor:
+        return _tensor(joined(self._found, layer_name(self._index, name)))
+
+    def _check(
+        self,
+        name: str,
+        operation: str,
+        compute: Compute,
+        explainer: Callable[[Tensor, Tensor], tuple[str, str | None]],
+        found: Tensor | None = None,
+    ) -> Checked:
+        graph = self._tap(name) if found is None else found
+        exact = compute(self._exact)
+        full = layer_name(self._index, name)
+        expected = relative_error(compute(self._own), exact)
+        if graph.shape != exact.shape:
+            self._misshapen = True
+            words = f"its shape is {list(graph.shape)}, expected {list(exact.shape)}"
+            return Checked(
+                TensorParity(full, self._index, operation, float("nan"), expected), lambda: (operation, words)
+            )
+        parity = TensorParity(full, self._index, operation, relative_error(graph, exact), expected)
+        return Checked(parity, lambda: _finite(graph, operation) or explainer(graph, compute(self._exact)))
+
+    def _linear(self, name: str, x: Tensor) -> Checked:
+        def explainer(found: Tensor, exact: Tensor) -> tuple[str, str | None]:
+            other = explain.best(found, exact, explain.other_weight(self._exact, name, x))
+            return LINEAR, other or explain.linear(found, exact, x)
+
+        return self._check(name, LINEAR, lambda layer: layer.linear(name, x), explainer)
+
+    def _norm(self, name: str, x: Tensor) -> Checked:
+        def explainer(found: Tensor, exact: Tensor) -> tuple[str, str | None]:
+            layer = self._exact
+            mistakes = explain.norm(layer, name, x, lambda eps: layer.norm(name, x, eps), layer.eps)
+            return NORM, explain.best(found, exact, mistakes)
+
+        return self._check(name, NORM, lambda layer: layer.norm(name, x), explainer)
+
+    def _gated(self, gate: Tensor, up: Tensor) -> Checked:
+        return self._check(
+            "mlp.gated",
+            GATED,
+            lambda layer: layer.gated(gate, up),
+            lambda found, exact: (GATED, explain.best(found, exact, explain.activation(self._exact, gate, up))),
+        )
+
+    def _add(self, name: str, one: Tensor, other: Tensor) -> Checked:
+        return self._check(
+            name,
+            ADD,
+            lambda layer: one.to(layer.dtype) + other.to(layer.dtype),
+            lambda found, exact: (ADD, explain.best(found, exact, explain.addition(one, other))),
+        )
+
+    def _rotary(self, kind: str) -> Checked:
+        norm = self._tap(f"self_attn.{kind}_norm")
+        return self._check(
+            f"self_attn.{kind}_rotary",
+            ROTARY,
+            lambda layer: layer.rotate(layer.split(norm)),
+            lambda found, exact: (
+                ROTARY,
+                explain.best(found, exact, explain.rotary(self._exact, self._exact.split(norm))),
+            ),
+        )
+
+    def _rotated(self, layer: TorchLayer, kind: str) -> Tensor:
+        """Return query or key as attention reads it: the graph's, or its norm rotated where attention does that."""
+        if self._has(f"self_attn.{kind}_rotary"):
+            return self._tap(f"self_attn.{kind}_rotary").to(layer.dtype)
+        return layer.rotate(layer.split(self._tap(f"self_attn.{kind}_norm")))
+
+    def _presents(self, kind: str) -> list[Tensor]:
+        return [_tensor(call[layer_name(self._index, f"self_attn.{kind}_cache")]) for call in self._found]
+
+    def _written(self, kind: str) -> Tensor:
+        """Return the cache as it is after each call, its tokens alone, joined."""
+        spans = self._calls.spans()
+        return torch.cat([p[:, :, :stop] for p, (_, stop) in zip(self._presents(kind), spans, strict=True)], dim=2)
+
+    def _history(self, new: Tensor) -> Tensor:
+        """Return what a cache should be after each call, joined, from the keys or values of all tokens."""
+        return torch.cat([new[:, :, :stop] for _, stop in self._calls.spans()], dim=2)
+
+    def _key_cache(self) -> Checked:
+        def explainer(found: Tensor, exact: Tensor) -> tuple[str, str | None]:
+            if (swapped := self._swapped(found, exact, key=True)) is not None:
+                return CACHE, swapped
+            fused = not self._has("self_attn.k_rotary")
+            keys = self._rotated(self._exact, "k")
+            order = {w: (lambda m=m: self._history(m())) for w, m in explain.head_order(keys).items()}
+            if (wrong := explain.best(found, exact, order)) is not None:
+                return CACHE, wrong
+            if not fused:
+                return CACHE, None
+            heads = self._exact.split(self._tap("self_attn.k_norm"))
+            turned = {w: (lambda m=m: self._history(m())) for w, m in explain.rotary(self._exact, heads).items()}
+            if (wrong := explain.best(found, exact, turned)) is not None:
+                return ROTARY, wrong
+            first = next(iter(self._calls.spans()))[1]
+            right = relative_error(found[:, :, :first], exact[:, :, :first]) < 1e-2 * relative_error(found, exact)
+            return (
+                (CACHE, "what the first call wrote is right, what is there later is not") if right else (ROTARY, None)
+            )
+
+        return self._check(
+            "self_attn.key_cache",
+            CACHE,
+            lambda layer: self._history(self._rotated(layer, "k")),
+            explainer,
+            self._written("key"),
+        )
+
+    def _value_cache(self) -> Checked:
+        values = self._tap("self_attn.v_proj")
+
+        def explainer(found: Tensor, exact: Tensor) -> tuple[str, str | None]:
+            if (swapped := self._swapped(found, exact, key=False)) is not None:
+                return CACHE, swapped
+            order = explain.head_order(self._exact.split(values))
+            histories = {w: (lambda m=m: self._history(m())) for w, m in order.items()}
+            return CACHE, explain.best(found, exact, histories)
+
+        return self._check(
+            "self_attn.value_cache",
+            CACHE,
+            lambda layer: self._history(layer.split(values)),
+            explainer,
+            self._written("value"),
+        )
+
+    def _swapped(self, found: Tensor, exact: Tensor, *, key: bool) -> str | None:
+        """Tell whether the two caches are swapped: when they are written, or when the past is read."""
+        key_value = [self._rotated(self._exact, "k"), self._exact.split(self._tap("self_attn.v_proj"))]
+        own, other = key_value if key else key_value[::-1]
+        states: list[Tensor] = []
+        past_own, past_other = own[:, :, :0], other[:, :, :0]
+        for start, stop in self._calls.spans():
+            past_own, past_other = (
+                torch.cat([past_other, own[:, :, start:stop]], dim=2),
+                torch.cat([past_own, other[:, :, start:stop]], dim=2),
+            )
+            states.append(past_own)
+        kind = "key" if key else "value"
+        return explain.best(
+            found,
+            exact,
+            {
+                "keys and values are written into each other's cache": lambda: self._history(other),
+                "the past keys and values are swapped": lambda: torch.cat(states, dim=2),
+                f"the past {kind}s are lost": lambda: torch.zeros_like(found),
+            },
+        )
+
+    def _attention(self) -> Checked:
+        presents = list(zip(self._presents("key"), self._presents("value"), strict=True))
+        spans = list(self._calls.spans())
+
+        capacity = max(key.shape[2] for key, _ in presents)
+
+        def attend(
+            layer: TorchLayer,
+            shift: int = 0,
+            window: int | None = None,
+            scale: float = 1.0,
+            kv_heads: list[int] | None = None,
+            swapped: bool = False,
+        ) -> Tensor:
+            query = self._rotated(layer, "q")
+            parts = []
+            for (start, stop), (key, value) in zip(spans, presents, strict=True):
+                slots, queries = torch.arange(capacity)[None], torch.arange(start, stop)[:, None]
+                seen = slots <= queries + shift
+                if window is not None:
+                    seen &= slots > queries - window
+                pair = (value, key) if swapped else (key, value)
+                new = query[:, :, start:stop]
+                parts.append(layer.attend(new, *pair, seen[:, : key.shape[2]], scale, kv_heads=kv_heads))
+            return torch.cat(parts, dim=1)
+
+        def explainer(found: Tensor, exact: Tensor) -> tuple[str, str | None]:
+            layer = self._exact
+            mistakes = dict(explain.attention_mask(lambda shift, window: attend(layer, shift, window), spans[-1][1]))
+            mistakes["keys and values are swapped"] = lambda: attend(layer, swapped=True)
+            words = (
+                explain.best(found, exact, mistakes)
+                or explain.kv_head_map(found, exact, lambda heads: attend(layer, kv_heads=heads), layer)
+                or explain.attention_scale(found, exact, lambda scale: attend(layer, scale=scale))
+                or next(explain.wrong_places(found, exact), None)
+            )
+            return ATTENTION, words
+
+        return self._check("self_attn.attention", ATTENTION, attend, explainer)
+
+
+def embedding_check(found: Sequence[Arrays], calls: Calls, exact: TorchModel, own: TorchModel) -> Checked:
+    """Compare the embedding."""
+    graph, ids = _tensor(joined(found, "model.embed_tokens")), torch.from_numpy(calls.ids)
+    rows = len(exact.weights("model.embed_tokens.weight"))
+    wanted = exact.embed(ids)
+    parity = TensorParity(
+        "model.embed_tokens", None, EMBEDDING, relative_error(graph, wanted), relative_error(own.embed(ids), wanted)
+    )
+
+    def explainer() -> tuple[str, str | None]:
+        shifted = {
+            f"it looks up the row of the token id {shift:+d}": partial(_shifted, exact, ids, shift, rows)
+            for shift in (-1, 1)
+        }
+        wrong = explain.best(graph, wanted, shifted) or next(explain.wrong_places(graph, wanted), None)
+        return _finite(graph, EMBEDDING) or (EMBEDDING, wrong)
+
+    return Checked(parity, explainer)
+
+
+def _shifted(model: TorchModel, ids: Tensor, shift: int, rows: int) -> Tensor:
+    return model.embed((ids + shift) % rows)
+
+
+def head_checks(found: Sequence[Arrays], calls: Calls, exact: TorchModel, own: TorchModel) -> list[Checked]:
+    """Compare the choice of rows, the last norm and the logits."""
+    hidden = [_tensor(call[HIDDEN]) for call in found]
+    rows = [_rows(call["model.norm_input"]) for call in found]
+    wanted = [
+        h if row.shape[1] == h.shape[1] else h[:, calls.logit_index(h.shape[1])][:, None]
+        for h, row in zip(hidden, rows, strict=True)
+    ]
+    x, picked = torch.cat(rows, dim=1), torch.cat(wanted, dim=1)
+    normed = torch.cat([_rows(call["model.norm"]) for call in found], dim=1)
+    logits = torch.cat([_rows(call["logits"]) for call in found], dim=1)
+    last = torch.cat([h[:, -1:] for h in hidden], dim=1)
+    checks: list[tuple[str, str, Callable[[TorchModel], Tensor], Tensor, Callable[[], str | None]]] = [
+        (
+            "model.norm_input",
+            PICK,
+            lambda _: picked,
+            x,
+            lambda: explain.best(x, picked, {"it takes the last row, not the one asked for": lambda: last}),
+        ),
+        (
+            "model.norm",
+            NORM,
+            lambda model: model.norm(x),
+            normed,
+            lambda: explain.best(
+                normed,
+                exact.norm(x),
+                explain.norm(None, "", x, lambda eps: exact.norm(x, eps), exact.config.rms_norm_eps),
+            ),
+        ),
+        ("logits", LINEAR, lambda model: model.head(normed), logits, lambda: _head_words(logits, exact, normed)),
+    ]
+    return [_head_check(exact, own, *check) for check in checks]
+
+
+def _head_check(
+    exact: TorchModel,
+    own: TorchModel,
+    name: str,
+    operation: str,
+    compute: Callable[[TorchModel], Tensor],
+    graph: Tensor,
+    words: Callable[[], str | None],
+) -> Checked:
+    right = compute(exact)
+    expected = relative_error(compute(own), right)
+    parity = TensorParity(name, None, operation, relative_error(graph, right), expected)
+    return Checked(parity, lambda: _finite(graph, operation) or (operation, words()))
+
+
+def _head_words(logits: Tensor, exact: TorchModel, normed: Tensor) -> str | None:
+    return explain.linear(logits, exact.head(normed), normed)
+
+
+def _finite(graph: Tensor, operation: str) -> tuple[str, str | None] | None:
+    words = explain.not_finite(graph)
+    return None if words is None else (operation, words)
+
+
+def _rows(array: np.ndarray) -> Tensor:
+    """Return [1, rows, width]; a static-cache graph has one row, without the axis."""
+    tensor = _tensor(array)
+    return tensor[:, None] if tensor.ndim == 2 else tensor
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.asarray(array).astype(np.float64))

@@ -1,0 +1,306 @@
+"""Find the first tensor of a variant that departs from PyTorch, and say which operation gives it.
+
+A variant is looked at in up to three views, in this order; the first that departs is reported.
+
+| variant                | view     | what runs                              | PyTorch's weights        | precision    |
+|------------------------|----------|----------------------------------------|--------------------------|--------------|
+| quantised              | weights  | -                                      | the checkpoint's         | -            |
+| fp32, trt_fp32         | as it is | the graph                              | the checkpoint           | fp32         |
+| all others, on a CPU   | exact    | activations and cache in float32       | stored, or rounded so    | fp32         |
+| q4, q8                 | kernels  | the decode graph, inputs in 8 bits     | as stored                | fp32 *       |
+| q4, q8                 | int8     | the prefill graph                      | as stored                | fp32 *       |
+| bf16, fp16, q4f16, trt | rounded  | rounded where the graph has fewer bits | stored, or rounded so    | bf16, fp16 * |
+| any, on a GPU          | as it is | the graph                              | stored, or rounded so    | bf16, fp16 * |
+
+* PyTorch rounds the inputs of linears as the variant does. A quantised KV cache has the exact view alone: the others
+show codes, whose scales `verify` checks.
+
+The graph is run a segment at a time, and PyTorch a layer at a time, so that the memory is that of one layer. All
+operations are compared in one pass over the layers: halving the depth would need as many passes as it saves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from olmo2_export.checkpoint import Checkpoint
+from olmo2_export.config import ModelConfig
+from olmo2_export.device_graph import DTYPES
+from olmo2_export.locate.explain import relative_error
+from olmo2_export.locate.layer_checks import (
+    GATED,
+    LAYER,
+    Checked,
+    LayerChecks,
+    TensorParity,
+    embedding_check,
+    head_checks,
+)
+from olmo2_export.locate.segments import Arrays, Calls, Opener, joined, run_segments
+from olmo2_export.locate.taps import layer_name
+from olmo2_export.locate.torch_layers import TorchModel
+from olmo2_export.locate.views import EXACT, FIRST_CALL, INT8, View, variant_views, weight_check
+from runtimes import Backend, Device
+from runtimes.errors import ConfigError, PackageError, VariantNotFoundError
+from runtimes.manifest import find_variant, load_manifest, load_trt_manifest
+from runtimes.sealed import check_files
+
+TOKENS = (17, 6, 1)
+"""of the calls: a prefill, a chunk, a step of decoding"""
+MIN_TOKENS = 16
+"""of the cache"""
+GROWN = 4.0
+"""most: error / PyTorch's own, of errors that have come through all layers"""
+_FLOOR = {"fp32": 2.0**-24, "bf16": 2.0**-9, "fp16": 2.0**-12}
+_SEED = 0
+
+__all__ = ["Location", "TensorParity", "format_location", "locate"]
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a variant departs from PyTorch."""
+
+    variant: str
+    backend: str
+    layers: tuple[TensorParity, ...]
+    """growth over depth, of the graph and of PyTorch from the tokens on: embedding, each layer's output, last norm,
+    logits"""
+    tensors: tuple[TensorParity, ...]
+    """every tensor of the first bad layer, each operation on the graph's own inputs; empty if none is bad"""
+    first: TensorParity | None
+    """the first that departs beyond what is expected"""
+    explanation: str
+    """which operation it is, and where possible what about it is wrong"""
+
+
+def locate(
+    package: Path,
+    checkpoint: Checkpoint,
+    variant: str,
+    *,
+    backend: Backend = "ort",
+    device: Device = "cpu",
+    opener: Opener | None = None,
+) -> Location:
+    """Find the first tensor that departs.
+
+    Args:
+        package: the package folder.
+        checkpoint: the reference weights.
+        variant: its name.
+        backend: what runs the graph. A TensorRT compiles each segment for the GPU at hand, and sees the first call.
+        device: where ort runs it.
+        opener: what runs a segment; None: that of backend and device.
+
+    Raises:
+        IntegrityError: the variant's files changed.
+        PackageError: its graph is not one of this exporter.
+        ConfigError: package and reference are not of one shape.
+        BackendError: what shall run it is not there.
+    """
+    entry, files = find_variant(package, variant)
+    check_files(package, files, entry.files)
+    config = ModelConfig.from_json(checkpoint.folder / "config.json")
+    if load_manifest(package).model != config.spec:
+        raise ConfigError(f"{package}: not of the reference's shape; give the checkpoint that it was exported from")
+    if entry.kv_cache.max_cache_length < MIN_TOKENS:
+        raise PackageError(
+            f"{package}: a cache of {entry.kv_cache.max_cache_length} tokens; --locate needs {MIN_TOKENS}"
+        )
+    views = variant_views(package, entry, checkpoint, config, backend, device, opener)
+    location = None
+    steps = len(views) * (config.num_hidden_layers + 2)
+    wrong = weight_check(package, entry, checkpoint, config)
+    with tqdm(total=steps, desc=f"locating in {variant}", unit="segment", leave=False) as bar:
+        for view in views:
+            found = _Locator(view, checkpoint, config, bar).run()
+            if location is None or found.first is not None or view.label != INT8:
+                location = replace(found, variant=variant, backend=backend)
+            if found.first is not None or wrong is not None:
+                break
+    assert location is not None  # there is a view of every variant
+    if wrong is not None:
+        first, explanation = wrong
+        return replace(location, first=first, tensors=(first, *location.tensors), explanation=explanation)
+    return location
+
+
+def locate_all(
+    package: Path,
+    checkpoint: Checkpoint,
+    variants: Sequence[str] = (),
+    *,
+    backend: Backend = "ort",
+    device: Device = "cpu",
+) -> list[Location]:
+    """Locate in several variants; none means all that the backend can run, as in `verify`."""
+    names = list(dict.fromkeys(variants)) or _all_variants(package, backend, device)
+    return [locate(package, checkpoint, name, backend=backend, device=device) for name in names]
+
+
+def _all_variants(package: Path, backend: Backend, device: Device) -> list[str]:
+    """Return what can be looked at there.
+
+    Raises:
+        VariantNotFoundError: there is nothing.
+    """
+    own, trt = load_manifest(package).variants, load_trt_manifest(package)
+    graphs = list(trt.variants) if trt is not None else []
+    if backend == "ort":
+        graphs = [*(name for name in own if device == "cpu" or name in DTYPES), *graphs]
+    if not graphs:
+        raise VariantNotFoundError(f"{package}: no variant for {backend} on {device}; export it with --variant bf16")
+    return graphs
+
+
+class _Locator:
+    """Looks at one view."""
+
+    def __init__(self, view: View, checkpoint: Checkpoint, config: ModelConfig, bar: tqdm[Any]) -> None:
+        self._view, self._config, self._bar = view, config, bar
+        folder = checkpoint.folder
+        self._exact = TorchModel(folder, view.weights, "fp64", tables=view.tables)
+        self._own = TorchModel(folder, view.weights, view.precision, view.rounding, view.tables)
+        capacity = view.variant.kv_cache.max_cache_length
+        sizes: tuple[int, ...] = TOKENS if capacity >= sum(TOKENS) else (capacity - 6, 5, 1)
+        if view.first_call_only:
+            sizes = (FIRST_CALL,)
+        ids = np.random.default_rng(_SEED).integers(0, config.vocab_size, sum(sizes), dtype=np.int64)
+        self._calls = Calls(ids, sizes)
+
+    @torch.inference_mode()
+    def run(self) -> Location:
+        """Go through the layers once."""
+        view, calls = self._view, self._calls
+        growth: list[TensorParity] = []
+        bad: tuple[TensorParity, list[TensorParity], str] | None = None
+        ids = torch.from_numpy(calls.ids)
+        exact, own = self._exact.embed(ids), self._own.embed(ids)
+        segments = run_segments(view.model, view.variant, calls, view.opener, first_call_only=view.first_call_only)
+        depth = 0
+        for segment, found in segments:
+            if segment.source is None:
+                checks = [embedding_check(found, calls, self._exact, self._own)]
+                growth.append(checks[0].parity)
+            elif segment.layer is not None:
+                layers = self._exact.layer(segment.layer), self._own.layer(segment.layer)
+                checks = LayerChecks(segment.layer, found, calls, *layers).run()
+                exact, own = layers[0](exact), layers[1](own)
+                name = layer_name(segment.layer, "output")
+                growth.append(_growth(name, segment.layer, LAYER, joined(found, name), exact, own))
+                depth += 1
+                del layers
+            else:
+                checks = head_checks(found, calls, self._exact, self._own)
+                growth += self._head_growth(found, exact, own)
+            if bad is None:
+                bad = self._first_bad(checks)
+            self._bar.update()
+        if bad is None:
+            bad = self._grown(growth)
+        if bad is None:
+            return Location("", "", tuple(growth), (), None, self._nothing(growth))
+        return Location("", "", tuple(growth), tuple(bad[1]), bad[0], bad[2])
+
+    def _limit(self, parity: TensorParity) -> float:
+        """Return the error at which a tensor departs.
+
+        Where only the inputs of linears are rounded, everything else is float32 and held to that; kernels approximate
+        the sigmoid by rational functions, whose error on the demo model is 3 x PyTorch's.
+        """
+        units = 4 * EXACT if parity.operation == GATED else EXACT
+        return max(self._view.factor * max(parity.expected, _FLOOR[self._view.precision]), units * _FLOOR["fp32"])
+
+    def _first_bad(self, checks: Sequence[Checked]) -> tuple[TensorParity, list[TensorParity], str] | None:
+        for checked in checks:
+            parity = checked.parity
+            if parity.relative <= self._limit(parity):
+                continue
+            operation, words = checked.explain()
+            named = replace(parity, operation=operation)
+            tensors = [named if c is checked else c.parity for c in checks]
+            where = "" if parity.layer is None else f" of layer {parity.layer}"
+            text = f"{self._label()}the {operation}{where} ({parity.name}) is wrong"
+            text += f": {words}." if words else f": its error is {_ratio(parity)} times what PyTorch's own is."
+            return named, tensors, text
+        return None
+
+    def _grown(self, growth: Sequence[TensorParity]) -> tuple[TensorParity, list[TensorParity], str] | None:
+        """Return the first depth at which errors that are small by themselves have added up."""
+        for parity in growth:
+            if not parity.relative <= GROWN * max(parity.expected, _FLOOR[self._view.precision]):
+                text = f"{self._label()}each operation is right on its own inputs, but up to {parity.name} errors"
+                return parity, [], f"{text} add up to {_ratio(parity)} times those of PyTorch."
+        return None
+
+    def _head_growth(self, found: Sequence[Arrays], exact: torch.Tensor, own: torch.Tensor) -> list[TensorParity]:
+        names = ("model.norm", "logits")
+        rows = [self._rows(x) if found[0]["logits"].ndim == 2 else x for x in (exact, own)]
+        normed = self._exact.norm(rows[0]), self._own.norm(rows[1])
+        logits = self._exact.head(normed[0]), self._own.head(normed[1])
+        return [
+            _growth(name, None, operation, _flat(found, name), *pair)
+            for name, operation, pair in zip(names, ("RMS norm", "linear"), (normed, logits), strict=True)
+        ]
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, [start + self._calls.logit_index(stop - start) for start, stop in self._calls.spans()]]
+
+    def _label(self) -> str:
+        return f"In the {self._view.label} view, " if self._view.label else "In the graph as it is, "
+
+    def _nothing(self, growth: Sequence[TensorParity]) -> str:
+        logits = growth[-1]
+        return (
+            f"Nothing departs: every operation agrees with PyTorch's; the logits' error is {logits.relative:.1e}, "
+            f"PyTorch's own at {self._view.precision} is {logits.expected:.1e}."
+        )
+
+
+def _growth(
+    name: str, layer: int | None, operation: str, graph: np.ndarray, exact: torch.Tensor, own: torch.Tensor
+) -> TensorParity:
+    found = torch.from_numpy(graph.astype(np.float64))
+    relative = relative_error(found, exact) if found.shape == exact.shape else math.nan
+    return TensorParity(name, layer, operation, relative, relative_error(own, exact))
+
+
+def _flat(found: Sequence[Arrays], name: str) -> np.ndarray:
+    arrays = [call[name] for call in found]
+    return np.concatenate([a[:, None] if a.ndim == 2 else a for a in arrays], axis=1)
+
+
+def _ratio(parity: TensorParity) -> str:
+    return f"{parity.relative / parity.expected:.3g}" if parity.expected > 0 else "more than any"
+
+
+def format_location(location: Location) -> str:
+    """Return a table for people: growth over depth, the tensors of the first bad layer, and what is wrong."""
+    first = location.first
+    names = [p.name for p in (*location.layers, *location.tensors)]
+    width = max(map(len, names), default=0)
+    operations = max((len(p.operation) for p in (*location.layers, *location.tensors)), default=0)
+
+    def line(p: TensorParity) -> str:
+        ratio = p.relative / p.expected if p.expected > 0 else (math.inf if p.relative > 0 else 0.0)
+        mark = "  <- the first that departs" if p is first else ""
+        numbers = f"{p.relative:>9.2e}  {p.expected:>9.2e}  {ratio:>8.3g}"
+        return f"{p.name:<{width}}  {p.operation:<{operations}}  {numbers}{mark}"
+
+    head = f"{'':<{width}}  {'operation':<{operations}}  {'error':>9}  {'PyTorch':>9}  {'ratio':>8}"
+    lines = [f"{location.variant} on {location.backend}: error against float64, from the tokens on", head]
+    lines += [line(p) for p in location.layers]
+    if location.tensors:
+        where = "its layer" if first is None or first.layer is None else f"layer {first.layer}"
+        lines += ["", f"{location.variant}: each operation of {where} on the graph's own inputs", head]
+        lines += [line(p) for p in location.tensors]
+    return "\n".join([*lines, "", f"{location.variant}: {location.explanation}"])

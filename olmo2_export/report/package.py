@@ -1,0 +1,266 @@
+"""The sections of a report that say how fast and large a package is, and what it is made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import PurePath
+
+from olmo2_export.report import plots
+from olmo2_export.report.bench_file import Bench
+from olmo2_export.report.data import ReportData, number
+from olmo2_export.report.parts import NONE, Drawing, Grid, Section, figures, rate, seconds, sized
+from olmo2_export.summary.text import short_name, size
+
+_MOST_GRAPHS = 4  # in one figure
+_CONTEXTS = (1024, 4096)  # tokens
+
+
+def throughput(data: ReportData) -> Section:
+    """What a benchmark measured."""
+    bench = data.bench
+    if bench is None:
+        said = "Not measured: give the JSON of olmo2-export bench with --bench."
+        return Section("throughput", "Throughput", (said,))
+    batch = min(p.batch_size for c in bench.contenders.values() for p in c.points) if _points(bench) else 1
+    series = {}
+    for name, contender in bench.contenders.items():
+        points = [p for p in contender.points if p.batch_size == batch]
+        if points:
+            series[name] = plots.Series(
+                tuple(p.context_tokens for p in points),
+                tuple(p.decode_tokens_per_s for p in points),
+                tuple(p.prefill_tokens_per_s for p in points),
+            )
+    columns = (
+        "contender",
+        "context",
+        "batch",
+        "TTFT",
+        "ITL p50",
+        "ITL p99",
+        "decode",
+        "prefill",
+        "moved per token",
+        "of bandwidth",
+    )
+    rows = [
+        (
+            name,
+            f"{p.context_tokens:,}",
+            str(p.batch_size),
+            seconds(p.ttft_s),
+            seconds(p.itl_p50_s),
+            seconds(p.itl_p99_s),
+            rate(p.decode_tokens_per_s),
+            rate(p.prefill_tokens_per_s),
+            sized(p.bytes_per_token),
+            figures(p.bandwidth_share, ".0%"),
+        )
+        for name, contender in bench.contenders.items()
+        for p in contender.points
+    ]
+    whole = [
+        (name, seconds(c.load_s), sized(c.peak_memory_bytes), sized(c.disk_bytes))
+        for name, c in bench.contenders.items()
+    ]
+    machine = ", ".join(_machine(bench))
+    text = (f"Package {bench.package}; {machine}.",)
+    drawings: tuple[Drawing, ...] = ()
+    if series:
+        caption = f"Tokens per second at batch {batch}, over the tokens in the context. Dashed: peers."
+        drawings = (Drawing("throughput", "Throughput against context", caption, plots.throughput_figure(series)),)
+    grids = (
+        Grid("Per contender", ("contender", "load", "peak memory", "on disk"), tuple(whole)),
+        *_ratios(bench),
+        Grid("Per context", columns, tuple(rows), folded=len(rows) > 12),
+    )
+    return Section("throughput", "Throughput", text, drawings, grids)
+
+
+def _points(bench: Bench) -> int:
+    return sum(len(c.points) for c in bench.contenders.values())
+
+
+def _machine(bench: Bench) -> Iterable[str]:
+    for name, value in ((n, v) for n, v in bench.machine.items() if v is not None):
+        if name.endswith("bytes_per_s"):
+            yield f"{name.removesuffix('_bytes_per_s').replace('_', ' ')} {sized(number(value))}/s"
+        else:
+            yield f"{name.replace('_', ' ')} {value}"
+
+
+def _ratios(bench: Bench) -> list[Grid]:
+    """Return the ratios as a table, whatever their fields are called."""
+    ratios = [ratio if isinstance(ratio, dict) else {"ratio": ratio} for ratio in bench.ratios]
+    columns = tuple(dict.fromkeys(str(name) for ratio in ratios for name in ratio))
+    rows = [tuple(_cell(ratio.get(name, NONE)) for name in columns) for ratio in ratios]
+    titles = tuple(name.replace("_", " ") for name in columns)
+    return [Grid("Ratios", titles, tuple(rows), folded=len(rows) > 12)] if rows else []
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def memory(data: ReportData) -> Section:
+    """Weights, KV cache and peak."""
+    peaks = {}
+    if data.bench is not None and PurePath(data.bench.package).name == data.package.package.resolve().name:
+        peaks = {name: contender.peak_memory_bytes for name, contender in data.bench.contenders.items()}
+    bars, rows = {}, []
+    for v in data.variants:
+        cache = v.summary.variant.kv_cache
+        contexts = sorted({min(c, cache.max_cache_length) for c in _CONTEXTS})
+        weights = sum(graph.nbytes for graph in v.summary.graphs)
+        held = {tokens: tokens * v.summary.cache_bytes_per_token for tokens in contexts}
+        peak = peaks.get(f"ours {v.name}", math.nan)
+        bars[v.name] = plots.Memory(weights, held, None if math.isnan(peak) else round(peak))
+        rows.append(
+            (
+                v.name,
+                size(weights),
+                cache.form,
+                size(v.summary.cache_bytes_per_token),
+                "; ".join(f"{n:,}: {size(b)}" for n, b in held.items()),
+                sized(peak),
+            )
+        )
+    caption = (
+        "From the graphs: the bytes of their tensors, and of keys and values of one row. A peak is from a benchmark "
+        "of this package."
+    )
+    drawing = Drawing("memory", "Memory", caption, plots.memory_figure(bars))
+    columns = ("variant", "weights", "KV cache", "a token", "a row of so many tokens", "peak measured")
+    return Section("memory", "Memory", (), (drawing,), (Grid("", columns, tuple(rows)),))
+
+
+def operators(data: ReportData) -> Section:
+    """Operators before and after fusion."""
+    package = data.package
+    graphs, rows = [], []
+    for v in data.variants:
+        for index, (graph, changes) in enumerate(zip(v.summary.graphs, v.summary.changes, strict=True)):
+            label = f"{v.name} prefill" if index else v.name
+            if graph.ops != package.portable and not index:
+                graphs.append((label, graph.ops))
+            new = ", ".join(f"{c.after} {c.op.split('::')[-1]}" for c in changes if not c.before) or NONE
+            gone = ", ".join(f"{c.before} {c.op}" for c in changes if not c.after) or NONE
+            rows.append((label, graph.graph, f"{sum(package.portable.values())}", f"{graph.nodes}", new, gone))
+    text = (
+        f"Every graph begins as the portable one, of standard operators ({package.portable_from}); fusion replaces "
+        "groups of them by one. A prefill graph, which quantises its inputs itself, is in the table alone.",
+    )
+    drawings: tuple[Drawing, ...] = ()
+    if graphs:
+        alike: dict[tuple[tuple[str, int], ...], list[str]] = {}
+        for label, ops in graphs:
+            alike.setdefault(tuple(sorted(ops.items())), []).append(label)
+        shown = {", ".join(labels): dict(ops) for ops, labels in list(alike.items())[:_MOST_GRAPHS]}
+        caption = "Before fusion (grey) and after; what occurs three times or less is under all others."
+        drawings = (
+            Drawing(
+                "operators", "Operators before and after fusion", caption, plots.ops_figure(package.portable, shown)
+            ),
+        )
+    columns = ("graph", "file", "nodes before", "nodes after", "new operators", "gone")
+    return Section("operators", "The graphs", text, drawings, (Grid("", columns, tuple(rows)),))
+
+
+def package(data: ReportData) -> Section:
+    """Files, dtypes, bits and engines."""
+    package = data.package
+    groups = {
+        (f"{v.name} prefill" if index else v.name): {g.dtype: g.nbytes for g in graph.weights}
+        for v in data.variants
+        for index, graph in enumerate(v.summary.graphs)
+    }
+    total = sum(entry.size for entry in package.files.values())
+    dtypes = _dtypes_of_files(data)
+    files = [
+        (name, f"{entry.size:,}", f"{entry.size / max(total, 1):.1%}", dtypes.get(name, ""), entry.sha256[:16])
+        for name, entry in package.files.items()
+    ]
+    files.append(("all", f"{total:,}", "", "", ""))
+    largest = [
+        (
+            v.name,
+            f"{short_name(t.name)}{f' x {t.count}' if t.count > 1 else ''}",
+            t.dtype,
+            "x".join(map(str, t.shape)),
+            f"{t.nbytes:,}",
+        )
+        for v in data.variants
+        for t in v.summary.graphs[0].largest[:3]
+    ]
+    bits = [
+        (
+            v.name,
+            p.name,
+            "; ".join(p.schemes),
+            f"{p.nbytes:,}",
+            f"{p.bits_per_weight:.2f}",
+            figures(p.worst_nmse if p.worst_nmse is not None else math.nan, ".1e"),
+        )
+        for v in data.variants
+        if v.summary.variant.quantization is not None
+        for p in v.summary.graphs[0].parts
+    ]
+    engines = [
+        (
+            e.name,
+            e.plan,
+            size(e.nbytes),
+            f"{e.backend} {e.backend_version}",
+            ", ".join(e.compute_capabilities),
+            f"{e.max_batch_size} x {e.max_cache_length:,}",
+            " / ".join(str(e.kernels.get(p, NONE)) for p in ("decode", "prefill")),
+        )
+        for e in package.engines
+    ]
+    drawing = Drawing(
+        "weights",
+        "Tensors by dtype",
+        "Bytes of each graph's tensors: codes, scales, norms, tables.",
+        plots.weights_figure(groups),
+    )
+    grids = [
+        Grid("Files", ("file", "bytes", "share", "dtypes", "sha256"), tuple(files)),
+        Grid("Largest tensors", ("variant", "tensor", "dtype", "shape", "bytes each"), tuple(largest), folded=True),
+    ]
+    if bits:
+        grids.append(
+            Grid(
+                "Quantisation per layer",
+                ("variant", "part", "stored as", "bytes", "bits/weight", "worst NMSE"),
+                tuple(bits),
+                folded=True,
+            )
+        )
+    if engines:
+        grids.append(
+            Grid(
+                "Engines",
+                ("engine", "plan", "size", "needs", "compute capability", "rows x cache", "kernels: decode / prefill"),
+                tuple(engines),
+            )
+        )
+    return Section(
+        "package",
+        "Package contents",
+        (f"{len(package.files)} files, {size(total)}, each as the manifest says.",),
+        (drawing,),
+        tuple(grids),
+    )
+
+
+def _dtypes_of_files(data: ReportData) -> dict[str, str]:
+    """Return for each data file of a graph the dtypes in it, largest first."""
+    found = {}
+    for v in data.variants:
+        entry = v.summary.variant
+        data_files = [entry.data, *([entry.prefill.data] if entry.prefill else [])]
+        for graph, names in zip(v.summary.graphs, data_files, strict=True):
+            for name in names:
+                found[name] = ", ".join(g.dtype for g in graph.weights if g.share >= 1e-3)
+    return found

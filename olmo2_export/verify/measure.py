@@ -1,0 +1,249 @@
+"""Run a graph in every way that `feeds.py` has, against PyTorch, and let it decode freely; one report per variant."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from olmo2_export.checkpoint import Checkpoint
+from olmo2_export.config import ModelConfig
+from olmo2_export.parity import (
+    GATES,
+    QUALITY,
+    CaseResult,
+    Check,
+    Gate,
+    ParityReport,
+    compare,
+    compare_greedy,
+    failed_case,
+)
+from olmo2_export.quality import Measured, measure_quality, perplexity_check, quality_tokens
+from olmo2_export.quantize.sweep import reference_logits
+from olmo2_export.reference import open_reference
+from olmo2_export.verify.feeds import MIN_CAPACITY, compared_positions, feed_all, row_lengths
+from runtimes import Backend, Runner, open_runner
+from runtimes.errors import ConfigError, FailedError, PackageError
+from runtimes.manifest import find_variant, load_manifest
+
+SEED = 0
+LONGEST = 4096
+"""tokens of the longest rows where a cache holds more; PyTorch in float64 has to compute them too"""
+QUALITY_LENGTH = 256
+"""tokens of a sequence on which quality is measured, where the cache holds them"""
+GREEDY_TOKENS = 24
+GREEDY_PROMPT = 5
+_TEXT = Path(__file__).parents[1] / "demo" / "heldout.txt"
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What PyTorch says of the test sequences."""
+
+    sequences: list[np.ndarray]
+    """int64 token ids, each [length]"""
+    positions: list[np.ndarray]
+    """per sequence int64 [n]: those of which there are logits here"""
+    capacity: int
+    """tokens of the longest rows"""
+    tokens_from: str
+    exact: list[np.ndarray]
+    """per sequence float64 [n, vocab_size]"""
+    own: dict[str, list[np.ndarray]]
+    """precision -> per sequence float32 [n, vocab_size]"""
+    continuations: list[tuple[np.ndarray, np.ndarray]]
+    """greedy tokens after each sequence's first GREEDY_PROMPT, and the gaps by which they were chosen"""
+
+
+def ask_pytorch(
+    package: Path,
+    checkpoint: Checkpoint,
+    precisions: Collection[str],
+    capacity: int | None = None,
+    bar: tqdm[Any] | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> Truth:
+    """Compute what is compared against, once for all variants.
+
+    Args:
+        package: for its tokenizer and its shape.
+        checkpoint: the reference weights.
+        precisions: of the variants to be measured.
+        capacity: tokens of the longest rows, which fill the smallest of their caches; None means the context, or
+            LONGEST if that is less.
+        bar: advanced after each PyTorch model.
+        weights: to compute with instead of the reference's, by the checkpoint's names.
+
+    Raises:
+        ConfigError: package and reference are not of one shape.
+    """
+    config = ModelConfig.from_json(checkpoint.folder / "config.json")
+    spec = load_manifest(package).model
+    if spec != config.spec:
+        different = [k for k, v in vars(config.spec).items() if getattr(spec, k) != v]
+        raise ConfigError(f"{package}: not of the reference's shape: {', '.join(different)} differ")
+    capacity = min(config.max_position_embeddings, LONGEST) if capacity is None else capacity
+    if capacity < MIN_CAPACITY:
+        raise PackageError(f"{package}: a cache of {capacity} tokens; verification needs {MIN_CAPACITY}")
+    sequences, origin = _sequences(package, config.vocab_size, row_lengths(capacity))
+    positions = compared_positions(capacity)
+    new_tokens = min(GREEDY_TOKENS, capacity - GREEDY_PROMPT)
+    exact: list[np.ndarray] = []
+    own: dict[str, list[np.ndarray]] = {}
+    continuations: list[tuple[np.ndarray, np.ndarray]] = []
+    for precision in ["fp64", *sorted({"fp32", *precisions})]:
+        with open_reference(checkpoint, precision, weights) as torch_model:
+            logits = torch_model.logits(sequences, positions)
+            if precision == "fp32":
+                continuations = [torch_model.greedy(ids[:GREEDY_PROMPT], new_tokens) for ids in sequences]
+        if precision == "fp64":
+            exact = logits
+        else:
+            own[precision] = logits
+        if bar is not None:
+            bar.update()
+    return Truth(sequences, positions, capacity, origin, exact, own, continuations)
+
+
+def measure(package: Path, variant: str, truth: Truth, backend: Backend = "ort") -> ParityReport:
+    """Run one variant through every case and compare.
+
+    Args:
+        package: the package folder.
+        variant: its name.
+        truth: what `ask_pytorch` found.
+        backend: what runs the graph.
+
+    Raises:
+        IntegrityError: the variant's files changed.
+    """
+    entry, files = find_variant(package, variant)
+    with open_runner(package, variant=variant, backend=backend) as runner:
+        return measure_runner(runner, truth, entry.precision, variant, files[entry.graph].sha256, backend)
+
+
+def measure_runner(
+    runner: Runner,
+    truth: Truth,
+    precision: str,
+    label: str,
+    graph_sha256: str,
+    backend: str = "ort",
+    gate: Gate | None = None,
+) -> ParityReport:
+    """Run every case on an open runner and compare.
+
+    Args:
+        runner: of any graph.
+        truth: what `ask_pytorch` found, with that precision among its own.
+        precision: a name out of `GATES`, unless a gate is given.
+        label: the report's name of the variant.
+        graph_sha256: of the ONNX file that is run.
+        backend: what runs it.
+        gate: the limits; None: those of the precision.
+    """
+    gate, own = gate or GATES[precision], truth.own[precision]
+    cases = feed(runner, truth, truth.exact, own, gate)
+    tokens = [
+        _greedy(runner, ids[:GREEDY_PROMPT], len(wanted))
+        for ids, (wanted, _) in zip(truth.sequences, truth.continuations, strict=True)
+    ]
+    return ParityReport(
+        variant=label,
+        backend=backend,
+        precision=precision,
+        graph_sha256=graph_sha256,
+        sequences=tuple(len(s) for s in truth.sequences),
+        tokens_from=truth.tokens_from,
+        seed=SEED,
+        gate=gate,
+        cases=tuple(cases),
+        greedy=compare_greedy(
+            tokens, [wanted for wanted, _ in truth.continuations], [gaps for _, gaps in truth.continuations], gate
+        ),
+        libraries={name: importlib.metadata.version(name) for name in ("onnxruntime", "torch", "transformers")},
+        capacity=truth.capacity,
+        max_cache_length=runner.max_cache_length,
+    )
+
+
+def with_quality(report: ParityReport, runner: Measured, checkpoint: Checkpoint) -> ParityReport:
+    """Return the report of a graph that is not quantised, with its change of perplexity on text added.
+
+    Args:
+        report: of that graph.
+        runner: of it; what its cache holds is dropped.
+        checkpoint: the original weights.
+    """
+    config = ModelConfig.from_json(checkpoint.folder / "config.json")
+    length = min(report.max_cache_length, config.max_position_embeddings, QUALITY_LENGTH)
+    sequences, origin = quality_tokens(checkpoint, config, length=length)
+    runner.reset()
+    try:
+        measured = measure_quality(runner, sequences, reference_logits(checkpoint, config, sequences), origin)
+    except FailedError as error:
+        check = Check("quality", "not measured", (str(error),), QUALITY)
+        return dataclasses.replace(report, checks=(*report.checks, check))
+    check = perplexity_check(measured.perplexity, length, report.gate)
+    return dataclasses.replace(report, checks=(*report.checks, check), perplexity=measured.perplexity)
+
+
+def feed(
+    runner: Runner, truth: Truth, exact: Sequence[np.ndarray], own: Sequence[np.ndarray], gate: Gate
+) -> list[CaseResult]:
+    """Run every case of `feeds.feed_all` and compare.
+
+    Args:
+        runner: of any graph.
+        truth: for its sequences, and the positions that are compared.
+        exact: per sequence [positions, vocab_size], what is true.
+        own: the same at the gate's precision.
+        gate: the limits.
+    """
+    cases = []
+    for fed in feed_all(runner, truth.sequences, truth.capacity):
+        if fed.error:
+            cases.append(failed_case(fed.mode, fed.lengths, fed.error))
+            continue
+        found = [np.searchsorted(truth.positions[row], at) for row, at in enumerate(fed.positions)]
+        wanted, ours = ([array[row][index] for row, index in enumerate(found)] for array in (exact, own))
+        cases.append(compare(fed.mode, fed.lengths, fed.logits, wanted, ours, gate))
+    return cases
+
+
+def _greedy(runner: Runner, prompt: np.ndarray, new_tokens: int) -> np.ndarray:
+    """Return greedy tokens; where the logits stop being finite, -1, which no token is."""
+    found: list[int] = []
+    runner.reset()
+    try:
+        found.append(int(runner.prefill([prompt])[0][-1].argmax()))
+        while len(found) < new_tokens:
+            found.append(int(runner.decode(found[-1:])[0].argmax()))
+    except FailedError:
+        found += [-1] * (new_tokens - len(found))
+    return np.array(found, dtype=np.int64)
+
+
+def _sequences(package: Path, vocab_size: int, lengths: Sequence[int]) -> tuple[list[np.ndarray], str]:
+    """Return the token sequences: text where the package has a tokenizer, the last row always random ids.
+
+    A text that is too short for the first begins again.
+    """
+    generator = np.random.default_rng(SEED)
+    rows = [generator.integers(0, vocab_size, n, dtype=np.int64) for n in lengths]
+    tokenizer_file = package / "tokenizer.json"
+    if not tokenizer_file.exists():
+        return rows, "random ids"
+    text = _TEXT.read_text(encoding="utf-8")[: 50 * sum(lengths)]
+    ids = np.array(Tokenizer.from_file(str(tokenizer_file)).encode(text, add_special_tokens=False).ids, dtype=np.int64)
+    rows[:-1] = np.split(np.resize(ids, sum(lengths[:-1])), np.cumsum(lengths[:-2]))
+    return rows, "text, the last row random ids"

@@ -1,0 +1,215 @@
+"""Verify a package: run each variant against PyTorch, print one verdict per case, write `parity.json`.
+
+How a graph is fed and compared is in `measure.py`; what else quantised variants and the graphs for GPUs and TensorRT
+must show, in `quantized.py`, `device.py` and `static.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from olmo2_export.checkpoint import Checkpoint
+from olmo2_export.device_graph import DTYPES
+from olmo2_export.parity import GATES, CaseResult, ParityReport
+from olmo2_export.verify.device import measure_device
+from olmo2_export.verify.feeds import MIN_CAPACITY
+from olmo2_export.verify.measure import LONGEST, ask_pytorch, measure, with_quality
+from olmo2_export.verify.quantized import measure_quantized
+from olmo2_export.verify.static import measure_static
+from runtimes import Backend, Device, open_runner
+from runtimes.errors import PackageError, UsageError, VariantNotFoundError
+from runtimes.manifest import (
+    PARITY_NAME,
+    Manifest,
+    find_variant,
+    load_manifest,
+    load_trt_manifest,
+    package_checksum,
+)
+from runtimes.ort_devices import find_device
+from runtimes.sealed import FORMAT_VERSION, check_files, read_sealed, seal
+
+
+def verify(
+    package: Path,
+    checkpoint: Checkpoint,
+    *,
+    variants: Sequence[str] = (),
+    backend: Backend = "ort",
+    device: Device = "cpu",
+    longest: int = LONGEST,
+) -> list[ParityReport]:
+    """Compare variants of a package with PyTorch on the reference weights, and write `parity.json` beside the manifest.
+
+    Args:
+        package: the package folder; all its files are checked against the manifest first.
+        checkpoint: the reference weights.
+        variants: which; none means all that the backend can run: for ort those of the export and the TensorRT graphs,
+            or on another device than the CPU those for GPUs; for a TensorRT those with an engine for it.
+        backend: what runs the graphs.
+        device: where ort runs them.
+        longest: tokens of the longest rows, where a cache holds more; at least MIN_CAPACITY.
+
+    Returns:
+        One report per variant; look at `passed`.
+
+    Raises:
+        IntegrityError: a file of the package changed.
+        ConfigError: package and reference are not of one shape.
+    """
+    if longest < MIN_CAPACITY:
+        raise UsageError(f"longest rows of {longest} tokens: verification needs {MIN_CAPACITY}")
+    manifest = load_manifest(package)
+    checksum = package_checksum(package)
+    check_files(package, manifest.files)
+    if backend == "ort" and device != "cpu":
+        find_device(device)  # before PyTorch is asked
+    if backend != "ort" and device == "nv-rtx":
+        raise UsageError(f"device nv-rtx is one of onnxruntime; backend {backend} runs on the GPU by itself")
+    names = list(dict.fromkeys(variants)) or _all_variants(package, manifest, backend, device)
+    entries = {name: find_variant(package, name)[0] for name in names}
+    if backend != "ort":
+        open_runner(package, variant=names[0], backend=backend).close()  # likewise
+    precisions = {entry.precision for entry in entries.values() if entry.quantization is None}
+    if unknown := precisions - GATES.keys():
+        raise PackageError(f"{package}: precision {', '.join(sorted(unknown))}; there are gates for {', '.join(GATES)}")
+    steps = len(names) + (1 + len(precisions | {"fp32"}) if precisions else 0)
+    with tqdm(total=steps, desc="verifying", unit="step", leave=False) as bar:
+        truth = None
+        if precisions:
+            capacity = min(e.kv_cache.max_cache_length for e in entries.values() if e.quantization is None)
+            truth = ask_pytorch(package, checkpoint, precisions, min(capacity, longest), bar)
+        reports = []
+        for name, entry in entries.items():
+            own = truth if entry.quantization is None else None
+            if name in DTYPES:
+                reports.append(measure_device(package, name, checkpoint, own, device, longest))
+            elif entry.kv_cache.form == "static" and device != "nv-rtx":
+                reports.append(measure_static(package, name, checkpoint, own, backend, device, longest))
+            elif device != "cpu" and backend == "ort":
+                raise UsageError(f"variant {name}: verify has {', '.join(DTYPES)} for device {device}")
+            elif entry.quantization is not None:
+                reports.append(measure_quantized(package, name, checkpoint, longest))
+            else:
+                assert truth is not None  # its precision is among those asked for
+                report = measure(package, name, truth, backend)
+                with open_runner(package, variant=name, backend=backend) as runner:
+                    reports.append(with_quality(report, runner, checkpoint))
+            bar.update()
+    _write(package, checksum, checkpoint, reports)
+    return reports
+
+
+def _all_variants(package: Path, manifest: Manifest, backend: Backend, device: Device) -> list[str]:
+    """Return what the backend can run there.
+
+    Raises:
+        VariantNotFoundError: there is nothing.
+    """
+    trt = load_trt_manifest(package)
+    if backend == "ort" and device != "cpu":
+        if names := [name for name in manifest.variants if name in DTYPES]:
+            return names
+        raise VariantNotFoundError(f"{package}: no variant for {device}; export it with --variant bf16")
+    if backend == "ort":
+        return [*manifest.variants, *(trt.variants if trt is not None else ())]
+    engines = trt.engines.values() if trt is not None else ()
+    names = list(dict.fromkeys(engine.variant for engine in engines if engine.backend == backend))
+    if not names:
+        raise VariantNotFoundError(
+            f"{package}: no engine for {backend}; run: olmo2-export build {package} --backend {backend}"
+        )
+    return names
+
+
+def format_reports(reports: Sequence[ParityReport]) -> str:
+    """Return the table that the command line prints: a line per mode with the worst of its cases, then what failed."""
+    head = "variant mode cases positions max_abs NMSE relative err/torch".split()
+    head += "top-1 top-5 top-10 KL_mean KL_p99 KL_max verdict".split()
+    rows, notes = [head], []
+    for report in reports:
+        for mode in dict.fromkeys(case.mode for case in report.cases):
+            rows.append([report.variant, *_worst([case for case in report.cases if case.mode == mode])])
+        notes += _notes(report)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    left = {0, 1, len(head) - 1}
+    lines = [
+        "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    return "\n".join([line.rstrip() for line in lines] + notes)
+
+
+def _worst(cases: Sequence[CaseResult]) -> list[str]:
+    """Return the words of a line: the worst of each metric over the cases of a mode."""
+
+    def most(metric: str) -> float:
+        return float(np.max([getattr(case, metric) for case in cases]))  # NaN if any is
+
+    def least(metric: str) -> str:
+        return f"{float(np.min([getattr(case, metric) for case in cases])):.1%}"
+
+    failed = sum(not case.passed for case in cases)
+    return [
+        cases[0].mode,
+        str(len(cases)),
+        str(sum(case.positions for case in cases)),
+        *(f"{most(metric):.1e}" for metric in ("max_abs", "nmse", "relative_error")),
+        f"{most('error_ratio'):.2f}",
+        *(least(metric) for metric in ("top1", "top5", "top10")),
+        *(f"{most(metric):.1e}" for metric in ("kl_mean", "kl_p99", "kl_max")),
+        f"FAIL {failed}" if failed else "ok",
+    ]
+
+
+def _notes(report: ParityReport) -> list[str]:
+    """Return a report's other lines: the cases that failed, greedy decoding, the checks and the verdicts."""
+    name, notes = report.variant, []
+    for c in report.cases:
+        where = f"{name} {c.mode} batch {c.batch_size} length {c.length}"
+        notes += [f"{where}: {failure}" for failure in c.failures]
+    g = report.greedy
+    ties = f" ({g.near_ties} prompts part at a near-tie)" if g.near_ties else ""
+    notes.append(f"{name} greedy: {g.equal} of {g.tokens} tokens equal over {g.prompts} prompts{ties}")
+    notes += [f"{name} greedy: {failure}" for failure in g.failures]
+    for check in report.checks:
+        notes.append(f"{name} {check.name}: {check.found}: {'ok' if check.passed else 'FAIL'}")
+        notes += [f"{name} {check.name}: {failure}" for failure in check.failures]
+    lengths = ", ".join(str(n) for n in sorted({case.length for case in report.cases}))
+    batches = " and ".join(str(n) for n in sorted({case.batch_size for case in report.cases}))
+    held = "" if report.capacity == report.max_cache_length else f"; its cache holds {report.max_cache_length}"
+    notes.append(f"{name} rows: first of {lengths} tokens{held}; batches of {batches}")
+    said = ", ".join(f"{verdict} {'passed' if passed else 'FAILED'}" for verdict, passed in report.verdicts.items())
+    return [*notes, f"{name} on {report.backend}: {said}"]
+
+
+def _write(package: Path, checksum: str, checkpoint: Checkpoint, reports: Sequence[ParityReport]) -> None:
+    """Write parity.json, keeping what it says of other variants of the same export."""
+    path = package / PARITY_NAME
+    if package_checksum(package) != checksum:
+        raise PackageError(f"{package}: was replaced while it was verified; verify it again")
+    kept: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            before = read_sealed(path)
+        except PackageError:  # damaged or of another version: it is only a report, and is written anew
+            before = {}
+        same = before.get("package_checksum") == checksum and isinstance(before.get("variants"), dict)
+        kept = before["variants"] if same else {}
+    document = {
+        "format_version": FORMAT_VERSION,
+        "package_checksum": checksum,
+        "reference": {"model": checkpoint.model, "revision": checkpoint.revision},
+        "variants": kept | {report.variant: report.to_document() for report in reports},
+    }
+    for leftover in package.glob(f".{PARITY_NAME}.*"):  # of a killed process
+        leftover.unlink(missing_ok=True)
+    temporary = path.with_name(f".{PARITY_NAME}.{os.getpid()}")
+    temporary.write_bytes(seal(document))
+    temporary.replace(path)
