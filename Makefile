@@ -58,8 +58,8 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-bench: $(STAMP) ## the 1B shape beside every peer that is installed, by context and batch size; some 40 minutes
-	$(BIN)/python -m olmo2_export.bench compare --contexts 128 1024 --batch-sizes 1 4 --repeats 5 --minutes 30
+bench: $(STAMP) ## the 1B shape beside every peer that is installed, by context and batch size; about an hour
+	$(BIN)/python -m olmo2_export.bench compare --contexts 128 1024 --batch-sizes 1 4 --repeats 3 --minutes 45
 
 targets: $(STAMP) ## the table of targets on the 1B shape, and what quantising costs; some 40 minutes
 	$(BIN)/python -m olmo2_export.bench stages
