@@ -164,6 +164,15 @@ def stored_matrices(graph: ir.Model) -> dict[str, QuantizedMatrix]:
     return found
 
 
+def block_sizes(graph: ir.Model) -> dict[str, int]:
+    """Return the weights per scale of each linear in blocks, by the checkpoint's names, without reading weights."""
+    return {
+        str(node.inputs[1].name).removesuffix(".packed"): node.attributes["block_size"].as_int()
+        for node in graph.graph
+        if node.op_type == "MatMulNBits" and node.inputs[1] is not None
+    }
+
+
 def stored_int8(graph: ir.Model) -> dict[str, np.ndarray]:
     """Return the dequantised int8 weights of a written prefill graph, float32 [out, in], by the checkpoint's names."""
     initializers = graph.graph.initializers

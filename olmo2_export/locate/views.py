@@ -22,7 +22,7 @@ from olmo2_export.locate.layer_checks import TensorParity
 from olmo2_export.locate.segments import Opener, one_call, onnxruntime_opener, tensorrt_opener
 from olmo2_export.locate.torch_layers import Weights
 from olmo2_export.quantize.linear import QuantizedLinear
-from olmo2_export.quantize.names import EMBEDDING, stored_weight
+from olmo2_export.quantize.names import stored_weight
 from olmo2_export.reference import Rounding, fp8_scaled, int8_blocks, int8_scaled
 from olmo2_export.trace import ROTARY_TABLES
 from olmo2_export.verify import trt_forms
@@ -79,17 +79,9 @@ def variant_views(
     device: Device = "cpu",
     opener: Opener | None = None,
 ) -> list[View]:
-    """Return the views of a variant, the sharpest first; arguments as those of `locate`.
-
-    Raises:
-        UsageError: the variant does not run there.
-    """
+    """Return the views of a variant, the sharpest first; arguments as those of `locate`."""
     graph = ir.load(package / entry.graph)
     static = entry.kv_cache.form == "static"
-    if backend != "ort" and not static:
-        raise UsageError(f"variant {entry.name}: backend {backend} runs the graphs for TensorRT, trt_*")
-    if backend == "ort" and device != "cpu" and not static and entry.name not in DTYPES:
-        raise UsageError(f"variant {entry.name}: device {device} runs {', '.join(DTYPES)} and trt_*")
     quantized = _quantized_weights(graph, config, static=static) if entry.quantization is not None else {}
     weights = stored_weights(graph, checkpoint, config, quantized)
     arithmetic = _ARITHMETIC.get(entry.kv_cache.dtype, "fp32")
@@ -116,26 +108,39 @@ def variant_views(
     views = [View("exact", ort_graph.exact_form(graph), wide, made, weights, "fp32", EXACT)]
     if entry.kv_cache.quantization is not None:
         return views  # its numbers are codes; their scales are `verify`'s to check
-    blocks = {name: m.form.block_size for name, m in ort_graph.stored_matrices(graph).items() if name != EMBEDDING}
-    rounded = {name: int8_blocks(size) for name, size in blocks.items()}
+    rounded = {name: int8_blocks(size) for name, size in ort_graph.block_sizes(graph).items()}
     views.append(View("kernels", graph, wide, made, weights, "fp32", ROUNDED, rounding=rounded))
     if entry.prefill is not None:
         path = package / entry.prefill.graph
         prefill = ir.load(path)
         int8 = stored_int8(prefill)
+        both = Lazy({name: partial(m.__getitem__, name) for m in (quantized, int8) for name in m})
         views.append(
             View(
                 INT8,
                 prefill,
                 wide,
                 opener or onnxruntime_opener(path, wide, device),
-                stored_weights(prefill, checkpoint, config, {**quantized, **int8}),
+                stored_weights(prefill, checkpoint, config, both),
                 "fp32",
                 ROUNDED,
                 rounding=rounded | dict.fromkeys(int8, int8_blocks(0)),
             )
         )
     return views
+
+
+def check_runs(entry: Variant, backend: Backend, device: Device) -> None:
+    """Refuse a variant that does not run there.
+
+    Raises:
+        UsageError: it does not.
+    """
+    static = entry.kv_cache.form == "static"
+    if backend != "ort" and not static:
+        raise UsageError(f"variant {entry.name}: backend {backend} runs the graphs for TensorRT, trt_*")
+    if backend == "ort" and device != "cpu" and not static and entry.name not in DTYPES:
+        raise UsageError(f"variant {entry.name}: device {device} runs {', '.join(DTYPES)} and trt_*")
 
 
 def stored_weights(

@@ -113,6 +113,9 @@ class Lazy(Mapping[str, Made]):
     def __getitem__(self, name: str) -> Made:
         return self._makers[name]()
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._makers
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._makers)
 
