@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -64,13 +66,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=level, format="olmo2-export: %(levelname)s: %(message)s")
     try:
         with interruptible():
-            return run(parse_args(argv))
+            code = run(parse_args(argv))
+            sys.stdout.flush()
+            return code
     except Interrupted as interruption:
         return _report("interrupted; what was there before is untouched", interruption.exit_code, debug=False)
     except Olmo2ExportError as error:
         return _report(str(error), error.exit_code, debug)
     except ModuleNotFoundError as error:
         return _report(f"{error.name} is not installed; run: pip install 'olmo2-export[export]'", 2, debug)
+    except BrokenPipeError:  # a reader like head has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:  # a file that cannot be read or written
         return _report(str(error), 1 if error.errno in DISK_FULL else 2, debug)
     except MemoryError:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -349,8 +352,37 @@ def test_resident_memory_grows_with_what_is_held() -> None:
 
 
 def test_a_process_that_fails_says_why() -> None:
-    with pytest.raises(FailedError, match=r"exit code 3; it said\nno such luck"):
+    with pytest.raises(FailedError, match=r"exit code 3: no such luck"):
         run([sys.executable, "-c", "import sys; print('no such luck', file=sys.stderr); sys.exit(3)"])
+
+
+def test_what_cannot_be_started_has_failed(tmp_path: Path) -> None:
+    with pytest.raises(FailedError, match="nothing cannot be started: No such file or directory"):
+        run([tmp_path / "nothing"])
+
+
+def test_an_interruption_ends_the_process_and_what_it_started(tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    grandchild = f"import pathlib, time; pathlib.Path({str(started)!r}).touch(); time.sleep(60)"
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"
+    code = (
+        "import sys\nfrom olmo2_export.bench.processes import run\nfrom runtimes.signals import interruptible\n"
+        f"with interruptible():\n    run([sys.executable, '-c', {child!r}])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    while not started.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=30)
+    assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(started).encode() in _read(p)]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # it has ended
+        return b""
 
 
 def test_a_worker_without_an_object_is_refused() -> None:

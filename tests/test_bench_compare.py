@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -150,7 +151,10 @@ def test_peers_take_turns_and_one_that_dies_is_a_result(
     assert (first["metric"], first["peer"]) == ("decode_tokens_per_s", "optimum-onnx fp32")
     found = [first[f"ratio_{which}"] for which in ("median", "low", "high")]
     assert found == pytest.approx([40 / 6, 40 / 6, 10])
-    assert "| decode | ours fp32 | optimum-onnx fp32 = | 6.67 (6.67 to 10.00) |" in out
+    cells = [cell.strip() for line in out.splitlines() if "optimum-onnx fp32 =" in line for cell in line.split("|")]
+    assert cells[1:5] == ["decode", "ours fp32", "optimum-onnx fp32 =", "6.67 (6.67-10.00)"]
+    tables = [line for line in out.splitlines() if line.startswith("| ") and "optimum" in line]
+    assert max(map(len, tables)) <= 130
 
 
 @pytest.mark.usefixtures("_known_bandwidth")
@@ -172,6 +176,34 @@ def test_missing_peers_are_named_and_the_run_goes_on(
     (point,) = document["contenders"]["ours fp32"]["points"]
     assert point["context_tokens"] == 128  # of 128, 512 and 2048 what the model's 256 tokens leave room for
     assert document["ratios"] == []
+
+
+@pytest.mark.usefixtures("_known_bandwidth")
+def test_a_broken_environment_of_a_peer_does_not_stop_the_others(
+    tiny_package: Path, tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for venv in (LLAMA_VENV, GENAI_VENV, OPTIMUM_VENV):
+        python = tmp_path / venv / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        (tmp_path / venv / ".installed").touch()
+        python.write_text("#!/bin/sh\necho nonsense\n")
+        python.chmod(0o600 if venv == GENAI_VENV else 0o700)
+    vs = ["--vs", "optimum-onnx", "onnxruntime-genai", "llama.cpp", "--reference", str(tiny_checkpoint)]
+    assert main(["bench", str(tiny_package), *SMALL, *vs, "--peers", str(tmp_path), "--repeats", "1"]) == 0
+    document = document_of(capfd.readouterr().out)
+    assert len(document["failures"]) == 3
+    assert "cannot be started: Permission denied" in document["failures"][1]
+    assert len(document["contenders"]["ours fp32"]["points"]) == 4
+
+
+def test_a_damaged_package_is_refused_before_anything_is_measured(
+    tiny_package: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    package = shutil.copytree(tiny_package, tmp_path / "package")
+    with (package / "onnx" / "model.onnx_data").open("r+b") as file:
+        file.truncate(1000)
+    assert main(["bench", str(package), *SMALL]) == 2
+    assert "model.onnx_data" in capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("_known_bandwidth")
@@ -208,6 +240,9 @@ def test_transformers_beside_ours(
         (["--new-tokens", "1"], "new tokens 1: expected an integer from 2"),
         (["--repeats", "0"], "repeats 0: expected an integer from 1"),
         (["--threads", "0"], "threads 0: expected an integer from 1"),
+        (["--threads", "100000"], "threads 100000: this machine runs"),
+        (["--out", "/nowhere/bench.json"], "--out /nowhere/bench.json: expected a file that can be written"),
+        (["--minutes", "nan"], "minutes nan: expected more than 0"),
         (["--minutes", "0"], "minutes 0.0: expected more than 0"),
         (["--variant", "q4"], "no variant 'q4'; it has fp32"),
         (["--device", "cuda"], "device cuda"),

@@ -21,12 +21,13 @@ from pathlib import Path
 from olmo2_export.bench import cpu, gpu, profile, quality, stages
 from olmo2_export.bench.arguments import declare_setting
 from olmo2_export.bench.checkpoint import SIZES
-from olmo2_export.bench.command import run_comparison, work_folder
+from olmo2_export.bench.command import check_out, run_comparison, work_folder, write_out
 from olmo2_export.bench.compare import ours_failed
 from olmo2_export.bench.contenders import Workshop
 from olmo2_export.bench.processes import ROOT
 from olmo2_export.checkpoint import open_checkpoint
 from runtimes.errors import Olmo2ExportError
+from runtimes.signals import Interrupted, interruptible
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -83,7 +84,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Run one verb; return 0, or 1 if a contender failed."""
-    failed = False
+    failed, out = False, getattr(args, "out", None)
+    check_out(out)
     with work_folder(args.work, getattr(args, "keep", None)) as work:
         match args.verb:
             case "compare":
@@ -131,14 +133,19 @@ def run(args: argparse.Namespace) -> int:
                 result = profile.run(args.size, work, args.variant or ["q4"], args.threads, args.context, args.steps)
                 report = profile.table(result)
     print(report)
-    print(json.dumps(result))
+    print(json.dumps(result), flush=True)
+    write_out(out, result)
     return 1 if failed or (args.verb != "compare" and result.get("failures")) else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m olmo2_export.bench`."""
     try:
-        return run(parse_args(argv))
+        with interruptible():
+            return run(parse_args(argv))
+    except Interrupted as interruption:
+        print("bench: interrupted; nothing is left behind but what --keep keeps", file=sys.stderr)
+        return interruption.exit_code
     except Olmo2ExportError as error:
         print(f"bench: error: {error}", file=sys.stderr)
         return error.exit_code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 from olmo2_export.bench.arguments import CONTEXTS, PEERS
 from olmo2_export.bench.compare import Setting, compare
 from olmo2_export.checkpoint import Checkpoint
+from runtimes.errors import UsageError
 from runtimes.manifest import load_manifest
 from runtimes.threads import default_threads
 
@@ -27,7 +29,7 @@ def run_comparison(
     backend: str = "ort",
     device: str = "cpu",
 ) -> tuple[dict[str, Any], str]:
-    """Run `compare` with the arguments of `declare_setting`, and `variant`; write `out`, if it is given.
+    """Run `compare` with the arguments of `declare_setting`, and `variant`.
 
     Returns:
         What the last line of stdout says, and the report for people.
@@ -42,7 +44,7 @@ def run_comparison(
         device=device,
         minutes=args.minutes,
     )
-    document, text = compare(
+    return compare(
         package,
         args.variant or [],
         setting,
@@ -51,9 +53,24 @@ def run_comparison(
         reference=reference,
         peers_folder=args.peers,
     )
-    if args.out is not None:
-        args.out.write_text(json.dumps(document) + "\n")
-    return document, text
+
+
+def check_out(out: Path | None) -> None:
+    """Refuse a file that cannot be written, before anything is measured for it.
+
+    Raises:
+        UsageError: it is a folder, its folder is missing, or one of them may not be written.
+    """
+    if out is None:
+        return
+    if out.is_dir() or not out.parent.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise UsageError(f"--out {out}: expected a file that can be written, in a folder that is there")
+
+
+def write_out(out: Path | None, document: dict[str, Any]) -> None:
+    """Write what was measured, if a file was asked for."""
+    if out is not None:
+        out.write_text(json.dumps(document) + "\n")
 
 
 def _fitting(package: Path, new_tokens: int) -> list[int]:

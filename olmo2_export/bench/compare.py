@@ -32,6 +32,7 @@ from olmo2_export.config import ModelConfig
 from runtimes.errors import ConfigError, ContextLengthError, UsageError, VariantNotFoundError
 from runtimes.manifest import find_variant, load_manifest, load_trt_manifest
 from runtimes.ort_devices import find_device
+from runtimes.sealed import check_files
 
 METRICS = ("decode_tokens_per_s", "prefill_tokens_per_s")
 """what ratios are given of"""
@@ -71,7 +72,9 @@ class Setting:
         for name, least in (("new_tokens", 2), ("repeats", 1), ("threads", 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name.replace('_', ' ')} {getattr(self, name)}: expected an integer from {least}")
-        if self.minutes is not None and self.minutes <= 0:
+        if self.threads > (os.cpu_count() or 1):
+            raise UsageError(f"threads {self.threads}: this machine runs {os.cpu_count()} at a time")
+        if self.minutes is not None and not self.minutes > 0:
             raise UsageError(f"minutes {self.minutes}: expected more than 0")
 
     def task(self, vocab_size: int) -> dict[str, Any]:
@@ -113,6 +116,7 @@ def compare(
     Raises:
         UsageError: a number out of range, peers without a reference.
         ContextLengthError: a context and the new tokens do not fit into a variant's KV cache.
+        IntegrityError: a file of a variant changed.
         VariantNotFoundError: the package has no such variant, or none for that backend and device.
         ConfigError: package and reference are not of one shape.
     """
@@ -125,6 +129,8 @@ def compare(
         raise VariantNotFoundError(f"{package}: no variant for backend {setting.backend} on device {setting.device}")
     for name in names:
         _check_room(package, name, setting)
+        variant, files = find_variant(package, name)
+        check_files(package, files, variant.files)
     found_peers = None
     if peers:
         if reference is None:

@@ -117,8 +117,8 @@ def peer_entries(
         else:
             try:
                 entries += makers[peer]()
-            except FailedError as error:
-                failures.append(f"{peer}, making its model: {error}")
+            except (FailedError, OSError, ValueError, KeyError) as error:  # whatever its environment does
+                failures.append(f"{peer}, making its model: {' '.join(str(error).split())}")
     return Made(tuple(entries), tuple(absent), tuple(failures))
 
 

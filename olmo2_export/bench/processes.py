@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from runtimes.errors import FailedError
 
 ROOT = Path(__file__).parents[2]
 """the folder of the packages, for the interpreters of the peers"""
+_GRACE = 10.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -38,28 +40,49 @@ def run(command: Sequence[str | Path]) -> Finished:
     """Run a command to its end.
 
     Raises:
-        FailedError: it did not exit with 0; with the last of what it said.
+        FailedError: it cannot be started, or did not exit with 0; with the last line of what it said.
     """
     words = [str(word) for word in command]
     with tempfile.TemporaryDirectory(prefix="olmo2-bench-") as folder:
         out, err = Path(folder, "stdout"), Path(folder, "stderr")
         flags = os.O_WRONLY | os.O_CREAT
         started = time.monotonic()
-        child = os.posix_spawn(
-            words[0],
-            words,
-            os.environ | {"PYTHONPATH": str(ROOT)},
-            file_actions=[(os.POSIX_SPAWN_OPEN, 1, out, flags, 0o600), (os.POSIX_SPAWN_OPEN, 2, err, flags, 0o600)],
-        )
+        try:
+            child = os.posix_spawn(
+                words[0],
+                words,
+                os.environ | {"PYTHONPATH": str(ROOT)},
+                file_actions=[(os.POSIX_SPAWN_OPEN, 1, out, flags, 0o600), (os.POSIX_SPAWN_OPEN, 2, err, flags, 0o600)],
+                setpgroup=0,
+            )
+        except OSError as error:
+            raise FailedError(f"{words[0]} cannot be started: {error.strerror}") from error
         with contextlib.suppress(OSError):  # where memory runs out, the kernel shall take this process and no other
             Path(f"/proc/{child}/oom_score_adj").write_text("800")
-        _, status, usage = os.wait4(child, 0)
+        try:
+            _, status, usage = os.wait4(child, 0)
+        except BaseException:
+            _end(child)
+            raise
         seconds = time.monotonic() - started
         code = os.waitstatus_to_exitcode(status)
         if code != 0:
-            said = "\n".join(err.read_text(errors="replace").splitlines()[-8:])
-            raise FailedError(f"{' '.join(words)}: {_ended(code)}; it said\n{said}")
+            said = err.read_text(errors="replace").strip()
+            logging.getLogger(__name__).debug("%s: %s", " ".join(words), said)
+            raise FailedError(f"{' '.join(words[:4])}: {_ended(code)}: {' '.join(said.splitlines()[-1:]) or 'silent'}")
         return Finished(out.read_text(errors="replace"), seconds, round(usage.ru_maxrss * 1024 / 1e6))
+
+
+def _end(child: int) -> None:
+    """End a process and all that it started; it has some seconds to clean up."""
+    os.killpg(child, signal.SIGTERM)
+    until = time.monotonic() + _GRACE
+    while time.monotonic() < until:
+        if os.waitpid(child, os.WNOHANG) != (0, 0):
+            return
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
 
 
 def _ended(code: int) -> str:
@@ -82,7 +105,10 @@ def worker(python: str | Path, name: str, arguments: Sequence[str | Path]) -> di
     """
     finished = run([python, "-m", f"olmo2_export.bench.workers.{name}", *arguments])
     lines = finished.stdout.strip().splitlines()
-    result: Any = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else None
+    try:
+        result: Any = json.loads(lines[-1]) if lines else None
+    except ValueError:
+        result = None
     if not isinstance(result, dict):
-        raise FailedError(f"worker {name} {' '.join(map(str, arguments))}: expected a JSON object, found {lines[-1:]}")
+        raise FailedError(f"worker {name}: expected a JSON object, found {lines[-1:]}")
     return result

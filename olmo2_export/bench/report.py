@@ -14,12 +14,14 @@ def report(document: Mapping[str, Any]) -> str:
         f"{document['new_tokens']} new tokens; load average {machine['load_average_before']} before the first; memory "
         f"{machine['memory_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s ({machine['memory_bandwidth_from']})",
         _costs(document["contenders"]),
-        _speeds(document["contenders"]),
+        "By tokens of context and rows of the batch. ITL: the median. Decode and prefill: tokens/s of all rows. "
+        "MB/token: what decoding must read for one token; bandwidth: that times tokens/s, of the memory's.\n\n"
+        + _speeds(document["contenders"]),
     ]
     if document["ratios"]:
         parts.append(
-            "Ours / peer: quotient of the medians (least to largest of one repeat); = weights of as many bits.\n\n"
-            + _ratios(document["ratios"])
+            "Ours / peer: quotient of the medians (least-largest of one repeat); = weights of as many bits; columns: "
+            "tokens of context x batch size.\n\n" + _ratios(document["ratios"])
         )
     parts += document["left_out"]
     parts += [f"{name}: {entry['note']}" for name, entry in document["contenders"].items() if entry["note"]]
@@ -42,8 +44,7 @@ def _costs(contenders: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _speeds(contenders: Mapping[str, Mapping[str, Any]]) -> str:
-    heads = ["context", "batch", "", "TTFT, ms", "ITL p50, ms", "p99, ms", "decode, tokens/s", "prefill, tokens/s"]
-    heads += ["MB/token", "of bandwidth"]
+    heads = ["tokens", "rows", "", "TTFT, ms", "ITL, ms", "p99, ms", "decode/s", "prefill/s", "MB/token", "bandwidth"]
     rows = [
         (
             (point["context_tokens"], point["batch_size"]),
@@ -74,15 +75,29 @@ def _ratios(ratios: Sequence[Mapping[str, Any]]) -> str:
         sign = " =" if r["like_for_like"] else ""
         row = lines.setdefault((r["metric"].partition("_")[0], r["ours"], r["peer"] + sign), {})
         row[(r["context_tokens"], r["batch_size"])] = (
-            f"{r['ratio_median']:.2f} ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})"
+            f"{r['ratio_median']:.2f} ({r['ratio_low']:.2f}-{r['ratio_high']:.2f})"
         )
-    heads = ["", "ours", "peer", *(f"{context} tokens, batch {rows}" for context, rows in points)]
+    heads = ["", "ours", "peer", *(f"{context} x {rows}" for context, rows in points)]
     return _table(heads, [[*key, *(row[point] for point in points)] for key, row in lines.items()])
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    widths = [max(len(cell) for cell in column) for column in zip(heads, *rows, strict=True)]
+    texts = [all(not cell[:1].isdigit() for cell in column) for column in zip(*rows, strict=True)] or [True] * len(
+        heads
+    )
+    rule = [
+        "-" * max(3, width) if text else "-" * max(2, width - 1) + ":"
+        for width, text in zip(widths, texts, strict=True)
+    ]
+    lines = [
+        [
+            cell.ljust(width) if text else cell.rjust(width)
+            for cell, width, text in zip(cells, widths, texts, strict=True)
+        ]
+        for cells in (heads, *rows)
+    ]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], rule, *lines[1:]))
 
 
 def _number(value: float | None, form: str, unit: float = 1.0) -> str:

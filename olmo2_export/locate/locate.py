@@ -279,9 +279,10 @@ class _Locator:
 
     def _nothing(self, growth: Sequence[TensorParity]) -> str:
         logits = growth[-1]
+        rounded = ", with the inputs of linears rounded likewise," if self._view.rounding else ""
         return (
             f"Nothing departs: every operation agrees with PyTorch's; the logits' error is {logits.relative:.1e}, "
-            f"PyTorch's own at {self._view.precision} is {logits.expected:.1e}."
+            f"PyTorch's own at {self._view.precision}{rounded} is {logits.expected:.1e}."
         )
 
 

@@ -15,7 +15,8 @@ latency (ITL).
 bytes_per_token is what such a step must read for one token: weights / rows + the row's KV cache. Multiplied by decode
 tokens/s it is set against what this machine's memory gives, measured in the same run before and after, as the faster of
 a copy and a sum of 512 MB with as many threads (on a GPU: the data sheet, or a copy or sum). Peak memory is the largest
-resident set of the process that ran all points; on a GPU that is the host's. Load is from files that the system has in
+resident set of the process that ran all points; on a GPU that is the host's. Decode tokens/s come from the mean of all
+steps, so that one that was disturbed counts; the p50 of ITL leaves it out. Load is from files that the system has in
 its cache, with libraries imported before.
 """
 
@@ -46,13 +47,15 @@ def declare(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run it; return the exit code."""
-    from olmo2_export.bench.command import run_comparison, work_folder
+    from olmo2_export.bench.command import check_out, run_comparison, work_folder, write_out
     from olmo2_export.bench.compare import ours_failed
     from olmo2_export.checkpoint import open_checkpoint
 
+    check_out(args.out)
     reference = open_checkpoint(args.reference, args.revision) if args.reference else None
     with work_folder(None, args.keep) as work:
         document, text = run_comparison(args, args.package, reference, work, backend=args.backend, device=args.device)
     print(text)
-    print(json.dumps(document))
+    print(json.dumps(document), flush=True)
+    write_out(args.out, document)
     return 1 if ours_failed(document) else 0
