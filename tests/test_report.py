@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shlex
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,7 +25,7 @@ from olmo2_export.report import data as report_data
 from olmo2_export.report import plots
 from olmo2_export.report.bench_file import read_bench
 from olmo2_export.report.logit_samples import sample_logits
-from olmo2_export.report.parts import FIGURES, figures
+from olmo2_export.report.parts import FIGURES, NONE, figures
 from runtimes.errors import UsageError
 
 HOSTILE = "<script>alert(1)<|x`$a_b$"
@@ -39,8 +41,24 @@ POINT = {
     "bytes_per_token": 850e6,
     "bandwidth_share": 0.81,
 }
+RATIO = {
+    "peer": "llama.cpp <Q4>",
+    "ours": "ours fp32",
+    "like_for_like": True,
+    "metric": "decode_tokens_per_s",
+    "context_tokens": 128,
+    "batch_size": 1,
+    "ratio_median": 1.5712,
+    "ratio_low": 1.38,
+    "ratio_high": 1.834,
+}
 BENCH: dict[str, Any] = {
-    "machine": {"cpu": "A CPU", "cores": 2, "memory_bandwidth_bytes_per_s": 31e9},
+    "machine": {
+        "cpu": "A CPU",
+        "cores": 2,
+        "memory_bandwidth_bytes_per_s": 31e9,
+        "memory_bandwidth_from": "measured: a copy of 512 MB by PyTorch",
+    },
     "package": "packages/tiny",
     "contenders": {
         "ours fp32": {
@@ -49,9 +67,21 @@ BENCH: dict[str, Any] = {
             "disk_bytes": 9e8,
             "points": [POINT, POINT | {"context_tokens": 3000, "decode_tokens_per_s": 16.9}],
         },
-        "llama.cpp <Q4>": {"load_s": 0.7, "peak_memory_bytes": 1.7e9, "disk_bytes": 9e8, "points": [POINT]},
+        "llama.cpp <Q4>": {
+            "load_s": 0.7,
+            "peak_memory_bytes": 1.7e9,
+            "disk_bytes": 9e8,
+            "points": [POINT],
+            "note": "a Llama with <made-up> weights",
+        },
     },
-    "ratios": [{"of": "decode", "ratio": 0.98}],
+    "ratios": [
+        RATIO,
+        RATIO | {"context_tokens": 3000, "ratio_median": 0.98, "ratio_low": 0.9, "ratio_high": 1.02},
+        RATIO | {"metric": "prefill_tokens_per_s", "like_for_like": False},
+    ],
+    "left_out": ["transformers is left out: it is not installed"],
+    "failures": ["optimum-onnx, making its model:\n  no such model type"],
 }
 
 
@@ -154,13 +184,56 @@ def test_numbers_of_parity_json(package: Path, written: Path) -> None:
     assert "Not verified yet: q4, bf16. Run: olmo2-export verify" in page
     assert "--variant q4 --variant bf16" in page
     assert "≤ 1e-11" in page  # the gate
+    assert "≤ +0.001%" in page  # of perplexity
+    command = re.search(r"Run: olmo2-export (.*?--variant q4 --variant bf16)", page)
+    assert command is not None
+    assert shlex.split(command[1])[:4] == ["verify", str(package), "--reference", str(package.parent / HOSTILE)]
+
+
+def test_says_which_graph_the_divergence_is_of(package: Path, written: Path) -> None:
+    """q4 has a prefill graph, which takes the steps of a report; fp32 and bf16 have one graph."""
+    variants = json.loads((package / "manifest.json").read_text())["variants"]
+    assert [name for name, variant in variants.items() if variant["prefill"]] == ["q4"]
+    page = Page((written / "report.html").read_text(encoding="utf-8")).text
+    assert "KL mean and top-1 of q4 are those of the prefill graph" in page
+    assert "what is below 1e-16 counts as that. Of q4: of the prefill graph." in page
 
 
 def test_numbers_of_the_benchmark(written: Path) -> None:
     page = Page((written / "report.html").read_text(encoding="utf-8")).text
-    for words in ("29.7 tokens/s", "274.0 tokens/s", "33.4 ms", "1.3 GB", "memory bandwidth 31.0 GB/s", "81%", "0.98"):
+    for words in ("29.7 tokens/s", "274.0 tokens/s", "33.4 ms", "1.3 GB", "81%"):
         assert words in page
+    assert "memory bandwidth 31.0 GB/s (measured: a copy of 512 MB by PyTorch)." in page
     assert "1,024" not in page  # the context is 256
+
+
+def test_notes_of_the_benchmark(written: Path) -> None:
+    """What was left out or failed, and what stands in for a model, is below the figures."""
+    page = Page((written / "report.html").read_text(encoding="utf-8")).text
+    notes = (
+        "transformers is left out: it is not installed",
+        "llama.cpp <Q4>: a Llama with <made-up> weights",
+        "FAILED: optimum-onnx, making its model: no such model type",
+    )
+    places = [page.index(note) for note in ("Per context", *notes, "weights (full colour)")]
+    assert places == sorted(places)
+    markdown = (written / "report.md").read_text(encoding="utf-8")
+    assert "\n\nllama.cpp &lt;Q4&gt;: a Llama with &lt;made-up&gt; weights\n\n" in markdown
+
+
+def test_ratios_are_a_table_of_pairs(written: Path) -> None:
+    lines = (written / "report.md").read_text(encoding="utf-8").splitlines()
+    start = lines.index("| phase | ours | peer | 128 tokens, batch 1 | 3,000 tokens, batch 1 |")
+    assert lines[start + 2 : start + 4] == [
+        "| decode | ours fp32 | llama.cpp &lt;Q4&gt; = | 1.57 (1.38 to 1.83) | 0.98 (0.90 to 1.02) |",
+        f"| prefill | ours fp32 | llama.cpp &lt;Q4&gt; | 1.57 (1.38 to 1.83) | {NONE} |",
+    ]
+
+
+def test_page_without_ratios_and_notes(tmp_path: Path) -> None:
+    (tmp_path / "b").write_text(json.dumps({"contenders": {"x": {"points": []}}, "left_out": None}))
+    bench = read_bench(tmp_path / "b")
+    assert (bench.ratios, bench.left_out, bench.failures, bench.contenders["x"].note) == ((), (), (), "")
 
 
 def test_hostile_names_are_words(written: Path) -> None:
@@ -227,6 +300,61 @@ def test_a_bad_benchmark_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def _bench_with(point: str = "", contender: str = "", document: str = "") -> str:
+    return f'{{"contenders": {{"a": {{"points": [{{"context_tokens": 8{point}}}]{contender}}}}}{document}}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (_bench_with(', "context_tokens": Infinity'), "context_tokens is inf"),
+        (_bench_with(', "context_tokens": 1e999'), "context_tokens is inf"),
+        (_bench_with(', "context_tokens": 0'), "context_tokens is 0"),
+        (_bench_with(', "context_tokens": 8.5'), "context_tokens is 8.5"),
+        (_bench_with(', "batch_size": -1'), "batch_size is -1"),
+        (_bench_with(', "batch_size": 2147483648'), "batch_size is 2147483648"),
+        (_bench_with(', "ttft_s": 1e999'), "ttft_s is inf"),
+        (_bench_with(', "ttft_s": -0.1'), "ttft_s is -0.1"),
+        (_bench_with(', "decode_tokens_per_s": NaN'), "decode_tokens_per_s is nan"),
+        (_bench_with(f', "bytes_per_token": 1{"0" * 400}'), "bytes_per_token is 1000"),
+        (_bench_with(contender=', "disk_bytes": 1e18'), "disk_bytes is 1e+18"),
+        (_bench_with(contender=', "note": 3'), "note is 3"),
+        (_bench_with(document=', "machine": {"memory_bandwidth_bytes_per_s": 1e999}'), "bytes_per_s is inf"),
+        (_bench_with(document=', "machine": {"memory_bandwidth_bytes_per_s": "inf"}'), "bytes_per_s is 'inf'"),
+        (_bench_with(document=', "machine": [1]'), "AttributeError"),
+        (_bench_with(document=', "failures": "all"'), "failures is 'all'"),
+        (_bench_with(document=', "ratios": [{"ratio": 1}]'), "KeyError"),
+        (
+            _bench_with(document=f', "ratios": [{json.dumps(RATIO | {"ratio_low": math.inf})}]'),
+            "ratio_low is inf",
+        ),
+    ],
+)
+def test_a_benchmark_of_impossible_numbers_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "b").write_text(_bench_with())
+    read_bench(tmp_path / "b")
+    (tmp_path / "b").write_text(text)
+    with pytest.raises(UsageError, match=re.escape(said)) as raised:
+        read_bench(tmp_path / "b")
+    assert "not a benchmark" in str(raised.value)
+    assert len(str(raised.value)) < 400
+    assert "\n" not in str(raised.value)
+
+
+def test_what_is_no_file_or_large_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", (64 << 20) + 1)
+    for path, said in (
+        (Path("/dev/zero"), "not a regular file"),
+        (tmp_path, "not a regular file"),
+        (tmp_path / "pipe", "not a regular file"),
+        (tmp_path / "large", "67,108,865 bytes"),
+    ):
+        with pytest.raises(UsageError, match=f"cannot be read .*{said}"):
+            read_bench(path)
+
+
 def test_benchmark_with_gaps(tmp_path: Path) -> None:
     (tmp_path / "b").write_text(json.dumps({"contenders": {"x": {"points": [{"context_tokens": 8}]}}}))
     bench = read_bench(tmp_path / "b")
@@ -277,3 +405,18 @@ def test_svg_takes_the_colour_of_the_page() -> None:
 def test_a_variant_has_one_colour() -> None:
     assert plots.colour("q4", 3) == plots.colour("ours q4", 5) == plots.colour("q4@cuda")
     assert len({plots.colour(name) for name in ("fp32", "q4", "q8", "bf16", "trt_int4")}) == 5
+
+
+@pytest.mark.parametrize("values", [(1e-7, 2e-7, 3e-7), (2e-7, 3e-7), (1e-7,), (1e-9, 5e-2), (0.0,), (math.inf, 2.0)])
+def test_error_over_depth_has_numbers(values: tuple[float, ...]) -> None:
+    """Also where all errors are within a decade."""
+    names = tuple(map(str, range(len(values))))
+    figure = plots.depth_figure({"fp32": plots.Depth(names, values, values)})
+    figure.draw_without_rendering()
+    axis = figure.axes[0].yaxis
+    low, high = sorted(axis.get_view_interval())
+    ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    assert len([tick for tick in ticks if tick.label1.get_text()]) >= 2
+    assert all(low <= value <= high for value in values if 0 < value < math.inf)
+    if values == (1e-7, 2e-7, 3e-7):
+        assert [tick.label1.get_text() for tick in ticks] == ["1e-7", "1e-6"]

@@ -62,6 +62,8 @@ class ReportData:
     package: PackageSummary
     reference: str
     """the model that was compared with, and its revision"""
+    reference_options: tuple[str, ...]
+    """of a command that shall compare with the same"""
     variants: tuple[VariantData, ...]
     tokens: int
     """at which logits were compared"""
@@ -133,7 +135,17 @@ def gather(
                 )
             )
     at = f"@{checkpoint.revision}" if checkpoint.revision else ""
-    return ReportData(summary, f"{checkpoint.model}{at}", tuple(gathered), sum(map(len, sequences)), origin, measured)
+    options = ["--reference", str(checkpoint.folder) if checkpoint.kind == "folder" else checkpoint.model]
+    options += ["--revision", checkpoint.revision] if checkpoint.revision else []
+    return ReportData(
+        package=summary,
+        reference=f"{checkpoint.model}{at}",
+        reference_options=tuple(options),
+        variants=tuple(gathered),
+        tokens=sum(map(len, sequences)),
+        tokens_from=origin,
+        bench=measured,
+    )
 
 
 def number(value: object) -> float:

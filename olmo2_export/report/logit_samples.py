@@ -15,7 +15,9 @@ from runtimes.manifest import find_variant
 POINTS = 60_000
 """logits that are kept of each variant"""
 
-_PIECE = 32  # positions at a time: float64 logits of a large vocabulary take 0.8 MB each
+PIECE = 32
+"""positions at a time: float64 logits of a large vocabulary take 0.8 MB each"""
+
 _SEED = 0
 
 
@@ -52,8 +54,8 @@ def sample_logits(
     with open_measured(package, variant) as runner:
         for ids, wanted in zip(sequences, reference, strict=True):
             runner.reset()
-            for start in range(0, min(len(ids), length), _PIECE):
-                piece = ids[start : min(start + _PIECE, length)]
+            for start in range(0, min(len(ids), length), PIECE):
+                piece = ids[start : min(start + PIECE, length)]
                 (test,) = runner.prefill([piece], all_positions=True)
                 truth = wanted[start : start + len(piece)]
                 kls.append(kl_divergence(truth, test))

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import PurePath
 
 from olmo2_export.report import plots
-from olmo2_export.report.bench_file import Bench
+from olmo2_export.report.bench_file import Bench, Ratio
 from olmo2_export.report.data import ReportData, number
-from olmo2_export.report.parts import NONE, Drawing, Grid, Section, figures, rate, seconds, sized
+from olmo2_export.report.parts import FAILED, NONE, Drawing, Grid, Section, figures, rate, seconds, sized
 from olmo2_export.summary.text import short_name, size
 
 _MOST_GRAPHS = 4  # in one figure
@@ -75,7 +75,13 @@ def throughput(data: ReportData) -> Section:
         *_ratios(bench),
         Grid("Per context", columns, tuple(rows), folded=len(rows) > 12),
     )
-    return Section("throughput", "Throughput", text, drawings, grids)
+    return Section("throughput", "Throughput", text, drawings, grids, _notes(bench))
+
+
+def _notes(bench: Bench) -> tuple[str, ...]:
+    """Return what a reader must know of the contenders, and who is missing."""
+    said = [f"{name}: {contender.note}" for name, contender in bench.contenders.items() if contender.note]
+    return (*bench.left_out, *said, *(f"{FAILED}: {failure}" for failure in bench.failures))
 
 
 def _points(bench: Bench) -> int:
@@ -83,24 +89,33 @@ def _points(bench: Bench) -> int:
 
 
 def _machine(bench: Bench) -> Iterable[str]:
-    for name, value in ((n, v) for n, v in bench.machine.items() if v is not None):
-        if name.endswith("bytes_per_s"):
-            yield f"{name.removesuffix('_bytes_per_s').replace('_', ' ')} {sized(number(value))}/s"
-        else:
+    known = {name: value for name, value in bench.machine.items() if value is not None}
+    for name, value in known.items():
+        if name.endswith("_bytes_per_s"):
+            what = name.removesuffix("_bytes_per_s")
+            source = f" ({known[f'{what}_from']})" if f"{what}_from" in known else ""
+            yield f"{what.replace('_', ' ')} {sized(number(value))}/s{source}"
+        elif f"{name.removesuffix('_from')}_bytes_per_s" not in known:
             yield f"{name.replace('_', ' ')} {value}"
 
 
 def _ratios(bench: Bench) -> list[Grid]:
-    """Return the ratios as a table, whatever their fields are called."""
-    ratios = [ratio if isinstance(ratio, dict) else {"ratio": ratio} for ratio in bench.ratios]
-    columns = tuple(dict.fromkeys(str(name) for ratio in ratios for name in ratio))
-    rows = [tuple(_cell(ratio.get(name, NONE)) for name in columns) for ratio in ratios]
-    titles = tuple(name.replace("_", " ") for name in columns)
-    return [Grid("Ratios", titles, tuple(rows), folded=len(rows) > 12)] if rows else []
+    """Return the ratios as a table: a row of each pair and phase, a column of each context and batch size."""
+    points = sorted({(r.context_tokens, r.batch_size) for r in bench.ratios})
+    lines: dict[tuple[str, str, str], dict[tuple[int, int], str]] = {}
+    for r in bench.ratios:
+        sign = " =" if r.like_for_like else ""
+        row = lines.setdefault((r.metric.partition("_")[0], r.ours, r.peer + sign), {})
+        row[r.context_tokens, r.batch_size] = _quotient(r)
+    columns = ("phase", "ours", "peer", *(f"{context:,} tokens, batch {batch}" for context, batch in points))
+    rows = tuple((*key, *(row.get(point, NONE) for point in points)) for key, row in lines.items())
+    title = "Ours / peer: quotient of the medians (least to largest of one repeat); = weights of as many bits"
+    return [Grid(title, columns, rows, folded=len(rows) > 12)] if rows else []
 
 
-def _cell(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def _quotient(ratio: Ratio) -> str:
+    spread = f" ({ratio.low:.2f} to {ratio.high:.2f})" if not math.isnan(ratio.low + ratio.high) else ""
+    return f"{figures(ratio.median, '.2f')}{spread}"
 
 
 def memory(data: ReportData) -> Section:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 
 from olmo2_export.report import plots
 from olmo2_export.report.data import ReportData, VariantData, number
+from olmo2_export.report.logit_samples import PIECE
 from olmo2_export.report.parts import FAILED, NONE, PASSED, UNKNOWN, Drawing, Grid, Section, figures, percent
 from olmo2_export.summary.text import size
 
@@ -66,15 +68,25 @@ def verdicts(data: ReportData) -> Section:
         f"KL divergence and top-1 agreement were measured for this page against PyTorch in float32, at {data.tokens:,} "
         f"positions of {'held-out text' if data.tokens_from == 'text' else data.tokens_from}, on the CPU.",
     ]
-    if missing:
-        flags = " ".join(f"--variant {name}" for name in missing)
-        stale = " (an earlier graph was)" if any(v.stale for v in data.variants) else ""
+    if prefilled := _prefilled(data):
         text.append(
-            f"Not verified yet{stale}: {', '.join(missing)}. Run: olmo2-export verify {package.package} "
-            f"--reference {data.reference.split('@')[0]} {flags}"
+            f"KL mean and top-1 of {', '.join(prefilled)} are those of the prefill graph, which runs at {PIECE} "
+            "positions a step; perplexity and bits/weight are those of the decode graph."
         )
+    if missing:
+        command = ["olmo2-export", "verify", str(package.package), *data.reference_options]
+        command += [word for name in missing for word in ("--variant", name)]
+        stale = " (an earlier graph was)" if any(v.stale for v in data.variants) else ""
+        text.append(f"Not verified yet{stale}: {', '.join(missing)}. Run: {shlex.join(command)}")
     text += [f"{v.name}: {failure}" for v in data.variants for failure in _failures(v)]
     return Section("verdicts", "Verdicts", tuple(text), (), (Grid("", columns, tuple(rows)),))
+
+
+def _prefilled(data: ReportData) -> list[str]:
+    """Return the variants whose logits `sample_logits` took from the prefill graph."""
+    step = min(PIECE, data.tokens)
+    variants = [(v.name, v.summary.variant.prefill) for v in data.variants if v.sample is not None]
+    return [name for name, prefill in variants if prefill is not None and prefill.min_rows <= step]
 
 
 def _two_verdicts(v: VariantData) -> tuple[str, str]:
@@ -139,17 +151,20 @@ def logits(data: ReportData) -> Section:
     if not samples:
         return Section("logits", "Logits", ("No variant could be run on this machine.",))
     points = {name: (s.truth, s.test) for name, s in samples.items()}
+    prefilled = _prefilled(data)
+    graph = f" Of {', '.join(prefilled)}: of the prefill graph." if prefilled else ""
     drawings = (
         Drawing(
             "logits",
             "Logits over PyTorch's",
-            "Logits drawn at random over positions and vocabulary; darker: more of them. The grey line is equality.",
+            "Logits drawn at random over positions and vocabulary; darker: more of them. The grey line is equality."
+            + graph,
             plots.scatter_figure(points),
         ),
         Drawing(
             "kl",
             "KL divergence per position",
-            f"KL(PyTorch || variant) at {data.tokens:,} positions, in nats; what is below 1e-16 counts as that.",
+            f"KL(PyTorch || variant) at {data.tokens:,} positions, in nats; what is below 1e-16 counts as that.{graph}",
             plots.kl_figure({name: s.kl for name, s in samples.items()}),
         ),
     )
@@ -210,7 +225,7 @@ def gates(data: ReportData) -> Section:
             f"≤ {g.kl_mean:g}",
             f"≤ {g.kl_p99:g}" if g.kl_p99 is not None else NONE,
             f"≥ {g.top1:.1%}",
-            f"≤ {g.perplexity_rise:+.1%}",
+            f"≤ {_rise(g.perplexity_rise)}",
         )
         for v in data.variants
         if (g := v.quality_gate) is not None
@@ -249,8 +264,13 @@ def gates(data: ReportData) -> Section:
 def _limit(value: float, sign: str, key: str) -> str:
     if not math.isfinite(value) or (key == "top1" and value == 0):
         return NONE
-    shown = f"{value:.1%}" if key == "top1" else f"{value:+.2%}" if key == "perplexity_rise" else f"{value:g}"
+    shown = f"{value:.1%}" if key == "top1" else _rise(value) if key == "perplexity_rise" else f"{value:g}"
     return f"{sign} {shown}".strip()
+
+
+def _rise(value: float) -> str:
+    """Return a limit in percent, with as many digits as it has."""
+    return f"{100 * value:+.4g}%"
 
 
 def cases(data: ReportData) -> Section:

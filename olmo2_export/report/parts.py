@@ -49,6 +49,8 @@ class Section:
     text: tuple[str, ...] = ()
     drawings: tuple[Drawing, ...] = ()
     grids: tuple[Grid, ...] = ()
+    notes: tuple[str, ...] = ()
+    """below the tables"""
 
 
 def figures(value: float, form: str) -> str:

@@ -146,6 +146,7 @@ def depth_figure(curves: Mapping[str, Depth]) -> Figure:
         )
     axes.plot([], [], linestyle=(0, (4, 2)), linewidth=1.2, color=PYTORCH, label="expected: PyTorch's own")
     axes.set_yscale("log")
+    _whole_decades(axes, [value for depth in curves.values() for value in (*depth.relative, *depth.expected)])
     axes.yaxis.set_major_formatter(_POWERS)
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel("relative error (RMS)")
@@ -405,6 +406,15 @@ def _positive(values: Sequence[float]) -> np.ndarray:
     """Return what a logarithmic axis can show: a zero is left out."""
     array = np.asarray(values, dtype=np.float64)
     return np.where(array > 0, array, np.nan)
+
+
+def _whole_decades(axes: Axes, values: Sequence[float]) -> None:
+    """Widen a logarithmic y axis to the powers of ten around the values, so that at least two are named."""
+    shown = [math.log10(value) for value in values if 0 < value < math.inf]
+    low = math.floor(min(shown, default=-1))
+    high = max(math.ceil(max(shown, default=0)), low + 1)
+    margin = 0.04 * (high - low)
+    axes.set_ylim(10 ** (low - margin), 10 ** (high + margin))
 
 
 def _plain() -> ScalarFormatter:
