@@ -25,6 +25,8 @@ from scipy.stats import bootstrap  # type: ignore[import-untyped]  # scipy has n
 
 BLOCK = 256
 """tokens"""
+LEAST = 16
+"""blocks: of a text that is too short for so many of `BLOCK`, blocks are shorter"""
 RESAMPLES = 9999
 CONFIDENCE = 0.95
 _SEED = 0
@@ -55,7 +57,7 @@ class Change:
     high: float | None
 
 
-def mean(values: Values, block: int = BLOCK) -> Mean:
+def mean(values: Values, block: int | None = None) -> Mean:
     """Return the mean of values of successive tokens, float64 [n], n >= 1."""
     sums, counts = _blocks(values, block)
     total = float(counts.sum())
@@ -67,14 +69,14 @@ def mean(values: Values, block: int = BLOCK) -> Mean:
     return Mean(value, math.sqrt(spread) / total)
 
 
-def perplexity(losses: Values, block: int = BLOCK) -> Mean:
+def perplexity(losses: Values, block: int | None = None) -> Mean:
     """Return the perplexity of losses in nats, float64 [n]; at most exp(700)."""
     loss = mean(losses, block)
     value = math.exp(min(loss.value, _MOST_LOSS))
     return Mean(value, None if loss.se is None else value * loss.se)
 
 
-def perplexity_change(losses: Values, reference: Values, block: int = BLOCK) -> Change:
+def perplexity_change(losses: Values, reference: Values, block: int | None = None) -> Change:
     """Return by how much the perplexity is above that of the reference, float64 [n] both, token by token."""
     value = math.expm1(min(float((losses - reference).mean()), _MOST_LOSS))
     differences, counts = _blocks(losses - reference, block)
@@ -100,7 +102,8 @@ def perplexity_change(losses: Values, reference: Values, block: int = BLOCK) -> 
     return Change(value, float(result.standard_error), float(interval.low), float(interval.high))
 
 
-def _blocks(values: Values, size: int) -> tuple[Values, Values]:
-    """Return the sums over runs of `size` values and their lengths, float64 [B] both; the last may be shorter."""
+def _blocks(values: Values, block: int | None) -> tuple[Values, Values]:
+    """Return the sums over runs of `block` values and their lengths, float64 [B] both; the last may be shorter."""
+    size = max(1, min(BLOCK, len(values) // LEAST)) if block is None else block
     starts = np.arange(0, len(values), size)
     return np.add.reduceat(values, starts), np.diff([*starts, len(values)]).astype(np.float64)

@@ -17,6 +17,7 @@ cache: the choices of a question compute the question once. With batch_size abov
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -30,9 +31,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # typ
 from tqdm import tqdm
 
 from runtimes import Backend, Device, open_runner
-from runtimes.errors import ContextLengthError, InputError, UsageError
+from runtimes.errors import ContextLengthError, InputError, Olmo2ExportError, UsageError
 from runtimes.generate import generate
 from runtimes.manifest import package_checksum
+from runtimes.ort_devices import available_providers
 from runtimes.runner import Logits, Runner, common_prefix
 from runtimes.sampling import Sampler
 from runtimes.tokenizer import Tokenizer
@@ -81,6 +83,8 @@ class PackageLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
         if rows < 1:
             raise UsageError(f"batch_size {batch_size}: expected at least 1, or auto")
         where = "cuda" if device is not None and device.startswith("cuda") else device
+        if where == "cuda" and backend == "ort" and "CUDAExecutionProvider" not in available_providers():
+            where = None  # lm-eval's command line asks for cuda where nobody does
         self._tokenizer = Tokenizer.from_package(package)
         self._runner: Runner = open_runner(
             package, variant=variant, backend=backend, device=cast("Device | None", where), threads=threads
@@ -261,5 +265,15 @@ def _score(logits: Logits, targets: Sequence[int]) -> tuple[float, bool]:
     return float((chosen - total).sum()), bool((x.argmax(axis=-1) == wanted).all())
 
 
+def main() -> int:
+    """Run lm-eval's command line, in which this model is known; return the exit code."""
+    try:
+        cli_evaluate()
+    except Olmo2ExportError as error:
+        sys.stderr.write(f"lm_eval_adapter: error: {error}\n")
+        return error.exit_code
+    return 0
+
+
 if __name__ == "__main__":
-    cli_evaluate()
+    sys.exit(main())

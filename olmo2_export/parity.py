@@ -54,7 +54,6 @@ KERNELS = Gate(error_ratio=1.5, kl_mean=math.inf, top1=0.0, near_tie=1e-9)
 """the gate of quantised kernels"""
 
 _SAMPLE = 9  # positions from which a case is held to its gate as it stands
-_BLOCKS = 16  # of tokens, at least, over which the interval of a perplexity is drawn
 
 
 @dataclass(frozen=True)
@@ -356,11 +355,9 @@ def perplexity_change(reference: np.ndarray, test: np.ndarray, tokens_from: str)
         tokens_from: for the report.
 
     Returns:
-        The change and its interval over `error_bars.BLOCK` tokens in a row, or where the text is too short for
-        _BLOCKS of these, over so many shorter blocks.
+        The change and its interval, as `error_bars` has it.
     """
-    block = max(1, min(error_bars.BLOCK, len(test) // _BLOCKS))
-    change = error_bars.perplexity_change(test, reference, block)
+    change = error_bars.perplexity_change(test, reference)
     low, high = (math.nan if bound is None else bound for bound in (change.low, change.high))
     before, after = (error_bars.perplexity(losses).value for losses in (reference, test))
     return PerplexityChange(before, after, change.value, low, high, len(test), tokens_from)

@@ -111,6 +111,11 @@ def _profile(shapes: Shapes) -> dict[str, str]:
     }
 
 
+def available_providers() -> list[str]:
+    """Return the execution providers that this onnxruntime was built with."""
+    return list(ort.get_available_providers())
+
+
 def find_device(name: str) -> Device:
     """Make a device ready for sessions.
 

@@ -17,7 +17,7 @@ from rebuilt_packages import with_trt_graph
 
 from olmo2_export import cli
 from olmo2_export.checkpoint import DEMO, open_checkpoint
-from olmo2_export.error_bars import mean, perplexity, perplexity_change
+from olmo2_export.error_bars import BLOCK, LEAST, mean, perplexity, perplexity_change
 from olmo2_export.evaluate.evaluate import evaluate, token_text
 from olmo2_export.evaluate.models import logit_pieces, open_package_model, open_torch_model
 from olmo2_export.evaluate.text import HELDOUT, TokenText, read_text
@@ -281,7 +281,7 @@ def test_the_command_line(
     assert cli.main(["evaluate", str(tiny_package), "--reference", str(tiny_checkpoint), "--text", str(ids)]) == 0
     tiny = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (tiny["tokens"], tiny["context_tokens"], tiny["prefix_token_id"]) == (199, 256, None)
-    assert tiny["perplexity_se"] is None
+    assert 0 < tiny["perplexity_se"] < tiny["perplexity"]
     assert tiny["perplexity"] > 131
     assert cli.main(["evaluate", str(tiny_package)]) == 2
     assert "no tokenizer.json" in capsys.readouterr().err
@@ -324,3 +324,11 @@ def test_variants_for_gpus_are_evaluated_in_their_rounded_form(tmp_path: Path) -
     for name in ("bf16", "trt_bf16"):
         change = found[name].perplexity.value / exact - 1
         assert 1e-6 < abs(change) < 5e-3, (name, change)  # it is rounded, and no more than that
+
+
+def test_a_short_text_has_as_many_blocks() -> None:
+    """Two blocks, one of them cut short, say next to nothing about the spread."""
+    values = np.random.default_rng(0).exponential(size=300)
+    assert mean(values) == mean(values, block=300 // LEAST)
+    assert mean(np.tile(values, 20)) == mean(np.tile(values, 20), block=BLOCK)
+    assert mean(values[:1]).se is None

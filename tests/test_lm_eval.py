@@ -243,3 +243,18 @@ def test_sizes_out_of_range(demo_package: Path, options: dict[str, Any]) -> None
     with pytest.raises(UsageError, match="expected"):
         PackageLM(demo_package, **options)
     assert PackageLM(demo_package, batch_size="auto", device="cpu").batch_size == 1
+
+
+def test_wrong_input_is_one_line_and_an_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lm_eval_adapter, "cli_evaluate", lambda: PackageLM(tmp_path / "nothing"))
+    assert lm_eval_adapter.main() == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lm_eval_adapter: error: ")
+    assert error.count("\n") == 1
+
+
+def test_the_device_that_lm_eval_asks_for_by_itself_may_be_missing(demo_package: Path) -> None:
+    """Its command line says cuda where nobody names a device."""
+    assert PackageLM(demo_package, device="cuda:0").max_length > 0

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import test_injected_bugs as portable
@@ -435,3 +436,83 @@ def test_the_command_line(
     (line,) = [line for line in out.splitlines() if line.endswith("<- the first that departs")]
     assert line.startswith("model.layers.1.self_attn.q_norm ")
     assert "fp32: In the graph as it is, the RMS norm of layer 1 (model.layers.1.self_attn.q_norm) is wrong" in out
+
+
+def _residual(model: ir.Model, index: int) -> tuple[ir.Node, int, int]:
+    """Return a residual add, and which of its inputs are the residual and what is added."""
+
+    def normed(value: ir.Value | None) -> bool:
+        producer = value.producer() if value is not None else None
+        return producer is not None and producer.op_type == "RMSNormalization"
+
+    node = [n for n in model.graph if n.op_type == "Add" and any(map(normed, n.inputs))][index]
+    added = next(i for i, value in enumerate(node.inputs) if normed(value))
+    return node, 1 - added, added
+
+
+def _drop_residual(model: ir.Model, index: int) -> None:
+    node, _, added = _residual(model, index)
+    node.outputs[0].replace_all_uses_with(node.inputs[added])
+
+
+def _subtract(model: ir.Model, index: int) -> None:
+    _residual(model, index)[0].op_type = "Sub"
+
+
+def _add_twice(model: ir.Model, index: int) -> None:
+    node, residual, added = _residual(model, index)
+    node.replace_input_with(residual, node.inputs[added])
+
+
+@pytest.mark.parametrize(("variant", "graph"), [("fp32", "onnx/model.onnx"), ("q4", "onnx/model_q4.onnx")])
+@pytest.mark.parametrize(
+    ("bug", "said"),
+    [
+        (_drop_residual, "the residual is not added"),
+        (_subtract, "it subtracts"),
+        (_add_twice, "it adds what it should add to the residual twice"),
+    ],
+)
+@pytest.mark.parametrize(("index", "tensor"), [(2, "after_attention"), (3, "output")])
+def test_a_wrong_residual_add_is_no_wrong_norm(
+    bug: Callable[[ir.Model, int], None],
+    said: str,
+    index: int,
+    tensor: str,
+    variant: str,
+    graph: str,
+    package: Path,
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+) -> None:
+    bad = rebuilt(package, tmp_path / "bad", lambda model: bug(model, index), graph)
+    first, explanation = first_of(bad, checkpoint, variant)
+    assert (first.layer, first.name, first.operation) == (1, f"model.layers.1.{tensor}", "residual add")
+    assert said in explanation
+
+
+def test_a_rotary_table_that_is_wrong_late_is_found(package: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    def late(model: ir.Model) -> None:
+        value = model.graph.initializers["rotary_cos"]
+        assert value.const_value is not None
+        table = value.const_value.numpy().copy()
+        table[100:] = np.roll(table[100:], 1, axis=0)
+        value.const_value = ir.tensor(table, name=value.name)
+
+    first, explanation = first_of(rebuilt(package, tmp_path / "bad", late), checkpoint, "fp32")
+    assert (first.name, first.operation) == ("rotary_cos", "rotary table")
+    assert "first at 100" in explanation
+
+
+def test_the_cache_of_another_layer_is_named(package: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    def cross(model: ir.Model) -> None:
+        inputs = {str(v.name): v for v in model.graph.inputs}
+        wrong = inputs["past_key_values.2.key"]
+        for node, index in [(u.node, u.idx) for u in inputs["past_key_values.1.key"].uses()]:
+            node.replace_input_with(index, wrong)
+
+    bad = rebuilt(package, tmp_path / "bad", cross)
+    with pytest.raises(
+        PackageError, match=r"attention of layer 1 reads past_key_values\.2\.key, the KV cache of another"
+    ):
+        locate(bad, checkpoint, "fp32")

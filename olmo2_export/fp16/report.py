@@ -30,7 +30,7 @@ def safety_lines(model: str, found: Safety) -> list[str]:
     if found.blocked:
         lines += ["", "beyond the margin where no island can be (the attention and its KV cache are float16):"]
         lines += [f"  {p.name}: {p.largest:,.0f} at {p.where}" for p in found.blocked]
-    if found.islands:
+    if found.islands and not found.blocked:
         lines += ["", f"float32 islands: {len(found.islands)} tensors", *_island_lines(found.islands)]
     lines += ["", *_proof(found), _verdict(found)]
     return lines
@@ -98,4 +98,6 @@ def _verdict(found: Safety) -> str:
         return "fits float16"
     if found.blocked:
         return "does NOT fit float16, and no island helps: export it with --variant bf16"
-    return "does NOT fit float16: apply the islands (--apply --out DIR), or export it with --variant bf16"
+    return (
+        "does NOT fit float16 without these islands (--apply --out DIR writes it with them); --variant bf16 needs none"
+    )

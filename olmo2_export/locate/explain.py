@@ -157,6 +157,8 @@ def addition(one: Tensor, other: Tensor) -> Candidates:
         "the residual is not added": lambda: other,
         "only the residual is there": lambda: one,
         "it subtracts": lambda: one.double() - other.double(),
+        "it subtracts the residual": lambda: other.double() - one.double(),
+        "it adds what it should add to the residual twice": lambda: 2 * other.double(),
     }
 
 

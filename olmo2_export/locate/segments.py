@@ -22,6 +22,7 @@ from olmo2_export.first_call import first_call
 from olmo2_export.graph_files import save_graph
 from olmo2_export.locate.taps import HIDDEN, Segment, cut, find_segments
 from runtimes import Device
+from runtimes.errors import PackageError
 from runtimes.manifest import TensorSpec, Variant
 from runtimes.nvidia import TensorRTBackend
 from runtimes.ort_devices import find_device
@@ -111,12 +112,16 @@ def run_segments(
         opener: what runs a segment.
         first_call_only: the graph has been through `first_call` and takes no cache; one call.
 
+    Raises:
+        PackageError: a layer reads the cache of another, or the pieces do not run by themselves.
+
     Yields:
         The segment, and per call its tensors by canonical name; `HIDDEN` is what it starts from.
     """
     hidden: list[np.ndarray] = []
     for segment in find_segments(model, variant.kv_cache.num_layers):
         part = cut(model, segment, hidden[0].shape if hidden else None)
+        _check_caches(part, segment)
         found: list[Arrays] = []
         following: list[np.ndarray] = []
         caches: Arrays = {}
@@ -137,6 +142,13 @@ def run_segments(
                 found.append(taps)
         hidden = following
         yield segment, found
+
+
+def _check_caches(part: ir.Model, segment: Segment) -> None:
+    names = [str(value.name) for value in part.graph.inputs]
+    for name in names:
+        if name.startswith("past_key_values.") and name.split(".")[1] != str(segment.layer):
+            raise PackageError(f"the attention of layer {segment.layer} reads {name}, the KV cache of another layer")
 
 
 def one_call(model: ir.Model, tokens: int) -> ir.Model:

@@ -172,9 +172,17 @@ def _layer_taps(graph: ir.Graph, layer: int, x: ir.Value, output: ir.Value) -> d
             found[f"self_attn.{kind}_rotary"] = rotated
     found |= {"self_attn.key_cache": key, "self_attn.value_cache": value}
     found |= {"self_attn.attention": attended, "self_attn.o_proj": after_o}
-    found |= {"post_attention_layernorm": _added(h, x, after_o), "after_attention": h}
+    norms = {
+        name: _norm(graph, layer_name(layer, f"{name}.weight")) or _added(total, one, ignored)
+        for name, total, one, ignored in (
+            ("post_attention_layernorm", h, x, after_o),
+            ("post_feedforward_layernorm", output, h, down),
+        )
+    }
+    found |= {"post_attention_layernorm": norms["post_attention_layernorm"], "after_attention": h}
     found |= {"mlp.gate_proj": gate, "mlp.up_proj": linear("mlp.up_proj")[1], "mlp.gated": gated}
-    found |= {"mlp.down_proj": down, "post_feedforward_layernorm": _added(output, h, down), "output": output}
+    found |= {"mlp.down_proj": down, "post_feedforward_layernorm": norms["post_feedforward_layernorm"]}
+    found |= {"output": output}
     return {layer_name(layer, name): name_of(value) for name, value in found.items()}
 
 

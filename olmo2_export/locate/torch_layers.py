@@ -186,5 +186,13 @@ class TorchLayer:
         return y
 
 
+def rotary_tables(folder: Path, positions: int) -> tuple[Tensor, Tensor]:
+    """Return transformers' cos and sin of the first positions, float32 [positions, head_dim / 2] both."""
+    config = transformers.Olmo2Config.from_pretrained(folder, local_files_only=True)
+    cos, sin = Olmo2RotaryEmbedding(config)(torch.zeros(1), torch.arange(positions)[None])
+    half = cos.shape[-1] // 2
+    return cos[0, :, :half], sin[0, :, :half]
+
+
 def _parameter(weight: Tensor, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(weight.to(dtype), requires_grad=False)

@@ -20,7 +20,7 @@ from olmo2_export.fuse.merge_projections import JOINT
 from olmo2_export.locate.explain import relative_error
 from olmo2_export.locate.layer_checks import TensorParity
 from olmo2_export.locate.segments import Opener, one_call, onnxruntime_opener, tensorrt_opener
-from olmo2_export.locate.torch_layers import Weights
+from olmo2_export.locate.torch_layers import Weights, rotary_tables
 from olmo2_export.quantize.linear import QuantizedLinear
 from olmo2_export.quantize.names import stored_weight
 from olmo2_export.reference import Rounding, fp8_scaled, int8_blocks, int8_scaled
@@ -37,6 +37,7 @@ EXACT, ROUNDED = 4.0, 2.0
 fewer bits dominates, the same places are rounded, and less is ample"""
 INT8 = "int8"
 """the view of a prefill graph"""
+_TABLE_ERROR = 2.0**-8  # of a number from -1 to 1: what rounding to bfloat16 costs
 FIRST_CALL = 16
 """tokens of the one call of a TensorRT"""
 _SMALL = {ir.DataType.BFLOAT16: torch.bfloat16, ir.DataType.FLOAT16: torch.float16}
@@ -175,6 +176,25 @@ def stored_int8(graph: ir.Model) -> Lazy[torch.Tensor]:
 
     names = [n.removesuffix(".int8") for n in initializers if n.endswith(".int8")]
     return Lazy({name: partial(load, name) for name in names})
+
+
+def tables_check(package: Path, entry: Variant, checkpoint: Checkpoint) -> tuple[TensorParity, str] | None:
+    """Compare the stored rotary tables with transformers' at every position; return what is wrong."""
+    stored = ir.load(package / entry.graph).graph.initializers
+    tensors = [stored[name].const_value for name in ROTARY_TABLES if name in stored]
+    found = [torch.from_numpy(t.numpy().astype(np.float32)) for t in tensors if t is not None]
+    if len(found) != len(ROTARY_TABLES):
+        return None
+    wanted = rotary_tables(checkpoint.folder, len(found[0]))
+    for name, table, truth in zip(ROTARY_TABLES, found, wanted, strict=True):
+        wrong = (table - truth).abs().amax(dim=1) > _TABLE_ERROR
+        if bool(wrong.any()):
+            first = int(wrong.int().argmax())
+            words = (
+                f"The rotary table {name} is wrong at {int(wrong.sum())} of {len(truth)} positions, first at {first}."
+            )
+            return TensorParity(name, None, "rotary table", relative_error(table, truth), 0.0), words
+    return None
 
 
 def _quantized_weights(graph: ir.Model, config: ModelConfig, *, static: bool) -> Mapping[str, torch.Tensor]:
