@@ -17,6 +17,7 @@ cache: the choices of a question compute the question once. With batch_size abov
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,6 +86,7 @@ class PackageLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
         where = "cuda" if device is not None and device.startswith("cuda") else device
         if where == "cuda" and backend == "ort" and "CUDAExecutionProvider" not in available_providers():
             where = None  # lm-eval's command line asks for cuda where nobody does
+            logging.getLogger(__name__).warning("device %s: this onnxruntime has no CUDA; running on the CPU", device)
         self._tokenizer = Tokenizer.from_package(package)
         self._runner: Runner = open_runner(
             package, variant=variant, backend=backend, device=cast("Device | None", where), threads=threads

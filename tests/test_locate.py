@@ -470,7 +470,7 @@ def _add_twice(model: ir.Model, index: int) -> None:
     [
         (_drop_residual, "the residual is not added"),
         (_subtract, "it subtracts"),
-        (_add_twice, "it adds what it should add to the residual twice"),
+        (_add_twice, "it adds its other input twice, and no residual"),
     ],
 )
 @pytest.mark.parametrize(("index", "tensor"), [(2, "after_attention"), (3, "output")])

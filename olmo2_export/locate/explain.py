@@ -158,7 +158,7 @@ def addition(one: Tensor, other: Tensor) -> Candidates:
         "only the residual is there": lambda: one,
         "it subtracts": lambda: one.double() - other.double(),
         "it subtracts the residual": lambda: other.double() - one.double(),
-        "it adds what it should add to the residual twice": lambda: 2 * other.double(),
+        "it adds its other input twice, and no residual": lambda: 2 * other.double(),
     }
 
 

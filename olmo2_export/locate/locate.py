@@ -183,6 +183,7 @@ class _Locator:
 
     def __init__(self, view: View, checkpoint: Checkpoint, config: ModelConfig, bar: tqdm[Any]) -> None:
         self._view, self._config, self._bar = view, config, bar
+        self._in_order = any(node.op_type == "MatMulNBits" for node in view.model.graph)
         folder = checkpoint.folder
         self._exact = TorchModel(folder, view.weights, "fp64", tables=view.tables)
         self._own = TorchModel(folder, view.weights, view.precision, view.rounding, view.tables)
@@ -238,7 +239,7 @@ class _Locator:
         units = EXACT
         if parity.operation == GATED:
             units *= 4
-        elif parity.operation == LINEAR:
+        elif parity.operation == LINEAR and self._in_order:
             units *= IN_ORDER * math.sqrt(self._products(parity.name))
         return max(self._view.factor * max(parity.expected, _FLOOR[self._view.precision]), units * _FLOOR["fp32"])
 
@@ -265,7 +266,9 @@ class _Locator:
 
     def _grown(self, growth: Sequence[TensorParity]) -> tuple[TensorParity, list[TensorParity], str] | None:
         """Return the first depth at which errors that are small by themselves have added up."""
-        floor = max(_FLOOR[self._view.precision], IN_ORDER * _FLOOR["fp32"] * math.sqrt(self._config.hidden_size))
+        floor = _FLOOR[self._view.precision]
+        if self._in_order:
+            floor = max(floor, IN_ORDER * _FLOOR["fp32"] * math.sqrt(self._config.hidden_size))
         for parity in growth:
             if not parity.relative <= GROWN * max(parity.expected, floor):
                 text = f"{self._label()}each operation is right on its own inputs, but up to {parity.name} errors"
