@@ -1,65 +1,49 @@
-"""Find a checkpoint (Hub id, local folder, or the bundled demo) and read its safetensors lazily and safely.
+"""A checkpoint's tensors by the model's own names: which file holds each, what is missing, what does not belong.
 
 Nothing of a checkpoint is executed: no pickle, no remote code. Headers are checked before any data is read, and one
-message lists everything that is wrong.
+message lists everything that is wrong. Where a file lies is no matter: links of any kind are followed, and what they
+lead to is judged by its bytes.
+
+What transformers loads without changing the logits is loaded, with a warning that names it; what would change them,
+were it used, is refused.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import re
-import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from olmo2_export import stored_tensors
+from olmo2_export.hub import INDEX, SINGLE, locate, read_index, refuse_other_formats
+from olmo2_export.stored_tensors import DTYPES, TensorInfo
 from runtimes.errors import CheckpointError, CheckpointNotFoundError, UsageError, first_names
+from runtimes.threads import default_threads
 
 logger = logging.getLogger(__name__)
 
-DEMO = "demo"
-TEXT_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
+_PREFIX = "model."
+_UNPREFIXED = re.compile(r"(layers\.\d+\.|embed_tokens\.|norm\.)")
+# Tensors that the model computes from config.json; older transformers and Megatron store them.
+_COMPUTED = re.compile(r"(^|\.)rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$")
+_OWN = ("model.", "lm_head.")
+_ADAPTER = re.compile(r"(^|\.)(lora_|dora_|base_layer\.|base_model\.|modules_to_save\.|prompt_embeddings|ia3_)")
+_QUANTIZED = re.compile(
+    r"(^|[._])(qweight|qzeros|scales|g_idx|absmax|nested_absmax|quant_map|quant_state|SCB|weight_format|"
+    r"weight_scale|weight_scale_inv|weight_zero_point|weight_packed|weight_shape|weight_qdata|input_scale|biases)($|\.)"
 )
-"""files that a package takes over as they are, where the checkpoint has them"""
-
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_DOWNLOAD = ["config.json", *TEXT_FILES, _SINGLE, _INDEX, "model-*.safetensors"]
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_MAX_HEADER = 16 << 20
-_MAX_TENSORS = 100_000
-_PIECE = 1 << 20  # weights
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_FOREIGN = {
-    b"version ": "a Git LFS pointer: run 'git lfs pull', or download the file itself",
-    b"<!DOCTYP": "a web page: download the file itself",
-    b"<html": "a web page: download the file itself",
-    b"PK\x03\x04": "a pickle archive: convert it to safetensors",
-    b"\x80": "a pickle: convert it to safetensors",
+_WRAPPERS = {
+    "_orig_mod.": "saved from a torch.compile'd model",
+    "module.": "saved from DistributedDataParallel",
+    "base_model.": "saved from a PEFT model",
+    "transformer.": "of another format: is it AI2's own, before conversion?",
 }
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a safetensors header says of one tensor."""
-
-    file: str
-    dtype: str
-    """safetensors' name: F32, F16, BF16, I64, ..."""
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -76,20 +60,53 @@ class Checkpoint:
     files: tuple[str, ...]
     """the safetensors files"""
     tensors: Mapping[str, TensorInfo] = field(hash=False)
+    """by the model's names"""
+    _stamps: Mapping[str, tuple[int, int]] = field(hash=False, repr=False)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor, in its stored dtype and shape; its memory is the file's, mapped until it is dropped.
+        """Read one tensor, in its stored dtype and shape, into memory that the caller owns.
 
         Raises:
             CheckpointError: the file changed since its header was read.
         """
-        path = self.folder / self.tensors[name].file
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: {name}: {error}; download the file again") from error
-        return tensor
+        return stored_tensors.read_tensor(*self._place(name))
+
+    def rows(self, name: str) -> Iterator[torch.Tensor]:
+        """Read one tensor in blocks of whole rows, in its stored dtype; each block is overwritten by the next.
+
+        Raises:
+            CheckpointError: the file changed since its header was read.
+        """
+        return stored_tensors.read_rows(*self._place(name))
+
+    def _place(self, name: str) -> tuple[Path, TensorInfo]:
+        info = self.tensors[name]
+        path = self.folder / info.file
+        if _stamp(path) != self._stamps[info.file]:
+            raise CheckpointError(f"{path}: changed since its header was read; start again")
+        return path, info
+
+    def extra(self, expected: Iterable[str]) -> dict[str, str]:
+        """Return what does not belong to the model and would change it, were it used: name -> what it is.
+
+        Buffers that are computed, biases that are 0 and what is left of training beside the model are not among them:
+        transformers ignores them, and the logits are the same.
+        """
+        found = {}
+        for name in sorted(self.tensors.keys() - set(expected)):
+            if _ADAPTER.search(name):
+                found[name] = "of an adapter (LoRA): merge it into the weights first"
+            elif _QUANTIZED.search(name):
+                found[name] = "of quantised weights: give the checkpoint they were made from, or dequantise it"
+            elif not name.startswith(_OWN) or _COMPUTED.search(name):
+                continue
+            elif name.endswith(".bias"):
+                info = self.tensors[name]
+                if info.dtype not in DTYPES or not stored_tensors.all_zero(*self._place(name)):
+                    found[name] = "a bias that config.json does not tell of (attention_bias?)"
+            else:
+                found[name] = "not of this model: is config.json of another one?"
+        return found
 
     def validate(self, expected: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str] | None = None) -> None:
         """Compare the checkpoint with the tensors a model needs, then look for NaN and Inf in all of them.
@@ -103,29 +120,59 @@ class Checkpoint:
         """
         aliases = aliases or {}
         problems: list[str] = []
-        missing = expected.keys() - self.tensors.keys()
-        extra = self.tensors.keys() - expected.keys() - aliases.keys()
-        for label, names in (("missing", missing), ("not of this model", extra)):
-            if names:
-                problems.append(f"{label}: {first_names(sorted(names))}")
-        present = [name for name in expected if name in self.tensors]
+        if missing := sorted(expected.keys() - self.tensors.keys()):
+            problems.append(f"missing: {first_names(missing)}{self._why_missing(missing)}")
+        refused = self.extra({*expected, *aliases})
+        for reason in dict.fromkeys(refused.values()):
+            names = [name for name in refused if refused[name] == reason]
+            problems.append(f"{first_names(names)}: {reason}")
+        if ignored := sorted(self.tensors.keys() - expected.keys() - aliases.keys() - refused.keys()):
+            logger.warning("%s: not used, as in transformers: %s", self.folder, first_names(ignored))
         readable: list[str] = []
-        for name in present:
+        for name in expected:
+            if name not in self.tensors:
+                continue
             info = self.tensors[name]
-            if info.dtype not in _DTYPES:
-                problems.append(f"{name}: dtype {info.dtype}, expected one of {', '.join(_DTYPES)}")
+            if info.dtype not in DTYPES:
+                problems.append(f"{name}: dtype {info.dtype}, expected one of {', '.join(DTYPES)}")
             elif info.shape != expected[name]:
                 problems.append(f"{name}: shape {list(info.shape)}, expected {list(expected[name])}")
             else:
                 readable.append(name)
-        for name in tqdm(readable, desc="checking weights", unit="tensor", leave=False):
-            if count := _count_non_finite(self.tensor(name)):
-                problems.append(f"{name}: {count} NaN or Inf of {math.prod(expected[name])}")
+        unusual = [name for name in readable if self.tensors[name].dtype not in ("F32", "F16", "BF16")]
+        if unusual:
+            kinds = sorted({self.tensors[name].dtype for name in unusual})
+            logger.warning(
+                "%s: %s read into float32 as they are: %s", self.folder, ", ".join(kinds), first_names(unusual)
+            )
+        with ThreadPoolExecutor(max_workers=default_threads()) as pool:
+            counts = pool.map(lambda name: stored_tensors.count_non_finite(*self._place(name)), readable)
+            bar = tqdm(counts, total=len(readable), desc="checking weights", unit="tensor", leave=False)
+            for name, count in zip(readable, bar, strict=True):
+                if count:
+                    of = self.tensors[name].size // DTYPES[self.tensors[name].dtype].width
+                    problems.append(f"{name}: {count} NaN or Inf of {of}")
         for name, target in aliases.items():
-            if name in self.tensors and target in readable and not torch.equal(self.tensor(name), self.tensor(target)):
+            if name in self.tensors and target in readable and not self._equal(name, target):
                 problems.append(f"{name}: tied to {target} by config.json, but not equal to it")
         if problems:
             raise CheckpointError(f"{self.folder}: {'; '.join(problems)}")
+
+    def _equal(self, name: str, other: str) -> bool:
+        if stored_tensors.same_bytes(*self._place(name), *self._place(other)):
+            return True
+        return self.tensors[name].dtype in DTYPES and torch.equal(self.tensor(name).float(), self.tensor(other).float())
+
+    def _why_missing(self, missing: Iterable[str]) -> str:
+        """Return what explains missing tensors, in brackets; empty if nothing does."""
+        for prefix, why in _WRAPPERS.items():
+            if any(name.startswith(prefix) for name in self.tensors):
+                return f" (the names begin with {prefix}: {why}; save the inner model)"
+        if "score.weight" in self.tensors and "lm_head.weight" in missing:
+            return " (but score.weight is there: a reward model, for sequence classification, which is not supported)"
+        if list(missing) == ["lm_head.weight"]:
+            return " (a base model without its head? if it is the embedding, say tie_word_embeddings in config.json)"
+        return ""
 
 
 def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
@@ -137,148 +184,74 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
 
     Raises:
         CheckpointNotFoundError: no such folder, repository or revision, or no weights in it.
-        CheckpointError: a file is damaged, disguised or leads out of the folder.
+        CheckpointError: a file is damaged or disguised.
         UsageError: a revision for something that has none.
     """
-    folder, name, kind = _locate(model, revision)
+    folder, name, kind = locate(model, revision)
     if revision is not None and kind != "hub":
         raise UsageError(f"--revision {revision}: only Hub ids have revisions, {model} is a {kind}")
-    if not (folder / "config.json").is_file():
-        raise CheckpointNotFoundError(f"{folder}: no config.json; is this a checkpoint in Hugging Face format?")
-    files = _weight_files(folder)
-    tensors: dict[str, TensorInfo] = {}
+    refuse_other_formats(folder)
+    single = (folder / SINGLE).exists() or (folder / SINGLE).is_symlink()
+    index = {} if single else read_index(folder / INDEX)
+    files = (SINGLE,) if single else tuple(sorted(set(index.values())))
     for file in files:
-        path = _inside(folder, file, hard_links_allowed=kind != "folder")
-        for tensor, info in _read_header(path, file).items():
-            if tensor in tensors:
-                raise CheckpointError(f"{folder}: {tensor} is both in {tensors[tensor].file} and in {file}")
-            tensors[tensor] = info
+        _check_is_file(folder / file)
+    stamps = {file: _stamp(folder / file) for file in files}
+    holders: dict[str, list[TensorInfo]] = {}
+    for file in files:
+        for tensor, info in stored_tensors.read_header(folder / file, file).items():
+            holders.setdefault(tensor, []).append(info)
     return Checkpoint(
         folder=folder,
         model=name,
         kind=kind,
         revision=folder.resolve().name if kind == "hub" else None,
-        files=tuple(files),
-        tensors=tensors,
+        files=files,
+        tensors=_model_names(
+            folder, {tensor: _chosen(folder, tensor, found, index) for tensor, found in holders.items()}
+        ),
+        _stamps=stamps,
     )
 
 
-def _locate(model: str, revision: str | None) -> tuple[Path, str, str]:
-    if model == DEMO:
-        return Path(__file__).parent / "demo", DEMO, "demo"
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path, path.resolve().name, "folder"
+def _check_is_file(path: Path) -> None:
+    if path.is_file():
+        return
+    if path.is_symlink():
+        raise CheckpointNotFoundError(f"{path}: a link to {path.readlink()}, which is not there; is its disk mounted?")
     if path.exists():
-        raise CheckpointNotFoundError(f"{path}: a file; MODEL is a folder, a Hub id (owner/name) or '{DEMO}'")
-    if not _HUB_ID.fullmatch(model):
-        raise CheckpointNotFoundError(f"{model}: no such folder, and not a Hub id (owner/name) or '{DEMO}'")
-    try:
-        # Resumes what is partly there; without a network, or with HF_HUB_OFFLINE=1, it answers from the cache.
-        snapshot = snapshot_download(model, revision=revision, allow_patterns=_DOWNLOAD)
-    except LocalEntryNotFoundError as error:
-        raise CheckpointNotFoundError(
-            f"{model}: the Hub cannot be reached and the cache has no copy; check the network or HF_HUB_OFFLINE"
-        ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CheckpointNotFoundError(f"{model}@{revision or 'main'}: {reason}") from error
-    return Path(snapshot), model, "hub"
-
-
-def _weight_files(folder: Path) -> list[str]:
-    """Return the names of the safetensors files, chosen as transformers does: the single file, else the index."""
-    if (folder / _SINGLE).exists():
-        return [_SINGLE]
-    index = folder / _INDEX
-    if not index.exists():
-        pickles = sorted(p.name for p in folder.glob("*.bin"))
-        hint = f"; {first_names(pickles)} is never read: convert it to safetensors" if pickles else ""
-        raise CheckpointNotFoundError(f"{folder}: neither {_SINGLE} nor {_INDEX}{hint}")
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = set(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index}: no valid weight_map ({type(error).__name__})") from error
-    bad = sorted(str(n) for n in names if not isinstance(n, str) or Path(n).name != n or not n.endswith(".safetensors"))
-    if bad:
-        raise CheckpointError(f"{index}: {first_names(bad)}: a shard is a .safetensors file in the same folder")
-    absent = sorted(n for n in names if not (folder / n).is_file())
-    if absent:
-        raise CheckpointNotFoundError(f"{folder}: the index names {first_names(absent)}, which is not there")
-    return sorted(names)
-
-
-def _inside(folder: Path, name: str, hard_links_allowed: bool) -> Path:
-    """Return the path of a weight file, making sure that its data lies in the folder or in the Hub's own cache."""
-    path = folder / name
-    real, home = path.resolve(), folder.resolve()
-    if not real.is_file():
         raise CheckpointError(f"{path}: not a file")
-    blobs = home.parent.parent / "blobs"  # <cache>/models--owner--name/{snapshots/<commit>,blobs}
-    if real.parent != home and not (home.parent.name == "snapshots" and real.parent == blobs):
-        raise CheckpointError(f"{path}: a link to {real}, outside the checkpoint; copy the file")
-    if real.stat().st_nlink > 1 and not hard_links_allowed and home.parent.name != "snapshots":
-        raise CheckpointError(f"{path}: a hard link to a file that also has another name; copy the file")
-    return path
+    raise CheckpointNotFoundError(f"{path.parent}: the index names {path.name}, which is not there; download it")
 
 
-def _read_header(path: Path, name: str) -> dict[str, TensorInfo]:
-    """Read a safetensors header with limits, refusing what the library accepts: bombs and duplicate keys.
-
-    Source: https://huggingface.co/docs/safetensors, "Format".
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        for magic, hint in _FOREIGN.items():
-            if start.startswith(magic):
-                raise CheckpointError(f"{path}: not safetensors but {hint}")
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= size - 8:
-            raise CheckpointError(f"{path}: truncated, or not safetensors ({size} bytes); download it again")
-        if length > _MAX_HEADER:
-            raise CheckpointError(f"{path}: a header of {length} bytes, the limit is {_MAX_HEADER}")
-        blob = file.read(length)
-    try:
-        header: dict[str, Any] = json.loads(blob, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, CheckpointError) else "not valid JSON"
-        raise CheckpointError(f"{path}: damaged header: {reason}; download it again") from error
-    if not isinstance(header, dict) or len(header) > _MAX_TENSORS:
-        raise CheckpointError(f"{path}: the header must be an object of at most {_MAX_TENSORS} tensors")
-    header.pop("__metadata__", None)
-    end = 0
-    tensors: dict[str, TensorInfo] = {}
-    for tensor, entry in header.items():
-        try:
-            shape = tuple(entry["shape"])
-            stop = entry["data_offsets"][1]
-            if any(type(number) is not int for number in (*shape, stop)):
-                raise TypeError("sizes are integers")
-            end = max(end, stop)
-            tensors[tensor] = TensorInfo(name, str(entry["dtype"]), shape)
-        except (KeyError, TypeError, IndexError) as error:
-            raise CheckpointError(f"{path}: damaged header entry {tensor!r}; download it again") from error
-    if 8 + length + end != size:
-        raise CheckpointError(f"{path}: {size} bytes, its header promises {8 + length + end}; download it again")
-    return tensors
+def _chosen(folder: Path, tensor: str, found: list[TensorInfo], index: Mapping[str, str]) -> TensorInfo:
+    """Return the copy of a tensor that the index names; copies in other files must have the same bytes."""
+    first = next((info for info in found if info.file == index.get(tensor)), found[0])
+    for other in found:
+        same = other is first or stored_tensors.same_bytes(folder / first.file, first, folder / other.file, other)
+        if not same:
+            raise CheckpointError(
+                f"{folder}: {tensor} is both in {first.file} and in {other.file}, and they differ; download both "
+                "again, or remove the old one"
+            )
+    return first
 
 
-def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise CheckpointError(f"{key!r} occurs twice")
-        result[key] = value
-    return result
+def _model_names(folder: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Return tensors by the names of Olmo2ForCausalLM: `model.` is added, or dropped, as transformers does."""
+    if any(name.startswith(_PREFIX * 2) for name in tensors):
+        renamed = {name.removeprefix(_PREFIX): info for name, info in tensors.items()}
+    elif not any(name.startswith(_PREFIX) for name in tensors):
+        renamed = {f"{_PREFIX * bool(_UNPREFIXED.match(name))}{name}": info for name, info in tensors.items()}
+    else:
+        return dict(tensors)
+    if renamed.keys() != tensors.keys() and len(renamed) == len(tensors):
+        logger.warning("%s: names lack %r or have it twice; read as in transformers", folder, _PREFIX)
+        return renamed
+    return dict(tensors)
 
 
-def _count_non_finite(tensor: torch.Tensor) -> int:
-    """Count NaN and Inf, in pieces that stay in the processor's cache."""
-    count = 0
-    for piece in torch.split(tensor.flatten(), _PIECE):
-        # A float64 sum of float32 numbers is finite if and only if they all are, and much faster than asking each.
-        if not math.isfinite(piece.sum(dtype=torch.float64).item()):
-            count += int((~torch.isfinite(piece)).sum().item())
-    return count
+def _stamp(path: Path) -> tuple[int, int]:
+    """Return what tells that a file was written to: size and time of the last change."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +23,44 @@ _MAX_LAYERS = 1_000
 _MAX_WIDTH = 1 << 20
 _MAX_VOCABULARY = 1 << 24
 _MAX_CONTEXT = 1 << 22
+_DEFAULT_CONTEXT = 2048
+
+TOKEN_ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # Fields that do not change the logits.
 _NEUTRAL = frozenset(
     "_attn_implementation_autoset _name_or_path architectures attention_dropout bos_token_id chunk_size_feed_forward "
     "dtype eos_token_id id2label initializer_range is_decoder label2id layer_norm_eps output_attentions "
     "output_hidden_states pad_token_id problem_type return_dict torch_dtype transformers.js_config "
-    "transformers_version use_cache".split()
+    "transformers_version use_cache use_sliding_window".split()
 )
-# Fields of other models that would change them: absent, null or false is fine, anything else is refused.
-_INEXPRESSIBLE = frozenset(
-    "auto_map clip_qkv final_logit_softcapping layer_types logit_scale mlp_bias partial_rotary_factor "
-    "quantization_config sliding_window".split()
-)
+# Fields of other models that would change them, but for the values that mean nothing; absent, null or false is fine.
+_INEXPRESSIBLE: dict[str, tuple[object, ...]] = {
+    "clip_qkv": (),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (1,),
+    "mlp_bias": (),
+    "partial_rotary_factor": (1,),
+}
+_FULL_ATTENTION = "full_attention"
+_ROPE_FIELDS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+# What transformers ignores, or the weights prove wrong: said in a warning.
+_IGNORED = {
+    "auto_map": "code of its own, which is never run; the model is transformers' Olmo2ForCausalLM",
+    "quantization_config": "left over, if the weights are plain numbers, which is checked; the package has it no more",
+}
+_ACTIVATIONS = ("silu", "swish")
+"""two names of one function in transformers"""
 _READ = frozenset(
     "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
     "head_dim max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters hidden_act attention_bias "
-    "tie_word_embeddings".split()
+    "tie_word_embeddings layer_types sliding_window".split()
 )
+# A repository's own name of an OLMo -> where a checkpoint for transformers is.
+_OTHER_FORMS = {
+    "hf_olmo": "the form for AI2's own code; give the repository whose name ends in -hf",
+    "olmo_1124": "the preview's name of olmo2; give the released repository, or write olmo2 if it is one",
+}
 
 
 @dataclass(frozen=True)
@@ -79,10 +100,18 @@ class ModelConfig:
     def from_dict(cls, raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """Build from the decoded JSON; `where` names it in messages."""
         fields = _Fields(raw)
-        fields.require(raw.get("model_type") == "olmo2", f"model_type {raw.get('model_type')!r} (only 'olmo2')")
-        fields.require(raw.get("hidden_act", "silu") == "silu", f"hidden_act {raw.get('hidden_act')!r} (only 'silu')")
-        for name in sorted(_INEXPRESSIBLE & raw.keys()):
-            fields.require(raw[name] in (None, False), f"{name} {_short(raw[name])} (no OLMo 2 has it)")
+        kind = raw.get("model_type")
+        other = _OTHER_FORMS.get(kind) if isinstance(kind, str) else None
+        fields.require(kind == "olmo2", f"model_type {_short(kind)} ({other or 'only olmo2'})")
+        activation = raw.get("hidden_act", "silu")
+        fields.require(activation in _ACTIVATIONS, f"hidden_act {_short(activation)} (only 'silu')")
+        for name, neutral in sorted(_INEXPRESSIBLE.items()):
+            fields.require(
+                any(raw.get(name) == value for value in (None, False, *neutral)),
+                f"{name} {_short(raw.get(name))} (OLMo 2 does not have it; if the model was trained without it, remove "
+                "the field)",
+            )
+        fields.full_attention()
 
         vocab_size = fields.integer("vocab_size", 2, _MAX_VOCABULARY)
         hidden_size = fields.integer("hidden_size", 1, _MAX_WIDTH)
@@ -97,8 +126,13 @@ class ModelConfig:
             fields.require(hidden_size % heads == 0, f"hidden_size {hidden_size} is no multiple of the {heads} heads")
         head_dim = fields.integer("head_dim", 1, _MAX_WIDTH, default=max(1, hidden_size // heads))
         fields.require(head_dim % 2 == 0, f"head_dim {head_dim} is odd (rotary embedding turns pairs)")
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            check_token_ids(raw, name, vocab_size, fields.problems)
+        said = fields.ignored()
+        for name in TOKEN_ID_FIELDS:
+            check_token_ids(raw, name, fields.problems)
+            if beyond := [i for i in token_ids(raw, name) if not 0 <= i < vocab_size]:
+                said.append(
+                    f"{name} {_short(raw[name])}: the vocabulary has {vocab_size}, {beyond[0]} is never sampled"
+                )
         config = cls(
             vocab_size=vocab_size,
             hidden_size=hidden_size,
@@ -107,7 +141,9 @@ class ModelConfig:
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            max_position_embeddings=fields.integer("max_position_embeddings", 1, _MAX_CONTEXT, default=2048),
+            max_position_embeddings=fields.integer(
+                "max_position_embeddings", 1, _MAX_CONTEXT, default=_DEFAULT_CONTEXT
+            ),
             rms_norm_eps=fields.number("rms_norm_eps", default=1e-5),
             rope_theta=fields.rope_theta(),
             attention_bias=fields.boolean("attention_bias"),
@@ -115,11 +151,11 @@ class ModelConfig:
         )
         if fields.problems:
             raise ConfigError(f"{where}: cannot express {'; '.join(fields.problems)}")
-        unknown = sorted(raw.keys() - _READ - _NEUTRAL - _INEXPRESSIBLE)
+        unknown = sorted(raw.keys() - _READ - _NEUTRAL - _INEXPRESSIBLE.keys() - _IGNORED.keys())
         if unknown:
-            logger.warning(
-                "%s: unknown fields %s are not used; verify will tell if they matter", where, ", ".join(unknown)
-            )
+            said.append(f"unknown fields {', '.join(unknown)} are not used; verify will tell if they matter")
+        for line in said:
+            _warn_once(f"{where}: {line}")
         return config
 
     @property
@@ -167,11 +203,36 @@ class _Fields:
         return float(value)
 
     def boolean(self, name: str) -> bool:
-        value = self.raw.get(name, False)
+        value = self.raw.get(name)
+        if value is None:
+            return False
         if type(value) is not bool:
             self.problems.append(f"{name} {_short(value)} (true or false)")
             return False
         return value
+
+    def full_attention(self) -> None:
+        """Refuse sliding windows, unless they are as wide as the context or not in use."""
+        types, window = self.raw.get("layer_types"), self.raw.get("sliding_window")
+        full = isinstance(types, list) and all(kind == _FULL_ATTENTION for kind in types)
+        self.require(types is None or full, f"layer_types {_short(types)} (only {_FULL_ATTENTION})")
+        unused = window in (None, False) or full or self.raw.get("use_sliding_window") is False
+        context = self.raw.get("max_position_embeddings", _DEFAULT_CONTEXT)
+        wide = type(window) is int and type(context) is int and window >= context
+        self.require(
+            unused or wide,
+            f"sliding_window {_short(window)} (OLMo 2 attends to all; if it was trained so, remove the field)",
+        )
+
+    def ignored(self) -> list[str]:
+        """Return what is set and not used, with the reason."""
+        found = [f"{name} is {why}" for name, why in _IGNORED.items() if self.raw.get(name) not in (None, False)]
+        for name in ("rope_parameters", "rope_scaling"):
+            table = self.raw.get(name)
+            extra = sorted(table.keys() - _ROPE_FIELDS) if isinstance(table, Mapping) else []
+            if extra:
+                found.append(f"{name}: {', '.join(extra)} mean nothing for plain RoPE, here as in transformers")
+        return found
 
     def rope_theta(self) -> float:
         """Read either form; both at once must agree, and only plain RoPE can be expressed."""
@@ -183,9 +244,13 @@ class _Fields:
                 self.problems.append(f"{name} {_short(table)} (an object)")
                 continue
             kind = table.get("rope_type", table.get("type", "default"))
-            self.require(kind == "default", f"{name}: rope_type {kind!r} (only 'default')")
-            extra = sorted(table.keys() - {"rope_type", "type", "rope_theta"})
-            self.require(kind != "default" or not extra, f"{name}: {', '.join(extra)}")
+            plain = kind == "default" or (kind == "linear" and table.get("factor") == 1)
+            self.require(plain, f"{name}: rope_type {_short(kind)} (only 'default')")
+            named = "rope_type" in table or "type" in table
+            extra = sorted(table.keys() - _ROPE_FIELDS)
+            self.require(named or not extra, f"{name}: {', '.join(extra)} (without a rope_type)")
+            part = table.get("partial_rotary_factor")
+            self.require(part in (None, 1), f"{name}: partial_rotary_factor {_short(part)} (only 1)")
         if isinstance(parameters, Mapping) and parameters.get("rope_theta") is not None:
             theta = self.number("rope_theta", source=parameters)
             if self.raw.get("rope_theta") is not None:
@@ -195,12 +260,27 @@ class _Fields:
         return self.number("rope_theta", default=10_000.0)
 
 
-def check_token_ids(raw: Mapping[str, Any], name: str, vocab_size: int, problems: list[str]) -> None:
-    """Append a problem unless a field is absent, null, a token id, or, for eos_token_id, a list of them."""
+def token_ids(raw: Mapping[str, Any], name: str) -> list[int]:
+    """Return the ids of a field of config.json or generation_config.json; none where it is absent, null or no id."""
+    value = raw.get(name)
+    return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int]
+
+
+def check_token_ids(raw: Mapping[str, Any], name: str, problems: list[str]) -> None:
+    """Append a problem unless a field is absent, null, an integer, or, for eos_token_id, a list of them.
+
+    An id that the vocabulary does not have is none: it is never sampled, and transformers loads it.
+    """
     value = raw.get(name)
     ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
-    if value is not None and any(type(i) is not int or not 0 <= i < vocab_size for i in ids):
-        problems.append(f"{name} {_short(value)} (a token id below {vocab_size})")
+    if value is not None and any(type(i) is not int for i in ids):
+        problems.append(f"{name} {_short(value)} (a token id)")
+
+
+@cache
+def _warn_once(line: str) -> None:
+    """Say something about a file; commands read it several times."""
+    logger.warning(line)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -210,8 +290,13 @@ def read_json_object(path: Path) -> dict[str, Any]:
         ConfigError: missing, not UTF-8 JSON, nested beyond reason, or not an object.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if text.startswith("\ufeff"):
+            raise ConfigError(f"{path}: begins with a byte order mark; save it as UTF-8 without one")
+        raw = json.loads(text)
         json.dumps(raw, ensure_ascii=False).encode()  # a lone surrogate could be read, but never written again
+    except ConfigError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else type(error).__name__
         raise ConfigError(f"{path}: not a readable JSON file ({reason})") from error

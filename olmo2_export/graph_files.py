@@ -33,18 +33,25 @@ def attach_weights(model: ir.Model, checkpoint: Checkpoint, config: ModelConfig)
 
         def load(name: str = name, transposed: bool = value.meta.get(TRANSPOSED, False)) -> ir.TensorProtocol:
             stored = "model.embed_tokens.weight" if name == "lm_head.weight" and config.tie_word_embeddings else name
-            tensor = tables[name] if name in tables else checkpoint.tensor(stored)
-            return ir.Tensor((_transposed(tensor) if transposed else tensor.float()).numpy(), name=name)
+            tensor = tables[name] if name in tables else _float32(checkpoint, stored, transposed)
+            return ir.Tensor(tensor.numpy(), name=name)
 
         value.const_value = ir.LazyTensor(load, dtype=value.dtype, shape=value.shape, name=name)
 
 
-def _transposed(matrix: torch.Tensor) -> torch.Tensor:
-    """Return the transpose in float32, made in blocks: four times as fast, and never two copies of a large tensor."""
-    rows, columns = matrix.shape
-    result = torch.empty(columns, rows, dtype=torch.float32)
-    for start in range(0, rows, _BLOCK_ROWS):
-        result[:, start : start + _BLOCK_ROWS] = matrix[start : start + _BLOCK_ROWS].T.contiguous()
+def _float32(checkpoint: Checkpoint, name: str, transposed: bool) -> torch.Tensor:
+    """Return a weight, or its transpose, in float32; made in blocks of rows, so that only the result is in memory."""
+    shape = checkpoint.tensors[name].shape
+    result = torch.empty(shape[::-1] if transposed else shape, dtype=torch.float32)
+    start = 0
+    for block in checkpoint.rows(name):
+        stop = start + len(block)
+        for first in range(0, len(block), _BLOCK_ROWS) if transposed else ():
+            part = block[first : first + _BLOCK_ROWS]
+            result[:, start + first : start + first + len(part)] = part.T.contiguous()
+        if not transposed:
+            result[start:stop] = block
+        start = stop
     return result
 
 

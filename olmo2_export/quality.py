@@ -7,22 +7,24 @@ the checkpoint has no tokenizer, through onnxruntime, at every position.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import tokenizers
 
 from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
 from olmo2_export.parity import QUALITY, Check, Gate, PerplexityChange, kl_divergence, perplexity_change
+from olmo2_export.tokenizer_file import load_tokenizer
 from runtimes.manifest import Quality, Variant
 from runtimes.runner import Logits, TokenIds
 
 SEED = 0
 _LENGTH = 256
+_MOST_OF_ONE = 0.5  # share of a text that may be one token: of a foreign alphabet, all are "unknown"
 _LOGITS = 1 << 25  # float32 numbers of reference logits that may be kept: 128 MB
 _MOST_TOKENS = 4096
 _PIECE = 32  # positions at a time: logits of a large vocabulary, in float64, take 0.8 MB each
@@ -134,8 +136,9 @@ def quality_tokens(
     count = max(1, most // length)
     path = checkpoint.folder / "tokenizer.json"
     if path.is_file():
-        ids = tokenizers.Tokenizer.from_file(str(path)).encode(_TEXT.read_text(encoding="utf-8")).ids
-        if len(ids) >= length and max(ids) < config.vocab_size:
+        ids = load_tokenizer(path).encode(_TEXT.read_text(encoding="utf-8")).ids
+        unknown = max(Counter(ids).values(), default=0) > _MOST_OF_ONE * len(ids)  # a text in a foreign alphabet
+        if len(ids) >= length and max(ids) < config.vocab_size and not unknown:
             count = min(count, len(ids) // length)
             return [np.array(ids[i * length : (i + 1) * length], np.int64) for i in range(count)], "text"
     drawn = np.random.default_rng(SEED).integers(0, config.vocab_size, (count, length), dtype=np.int64)

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,12 @@ from torch import nn
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from olmo2_export.checkpoint import Checkpoint
+from olmo2_export.config import TOKEN_ID_FIELDS, read_json_object
 from runtimes.errors import CheckpointError, first_names
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 _CONTEXT_PIECE = 512  # positions at a time where no logits are wanted
-
+_NOT_FOR_REFERENCE = {*TOKEN_ID_FIELDS, "auto_map", "layer_types", "quantization_config", "sliding_window"}
 
 Rounding = Callable[[torch.Tensor], torch.Tensor]
 """float32 or float64 [..., K] -> the same, rounded"""
@@ -142,15 +144,15 @@ def open_reference(
     info: dict[str, Any]
     model, info = transformers.Olmo2ForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with loading info
         checkpoint.folder,
+        config=reference_config(checkpoint.folder),
         dtype=TORCH_DTYPES[precision],
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,
     )
     # transformers fills what is missing with fresh values and only reports it.
-    wrong = sorted(
-        {str(name) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") for name in info[kind]}
-    )
+    wrong = sorted({str(name) for kind in ("missing_keys", "mismatched_keys") for name in info[kind]})
+    wrong += sorted(checkpoint.extra(checkpoint.tensors.keys() - set(info["unexpected_keys"])))
     if wrong:
         raise CheckpointError(f"{checkpoint.folder}: PyTorch could not load {first_names(wrong)}")
     if precision == "fp64":
@@ -168,6 +170,17 @@ def open_reference(
     finally:
         del model
         gc.collect()
+
+
+def reference_config(folder: Path) -> transformers.Olmo2Config:
+    """Return config.json as transformers reads it, without what changes no logits and may keep it from loading.
+
+    That is: fields that are null; ids of tokens, which may be beyond the vocabulary; code of its own; layer types, of
+    which OLMo 2 has one; and a quantization_config, since weights are read as the plain numbers they are.
+    """
+    raw = read_json_object(folder / "config.json")
+    kept = {name: value for name, value in raw.items() if value is not None and name not in _NOT_FOR_REFERENCE}
+    return transformers.Olmo2Config.from_dict(kept)
 
 
 def use_float64_norms(model: nn.Module) -> None:

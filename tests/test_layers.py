@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 EXPORTER = """
 __init__
 config
-atomic checkpoint model error_bars lm_eval_adapter
+atomic hub stored_tensors tokenizer_file model error_bars lm_eval_adapter
+checkpoint
 quantize
 fuse
 trace
@@ -21,6 +22,7 @@ quality
 fp16
 device_graph
 variants
+texts
 package
 package_weights trt_graph
 trt_variants
@@ -62,8 +64,8 @@ OWNERS = {
         "olmo2_export/bench/workers/hugging_face.py",
     },
     "lm_eval": {"olmo2_export/lm_eval_adapter.py"},
-    "huggingface_hub": {"olmo2_export/checkpoint.py"},
-    "safetensors": {"olmo2_export/checkpoint.py"},
+    "huggingface_hub": {"olmo2_export/hub.py"},
+    "safetensors": set(),
 }
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 from transformers.models.olmo2.modeling_olmo2 import (
     Olmo2DecoderLayer,
@@ -22,7 +21,7 @@ from transformers.models.olmo2.modeling_olmo2 import (
     repeat_kv,
 )
 
-from olmo2_export.reference import TORCH_DTYPES, Rounding, use_float64_norms
+from olmo2_export.reference import TORCH_DTYPES, Rounding, reference_config, use_float64_norms
 
 Weights = Callable[[str], Tensor]
 """a weight by the checkpoint's name, in the checkpoint's layout"""
@@ -41,7 +40,7 @@ class TorchModel:
         tables: torch.dtype = torch.float32,
     ) -> None:
         """See `views.View`; `tables` is the dtype that a graph's rotary tables have."""
-        self.config = transformers.Olmo2Config.from_pretrained(folder, local_files_only=True)
+        self.config = reference_config(folder)
         self.config._attn_implementation = "sdpa"
         self.dtype = TORCH_DTYPES[precision]
         self.rounding = dict(rounding or {})
@@ -188,7 +187,7 @@ class TorchLayer:
 
 def rotary_tables(folder: Path, positions: int) -> tuple[Tensor, Tensor]:
     """Return transformers' cos and sin of the first positions, float32 [positions, head_dim / 2] both."""
-    config = transformers.Olmo2Config.from_pretrained(folder, local_files_only=True)
+    config = reference_config(folder)
     cos, sin = Olmo2RotaryEmbedding(config)(torch.zeros(1), torch.arange(positions)[None])
     half = cos.shape[-1] // 2
     return cos[0, :, :half], sin[0, :, :half]
