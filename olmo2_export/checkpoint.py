@@ -95,17 +95,17 @@ class Checkpoint:
         found = {}
         for name in sorted(self.tensors.keys() - set(expected)):
             if _ADAPTER.search(name):
-                found[name] = "of an adapter (LoRA): merge it into the weights first"
+                found[name] = "of an adapter such as LoRA (merge it into the weights first)"
             elif _QUANTIZED.search(name):
-                found[name] = "of quantised weights: give the checkpoint they were made from, or dequantise it"
+                found[name] = "of quantised weights (give the checkpoint that they were made from, or dequantise)"
             elif not name.startswith(_OWN) or _COMPUTED.search(name):
                 continue
             elif name.endswith(".bias"):
                 info = self.tensors[name]
                 if info.dtype not in DTYPES or not stored_tensors.all_zero(*self._place(name)):
-                    found[name] = "a bias that config.json does not tell of (attention_bias?)"
+                    found[name] = "biases that config.json does not tell of (attention_bias?)"
             else:
-                found[name] = "not of this model: is config.json of another one?"
+                found[name] = "not of this model"
         return found
 
     def validate(self, expected: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str] | None = None) -> None:
@@ -125,7 +125,7 @@ class Checkpoint:
         refused = self.extra({*expected, *aliases})
         for reason in dict.fromkeys(refused.values()):
             names = [name for name in refused if refused[name] == reason]
-            problems.append(f"{first_names(names)}: {reason}")
+            problems.append(f"{reason}: {first_names(names)}")
         if ignored := sorted(self.tensors.keys() - expected.keys() - aliases.keys() - refused.keys()):
             logger.warning("%s: not used, as in transformers: %s", self.folder, first_names(ignored))
         readable: list[str] = []
@@ -217,10 +217,10 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
 def _check_is_file(path: Path) -> None:
     if path.is_file():
         return
-    if path.is_symlink():
-        raise CheckpointNotFoundError(f"{path}: a link to {path.readlink()}, which is not there; is its disk mounted?")
     if path.exists():
         raise CheckpointError(f"{path}: not a file")
+    if path.is_symlink():
+        raise CheckpointNotFoundError(f"{path}: a link to {path.readlink()}, which is not there; is its disk mounted?")
     raise CheckpointNotFoundError(f"{path.parent}: the index names {path.name}, which is not there; download it")
 
 

@@ -23,7 +23,7 @@ _MAX_LAYERS = 1_000
 _MAX_WIDTH = 1 << 20
 _MAX_VOCABULARY = 1 << 24
 _MAX_CONTEXT = 1 << 22
-_DEFAULT_CONTEXT = 2048
+_DEFAULT_CONTEXT, _DEFAULT_THETA = 2048, 10_000.0
 
 TOKEN_ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -251,13 +251,16 @@ class _Fields:
             self.require(named or not extra, f"{name}: {', '.join(extra)} (without a rope_type)")
             part = table.get("partial_rotary_factor")
             self.require(part in (None, 1), f"{name}: partial_rotary_factor {_short(part)} (only 1)")
-        if isinstance(parameters, Mapping) and parameters.get("rope_theta") is not None:
-            theta = self.number("rope_theta", source=parameters)
-            if self.raw.get("rope_theta") is not None:
-                other = self.number("rope_theta")
-                self.require(other == theta, f"rope_theta {other:g} beside rope_parameters.rope_theta {theta:g}")
-            return theta
-        return self.number("rope_theta", default=10_000.0)
+        tables = [table for table in (scaling, parameters) if isinstance(table, Mapping) and table]
+        places = [*tables[:1], self.raw]  # in transformers, rope_scaling goes before rope_parameters
+        source = next((place for place in places if place.get("rope_theta") is not None), None)
+        theta = _DEFAULT_THETA if source is None else self.number("rope_theta", source=source)
+        for other in (self.raw, *tables):
+            if other.get("rope_theta") not in (None, theta):
+                self.problems.append(
+                    f"rope_theta {_short(other['rope_theta'])} beside {theta:g}, which transformers takes; say one"
+                )
+        return theta
 
 
 def token_ids(raw: Mapping[str, Any], name: str) -> list[int]:

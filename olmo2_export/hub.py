@@ -59,9 +59,8 @@ def locate(model: str, revision: str | None) -> tuple[Path, str, str]:
         raise CheckpointNotFoundError(f"{model}: no such folder, and not a Hub id (owner/name) or '{DEMO}'")
     folder = _download(model, revision, _TEXTS)
     at = folder.name if _COMMIT.fullmatch(folder.name) else revision  # all files of one commit
-    _download(model, at, [SINGLE])
-    if not (folder / SINGLE).exists() and (folder / INDEX).exists():
-        _download(model, at, [glob.escape(name) for name in sorted(set(read_index(folder / INDEX).values()))])
+    shards = sorted(set(read_index(folder / INDEX).values())) if (folder / INDEX).exists() else []
+    _download(model, at, [SINGLE, *map(glob.escape, shards)])
     return folder, model, "hub"
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "owner/tiny-olmo2"
@@ -29,6 +30,11 @@ class Hub:
 def commit_of(revision: str) -> str:
     """The commit at which `local_hub` serves a revision that is given by name."""
     return COMMIT if revision == "main" else hashlib.sha1(revision.encode()).hexdigest()
+
+
+def files(folder: Path) -> list[Path]:
+    """All files of a folder, also of those in it."""
+    return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
 @contextmanager
@@ -51,17 +57,24 @@ def local_hub(folder: Path, revisions: Mapping[str, Path] | None = None) -> Iter
             self.answer(body=True)
 
         def answer(self, body: bool) -> None:
-            path = self.path.split("?")[0]
+            path = unquote(self.path.split("?")[0])
             for name, commit in commits.items():
                 folder, prefix = folders[commit], f"/{REPOSITORY}/resolve/{name}/"
                 if path == f"/api/models/{REPOSITORY}/revision/{name}":
-                    names = sorted(p.name for p in folder.iterdir())
+                    names = [p.relative_to(folder).as_posix() for p in files(folder)]
                     info = {"id": REPOSITORY, "sha": commit, "siblings": [{"rfilename": n} for n in names]}
                     self.send(200, json.dumps(info).encode(), {"Content-Type": "application/json"}, body)
                     return
                 if path == f"/api/models/{REPOSITORY}/tree/{name}":
-                    files = sorted(folder.iterdir())
-                    tree = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0" * 40} for p in files]
+                    tree = [
+                        {
+                            "type": "file",
+                            "path": p.relative_to(folder).as_posix(),
+                            "size": p.stat().st_size,
+                            "oid": "0" * 40,
+                        }
+                        for p in files(folder)
+                    ]
                     self.send(200, json.dumps(tree).encode(), {"Content-Type": "application/json"}, body)
                     return
                 if path.startswith(prefix) and (folder / path[len(prefix) :]).is_file():

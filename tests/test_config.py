@@ -65,9 +65,8 @@ def test_optional_fields_are_read() -> None:
         ({"rms_norm_eps": 10**400}, "rms_norm_eps 1000"),
         ({"rope_theta": 10**400}, "rope_theta 1000"),
         ({"eos_token_id": {"a": 1}}, "eos_token_id {'a': 1}"),
-        ({"eos_token_id": [130, 131]}, "eos_token_id [130, 131]"),
+        ({"eos_token_id": [130, "x"]}, "eos_token_id [130, 'x']"),
         ({"bos_token_id": [1]}, "bos_token_id [1]"),
-        ({"pad_token_id": -3}, "pad_token_id -3"),
         ({"vocab_size": True}, "vocab_size True"),
         ({"vocab_size": "131"}, "vocab_size '131'"),
         ({"attention_bias": 1}, "attention_bias 1"),
@@ -75,12 +74,18 @@ def test_optional_fields_are_read() -> None:
         ({"rope_parameters": {"rope_theta": 0}}, "rope_theta 0"),
         ({"rope_parameters": {"rope_theta": 1e4, "factor": 8.0}}, "factor"),
         ({"rope_parameters": [1]}, "rope_parameters [1]"),
-        ({"rope_theta": 1e4}, "rope_theta 10000 beside rope_parameters.rope_theta 500000"),
+        ({"rope_theta": 1e4}, "rope_theta 10000.0 beside 500000"),
+        ({"rope_scaling": {"type": "linear", "factor": 1.0}}, "rope_theta 500000.0 beside 10000"),
+        ({"rope_scaling": {"type": "default", "rope_theta": 3e5}}, "rope_theta 500000.0 beside 300000"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
         ({"clip_qkv": 8.0}, "clip_qkv 8.0"),
-        ({"sliding_window": 4096}, "sliding_window 4096"),
-        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"sliding_window": 32}, "sliding_window 32"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"layer_types": "full_attention"}, "layer_types"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+        ({"logit_scale": 2.0}, "logit_scale 2.0"),
+        ({"model_type": "hf_olmo"}, "whose name ends in -hf"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused_by_name(change: dict[str, Any], named: str) -> None:
@@ -99,6 +104,44 @@ def test_every_problem_is_in_one_message() -> None:
 
 def test_null_fields_of_other_models_are_fine() -> None:
     assert ModelConfig.from_dict(V5 | {"clip_qkv": None, "sliding_window": None, "mlp_bias": False})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"auto_map": {"AutoModel": "own.Model"}}, "auto_map is code of its own"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is left over"),
+        ({"layer_types": ["full_attention"] * 3, "sliding_window": 32}, ""),
+        ({"sliding_window": 256}, ""),
+        ({"sliding_window": 32, "use_sliding_window": False}, ""),
+        ({"partial_rotary_factor": 1.0, "logit_scale": 1.0, "final_logit_softcapping": 0.0}, ""),
+        ({"hidden_act": "swish"}, ""),
+        ({"attention_bias": None, "tie_word_embeddings": None}, ""),
+        ({"rope_scaling": {"type": "linear", "factor": 1, "rope_theta": 5e5}}, "factor mean nothing"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "factor": 8.0}}, "factor mean nothing"),
+        ({"eos_token_id": 50279}, "eos_token_id 50279: the vocabulary has 131"),
+        ({"eos_token_id": [130, 131]}, "131 is never sampled"),
+        ({"pad_token_id": -1}, "pad_token_id -1"),
+    ],
+)
+def test_what_changes_no_logits_is_read_and_said(
+    change: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert ModelConfig.from_dict(V5 | change, where=repr(change)) == ModelConfig.from_dict(V5)
+    assert said in caplog.text
+    assert bool(said) == bool(caplog.records)
+
+
+def test_a_warning_is_given_once_however_often_a_file_is_read(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(3):
+        ModelConfig.from_dict(V5 | {"auto_map": {"a": "b"}}, where="read three times")
+    assert len(caplog.records) == 1
+
+
+def test_a_byte_order_mark_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("\ufeff" + json.dumps(V5), encoding="utf-8")
+    with pytest.raises(ConfigError, match="begins with a byte order mark"):
+        ModelConfig.from_json(tmp_path / "config.json")
 
 
 def test_unknown_fields_are_named(caplog: pytest.LogCaptureFixture) -> None:

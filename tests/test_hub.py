@@ -67,6 +67,43 @@ def test_branch_is_resolved_and_a_cut_download_resumes_and_offline_works(served:
     assert (second / "manifest.json").read_bytes() == (first / "manifest.json").read_bytes()
 
 
+def test_the_index_says_which_files_are_fetched_and_templates_come_along(tmp_path: Path) -> None:
+    """Shards by any name, weights that nobody names, several chat templates."""
+    folder = make_checkpoint(tmp_path / "odd", shards=2)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    names = {name: f"part[{n}] of the model.safetensors" for n, name in enumerate(set(index["weight_map"].values()))}
+    for old, new in names.items():
+        (folder / old).rename(folder / new)
+    index["weight_map"] = {tensor: names[file] for tensor, file in index["weight_map"].items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model-00001-of-00009.safetensors").write_bytes(b"of another upload")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}\r\n")
+    out = tmp_path / "out"
+    with local_hub(folder) as hub:
+        result = export(tmp_path / "cache", hub.url, out, REPOSITORY)
+        assert result.returncode == 0, result.stderr
+        fetched = {name for name, _ in hub.downloads}
+    assert set(names.values()) <= fetched
+    assert "model-00001-of-00009.safetensors" not in fetched
+    assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert (out / "additional_chat_templates" / "tool_use.jinja").read_bytes() == b"{{ tools }}\r\n"
+    assert "additional_chat_templates/tool_use.jinja" in load_manifest(out).files
+
+
+def test_a_repository_that_holds_no_model_is_named(tmp_path: Path) -> None:
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "adapter_config.json").write_text("{}")
+    bare = make_checkpoint(tmp_path / "bare")
+    (bare / "model.safetensors").rename(bare / "pytorch_model.bin")
+    for folder, said in ((tmp_path / "peft", "a LoRA adapter"), (bare, "--revision refs/pr/1")):
+        with local_hub(folder) as hub:
+            result = export(tmp_path / f"cache-{folder.name}", hub.url, tmp_path / "out", REPOSITORY)
+        assert result.returncode == 2
+        assert said in result.stderr
+
+
 def test_what_the_hub_does_not_have_is_one_line(served: Path, tmp_path: Path) -> None:
     with local_hub(served) as hub:
         for arguments in ([REPOSITORY, "--revision", "no-such-branch"], ["owner/nothing"]):

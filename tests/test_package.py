@@ -26,6 +26,7 @@ from olmo2_export.atomic import replace_folder
 from olmo2_export.checkpoint import open_checkpoint
 from olmo2_export.package import export
 from olmo2_export.summary.text import summarize
+from olmo2_export.verify.verify import verify
 from runtimes.errors import (
     CheckpointError,
     ConfigError,
@@ -38,6 +39,7 @@ from runtimes.errors import (
 )
 from runtimes.manifest import MANIFEST_NAME, find_variant, load_manifest
 from runtimes.sealed import check_files, read_sealed, seal
+from runtimes.tokenizer import Tokenizer
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -186,11 +188,20 @@ def test_a_bad_checkpoint_leaves_the_old_package(tiny_checkpoint: Path, tiny_pac
     assert leftovers(out) == []
 
 
+def tokenizer(vocab: dict[str, int], kind: str = "BPE", **more: object) -> str:
+    """Return a tokenizer.json."""
+    model = {"type": kind, "vocab": vocab, **({"merges": []} if kind == "BPE" else {}), **more}
+    if kind == "WordPiece":
+        model |= {"continuing_subword_prefix": "##", "max_input_chars_per_word": 0}
+    return json.dumps({"version": "1.0", "model": model, "added_tokens": []})
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         ("{}", "does not work"),
-        ('{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}', "wrong tokenizer"),
+        (tokenizer({character: 5000 + n for n, character in enumerate("abcdef")}), "no id below 131"),
+        (tokenizer({"un": 0, "do": 1}, kind="WordPiece", unk_token="[UNK]"), "wrong tokenizer|does not work"),
     ],
 )
 def test_a_broken_tokenizer_fails_the_export(tiny_checkpoint: Path, tmp_path: Path, content: str, said: str) -> None:
@@ -205,7 +216,7 @@ def test_a_broken_tokenizer_fails_the_export(tiny_checkpoint: Path, tmp_path: Pa
     ("name", "change", "said"),
     [
         ("generation_config.json", {"eos_token_id": "x"}, r"generation_config\.json: eos_token_id 'x'"),
-        ("generation_config.json", {"eos_token_id": [1, 10**9]}, r"eos_token_id \[1, 1000000000\]"),
+        ("generation_config.json", {"eos_token_id": [1, "x"]}, r"eos_token_id \[1, 'x'\]"),
         ("config.json", {"transformers.js_config": "x"}, r"transformers\.js_config is no object"),
     ],
 )
@@ -217,6 +228,110 @@ def test_bad_json_values_name_the_checkpoints_file(
     with pytest.raises(ConfigError, match=said) as caught:
         export(open_checkpoint(str(bad)), tmp_path / "out")
     assert "staging" not in str(caught.value)
+
+
+@pytest.mark.parametrize("alphabet", ["acgt", "你好世界", "ßäöü", "ⲁⲃⲅ"])
+def test_a_tokenizer_of_any_alphabet_is_judged_by_its_own_text(
+    tiny_checkpoint: Path, tmp_path: Path, alphabet: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "c"))
+    (folder / "tokenizer.json").write_text(tokenizer({c: n for n, c in enumerate(alphabet)}))
+    export(open_checkpoint(str(folder)), tmp_path / "out")
+    assert Tokenizer.from_package(tmp_path / "out").encode(alphabet) == list(range(len(alphabet)))
+
+
+def test_a_tokenizer_that_lowers_letters_is_taken(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "c"))
+    document = json.loads(tokenizer({c: n for n, c in enumerate("abcxyzABCXYZ")}))
+    (folder / "tokenizer.json").write_text(json.dumps(document | {"normalizer": {"type": "Lowercase"}}))
+    export(open_checkpoint(str(folder)), tmp_path / "out")
+
+
+def test_tokens_beyond_the_embedding_are_named(
+    tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "c"))
+    document = json.loads(tokenizer({chr(97 + n): n for n in range(131)}))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    document["added_tokens"] = [{"id": 131, "content": "<|extra|>", "special": True, **flags}]
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    export(open_checkpoint(str(folder)), tmp_path / "out")
+    assert "1 tokens are beyond the model's vocabulary of 131, as '<|extra|>'" in caplog.text
+
+
+def end_of_text(folder: Path) -> tuple[object, list[int]]:
+    """What genai_config.json says ends a text, and what our runner says."""
+    said = json.loads((folder / "genai_config.json").read_text())["model"].get("eos_token_id")
+    (folder / "tokenizer.json").exists() or pytest.fail("no tokenizer")
+    return said, list(Tokenizer.from_package(folder).eos_token_ids)
+
+
+@pytest.mark.parametrize(
+    ("generation", "in_config", "expected"),
+    [
+        ({"eos_token_id": None, "pad_token_id": None}, 7, 7),
+        ({"eos_token_id": 5}, 7, 5),
+        ({"eos_token_id": [5, 6]}, 7, [5, 6]),
+        ({}, [7, 8], [7, 8]),
+        ("", 7, 7),
+        ('{"eos_token_id": 5,}', 7, 7),
+        (None, 7, 7),
+    ],
+)
+def test_one_rule_says_what_ends_a_text(
+    tiny_checkpoint: Path, tmp_path: Path, generation: object, in_config: object, expected: object
+) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "c"))
+    (folder / "tokenizer.json").write_text(tokenizer({chr(97 + n): n for n in range(26)}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": in_config}))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if generation is not None:
+        text = generation if isinstance(generation, str) else json.dumps(generation)
+        (folder / "generation_config.json").write_text(text)
+    export(open_checkpoint(str(folder)), tmp_path / "out")
+    assert end_of_text(tmp_path / "out") == (expected, expected if isinstance(expected, list) else [expected])
+
+
+def test_ids_that_the_vocabulary_does_not_have_end_nothing(
+    tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers' own defaults, in a model trained with a smaller vocabulary."""
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "c"))
+    for name in ("config.json", "generation_config.json"):
+        document = json.loads((folder / name).read_text())
+        (folder / name).write_text(
+            json.dumps(document | {"eos_token_id": 50279, "pad_token_id": 1, "bos_token_id": None})
+        )
+    export(open_checkpoint(str(folder)), tmp_path / "out")
+    model = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]
+    assert "eos_token_id" not in model
+    assert model["pad_token_id"] == 1
+    assert "eos_token_id 50279 is not in the vocabulary" in caplog.text
+
+
+def test_an_end_that_the_tokenizer_says_and_nothing_else_is_named(
+    tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "c"))
+    (folder / "tokenizer.json").write_text(tokenizer({chr(97 + n): n for n in range(26)}))
+    for token, said in (("b", True), ({"content": "b"}, True), ("zz", False)):
+        caplog.clear()
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+        export(open_checkpoint(str(folder)), tmp_path / "out", force=True)
+        assert ("eos_token 'b' is id 1, but what ends a text is 130" in caplog.text) == said
+
+
+def test_what_the_package_does_not_need_is_left_out_of_its_config(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "c"))
+    config = json.loads((folder / "config.json").read_text())
+    odd = {"quantization_config": {"quant_method": "gptq"}, "auto_map": {"a": "b"}, "_name_or_path": "/home/me/model"}
+    (folder / "config.json").write_text(json.dumps(config | odd))
+    checkpoint = open_checkpoint(str(folder))
+    export(checkpoint, tmp_path / "out", variants=["fp32"])
+    assert not odd.keys() & json.loads((tmp_path / "out" / "config.json").read_text()).keys()
+    (report,) = verify(tmp_path / "out", checkpoint, variants=["fp32"], longest=20)
+    assert report.passed
 
 
 def test_the_folder_one_stands_in_is_not_replaced(
