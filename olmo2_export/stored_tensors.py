@@ -25,7 +25,7 @@ from runtimes.errors import CheckpointError
 _MAX_HEADER = 16 << 20
 _MAX_TENSORS = 100_000
 _PIECE = 1 << 18  # bytes looked at at a time: they stay in the processor's cache
-_ROWS = 64 << 20  # bytes of whole rows that are read at a time
+_ROWS = 16 << 20  # bytes of whole rows that are read at a time
 _FOREIGN = {
     b"version ": "a Git LFS pointer: run 'git lfs pull', or download the file itself",
     b"<!DOCTYP": "a web page: download the file itself",
@@ -157,7 +157,7 @@ def read_tensor(path: Path, info: TensorInfo) -> torch.Tensor:
 
 
 def read_rows(path: Path, info: TensorInfo) -> Iterator[torch.Tensor]:
-    """Read a tensor in blocks of whole rows, [up to n, ...] each, at most 64 MB or one row at a time.
+    """Read a tensor in blocks of whole rows, [up to n, ...] each, at most 16 MB or one row at a time.
 
     A block is overwritten by the next. A tensor without axes is one block.
 

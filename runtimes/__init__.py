@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
+import runtimes.telemetry  # noqa: F401  # before any onnxruntime: every import of runtimes.x comes through here first
 from runtimes.errors import (
     BackendError,
     ContextLengthError,
@@ -70,8 +71,10 @@ def open_runner(
 
     Args:
         package: the package folder.
-        variant: which; None means the first of the package's on a CPU, the first of bf16, fp16 and q4f16 that it has
-            on another device of ort, and the first by name with an engine for a TensorRT backend.
+        variant: which; None means the fastest verified one that the device runs: of those that parity.json says passed,
+            the first of q4, q8, fp32 on a CPU, or of bf16, fp16, q4f16 on another device of ort; of those not verified
+            yet, if none is; one that failed only where there is no other. With a TensorRT backend the first by name
+            with an engine for it.
         backend: what runs it. The TensorRT backends run engines made by `olmo2-export build`.
         device: where; None means the CPU for ort. The TensorRT backends run on the GPU alone, as device cuda.
         check_hashes: read the graph and the weights once more to compare them with the manifest; without it only their
@@ -105,7 +108,7 @@ def open_runner(
                 ) from error
             device = device or "cpu"
             manifest = load_manifest(folder)
-            chosen, files = find_variant(folder, variant or default_variant(manifest, device))
+            chosen, files = find_variant(folder, variant or default_variant(folder, manifest, device))
             check_files(folder, files, chosen.files, hashes=False)
 
             def check(names: Sequence[str]) -> None:

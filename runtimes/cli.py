@@ -17,12 +17,15 @@ from contextlib import ExitStack
 from typing import NoReturn, TypedDict
 
 from runtimes import Backend, Device, open_runner
-from runtimes.errors import DISK_FULL, FailedError, InputError, Olmo2ExportError, UsageError
+from runtimes.errors import DISK_FULL, FailedError, Olmo2ExportError, UsageError
 from runtimes.generate import Generation, encode_prompt, generate
+from runtimes.plain_text import plain_text
 from runtimes.sampling import Sampler
 from runtimes.signals import Interrupted, interruptible
 from runtimes.speculate import Drafter, DraftModel, PromptLookup
 from runtimes.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 _DEFAULT_NEW_TOKENS = 128
 
@@ -57,7 +60,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     verb.add_argument("package", metavar="PACKAGE", help="the package folder")
     verb.add_argument("--prompt", required=True, metavar="TEXT", help="- reads stdin, less one newline at its end")
-    verb.add_argument("--variant", metavar="V", help="which variant of the package (default: the first by name)")
+    verb.add_argument(
+        "--special-tokens",
+        action="store_true",
+        help="names of special tokens in the prompt, as <|endoftext|>, are these tokens: for a prompt that a chat "
+        "template has rendered (default: they are text)",
+    )
+    verb.add_argument(
+        "--variant", metavar="V", help="which variant of the package (default: the fastest verified one that runs here)"
+    )
     verb.add_argument(
         "--max-new-tokens",
         type=int,
@@ -112,7 +123,12 @@ def run(args: argparse.Namespace) -> None:
     sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
     check_hashes = not args.skip_hash_check
     tokenizer = Tokenizer.from_package(args.package, check_hashes=check_hashes)
-    prompt_ids = encode_prompt(tokenizer, _read_stdin() if args.prompt == "-" else args.prompt)
+    prompt = _read_stdin() if args.prompt == "-" else args.prompt
+    prompt_ids = encode_prompt(tokenizer, prompt, parse_special=args.special_tokens)
+    if not args.special_tokens and (found := tokenizer.special_in(prompt)):
+        logger.warning(
+            "the prompt holds %s, taken as text; with --special-tokens it is the special token", ", ".join(found[:5])
+        )
     options: _Options = {
         "backend": args.backend,
         "device": args.device,
@@ -138,7 +154,7 @@ def run(args: argparse.Namespace) -> None:
         )
     _write("\n")
     if args.stats:
-        sys.stderr.write(_stats(result) + "\n")
+        sys.stderr.write(f"{_stats(result)}, variant {runner.variant.name}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,10 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _read_stdin() -> str:
-    try:
-        return sys.stdin.buffer.read().decode().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"stdin: byte {error.start} is not UTF-8; convert the prompt first") from error
+    return plain_text(sys.stdin.buffer.read(), "stdin").removesuffix("\n")
 
 
 def _write(text: str) -> None:

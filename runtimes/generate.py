@@ -7,7 +7,7 @@ prefill and one sampling.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
@@ -59,13 +59,22 @@ class Generation:
         return after_first / self.decode_seconds if after_first > 0 and self.decode_seconds > 0 else None
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: str, *, parse_special: bool = False) -> list[int]:
     """Return the ids of a prompt, at least one.
+
+    Args:
+        tokenizer: of the package.
+        prompt: text.
+        parse_special: names of special tokens in it are these tokens; see `Tokenizer.encode`. A token that begins a
+            text is not put in front of one that the prompt begins with.
 
     Raises:
         InputError: the text is not valid Unicode, or is empty and the model has no token that begins a text.
     """
-    ids = tokenizer.encode(prompt)
+    ids = tokenizer.encode(prompt, parse_special=parse_special)
+    if parse_special and len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        plain = tokenizer.encode(prompt, add_special_tokens=False, parse_special=True)
+        ids = plain if plain[:1] == ids[:1] and len(plain) < len(ids) else ids
     if ids:
         return ids
     if tokenizer.bos_token_id is None:
@@ -121,6 +130,7 @@ def stream_text(
     """Turn ids into text as they come; ask for no id after the end of the text.
 
     Text that could be the beginning of a stop string is held back until it is decided, so no part of one is given out.
+    Special tokens give no text; a stop string that holds the name of one is found where the token is.
 
     Args:
         tokenizer: of the package.
@@ -150,6 +160,7 @@ def generate(
     eos_token_ids: Collection[int] | None = None,
     on_text: Callable[[str], object] | None = None,
     speculate: Drafter | None = None,
+    parse_special: bool = False,
 ) -> Generation:
     """Generate the continuation of one prompt.
 
@@ -166,6 +177,7 @@ def generate(
         eos_token_ids: the text ends at any of these ids; None means the tokenizer's, () none.
         on_text: called with each piece of text as soon as it is there.
         speculate: guesses ids, which are checked several at a time; the text has the same distribution as without.
+        parse_special: names of special tokens in the prompt are these tokens; see `Tokenizer.encode`.
 
     Raises:
         InputError, ContextLengthError, UsageError: as `encode_prompt`, `generate_tokens` and `stream_text`; before the
@@ -173,7 +185,10 @@ def generate(
         NumericError: the model broke down.
     """
     started = time.perf_counter()
-    prompt_ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+    if isinstance(prompt, str):
+        prompt_ids = encode_prompt(tokenizer, prompt, parse_special=parse_special)
+    else:
+        prompt_ids = list(prompt)
     if not prompt_ids:
         raise InputError("expected at least one prompt id, found none")
     limit = _new_token_limit(runner, len(prompt_ids), max_new_tokens)
@@ -290,24 +305,83 @@ def _pieces(
     tokenizer: Tokenizer, token_ids: Iterable[int], stop: Sequence[str], eos_token_ids: Collection[int]
 ) -> Iterator[Piece]:
     stream = tokenizer.stream()
-    held = ""
+    held = _Held(stop, tokenizer.special_tokens)
     reason: FinishReason = "length"
     for token_id in token_ids:
         if token_id in eos_token_ids:
             reason = "eos"
             break
-        held += stream.push(token_id)
-        cut = _find_stop(held, stop)
-        if cut is not None:
-            yield Piece(held[:cut], "stop")
+        held.push(stream.push(token_id), held.hidden(token_id))
+        if held.stopped is not None:
+            yield Piece(held.stopped, "stop")
             return
-        free = len(held) - _undecided(held, stop)
-        if free:
-            yield Piece(held[:free], None)
-            held = held[free:]
-    held += stream.flush()
-    cut = _find_stop(held, stop)
-    yield Piece(held, reason) if cut is None else Piece(held[:cut], "stop")
+        if free := held.free():
+            yield Piece(free, None)
+    held.push(stream.flush())
+    yield Piece(held.text, reason) if held.stopped is None else Piece(held.stopped, "stop")
+
+
+class _Held:
+    """Text that is not given out yet, and the names of special tokens in it, which are never given out.
+
+    Stop strings are looked for in the text, as it is given out; those that hold the name of a special token in the text
+    with these names in their places.
+    """
+
+    def __init__(self, stop: Sequence[str], special_tokens: Mapping[int, str]) -> None:
+        self._stop = stop
+        self._stop_with_names = [s for s in stop if any(name in s for name in special_tokens.values())]
+        self._names = special_tokens if self._stop_with_names else {}
+        self._parts: list[tuple[str, bool]] = []  # (text, whether it is given out)
+        self.stopped: str | None = None
+        """the text in front of the first stop string that is complete"""
+
+    @property
+    def text(self) -> str:
+        """What would be given out."""
+        return "".join(text for text, shown in self._parts if shown)
+
+    def hidden(self, token_id: int) -> str:
+        """Return the name of a special token, where a stop string holds any."""
+        return self._names.get(token_id, "")
+
+    def push(self, text: str, hidden: str = "") -> None:
+        """Add what a token gives, and its name if it is special."""
+        self._parts += [part for part in ((text, True), (hidden, False)) if part[0]]
+        cuts = [cut for cut in (_find_stop(self.text, self._stop), self._find_with_names()) if cut is not None]
+        if cuts:
+            self.stopped = self.text[: min(cuts)]
+
+    def free(self) -> str:
+        """Drop and return the text that can be no part of a stop string."""
+        text, names = self.text, self._with_names()
+        kept = len(names) - _undecided(names, self._stop_with_names)
+        count = min(len(text) - _undecided(text, self._stop), self._shown(kept))
+        free, left = text[:count], count
+        while left:  # whole parts, then a part of one; names in front of it go, too
+            part, shown = self._parts.pop(0)
+            if shown and len(part) > left:
+                self._parts.insert(0, (part[left:], True))
+            left -= min(left, len(part)) if shown else 0
+        return free
+
+    def _with_names(self) -> str:
+        return "".join(text for text, _ in self._parts) if self._stop_with_names else ""
+
+    def _find_with_names(self) -> int | None:
+        cut = _find_stop(self._with_names(), self._stop_with_names)
+        return None if cut is None else self._shown(cut)
+
+    def _shown(self, length: int) -> int:
+        """Return how many characters are given out of the first `length` with names; all where there are no names."""
+        if not self._stop_with_names:
+            return len(self.text)
+        count = 0
+        for text, shown in self._parts:
+            part = min(length, len(text))
+            count += part if shown else 0
+            length -= part
+        return count
 
 
 def _find_stop(text: str, stop: Sequence[str]) -> int | None:

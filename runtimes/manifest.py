@@ -299,6 +299,20 @@ def package_checksum(package: Path) -> str:
     return str(_read(package, MANIFEST_NAME)["checksum"])
 
 
+def read_verdicts(package: Path) -> dict[str, bool]:
+    """Return what parity.json says of this very export: variant -> whether it passed every gate.
+
+    It is a report and no part of the contract: where it is not there, damaged or of another export, it says nothing.
+    """
+    path = package / PARITY_NAME
+    try:
+        document = read_sealed(path)
+        known = document["package_checksum"] == package_checksum(package)
+        return {str(name): entry["passed"] is True for name, entry in document["variants"].items()} if known else {}
+    except (OSError, PackageError, KeyError, TypeError, AttributeError):
+        return {}
+
+
 def find_variant(package: str | os.PathLike[str], name: str | None) -> tuple[Variant, dict[str, FileEntry]]:
     """Return a variant, of the export or of the TensorRT graphs, and the files table that vouches for it.
 

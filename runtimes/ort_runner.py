@@ -6,6 +6,7 @@ name `.replace("present.", "past_key_values.")`.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,7 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 
 from runtimes.device_runner import MAX_COMPILED_ROWS, DeviceRunner, compiled_shapes
 from runtimes.errors import BackendError, FailedError, PackageError, UsageError
-from runtimes.manifest import KVCacheSpec, Manifest, ModelSpec, Variant
+from runtimes.manifest import KVCacheSpec, Manifest, ModelSpec, Variant, read_verdicts
 from runtimes.ort_devices import find_device
 from runtimes.ort_session import one_line, open_session
 from runtimes.ort_static import OrtStaticSession
@@ -53,14 +54,16 @@ CACHE_DTYPES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """device -> form of the KV cache -> its dtypes that run there; concat moves its cache over the host"""
 
-PREFERRED = ("bf16", "fp16", "q4f16")
-"""variants for GPUs, the best first; what a GPU runs where no variant is named"""
+FASTEST = {"cpu": ("q4", "q8", "fp32"), "cuda": ("bf16", "fp16", "q4f16"), "nv-rtx": ("bf16", "fp16", "q4f16")}
+"""device -> the variants made for it, the best first: what it runs where no variant is named"""
 
 FileCheck: TypeAlias = Callable[[Sequence[str]], None]
 """gets paths in the package; raises IntegrityError"""
 
 Values: TypeAlias = dict[str, Any]
 """name of a past_key_values input -> its OrtValue"""
+
+logger = logging.getLogger(__name__)
 
 _NOTHING: Ids = np.zeros(0, np.int64)
 
@@ -240,20 +243,37 @@ def runs_on(variant: Variant, device: str) -> bool:
     return cache.dtype in CACHE_DTYPES[device].get(cache.form, ())
 
 
-def default_variant(manifest: Manifest, device: str) -> str | None:
-    """Return the variant that a device runs where none is named: the first on a CPU, on a GPU the best of `PREFERRED`.
+def default_variant(package: Path, manifest: Manifest, device: str) -> str | None:
+    """Return the variant that a device runs where none is named: the fastest that is verified, of those that it runs.
+
+    Variants that were made for the device go before others; what parity.json says passed, before what it does not
+    know, and that before what it says failed.
+
+    Args:
+        package: the package folder, for its parity.json.
+        manifest: of the package.
+        device: cpu, cuda or nv-rtx.
 
     Raises:
         BackendError: a GPU, and no variant for it.
     """
+    made_for = FASTEST[device]
+    able = [name for name in made_for if name in manifest.variants]
     if device == "cpu":
-        return next(iter(manifest.variants), None)
-    for name in PREFERRED:
-        if name in manifest.variants:
-            return name
-    raise BackendError(
-        f"device {device}: the package has {', '.join(manifest.variants)}; export it with --variant {PREFERRED[0]}"
-    )
+        able += [n for n, variant in manifest.variants.items() if n not in made_for and runs_on(variant, device)]
+        able = able or list(manifest.variants)  # opening it says why not
+    elif not able:
+        raise BackendError(
+            f"device {device}: the package has {', '.join(manifest.variants)}; export it with --variant {made_for[0]}"
+        )
+    passed = read_verdicts(package)
+    ranked = sorted(able, key=lambda name: {True: 0, None: 1, False: 2}[passed.get(name)])  # stable: the fastest first
+    for name in able[: able.index(ranked[0])] if ranked else ():
+        said = "not verified yet" if passed.get(name) is None else "failed when it was verified"
+        logger.info("variant %s: %s; %s is taken", name, said, ranked[0])
+    if ranked and passed.get(ranked[0]) is False:
+        logger.warning("variant %s failed when it was verified, and there is no other", ranked[0])
+    return ranked[0] if ranked else None
 
 
 def open_ort(
@@ -327,8 +347,8 @@ def open_ort(
 
 
 def _which(device: str) -> str:
-    names = {"cpu": "fp32, fp16, q4, q8 and q4f16", "cuda": f"{', '.join(PREFERRED)} and fp32"}
-    return names.get(device, ", ".join(PREFERRED))
+    names = {"cpu": "fp32, fp16, q4, q8 and q4f16", "cuda": f"{', '.join(FASTEST['cuda'])} and fp32"}
+    return names.get(device, ", ".join(FASTEST[device]))
 
 
 def _load_checked(

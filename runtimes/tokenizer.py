@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from runtimes.sealed import check_files
 
 _TOKENIZER = "tokenizer.json"
 _CONFIGS = ("generation_config.json", "config.json")
-"""where the special ids are, the first that has one counts"""
+"""where the special ids are: the first that says one, and not null, counts; as in transformers and genai_config.json"""
 _UNSURE_WORDS = (
     8  # at the end of a piece: what follows may still change where words end, a lookahead or a run of spaces
 )
@@ -69,10 +70,28 @@ class Tokenizer:
         bos, eos, pad = (_special_ids(folder, configs, f"{kind}_token_id") for kind in ("bos", "eos", "pad"))
         return cls(_load(folder / _TOKENIZER), eos, bos[0] if bos else None, pad[0] if pad else None)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    @cached_property
+    def special_tokens(self) -> Mapping[int, str]:
+        """The tokens that are no text, such as `<|endoftext|>`, by id."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token_id: token.content for token_id, token in added.items() if token.special and token.content}
+
+    @cached_property
+    def _parsing_backend(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, for which special tokens in a text are special; made when it is first asked for."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
+
+    def special_in(self, text: str) -> list[str]:
+        """Return the special tokens whose names stand in a text."""
+        return [name for name in self.special_tokens.values() if name in text]
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
         """Return the ids of a text, with what tokenizer.json itself adds unless `add_special_tokens` is False.
 
-        The text is only text: `<|endoftext|>` in it becomes the tokens of these characters, not the special token.
+        The text is only text: `<|endoftext|>` in it becomes the tokens of these characters, not the special token,
+        unless `parse_special` is True: for a prompt that a chat template has rendered, never for what a user wrote.
 
         Raises:
             InputError: the text holds half of a surrogate pair, which no UTF-8 can express.
@@ -84,7 +103,8 @@ class Tokenizer:
                 f"text: character {error.start} is the lone surrogate U+{ord(text[error.start]):04X}; "
                 "expected valid Unicode"
             ) from error
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        backend = self._parsing_backend if parse_special else self._backend
+        ids: list[int] = backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def encode_pieces(self, pieces: Iterable[str], *, piece_length: int = 1 << 16) -> Iterator[list[int]]:
@@ -179,12 +199,13 @@ def _load(path: Path) -> tokenizers.Tokenizer:
 
 
 def _special_ids(folder: Path, configs: Sequence[dict[str, Any]], name: str) -> tuple[int, ...]:
-    """Return a field's ids from the first file that has it, () if none has."""
+    """Return a field's ids from the first file that says it, () if none does; an id that the model lacks is none."""
     value: Any = next((config[name] for config in configs if config.get(name) is not None), [])
     ids = value if isinstance(value, list) else [value]
-    if not all(type(i) is int and i >= 0 for i in ids):
+    if not all(type(i) is int for i in ids):
         raise PackageError(f"{folder}: {name} {value!r} is neither a token id nor a list of them")
-    return tuple(ids)
+    sizes = [config["vocab_size"] for config in configs if type(config.get("vocab_size")) is int]
+    return tuple(i for i in ids if i >= 0 and all(i < size for size in sizes))
 
 
 def _read_object(path: Path) -> dict[str, Any]:

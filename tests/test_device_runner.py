@@ -3,6 +3,7 @@ and the search for devices, against onnxruntime's own functions."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -284,13 +285,25 @@ def test_the_default_variant_of_a_device(package: Path) -> None:
     entry = manifest.variants["fp16"]
 
     def with_variants(*names: str) -> Manifest:
-        from dataclasses import replace
+        return dataclasses.replace(manifest, variants=dict.fromkeys(names, entry))
 
-        return replace(manifest, variants=dict.fromkeys(names, entry))
+    def default(device: str, *names: str) -> str | None:
+        return default_variant(package, with_variants(*names), device)
 
-    assert default_variant(with_variants("fp32", "q4f16", "bf16", "fp16"), "cpu") == "fp32"
-    assert default_variant(with_variants("fp32", "q4f16", "bf16", "fp16"), "cuda") == "bf16"
-    assert default_variant(with_variants("q4f16", "fp16"), "nv-rtx") == "fp16"
-    assert default_variant(with_variants("fp32", "q4f16"), "cuda") == "q4f16"
+    assert default("cpu", "fp32", "q4f16", "bf16", "fp16") == "fp32"
+    assert default("cpu", "fp32", "q8", "q4", "bf16") == "q4"
+    assert default("cpu", "fp32", "q8", "bf16") == "q8"
+    assert default("cuda", "fp32", "q4f16", "bf16", "fp16") == "bf16"
+    assert default("nv-rtx", "q4f16", "fp16") == "fp16"
+    assert default("cuda", "fp32", "q4f16") == "q4f16"
     with pytest.raises(BackendError, match="device cuda: the package has fp32, q4; export it with --variant bf16"):
-        default_variant(with_variants("fp32", "q4"), "cuda")
+        default("cuda", "fp32", "q4")
+
+
+def test_a_variant_for_gpus_is_the_default_of_no_cpu(package: Path) -> None:
+    manifest = load_manifest(package)
+    entry = manifest.variants["fp16"]
+    bf16 = dataclasses.replace(entry, kv_cache=dataclasses.replace(entry.kv_cache, dtype="bfloat16"))
+    both = dataclasses.replace(manifest, variants={"bf16": bf16, "fp16": entry})
+    assert default_variant(package, both, "cpu") == "fp16"  # which a CPU runs
+    assert default_variant(package, dataclasses.replace(manifest, variants={"bf16": bf16}), "cpu") == "bf16"

@@ -70,8 +70,10 @@ class PieceTokenizer:
 
     eos_token_ids = ()
 
-    def __init__(self, pieces: Sequence[str], rest: str = "") -> None:
-        self.pieces, self.rest = pieces, rest
+    def __init__(self, pieces: Sequence[str], rest: str = "", special: Sequence[str] = ()) -> None:
+        self.rest = rest
+        self.special_tokens = {n: piece for n, piece in enumerate(pieces) if piece in special}
+        self.pieces = ["" if piece in special else piece for piece in pieces]
 
     def stream(self) -> PieceTokenizer:
         return self
@@ -125,6 +127,59 @@ def test_stop_string_across_pieces_is_never_given_out_in_part() -> None:
 def test_the_stop_string_that_is_complete_first_counts() -> None:
     assert streamed(["abcd"], ["abcd", "bc"]) == [Piece("a", "stop")]
     assert streamed(["xabc"], ["bc", "abc"]) == [Piece("x", "stop")]
+
+
+def streamed_with_names(pieces: Sequence[str], stop: Sequence[str]) -> list[Piece]:
+    tokenizer = PieceTokenizer(pieces, special=("<|pad|>", "<|end|>"))
+    return list(stream_text(tokenizer, range(len(pieces)), stop=stop))
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stop", "expected", "reason"),
+    [
+        (["yes", "<|pad|>", "no"], ["<|pad|>"], "yes", "stop"),
+        (["yes", "<|end|>", "no", "<|pad|>"], ["<|pad|>"], "yesno", "stop"),
+        (["yes", "<|pad|>", "no"], ["s<|pad|>"], "ye", "stop"),
+        (["yes", "<|pad|>", "no"], ["<|pad|>n"], "yes", "stop"),
+        (["yes", "<|pad|>", "no"], ["s<|pad|>n"], "ye", "stop"),
+        (["yes", "<|pad|>", "no"], ["s<|pad|>x"], "yesno", "length"),
+        (["yes", "<|pad|>", "<|end|>", "no"], ["<|pad|><|end|>"], "yes", "stop"),
+        (["yes", "<|pad|>", "no"], ["sn"], "ye", "stop"),
+        (["yes", "<|pad|>", "no"], ["sn", "<|pad|>"], "yes", "stop"),
+        (["a", "<|pad|>", "b", "<|pad|>", "c"], ["b<|pad|>c"], "a", "stop"),
+        (["<|pad|>", "<|pad|>", "a"], ["<|pad|>b"], "a", "length"),
+    ],
+)
+def test_a_stop_string_that_names_a_special_token_is_found_where_the_token_is(
+    pieces: Sequence[str], stop: Sequence[str], expected: str, reason: str
+) -> None:
+    found = streamed_with_names(pieces, stop)
+    assert ("".join(piece.text for piece in found), found[-1].finish_reason) == (expected, reason)
+    assert all(piece.finish_reason is None and piece.text for piece in found[:-1])
+
+
+def test_random_texts_with_special_tokens_stop_where_the_definition_says() -> None:
+    """Read the text with names, token by token; the first moment at which a stop string is complete ends it."""
+    random = np.random.default_rng(3)
+    names = ("<|pad|>", "<|end|>")
+    for _ in range(3000):
+        pieces = [str(random.choice(["a", "b", "ab", *names])) for _ in range(7)]
+        stop = ["".join(random.choice(["a", "b", *names], random.integers(1, 4))) for _ in range(2)]
+        expected, reason = "".join(p for p in pieces if p not in names), "length"
+        for count in range(1, len(pieces) + 1):
+            full = "".join(pieces[:count])
+            shown = "".join(p for p in pieces[:count] if p not in names)
+            cuts = [at for s in stop if (at := shown.find(s)) >= 0]
+            for s in stop:
+                at = full.find(s)
+                if at >= 0 and any(name in s for name in names):
+                    cuts.append(len(full[:at].replace(names[0], "").replace(names[1], "")))
+            if cuts:
+                expected, reason = shown[: min(cuts)], "stop"
+                break
+        found = streamed_with_names(pieces, stop)
+        text = "".join(piece.text for piece in found)
+        assert (text, found[-1].finish_reason) == (expected, reason), (pieces, stop)
 
 
 def test_text_held_back_comes_when_it_is_no_stop_string() -> None:

@@ -15,10 +15,15 @@ from pathlib import Path
 import pytest
 
 import runtimes
+from olmo2_export.checkpoint import open_checkpoint
+from olmo2_export.package import export
+from olmo2_export.variants import Options
 from runtimes import cli, open_runner
 from runtimes.cli import main, parse_args
 from runtimes.generate import generate
+from runtimes.manifest import package_checksum
 from runtimes.sampling import Sampler
+from runtimes.sealed import FORMAT_VERSION, seal
 from runtimes.tokenizer import Tokenizer
 
 ROOT = Path(runtimes.__file__).parent.parent
@@ -111,13 +116,84 @@ def test_stats_are_one_line_on_stderr(demo_package: Path, capsys: pytest.Capture
     assert main(["generate", str(demo_package), "--prompt", PROMPT, "--max-new-tokens", "9", "--stats"]) == 0
     pattern = (
         r"\d+ prompt tokens \(0 reused\), 9 new tokens \(0 drafted, 0 accepted\), "
-        r"time to first token \d+\.\d ms, \d+\.\d tokens/s, finish reason length\n"
+        r"time to first token \d+\.\d ms, \d+\.\d tokens/s, finish reason length, variant fp32\n"
     )
     assert re.fullmatch(pattern, capsys.readouterr().err)
     assert main(["generate", str(demo_package), "--prompt", PROMPT, "--max-new-tokens", "0", "--stats"]) == 0
     out, err = capsys.readouterr()
     assert out == "\n"
     assert "0 new tokens (0 drafted, 0 accepted), time to first token - ms, - tokens/s, finish reason length" in err
+
+
+def test_prompts_of_windows_editors_are_the_same_prompt(
+    demo_package: Path, expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for data in (b"\r\n", b"\n", b""):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbf" + PROMPT.encode() + data)))
+        assert main(["generate", str(demo_package), "--prompt", "-", "--max-new-tokens", "24"]) == 0
+        assert capsys.readouterr().out == expected + "\n"
+
+
+def test_a_special_token_in_a_prompt_is_text_and_said_or_the_token(demo_package: Path) -> None:
+    command = ["generate", demo_package, "--prompt", "<|endoftext|>In", "--max-new-tokens", "2", "--stats"]
+    said = start(*command).communicate(timeout=60)[1].decode()
+    assert "the prompt holds <|endoftext|>, taken as text; with --special-tokens it is the special token" in said
+    assert not re.search(r"^2 prompt tokens", said, re.MULTILINE)
+    said = start(*command, "--special-tokens").communicate(timeout=60)[1].decode()
+    assert "taken as text" not in said
+    assert re.match(r"2 prompt tokens", said)
+
+
+@pytest.fixture(scope="module")
+def two_variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo in fp32 and q4, verified by nobody."""
+    out = tmp_path_factory.mktemp("two") / "demo"
+    export(open_checkpoint("demo"), out, variants=["fp32", "q4"], options=Options(prefill_graph=False))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "chosen", "said"),
+    [
+        ({}, "q4", ""),
+        ({"fp32": True, "q4": True}, "q4", ""),
+        ({"fp32": True}, "fp32", "variant q4: not verified yet; fp32 is taken"),
+        ({"fp32": True, "q4": False}, "fp32", "variant q4: failed when it was verified; fp32 is taken"),
+        ({"q4": False}, "fp32", "variant q4: failed when it was verified; fp32 is taken"),
+        ({"fp32": False, "q4": False}, "q4", "variant q4 failed when it was verified, and there is no other"),
+    ],
+)
+def test_the_default_is_the_fastest_variant_that_is_verified(
+    two_variants: Path, verdicts: dict[str, bool], chosen: str, said: str
+) -> None:
+    document = {
+        "format_version": FORMAT_VERSION,
+        "package_checksum": package_checksum(two_variants),
+        "variants": {name: {"passed": passed} for name, passed in verdicts.items()},
+    }
+    report = two_variants / "parity.json"
+    report.write_bytes(seal(document))
+    with open_runner(two_variants) as runner:
+        assert runner.variant.name == chosen
+    command = [
+        sys.executable,
+        "-m",
+        "runtimes",
+        "generate",
+        str(two_variants),
+        "--prompt",
+        "x",
+        "--max-new-tokens",
+        "1",
+    ]
+    result = subprocess.run([*command, "--stats"], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stderr.rstrip().endswith(f"variant {chosen}")
+    assert said in result.stderr
+    assert (len(result.stderr.splitlines()) == 1) == (not said)
+    for damaged in (b"", b"{}", seal(document | {"package_checksum": "of another"}), report.read_bytes()[:-9]):
+        report.write_bytes(damaged)
+        with open_runner(two_variants) as runner:
+            assert runner.variant.name == "q4"
 
 
 def test_variant_backend_and_threads_are_used(
@@ -323,6 +399,7 @@ def test_defaults() -> None:
         "verb": "generate",
         "package": "folder",
         "prompt": "x",
+        "special_tokens": False,
         "variant": None,
         "max_new_tokens": None,
         "temperature": 0.0,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from runtimes.errors import InputError, IntegrityError, PackageError, PackageNotFoundError
+from runtimes.generate import encode_prompt
 from runtimes.manifest import MANIFEST_NAME
 from runtimes.sealed import hash_files, read_sealed, seal
 from runtimes.tokenizer import Tokenizer
@@ -100,6 +101,31 @@ def test_text_that_looks_like_a_special_token_stays_text(tokenizer: Tokenizer) -
     assert tokenizer.decode(ids) == "a<|endoftext|>b"
 
 
+def test_special_tokens_of_a_rendered_prompt_are_parsed_when_asked_for(tokenizer: Tokenizer) -> None:
+    (eos,) = tokenizer.eos_token_ids
+    parsed = tokenizer.encode("<|endoftext|>hi", parse_special=True)
+    assert parsed == [eos, *tokenizer.encode("hi")]
+    assert tokenizer.encode("<|endoftext|>hi") != parsed  # nothing has changed for the next text
+    assert tokenizer.special_in("a<|endoftext|>b") == ["<|endoftext|>"]
+    assert tokenizer.special_in("no <|end") == []
+
+
+def test_a_token_that_begins_a_text_is_not_doubled(demo_package: Path, tmp_path: Path) -> None:
+    document = json.loads((demo_package / "tokenizer.json").read_text())
+    document["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
+    }
+    package = edit(demo_package, tmp_path / "p", tokenizer=document, generation_config={"bos_token_id": 0})
+    begins = Tokenizer.from_package(package)
+    plain = begins.encode("hi", add_special_tokens=False)
+    assert encode_prompt(begins, "hi") == [0, *plain]
+    assert encode_prompt(begins, "<|endoftext|>hi", parse_special=True) == [0, *plain]
+    assert encode_prompt(begins, "<|endoftext|><|endoftext|>hi", parse_special=True) == [0, 0, *plain]
+
+
 def test_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match=r"character 2 is the lone surrogate U\+D800"):
         tokenizer.encode("ab\ud800")
@@ -155,7 +181,15 @@ def test_bos_and_pad_are_read_likewise(demo_package: Path, tmp_path: Path) -> No
     assert (tokenizer.bos_token_id, tokenizer.pad_token_id) == (5, 2)
 
 
-@pytest.mark.parametrize("value", ["7", -1, True, 1.0, [3, None]])
+@pytest.mark.parametrize(("value", "expected"), [(-1, ()), (4096, ()), ([5, 4096, -1], (5,))])
+def test_an_id_that_the_vocabulary_lacks_ends_nothing(
+    demo_package: Path, tmp_path: Path, value: Any, expected: tuple[int, ...]
+) -> None:
+    package = edit(demo_package, tmp_path / "p", generation_config={"eos_token_id": value})
+    assert Tokenizer.from_package(package).eos_token_ids == expected
+
+
+@pytest.mark.parametrize("value", ["7", True, 1.0, [3, None]])
 def test_eos_of_another_type_is_refused(demo_package: Path, tmp_path: Path, value: Any) -> None:
     package = edit(demo_package, tmp_path / "p", generation_config={"eos_token_id": value})
     with pytest.raises(PackageError, match="eos_token_id"):

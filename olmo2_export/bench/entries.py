@@ -236,9 +236,9 @@ def _folder_bytes(folder: Path) -> int:
 def default_variants(package: Path, backend: str, device: str) -> list[str]:
     """Return the variants of a package that a backend runs on a device."""
     if backend == "ort":
-        from runtimes.ort_runner import PREFERRED
+        from runtimes.ort_runner import FASTEST
 
         wanted = load_manifest(package).variants
-        return [name for name in wanted if (name in PREFERRED) == (device != "cpu")]
+        return [name for name in wanted if (name in FASTEST["cuda"]) == (device != "cpu")]
     trt = load_trt_manifest(package)
     return [] if trt is None else [e.variant for e in trt.engines.values() if e.backend == backend]

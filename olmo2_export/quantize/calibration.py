@@ -66,7 +66,7 @@ def calibration_tokens(
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # line ends of any system, and no byte order mark
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: byte {error.start} is not UTF-8; calibration needs a plain text file") from error
     except OSError as error:
