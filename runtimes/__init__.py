@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
+import runtimes.telemetry  # noqa: F401  # before any onnxruntime: every import of runtimes.x comes through here first
 from runtimes.errors import (
     BackendError,
     ContextLengthError,

@@ -17,7 +17,7 @@ MODULES = sorted(p.stem for p in FOLDER.glob("*.py"))
 FORBIDDEN = {"torch", "transformers", "onnx", "olmo2_export"}
 # Each file imports only from the groups before its own.
 ORDER = [
-    {"errors", "signals", "threads", "jit_cache"},
+    {"errors", "signals", "threads", "jit_cache", "telemetry"},
     {"sealed"},
     {"manifest"},
     {"runner", "sampling", "tokenizer", "nvidia", "cuda"},
