@@ -9,10 +9,12 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +28,7 @@ from polygraphy.logger import G_LOGGER  # type: ignore[import-untyped]
 
 from olmo2_export.first_call import first_call, float32_name
 from olmo2_export.graph_files import save_graph
+from olmo2_export.stored_graph import load_graph
 from olmo2_export.verify.trt_forms import exact_form, rounded_form
 from runtimes.errors import BackendError, FailedError, UsageError, VariantNotFoundError
 from runtimes.manifest import Variant, load_manifest, load_trt_manifest
@@ -69,8 +72,8 @@ def capability(package: Path, variant: str, backend: TensorRTBackend) -> tuple[b
     """
     entry = find_graph(package, variant)
     load_tensorrt(backend)  # says what is missing
-    with tempfile.TemporaryDirectory() as folder:
-        said = _polygraphy(backend, ["inspect", "capability", str((package / entry.graph).resolve())], Path(folder))
+    with tempfile.TemporaryDirectory() as folder, _plain_files(package / entry.graph) as graph:
+        said = _polygraphy(backend, ["inspect", "capability", str(graph)], Path(folder))
     return _SUPPORTED in said, said
 
 
@@ -96,7 +99,11 @@ def reduce(package: Path, variant: str, out: Path, backend: TensorRTBackend, che
         FailedError: Polygraphy could not reduce it.
     """
     entry = find_graph(package, variant)
-    graph = (package / entry.graph).resolve()
+    with _plain_files(package / entry.graph) as graph:
+        return _reduce(graph, variant, out.resolve(), backend, check)
+
+
+def _reduce(graph: Path, variant: str, target: Path, backend: TensorRTBackend, check: Sequence[str]) -> str:
     command = list(check) or [sys.executable, "-m", "olmo2_export.polygraphy_tool", backend, "parse"]
     try:
         whole = subprocess.run([*command, str(graph)], capture_output=True, text=True, check=False)
@@ -104,7 +111,6 @@ def reduce(package: Path, variant: str, out: Path, backend: TensorRTBackend, che
         raise UsageError(f"check {command[0]}: cannot be run ({error.strerror}); give a command") from error
     if whole.returncode == 0:
         raise UsageError(f"{variant}: the check passes on the whole graph: there is nothing to reduce")
-    target = out.resolve()
     words = ["debug", "reduce", str(graph), "-o", str(target), "--mode", "bisect", "--model-input-shapes", *_SHAPES]
     said = ""
     for less in ([], ["--no-reduce-inputs"]):
@@ -140,7 +146,7 @@ def compare_variant(
         raise UsageError(f"tolerance {tolerance:g}: expected a number above 0")
     entry = find_graph(package, variant)
     runner = None if backend == "ort" else tensorrt_runner(backend)
-    graph = ir.load(package / entry.graph)
+    graph = load_graph(package / entry.graph)
     vocabulary = load_manifest(package).model.vocab_size
     token_ids = np.random.default_rng(0).integers(0, vocabulary, TOKENS, dtype=np.int64)
     if runner is None:
@@ -249,6 +255,19 @@ def find_graph(package: Path, variant: str) -> Variant:
         raise VariantNotFoundError(f"{package}: no TensorRT graph {variant!r}; it has {listed}: olmo2-export build")
     check_files(package, manifest.files, manifest.variants[variant].files, remedy="build it again")
     return manifest.variants[variant]
+
+
+@contextmanager
+def _plain_files(graph: Path) -> Iterator[Path]:
+    """Yield the absolute path of a graph; where it or its weights are links, which Polygraphy refuses, of a copy."""
+    files = [graph, graph.with_name(f"{graph.name}_data")]
+    if not any(path.is_symlink() for path in files):
+        yield graph.resolve()
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for path in files:
+            shutil.copyfile(path, Path(folder, path.name))
+        yield Path(folder, graph.name)
 
 
 def _rounded(outputs: Mapping[str, Any], name: str) -> np.ndarray | None:

@@ -15,6 +15,7 @@ from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
 from olmo2_export.fuse.fold_weight_transpose import TRANSPOSED
 from olmo2_export.model import rotary_tables
+from olmo2_export.stored_graph import load_graph
 from olmo2_export.trace import ROTARY_TABLES
 from runtimes.errors import FusionError, ResourceError, first_names
 
@@ -94,7 +95,7 @@ def save_weights(model: ir.Model, path: Path, stored: Path) -> None:
         ResourceError: the disk cannot hold it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    places = {name: value.const_value for name, value in ir.load(stored).graph.initializers.items()}
+    places = {name: value.const_value for name, value in load_graph(stored).graph.initializers.items()}
     new = {name: value.const_value for name, value in model.graph.initializers.items()}
     wrong = sorted(places.keys() ^ new.keys())
     for name in places.keys() & new.keys():

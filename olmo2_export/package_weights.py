@@ -10,6 +10,7 @@ import onnx_ir as ir
 import torch
 
 from olmo2_export.quantize.names import EMBEDDING
+from olmo2_export.stored_graph import load_graph
 from runtimes.errors import PackageError
 from runtimes.manifest import Manifest
 
@@ -25,7 +26,7 @@ class PackageWeights:
 
     @cached_property
     def _initializers(self) -> dict[str, ir.TensorProtocol]:
-        values = ir.load(self._graph).graph.initializers.items()
+        values = load_graph(self._graph).graph.initializers.items()
         return {name: value.const_value for name, value in values if value.const_value is not None}
 
     def tensor(self, name: str) -> torch.Tensor:

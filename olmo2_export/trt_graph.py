@@ -51,6 +51,7 @@ from olmo2_export.fuse.static_cache import OPSET
 from olmo2_export.fuse.top_candidates import top_candidates
 from olmo2_export.quantize.linear import QuantizedLinear, side_by_side
 from olmo2_export.quantize.static import StaticWeights
+from olmo2_export.stored_graph import load_graph
 from runtimes.errors import FusionError
 from runtimes.manifest import KVCacheSpec, Manifest, ModelSpec, TensorSpec, Variant
 
@@ -168,7 +169,7 @@ def load_static_graph(
     weights: StaticWeights | None = None,
 ) -> tuple[ir.Model, WeightRounding]:
     """Make the static-cache graph of a package from its fp32 variant; arguments and errors as `static_graph`."""
-    portable = ir.load(package / manifest.variants["fp32"].graph)
+    portable = load_graph(package / manifest.variants["fp32"].graph)
     return static_graph(portable, manifest.model, precision, max_cache_length, top_k, weights)
 
 

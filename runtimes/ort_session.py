@@ -8,6 +8,7 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state  # type: ignore[import-untyped]
 
 from runtimes.errors import PackageError, first_names
+from runtimes.linked_data import follow_link
 from runtimes.manifest import Variant
 from runtimes.ort_devices import Device, Shapes, find_device
 
@@ -57,13 +58,18 @@ def open_session(
     options.log_severity_level = _ERRORS_ONLY
     if threads is not None:
         options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
+    source = changed
+    if changed is not None or device.name != "nv-rtx":  # a compiler reads the weights itself, by the graph's path
+        source, folder = follow_link(graph, changed)
+        if source is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if changed is not None:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
         providers = device.configure(options, capture=capture, shapes=shapes)
-        source = graph if changed is None else changed
-        session = ort.InferenceSession(source, options, providers=providers, enable_fallback=0)
+        session = ort.InferenceSession(
+            graph if source is None else source, options, providers=providers, enable_fallback=0
+        )
     except _LOAD_ERRORS as error:
         raise PackageError(f"{graph}: onnxruntime cannot load it ({one_line(error)}); export it again") from error
     device.check(session.get_providers())

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 EXPORTER = """
 __init__
 config
-atomic hub stored_tensors tokenizer_file model error_bars lm_eval_adapter
+atomic hub stored_tensors tokenizer_file model error_bars lm_eval_adapter stored_graph
 checkpoint
 quantize
 fuse
@@ -123,6 +123,15 @@ def test_one_file_imports_by_name() -> None:
             text = path.read_text(encoding="utf-8")
             for word in ("tensorrt_rtx_bindings", "import_module", "__import__"):
                 assert word not in text, f"{path} has {word}"
+
+
+def test_one_file_loads_graphs() -> None:
+    """Whoever loads one without `load_graph` cannot read the weights of a package in a Hub cache."""
+    for path in sources():
+        if path.name != "stored_graph.py":
+            text = path.read_text(encoding="utf-8")
+            assert "ir.load(" not in text, path
+            assert "onnx.load(" not in text, path
 
 
 def test_no_error_is_swallowed_wholesale() -> None:

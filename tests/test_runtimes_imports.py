@@ -18,7 +18,7 @@ FORBIDDEN = {"torch", "transformers", "onnx", "olmo2_export"}
 # Each file imports only from the groups before its own.
 ORDER = [
     {"errors", "signals", "threads", "jit_cache", "telemetry"},
-    {"sealed", "plain_text"},
+    {"sealed", "plain_text", "linked_data"},
     {"manifest"},
     {"runner", "sampling", "tokenizer", "nvidia", "cuda"},
     {"ort_devices", "speculate", "row_runner"},

@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx_ir as ir
-
+from olmo2_export.stored_graph import load_graph
 from runtimes.manifest import Variant
 
 _PICKED = {
@@ -63,7 +62,7 @@ class Traffic:
 def graph_weight_bytes(path: Path) -> WeightBytes:
     """Count the weights of an ONNX file, without reading them."""
     per_step = per_row = 0.0
-    for value in ir.load(path).graph.initializers.values():
+    for value in load_graph(path).graph.initializers.values():
         tensor, uses = value.const_value, list(value.uses())
         if tensor is None or not uses:  # nothing to read
             continue

@@ -299,12 +299,18 @@ def _keep_other_backends(
 
 
 def _link(files: dict[str, FileEntry], package: Path, staging: Path) -> None:
-    """Put the files that stay into the new folder, without copying them."""
+    """Put the files that stay into the new folder, without copying them where the file system can; links stay links."""
     for name in files:
         path = package / name
-        os.link(path, staging / path.name)
-        for kernels in path.parent.glob(f"{path.name}.*.jit"):  # of a runner; see runtimes.jit_cache
-            os.link(kernels, staging / kernels.name)
+        for kept in (path, *path.parent.glob(f"{path.name}.*.jit")):  # kernels of a runner; see runtimes.jit_cache
+            place = staging / kept.name
+            if kept.is_symlink():
+                place.symlink_to(kept.readlink())
+                continue
+            try:
+                os.link(kept, place)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(kept, place)
 
 
 def _check_space(staging: Path, variant: Variant) -> None:

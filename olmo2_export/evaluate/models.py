@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import onnx_ir as ir
 import torch
 
 from olmo2_export.checkpoint import Checkpoint
@@ -21,6 +20,7 @@ from olmo2_export.evaluate.text import Window
 from olmo2_export.quality import Measured
 from olmo2_export.quantize.sweep import Head, embed, staged_layers
 from olmo2_export.reference import Reference, open_reference
+from olmo2_export.stored_graph import load_graph
 from olmo2_export.verify.device import open_device_graph
 from olmo2_export.verify.static import StaticForms
 from runtimes import Backend, Device, open_runner
@@ -173,7 +173,7 @@ def open_measured(package: Path, variant: str) -> Iterator[Measured]:
     entry, _ = find_variant(package, variant)
     if entry.kv_cache.form == "static":
         model = load_manifest(package).model
-        yield StaticForms(package, entry, model, ir.load(package / entry.graph)).open_all_positions()
+        yield StaticForms(package, entry, model, load_graph(package / entry.graph)).open_all_positions()
         return
     with open_device_graph(package, entry, "cpu") as runner:
         yield runner

@@ -24,6 +24,7 @@ from olmo2_export.locate.torch_layers import Weights, rotary_tables
 from olmo2_export.quantize.linear import QuantizedLinear
 from olmo2_export.quantize.names import stored_weight
 from olmo2_export.reference import Rounding, fp8_scaled, int8_blocks, int8_scaled
+from olmo2_export.stored_graph import load_graph
 from olmo2_export.trace import ROTARY_TABLES
 from olmo2_export.verify import trt_forms
 from olmo2_export.verify.trt_forms import Lazy
@@ -81,7 +82,7 @@ def variant_views(
     opener: Opener | None = None,
 ) -> list[View]:
     """Return the views of a variant, the sharpest first; arguments as those of `locate`."""
-    graph = ir.load(package / entry.graph)
+    graph = load_graph(package / entry.graph)
     static = entry.kv_cache.form == "static"
     quantized = _quantized_weights(graph, config, static=static) if entry.quantization is not None else {}
     weights = stored_weights(graph, checkpoint, config, quantized)
@@ -113,7 +114,7 @@ def variant_views(
     views.append(View("kernels", graph, wide, made, weights, "fp32", ROUNDED, rounding=rounded))
     if entry.prefill is not None:
         path = package / entry.prefill.graph
-        prefill = ir.load(path)
+        prefill = load_graph(path)
         int8 = stored_int8(prefill)
         both = Lazy({name: partial(m.__getitem__, name) for m in (quantized, int8) for name in m})
         views.append(
@@ -180,7 +181,7 @@ def stored_int8(graph: ir.Model) -> Lazy[torch.Tensor]:
 
 def tables_check(package: Path, entry: Variant, checkpoint: Checkpoint) -> tuple[TensorParity, str] | None:
     """Compare the stored rotary tables with transformers' at every position; return what is wrong."""
-    stored = ir.load(package / entry.graph).graph.initializers
+    stored = load_graph(package / entry.graph).graph.initializers
     tensors = [stored[name].const_value for name in ROTARY_TABLES if name in stored]
     found = [torch.from_numpy(t.numpy().astype(np.float32)) for t in tensors if t is not None]
     if len(found) != len(ROTARY_TABLES):
@@ -215,14 +216,14 @@ def weight_check(
     """Compare stored quantised weights with the checkpoint; return the first that is wrong, and what about it."""
     if entry.quantization is None:
         return None
-    graph = ir.load(package / entry.graph)
+    graph = load_graph(package / entry.graph)
     weights = _quantized_weights(graph, config, static=entry.kv_cache.form == "static")
     if entry.kv_cache.form == "static":
         checks = [(check_linears(trt_forms.stored_linears(graph, config), checkpoint, config), weights)]
     else:
         checks = [(check_matrices(ort_graph.stored_matrices(graph), checkpoint, config), weights)]
     if entry.prefill is not None:
-        int8 = stored_int8(ir.load(package / entry.prefill.graph))
+        int8 = stored_int8(load_graph(package / entry.prefill.graph))
         checks.append((check_int8(int8, checkpoint, config), int8))
     if entry.kv_cache.form == "static" and (wrong := _wrong_input_scale(graph, entry.quantization)) is not None:
         return wrong

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from olmo2_export.config import ModelConfig
 from olmo2_export.fuse import op_counts
 from olmo2_export.quantize.names import EMBEDDING, HEAD, weight_shapes
+from olmo2_export.stored_graph import load_graph
 from runtimes.errors import PackageError
 from runtimes.manifest import KVCacheSpec, Manifest, Quantization, TensorSpec, Variant
 
@@ -138,7 +139,7 @@ def summarize_graph(package: Path, graph: str, config: ModelConfig, quantization
     Raises:
         PackageError: a tensor of the graph has no data.
     """
-    model = ir.load(package / graph)
+    model = load_graph(package / graph)
     stored: list[StoredTensor] = []
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
@@ -168,7 +169,7 @@ def portable_ops(package: Path, manifest: Manifest, config: ModelConfig) -> tupl
     weights; each further layer adds what the second one did.
     """
     if (fp32 := manifest.variants.get("fp32")) is not None:
-        return dict(op_counts(ir.load(package / fp32.graph))), fp32.graph
+        return dict(op_counts(load_graph(package / fp32.graph))), fp32.graph
     from olmo2_export.trace import trace  # torch, which a package that has the graph can do without
 
     one, two = (op_counts(trace(dataclasses.replace(config, num_hidden_layers=n))) for n in (1, 2))

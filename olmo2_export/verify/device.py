@@ -32,6 +32,7 @@ from olmo2_export.parity import ParityReport
 from olmo2_export.quality import gate_of, measure_quality, quality_check, quality_tokens
 from olmo2_export.quantize.source import Replaced
 from olmo2_export.quantize.sweep import reference_logits
+from olmo2_export.stored_graph import load_graph
 from olmo2_export.verify.measure import LONGEST, Truth, ask_pytorch, measure_runner, with_quality
 from olmo2_export.verify.trt_forms import rounded_form
 from olmo2_export.verify.weight_checks import check_matrices
@@ -74,7 +75,7 @@ def measure_device(
         with open_device_graph(package, entry, device) as runner:
             return with_quality(measure_runner(runner, truth, entry.precision, name, sha256), runner, checkpoint)
     config = ModelConfig.from_json(checkpoint.folder / "config.json")
-    matrices = stored_matrices(ir.load(package / entry.graph))
+    matrices = stored_matrices(load_graph(package / entry.graph))
     if entry.quantization is None or matrices.keys() != entry.quantization.tensors.keys():
         raise PackageError(f"{package}: {entry.graph} has other weights than its manifest; export it again")
     weights = {tensor: matrix.dequantize() for tensor, matrix in matrices.items()}
@@ -116,7 +117,7 @@ def open_device_graph(package: Path, entry: Variant, device: Device) -> Iterator
             yield runner
         return
     variant = dataclasses.replace(entry, kv_cache=dataclasses.replace(entry.kv_cache, dtype="float32"))
-    form = ir.to_proto(rounded_form(ir.load(package / entry.graph))).SerializeToString()
+    form = ir.to_proto(rounded_form(load_graph(package / entry.graph))).SerializeToString()
     session = open_session(package / entry.graph, variant, None, form)
     with SharedRunner(session, None, variant, load_manifest(package).model) as shared:
         yield shared

@@ -33,6 +33,7 @@ from olmo2_export.quality import gate_of, measure_quality, quality_check, qualit
 from olmo2_export.quantize.names import EMBEDDING
 from olmo2_export.quantize.sweep import reference_logits
 from olmo2_export.reference import int8_blocks, open_reference
+from olmo2_export.stored_graph import load_graph
 from olmo2_export.verify.measure import LONGEST, Truth, ask_pytorch, feed, measure_runner
 from olmo2_export.verify.weight_checks import check_int8, check_matrices
 from runtimes.errors import PackageError
@@ -65,7 +66,7 @@ def measure_quantized(package: Path, name: str, checkpoint: Checkpoint, longest:
     check_files(package, files, entry.files)
     spec = load_manifest(package).model
     config = ModelConfig.from_json(checkpoint.folder / "config.json")
-    graph = ir.load(package / entry.graph)
+    graph = load_graph(package / entry.graph)
     matrices = stored_matrices(graph)
     if entry.quantization is None or matrices.keys() != entry.quantization.tensors.keys():
         raise PackageError(f"{package}: {entry.graph} has other weights than its manifest; export it again")
@@ -79,7 +80,7 @@ def measure_quantized(package: Path, name: str, checkpoint: Checkpoint, longest:
     checks = [check_matrices(matrices, checkpoint, config)]
     if entry.prefill is not None:
         int8 = {
-            tensor: torch.from_numpy(w) for tensor, w in stored_int8(ir.load(package / entry.prefill.graph)).items()
+            tensor: torch.from_numpy(w) for tensor, w in stored_int8(load_graph(package / entry.prefill.graph)).items()
         }
         rows = dict.fromkeys(int8, 0) | {t: blocks[t] for t in blocks.keys() - int8.keys()}
         prefill = dataclasses.replace(entry, graph=entry.prefill.graph, data=entry.prefill.data)
@@ -159,7 +160,7 @@ def _check_cache_scales(package: Path, entry: Variant) -> Check:
     scales = entry.kv_cache.quantization.scales
     failures = []
     for path in (entry.graph, entry.prefill.graph) if entry.prefill else (entry.graph,):
-        initializers = ir.load(package / path).graph.initializers
+        initializers = load_graph(package / path).graph.initializers
         for name, text in scales.items():
             value = initializers.get(f"kv_cache.{name}.scale")
             stored = None if value is None or value.const_value is None else value.const_value.numpy()

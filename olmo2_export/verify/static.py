@@ -35,6 +35,7 @@ from olmo2_export.quality import Measured, gate_of, measure_quality, quality_che
 from olmo2_export.quantize.static import static_input_scales
 from olmo2_export.quantize.sweep import reference_logits
 from olmo2_export.reference import Rounding, fp8_scaled, int8_scaled, open_reference
+from olmo2_export.stored_graph import load_graph
 from olmo2_export.trt_variants import default_text
 from olmo2_export.verify.measure import LONGEST, QUALITY_LENGTH, Truth, ask_pytorch, feed, measure_runner, with_quality
 from olmo2_export.verify.trt_forms import (
@@ -94,7 +95,7 @@ def measure_static(
     entry, files = find_variant(package, name)
     check_files(package, files, entry.files)
     config = ModelConfig.from_json(checkpoint.folder / "config.json")
-    graph = ir.load(package / entry.graph)
+    graph = load_graph(package / entry.graph)
     linears, tensors = stored_linears(graph, config), stored_tensors(graph)
     if linears.keys() != (entry.quantization.tensors.keys() if entry.quantization else set()):
         raise PackageError(f"{package}: {entry.graph} quantises other weights than its manifest says; build it again")

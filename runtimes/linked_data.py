@@ -1,0 +1,110 @@
+"""Open a graph whose weights lie elsewhere: in a Hub cache, every file of a package is a link into a folder of blobs.
+
+onnxruntime takes weights out of the graph's own folder only; which links it still follows changed with its versions.
+What the links of a package lead to is checked against the manifest, so that they are followed here: the graph is given
+to onnxruntime with the weights' true name in it, and their true folder.
+
+A graph is a protobuf message: fields of a tag, for text and messages followed by a length and as many bytes. Of
+ModelProto.graph (7), GraphProto.initializer (5), TensorProto.external_data (13), each a pair of key (1) and value (2),
+the values of `location` are replaced; all other bytes stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from runtimes.errors import PackageError
+
+_EXTERNAL_DATA = (7, 5, 13)
+_KEY, _VALUE = 1, 2
+_LENGTH_DELIMITED = 2
+_FIXED_SIZES = {1: 8, 5: 4}
+
+
+def follow_link(graph: Path, serialised: bytes | None = None) -> tuple[bytes | None, Path]:
+    """Return what to open for a graph, and the folder of its weights.
+
+    Args:
+        graph: the ONNX file; its weights have the same name with `_data`.
+        serialised: open this in its place; None: the file.
+
+    Returns:
+        The serialised graph, None where the file will do; and the folder its weights are in.
+
+    Raises:
+        PackageError: it is no ONNX graph.
+    """
+    data = graph.with_name(f"{graph.name}_data")
+    real = data.resolve()
+    if real == graph.parent.resolve() / data.name:
+        return serialised, graph.parent
+    if serialised is None:
+        serialised = graph.read_bytes()
+    try:
+        return _renamed(serialised, data.name, real.name), real.parent
+    except (IndexError, KeyError) as error:  # the bytes end in a number, or a tag has a type that there is not
+        raise PackageError(f"{graph}: not an ONNX graph; export the package again") from error
+
+
+def _renamed(model: bytes, old: str, new: str) -> bytes:
+    """Return a serialised model whose external data of one name has another."""
+    return _within(model, _EXTERNAL_DATA, _pair("location", old), _pair("location", new))
+
+
+def _within(message: bytes, path: tuple[int, ...], old: bytes, new: bytes) -> bytes:
+    """Replace the messages at the end of a path of field numbers that are equal to `old`."""
+    if not path:
+        return new if message == old else message
+    parts: list[bytes] = []
+    copied = 0
+    for number, start, begin, end in _fields(message):
+        if number == path[0] and begin < end:
+            changed = _within(message[begin:end], path[1:], old, new)
+            parts += [message[copied:start], _field(number, changed)]
+            copied = end
+    return b"".join([*parts, message[copied:]])
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """Yield each field's number, and where it starts, its content begins and ends; numbers have an empty content."""
+    position = 0
+    while position < len(message):
+        start = position
+        tag, position = _varint(message, position)
+        if tag & 7 == _LENGTH_DELIMITED:
+            size, position = _varint(message, position)
+            yield tag >> 3, start, position, position + size
+            position += size
+        elif tag & 7 == 0:
+            _, position = _varint(message, position)
+        else:
+            position += _FIXED_SIZES[tag & 7]
+
+
+def _varint(message: bytes, position: int) -> tuple[int, int]:
+    """Read a number of 7 bits a byte, the last byte below 128; return it and what follows its position."""
+    value = shift = 0
+    while True:
+        byte = message[position]
+        position += 1
+        value |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            return value, position
+
+
+def _pair(key: str, value: str) -> bytes:
+    return _field(_KEY, key.encode()) + _field(_VALUE, value.encode())
+
+
+def _field(number: int, content: bytes) -> bytes:
+    return _number(number << 3 | _LENGTH_DELIMITED) + _number(len(content)) + content
+
+
+def _number(value: int) -> bytes:
+    digits = bytearray()
+    while value > 127:
+        digits.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*digits, value])
