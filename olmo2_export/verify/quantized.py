@@ -19,6 +19,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from olmo2_export.quality import gate_of, measure_quality, quality_check, qualit
 from olmo2_export.quantize.names import EMBEDDING
 from olmo2_export.quantize.sweep import reference_logits
 from olmo2_export.reference import int8_blocks, open_reference
-from olmo2_export.verify.measure import LONGEST, Truth, ask_pytorch, feed, measure_runner
+from olmo2_export.verify.measure import LONGEST, Truth, ask_pytorch, draw_logits, feed, measure_runner
 from olmo2_export.verify.weight_checks import check_int8, check_matrices
 from runtimes.errors import PackageError
 from runtimes.manifest import ModelSpec, Variant, find_variant, load_manifest
@@ -130,7 +131,8 @@ def _kernel_cases(
         limits = dataclasses.replace(limits, error_ratio=_KV_ERROR_RATIO[entry.kv_cache.quantization.bits])
     variant = dataclasses.replace(entry, prefill=None)
     with open_ort(package, variant, load_manifest(package).model, None) as runner:
-        cases = feed(runner, truth, truth.exact, own, limits)
+        draws = partial(draw_logits, checkpoint, truth.sequences, truth.positions, weights, rounding)
+        cases = feed(runner, truth, truth.exact, own, limits, draws)
     return [dataclasses.replace(case, mode=f"{label} {case.mode}") for case in cases]
 
 
