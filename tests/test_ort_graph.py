@@ -291,6 +291,21 @@ def test_the_int8_graph_computes_with_its_int8_weights(case: Case, tmp_path: Pat
     for got, wanted, original in zip(logits, exact, case.exact, strict=True):
         assert nmse(got, wanted) <= 5e-5
         assert nmse(got, original) <= 5e-3
+    with case.open(exact_form(graph), tmp_path) as runner:
+        logits = runner.prefill(case.sequences, all_positions=True)
+    with open_reference(checkpoint, "fp64", blocks | int8) as reference:
+        exact = reference.logits(case.sequences)
+    assert all(nmse(got, wanted) <= 1e-11 for got, wanted in zip(logits, exact, strict=True))
+
+
+def test_a_product_whose_input_is_not_rounded_by_row_has_no_exact_form(four_bits: tuple[Case, ir.Model]) -> None:
+    case, shared = four_bits
+    weights = quantize(open_checkpoint(str(case.folder)), case.config, "rtn", form=FORM)
+    graph, _ = prefill_graph(shared, weights, case.config.spec)
+    product = next(n for n in graph.graph if n.op_type == "MatMulInteger")
+    product.replace_input_with(0, next(iter(graph.graph.inputs)))
+    with pytest.raises(FusionError, match="its input is not rounded by row: no Reshape"):
+        exact_form(graph)
 
 
 def rounded_by(model: ir.Model, x: np.ndarray, parts: dict[str, np.ndarray]) -> np.ndarray:
