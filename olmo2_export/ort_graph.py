@@ -26,7 +26,7 @@ import onnx_ir as ir
 
 from olmo2_export.fuse import ONNXRUNTIME, Pass, apply, check_op_counts
 from olmo2_export.fuse.gather_block_quantized import gather_block_quantized
-from olmo2_export.fuse.matmul_integer import matmul_integer
+from olmo2_export.fuse.matmul_integer import matmul_integer, multiply_floats
 from olmo2_export.fuse.matmul_nbits import matmul_nbits
 from olmo2_export.quantize.blocks import BlockFormat, QuantizedMatrix
 from olmo2_export.quantize.int8 import quantize_int8
@@ -115,9 +115,11 @@ def prefill_graph(
 
 
 def exact_form(graph: ir.Model) -> ir.Model:
-    """Return a decode graph that computes in float32 with the same weights: no rounding of activations or cache."""
+    """Return a graph that computes in float32 with the same weights: no rounding of activations or cache."""
     exact = graph.clone()
     for node in list(exact.graph):
+        if node.op_type == "MatMulInteger":
+            multiply_floats(exact.graph, node)
         if node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
         if node.op_type == "GroupQueryAttention" and "kv_cache_bit_width" in node.attributes:

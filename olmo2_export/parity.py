@@ -3,6 +3,11 @@
 KL alone is blind (a graph that ignores one q_norm has a KL of 3e-4) and top-1 alone is coarse, so a gate is a set of
 limits and each must hold. The sharpest is the error ratio: the error against float64, measured in units of the error
 that PyTorch itself makes at the same precision.
+
+That unit is one draw. Where a few weights are a thousand times the others, most of the error comes from few roundings,
+and another last bit in its inputs makes PyTorch's own up to 20 times as large; an ordinary model's, over all positions,
+stays within 5 %. So a graph that is off is compared again, with the largest of several draws and no absolute limit
+that PyTorch itself does not reach: see `compare`.
 """
 
 from __future__ import annotations
@@ -53,6 +58,10 @@ GATES: dict[str, Gate] = {
 KERNELS = Gate(error_ratio=1.5, kl_mean=math.inf, top1=0.0, near_tie=1e-9)
 """the gate of quantised kernels"""
 
+DRAWS = 6
+"""of PyTorch's error, besides the first, where a case does not hold its limits"""
+
+_APART = 2.0  # two results that are each so far from the truth may be twice as far from each other
 _SAMPLE = 9  # positions from which a case is held to its gate as it stands
 
 
@@ -85,6 +94,8 @@ class CaseResult:
     kl_max: float
     failures: tuple[str, ...]
     """the limits that do not hold, with both numbers"""
+    draws: int = 1
+    """of PyTorch's error; the largest is the unit of error_ratio"""
 
     @property
     def passed(self) -> bool:
@@ -199,6 +210,7 @@ def compare(
     exact: Sequence[np.ndarray],
     torch_logits: Sequence[np.ndarray],
     gate: Gate,
+    draws: Sequence[Sequence[np.ndarray]] = (),
 ) -> CaseResult:
     """Compare logits at some positions of all sequences.
 
@@ -209,6 +221,8 @@ def compare(
         exact: the same from PyTorch in float64.
         torch_logits: the same from PyTorch at the gate's precision.
         gate: the limits. Few positions are a small sample: see `_few`.
+        draws: `torch_logits` again, their last bits other ones. The largest error of all is the unit; and where that is
+            near an absolute limit, the limit follows it.
 
     Returns:
         The metrics and the limits that do not hold. Logits of another shape, or not finite, fail.
@@ -221,8 +235,11 @@ def compare(
         count = int((~np.isfinite(got)).any(axis=1).sum())
         return failed_case(mode, lengths, f"{count} of {len(got)} positions not finite")
     error = _rms(got - truth)
-    own_error = _rms(own - truth)
+    off = [own - truth, *(np.concatenate(list(draw)).astype(np.float64) - truth for draw in draws)]
+    own_error = max(_rms(x) for x in off)
     kl = kl_divergence(truth, got)
+    if draws:
+        gate = _reachable(gate, truth, off)
     values = {
         "error_ratio": error / own_error if own_error > 0 else (0.0 if error == 0 else math.inf),
         "nmse": error**2 / float(truth.var()),
@@ -241,7 +258,20 @@ def compare(
         kl_p99=float(np.quantile(kl, 0.99)),
         kl_max=float(kl.max()),
         failures=_broken_limits(values, _few(gate, len(got))),
+        draws=len(off),
         **values,
+    )
+
+
+def _reachable(gate: Gate, truth: np.ndarray, off: Sequence[np.ndarray]) -> Gate:
+    """Return the gate with no absolute limit below what PyTorch's own errors `off` leave to anyone."""
+    largest = max(_rms(x) for x in off) ** 2 / float(truth.var())
+    kl = max(float(kl_divergence(truth, truth + x).mean()) for x in off)
+    return replace(
+        gate,
+        nmse=None if gate.nmse is None else max(gate.nmse, _APART**2 * largest),
+        max_abs=None if gate.max_abs is None else max(gate.max_abs, _APART * max(float(np.abs(x).max()) for x in off)),
+        kl_mean=max(gate.kl_mean, _APART**2 * kl),
     )
 
 
@@ -343,7 +373,7 @@ def failed_case(mode: str, lengths: Sequence[int], reason: str) -> CaseResult:
     """Return the result of a case that gave no logits to compare."""
     metrics = "max_abs nmse relative_error error_ratio top1 top5 top10 kl_mean kl_p99 kl_max".split()
     numbers = dict.fromkeys(metrics, math.nan)
-    return CaseResult(mode, len(lengths), lengths[0], 0, failures=(reason,), **numbers)
+    return CaseResult(mode, len(lengths), lengths[0], 0, failures=(reason,), draws=1, **numbers)
 
 
 def perplexity_change(reference: np.ndarray, test: np.ndarray, tokens_from: str) -> PerplexityChange:

@@ -29,15 +29,26 @@ Rounding = Callable[[torch.Tensor], torch.Tensor]
 
 
 def int8_blocks(block_size: int) -> Rounding:
-    """Return what rounds to 8 bits, with a scale for each `block_size` columns of a row; 0: for a whole row."""
+    """Return what rounds to 8 bits, with a scale for each `block_size` columns of a row; 0: for a whole row.
+
+    In the kernels' own float32 arithmetic: those in blocks multiply by 127 / size, for a whole row the graph divides by
+    the scale. Inputs that come from codes, as a quantised embedding's do, lie halfway between two codes as often as one
+    in thirty, and there the last bit decides.
+    """
 
     def rounding(x: torch.Tensor) -> torch.Tensor:
         columns = x.shape[-1]
         size = block_size or columns
-        padded = F.pad(x, (0, -columns % size))
+        padded = F.pad(x.float(), (0, -columns % size))
         blocks = padded.view(*padded.shape[:-1], -1, size)
-        scale = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
-        rounded: torch.Tensor = ((blocks / scale).round() * scale).flatten(-2)[..., :columns]
+        largest = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+        if block_size:
+            scale = largest / 127
+            codes = blocks * (torch.full_like(largest, 127) / largest)  # 127 / largest would be 127 * (1 / largest)
+        else:
+            scale = largest * torch.tensor(1 / 127, dtype=torch.float32)
+            codes = blocks / scale
+        rounded: torch.Tensor = (codes.round().to(x.dtype) * scale.to(x.dtype)).flatten(-2)[..., :columns]
         return rounded
 
     return rounding

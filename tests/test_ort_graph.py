@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from checkpoints import make_checkpoint
@@ -290,6 +291,62 @@ def test_the_int8_graph_computes_with_its_int8_weights(case: Case, tmp_path: Pat
     for got, wanted, original in zip(logits, exact, case.exact, strict=True):
         assert nmse(got, wanted) <= 5e-5
         assert nmse(got, original) <= 5e-3
+    with case.open(exact_form(graph), tmp_path) as runner:
+        logits = runner.prefill(case.sequences, all_positions=True)
+    with open_reference(checkpoint, "fp64", blocks | int8) as reference:
+        exact = reference.logits(case.sequences)
+    assert all(nmse(got, wanted) <= 1e-11 for got, wanted in zip(logits, exact, strict=True))
+
+
+def test_a_product_whose_input_is_not_rounded_by_row_has_no_exact_form(four_bits: tuple[Case, ir.Model]) -> None:
+    case, shared = four_bits
+    weights = quantize(open_checkpoint(str(case.folder)), case.config, "rtn", form=FORM)
+    graph, _ = prefill_graph(shared, weights, case.config.spec)
+    product = next(n for n in graph.graph if n.op_type == "MatMulInteger")
+    product.replace_input_with(0, next(iter(graph.graph.inputs)))
+    with pytest.raises(FusionError, match="its input is not rounded by row: no Reshape"):
+        exact_form(graph)
+
+
+def rounded_by(model: ir.Model, x: np.ndarray, parts: dict[str, np.ndarray]) -> np.ndarray:
+    """Run a product with W, whose parts make the identity: what comes out is x as the kernel rounds it."""
+    for part, array in parts.items():
+        model.graph.initializers[f"W.{part}"].const_value = ir.tensor(array, name=f"W.{part}")
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {"x": x})
+    return np.asarray(y)
+
+
+@pytest.mark.parametrize("block", [0, 32, 64, 128])
+@pytest.mark.parametrize("rows", [1, 200])
+def test_inputs_halfway_between_two_codes_are_rounded_as_pytorch_does(block: int, rows: int) -> None:
+    """What a quantised embedding gives, whole numbers times a scale, is halfway in one code of thirty."""
+    columns = 96
+    generator = np.random.default_rng(0)
+    whole = generator.integers(-8, 9, (1, rows, columns))
+    x = (whole * generator.uniform(0.01, 0.2, (1, rows, 1))).astype(np.float32)
+    values = [
+        ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape))
+        for name, shape in (("x", [1, rows, columns]), ("W", [columns, columns]), ("y", [1, rows, columns]))
+    ]
+    product = ir.node("MatMul", values[:2], outputs=values[2:])
+    graph = ir.Graph(values[:1], values[2:], nodes=[product], initializers=[values[1]], opset_imports={"": 23})
+    model = ir.Model(graph, ir_version=10)
+    if block:
+        form = BlockFormat(8, block, True)
+        assert matmul_nbits(model, {"W": form}) == 1
+        one = np.full((columns, form.blocks(columns) * block), 128, np.uint8)
+        one[np.arange(columns), np.arange(columns)] = 129
+        scales = np.ones((columns, form.blocks(columns)), np.float32)
+        parts = {"packed": one.reshape(columns, -1, block), "scales": scales}
+    else:
+        assert matmul_integer(model, {"W"}) == 1
+        parts = {"int8": np.eye(columns, dtype=np.int8), "channel_scales": np.ones(columns, np.float32)}
+    rounded = rounded_by(model, x, parts)
+    size = np.abs(x).max(-1, keepdims=True)
+    for dtype in (torch.float32, torch.float64):
+        expected = int8_blocks(block)(torch.from_numpy(x).to(dtype)).numpy()
+        assert (np.abs(rounded - expected) < 1e-3 * size).all()  # a code is 8e-3
 
 
 def test_an_id_beyond_the_vocabulary_is_still_an_error(four_bits: tuple[Case, ir.Model], tmp_path: Path) -> None:

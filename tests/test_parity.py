@@ -134,6 +134,37 @@ def test_few_positions_are_a_small_sample_and_nine_are_none() -> None:
     assert any(failure.startswith("top1 0") for failure in fp32.failures)  # no token may differ in float32
 
 
+def test_the_largest_of_several_draws_is_the_unit_and_no_limit_is_below_it() -> None:
+    """PyTorch's own error is 20 times as large in another draw, where one weight is extreme."""
+    generator = np.random.default_rng(0)
+    exact = generator.normal(size=(20, 50))
+    noise = generator.normal(size=exact.shape)
+    own, draw = exact + 1e-6 * noise, exact + 2e-5 * noise[::-1]
+    test = exact + 2e-5 * generator.normal(size=exact.shape)
+    alone = compare("prefill", LENGTHS, [test], [exact], [own], GATES["fp32"])
+    assert {f.split()[0] for f in alone.failures} == {"error_ratio", "nmse", "kl_mean"}
+    assert alone.draws == 1
+    assert alone.error_ratio == pytest.approx(20, rel=0.1)
+    again = compare("prefill", LENGTHS, [test], [exact], [own], GATES["fp32"], [[own], [draw]])
+    assert again.passed, again.failures
+    assert again.draws == 3
+    assert again.error_ratio == pytest.approx(1, rel=0.1)
+    worse = compare("prefill", LENGTHS, [exact + 3 * (test - exact)], [exact], [own], GATES["fp32"], [[draw]])
+    assert [f.split()[0] for f in worse.failures] == ["nmse", "kl_mean"]  # more than twice PyTorch's largest
+    assert worse.nmse > 1e-11
+
+
+def test_draws_leave_the_limits_of_an_ordinary_model_alone() -> None:
+    generator = np.random.default_rng(0)
+    exact = generator.normal(size=(20, 50))
+    own, *draws = (exact + 3e-7 * generator.normal(size=exact.shape) for _ in range(7))
+    for ratio, broken in ((1, []), (5, ["error_ratio"]), (20, ["error_ratio", "nmse"])):
+        test = exact + ratio * 3e-7 * generator.normal(size=exact.shape)
+        case = compare("prefill", LENGTHS, [test], [exact], [own], GATES["fp32"], [[draw] for draw in draws])
+        assert [f.split()[0] for f in case.failures] == broken, (ratio, case)
+        assert case.error_ratio == pytest.approx(ratio, rel=0.1)
+
+
 def test_the_change_of_perplexity_has_a_paired_interval() -> None:
     generator = np.random.default_rng(0)
     before = generator.gamma(1.0, 3.0, 51_200)  # nats: far larger than what changes

@@ -26,6 +26,7 @@ import numpy as np
 import onnx_ir as ir
 
 from olmo2_export.fuse.edit import constant, is_op, name_of, new_node
+from runtimes.errors import FusionError
 
 FLOAT, UINT8, INT8, INT32, INT64 = (
     ir.DataType.FLOAT,
@@ -57,6 +58,29 @@ def matmul_integer(model: ir.Model, weights: Collection[str]) -> int:
         _rewrite(graph, node, weight, codes, row_scale)
         rewritten += 1
     return rewritten
+
+
+def multiply_floats(graph: ir.Graph, node: ir.Node) -> None:
+    """Let one rewritten product multiply x itself by the same weight, y = MatMul(x, Float(W.int8)) * W.channel_scales:
+    what the graph computes but for its rounding of x."""
+    codes, weight = node.inputs[:2]
+    assert weight is not None  # the rewrite gave it
+    assert weight.shape is not None
+    (wide,) = node.outputs[0].consumers()
+    (channels,) = wide.outputs[0].consumers()
+    (rows,) = channels.outputs[0].consumers()
+    x = codes
+    for step in ("Reshape", "QuantizeLinear", "Reshape"):
+        producer = None if x is None else x.producer()
+        if producer is None or producer.op_type != step:
+            raise FusionError(f"{weight.name}: its input is not rounded by row: no {step}; export the package again")
+        x = producer.inputs[0]
+    name = name_of(wide.outputs[0])
+    floats = new_node("Cast", [weight], f"{weight.name}_float", FLOAT, list(weight.shape), {"to": int(FLOAT)})
+    product = new_node("MatMul", [x, floats.outputs[0]], f"{name}_exact", FLOAT, wide.outputs[0].shape)
+    graph.insert_before(node, [floats, product])
+    channels.replace_input_with(0, product.outputs[0])
+    rows.replace_input_with(1, constant(graph, "not_rounded", 1.0, FLOAT))
 
 
 def _quantize_rows(graph: ir.Graph, before: ir.Node, x: ir.Value) -> tuple[ir.Value, ir.Value]:

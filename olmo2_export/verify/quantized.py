@@ -4,12 +4,13 @@
 |----------------|-------------------------------------------------|-----------------------------------------|---------|
 | prefill ...    | the decode graph, activations and cache in fp32 | the dequantised weights                 | fp32    |
 | kernels ...    | the decode graph as it is                       | the same, inputs rounded block by block | kernels |
+| int8 exact ... | the prefill graph, nothing rounded              | the int8 weights                        | fp32    |
 | int8 ...       | the prefill graph as it is                      | the int8 weights, inputs rounded by row | kernels |
 | weights        | -                                               | the checkpoint, block by block          | scale   |
 | quality        | each graph as it is, and both on one cache      | the checkpoint in float32               | quality |
 
-The first finds bugs that no measure of quality shows, such as a norm ignored; `weights` finds a scale that is wrong;
-the last is what users get.
+The exact ones find bugs that no measure of quality shows, such as a norm ignored, even where rounding costs so much
+that no other error is seen behind it; `weights` finds a scale that is wrong; the last is what users get.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 import torch
 
 from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
 from olmo2_export.ort_graph import exact_form, stored_int8, stored_matrices
-from olmo2_export.parity import KERNELS, CaseResult, Check, ParityReport, PerplexityChange
+from olmo2_export.parity import GATES, KERNELS, CaseResult, Check, ParityReport, PerplexityChange
 from olmo2_export.quality import gate_of, measure_quality, quality_check, quality_tokens
 from olmo2_export.quantize.names import EMBEDDING
 from olmo2_export.quantize.sweep import reference_logits
 from olmo2_export.reference import int8_blocks, open_reference
 from olmo2_export.stored_graph import load_graph
-from olmo2_export.verify.measure import LONGEST, Truth, ask_pytorch, feed, measure_runner
+from olmo2_export.verify.measure import LONGEST, Truth, ask_pytorch, draw_logits, feed, measure_runner
 from olmo2_export.verify.weight_checks import check_int8, check_matrices
 from runtimes.errors import PackageError
 from runtimes.manifest import ModelSpec, Variant, find_variant, load_manifest
@@ -79,13 +80,14 @@ def measure_quantized(package: Path, name: str, checkpoint: Checkpoint, longest:
     cases = [*report.cases, *_kernel_cases("kernels", package, entry, checkpoint, truth, weights, blocks)]
     checks = [check_matrices(matrices, checkpoint, config)]
     if entry.prefill is not None:
-        int8 = {
-            tensor: torch.from_numpy(w) for tensor, w in stored_int8(load_graph(package / entry.prefill.graph)).items()
-        }
+        int8_graph = load_graph(package / entry.prefill.graph)
+        int8 = {tensor: torch.from_numpy(w) for tensor, w in stored_int8(int8_graph).items()}
         rows = dict.fromkeys(int8, 0) | {t: blocks[t] for t in blocks.keys() - int8.keys()}
         prefill = dataclasses.replace(entry, graph=entry.prefill.graph, data=entry.prefill.data)
-        exact = _exact_logits(checkpoint, truth, weights | int8)
-        int8_truth = dataclasses.replace(truth, exact=exact)
+        int8_truth = ask_pytorch(package, checkpoint, {"fp32"}, capacity, weights=weights | int8)
+        with _open_exact(package, prefill, spec, int8_graph) as runner:
+            found = feed(runner, int8_truth, int8_truth.exact, int8_truth.own["fp32"], GATES["fp32"], int8_truth.draws)
+        cases += [dataclasses.replace(case, mode=f"int8 exact {case.mode}") for case in found]
         cases += _kernel_cases("int8", package, prefill, checkpoint, int8_truth, weights | int8, rows)
         checks.append(check_int8(int8, checkpoint, config))
     quality, change = _check_quality(package, entry, spec, checkpoint, config)
@@ -99,18 +101,13 @@ def measure_quantized(package: Path, name: str, checkpoint: Checkpoint, longest:
 
 @contextmanager
 def _open_exact(package: Path, entry: Variant, spec: ModelSpec, graph: ir.Model) -> Iterator[SharedRunner]:
-    """Run the decode graph's exact form, made in memory, on the package's weights."""
+    """Run a graph's exact form, made in memory, on the package's weights."""
     cache = dataclasses.replace(entry.kv_cache, dtype="float32", quantization=None)
     variant = dataclasses.replace(entry, kv_cache=cache, prefill=None)
     proto = ir.to_proto(exact_form(graph)).SerializeToString()
     session = open_session(package / entry.graph, variant, None, proto)
     with SharedRunner(session, None, variant, spec) as runner:
         yield runner
-
-
-def _exact_logits(checkpoint: Checkpoint, truth: Truth, weights: Mapping[str, torch.Tensor]) -> list[np.ndarray]:
-    with open_reference(checkpoint, "fp32", weights) as reference:  # much closer than the rounding that is measured
-        return reference.logits(truth.sequences, truth.positions)
 
 
 def _kernel_cases(
@@ -131,7 +128,8 @@ def _kernel_cases(
         limits = dataclasses.replace(limits, error_ratio=_KV_ERROR_RATIO[entry.kv_cache.quantization.bits])
     variant = dataclasses.replace(entry, prefill=None)
     with open_ort(package, variant, load_manifest(package).model, None) as runner:
-        cases = feed(runner, truth, truth.exact, own, limits)
+        draws = partial(draw_logits, checkpoint, truth.sequences, truth.positions, weights, rounding)
+        cases = feed(runner, truth, truth.exact, own, limits, draws)
     return [dataclasses.replace(case, mode=f"{label} {case.mode}") for case in cases]
 
 
