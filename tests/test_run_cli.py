@@ -447,9 +447,10 @@ def test_defaults() -> None:
 def endless_package(demo_package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo without a token that ends its texts; run it with --skip-hash-check."""
     package = Path(shutil.copytree(demo_package, tmp_path_factory.mktemp("endless") / "demo"))
-    for name in ("config.json", "generation_config.json"):
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         config = json.loads((package / name).read_text())
         config.pop("eos_token_id", None)
+        config.pop("eos_token", None)
         (package / name).write_text(json.dumps(config))
     return package
 
