@@ -26,6 +26,7 @@ from runtimes.errors import (
     UsageError,
     VariantNotFoundError,
 )
+from runtimes.integers import as_integer
 from runtimes.manifest import find_variant, load_manifest
 from runtimes.runner import Runner
 from runtimes.sealed import check_files
@@ -93,7 +94,8 @@ def open_runner(
         ResourceError: the GPU's memory does not hold the engine and its KV cache.
     """
     most = _MOST_THREADS_PER_CPU * (os.cpu_count() or 1)
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= most):
+    count = as_integer(threads)
+    if threads is not None and (count is None or not 1 <= count <= most):
         raise UsageError(f"threads {threads!r}: expected an integer from 1 to {most}, {_MOST_THREADS_PER_CPU} a CPU")
     folder = Path(package)
     if device is not None and device not in get_args(Device):
@@ -114,8 +116,7 @@ def open_runner(
             def check(names: Sequence[str]) -> None:
                 check_files(folder, files, names, hashes=check_hashes)
 
-            count = default_threads() if threads is None else threads
-            return open_ort(folder, chosen, manifest.model, count, check, device)
+            return open_ort(folder, chosen, manifest.model, count or default_threads(), check, device)
         case "trt_rtx" | "trt":
             if device not in (None, "cuda"):
                 raise UsageError(f"device {device}: backend {backend} runs on the GPU, as device cuda; leave it out")

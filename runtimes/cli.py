@@ -19,7 +19,7 @@ from typing import NoReturn, TypedDict
 from runtimes import Backend, Device, open_runner
 from runtimes.errors import DISK_FULL, FailedError, Olmo2ExportError, UsageError
 from runtimes.generate import Generation, encode_prompt, generate
-from runtimes.plain_text import plain_text
+from runtimes.plain_text import plain_lines, plain_text
 from runtimes.sampling import Sampler
 from runtimes.signals import Interrupted, interruptible
 from runtimes.speculate import Drafter, DraftModel, PromptLookup
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
     sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
     check_hashes = not args.skip_hash_check
     tokenizer = Tokenizer.from_package(args.package, check_hashes=check_hashes)
-    prompt = _read_stdin() if args.prompt == "-" else args.prompt
+    prompt = _read_stdin() if args.prompt == "-" else plain_lines(args.prompt.removesuffix("\r"))  # $(cat) ate the LF
     prompt_ids = encode_prompt(tokenizer, prompt, parse_special=args.special_tokens)
     if not args.special_tokens and (found := tokenizer.special_in(prompt)):
         logger.warning(
@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
             prompt_ids,
             sampler=sampler,
             max_new_tokens=new,
-            stop=args.stop,
+            stop=[plain_lines(stop) for stop in args.stop],
             on_text=_write,
             speculate=drafter,
         )

@@ -24,6 +24,7 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 
 from runtimes.errors import ContextLengthError, InputError, UsageError
 from runtimes.manifest import KVCacheSpec, ModelSpec, Variant
+from runtimes.one_thread import one_thread
 from runtimes.ort_devices import GpuMemory, Shapes
 from runtimes.runner import Ids
 from runtimes.shared_runner import SharedRunner, attention_mask
@@ -105,6 +106,7 @@ class DeviceRunner(SharedRunner):
         self._steps: dict[int, _DecodeStep] = {}
         self._steps_of = -1  # the buffer's version they are bound to
 
+    @one_thread
     def close(self) -> None:
         self._steps.clear()  # before the memory they are bound to
         super().close()

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
 from runtimes.errors import ContextLengthError, InputError
-from runtimes.runner import Runner, check_rows, common_prefix
+from runtimes.integers import as_integer
+from runtimes.runner import HeldText, Runner, check_rows, common_prefix
 from runtimes.sampling import Sampler
 from runtimes.speculate import Drafter, Speculation, speculate_tokens
 from runtimes.tokenizer import Tokenizer
@@ -110,7 +111,8 @@ def generate_tokens(
     Raises:
         InputError: no prompt id, or max_new_tokens is no integer of at least 0. At once.
         ContextLengthError: prompt and new tokens together do not fit. At once.
-        UsageError: the drafter cannot guess for this model. At once.
+        UsageError: the drafter cannot guess for this model: at once. Somebody else has changed what the runner holds
+            since the last id, or is using it now: in the iterator.
         NumericError: the model broke down; in the iterator.
     """
     if len(prompt_ids) == 0:
@@ -165,7 +167,7 @@ def generate(
     """Generate the continuation of one prompt.
 
     Of what the runner holds, as much is kept as the prompt begins with, so that a conversation's next turn computes
-    only what is new; the rest is forgotten.
+    only what is new; the rest is forgotten. Until it is done other threads cannot use the runner.
 
     Args:
         runner: any.
@@ -180,8 +182,8 @@ def generate(
         parse_special: names of special tokens in the prompt are these tokens; see `Tokenizer.encode`.
 
     Raises:
-        InputError, ContextLengthError, UsageError: as `encode_prompt`, `generate_tokens` and `stream_text`; before the
-            model runs or forgets.
+        InputError, ContextLengthError, UsageError: as `encode_prompt`, `generate_tokens` and `stream_text`, or another
+            thread is using the runner; before the model runs or forgets.
         NumericError: the model broke down.
     """
     started = time.perf_counter()
@@ -192,12 +194,13 @@ def generate(
     if not prompt_ids:
         raise InputError("expected at least one prompt id, found none")
     limit = _new_token_limit(runner, len(prompt_ids), max_new_tokens)
-    check_rows(
+    (checked,) = check_rows(
         [prompt_ids],
         vocab_size=runner.model.vocab_size,
         cache_lengths=(),
         max_cache_length=runner.max_cache_length,
     )
+    prompt_ids = checked.tolist()
     speculation = _speculation(runner, speculate)
     ends = tokenizer.eos_token_ids if eos_token_ids is None else eos_token_ids
     sampled: list[int] = []
@@ -215,7 +218,7 @@ def generate(
 
     text: list[str] = []
     reason: FinishReason = "length"
-    with closing(recorded()) as ids:
+    with runner.exclusive, closing(recorded()) as ids:
         for piece in stream_text(tokenizer, ids, stop=stop, eos_token_ids=ends):
             if piece.text:
                 text.append(piece.text)
@@ -236,15 +239,16 @@ def generate(
 
 
 def _new_token_limit(runner: Runner, used: int, max_new_tokens: int | None) -> int:
-    if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 0):
+    asked = as_integer(max_new_tokens)
+    if max_new_tokens is not None and (asked is None or asked < 0):
         raise InputError(f"max_new_tokens {max_new_tokens!r}: expected an integer of at least 0")
-    if used + (max_new_tokens or 0) > runner.max_cache_length:
-        new = "" if max_new_tokens is None else f" and {max_new_tokens} new ones make {used + max_new_tokens}"
+    if used + (asked or 0) > runner.max_cache_length:
+        new = "" if asked is None else f" and {asked} new ones make {used + asked}"
         raise ContextLengthError(
             f"a prompt of {used} tokens{new}: the context holds {runner.max_cache_length}; "
             "shorten the prompt or ask for fewer new tokens"
         )
-    return runner.max_cache_length - used if max_new_tokens is None else max_new_tokens
+    return runner.max_cache_length - used if asked is None else asked
 
 
 def _speculation(runner: Runner, drafter: Drafter | None) -> Speculation | None:
@@ -278,15 +282,24 @@ def _sample(
 ) -> Generator[int, None, None]:
     if limit == 0:
         return
-    token_id = sampler(runner.prefill([prompt_ids])[0][-1])
+    with runner.exclusive:
+        token_id = sampler(runner.prefill([prompt_ids])[0][-1])
+        text = HeldText(runner)
     yield token_id
     if speculation is not None:
         yield from speculate_tokens(
-            runner, token_id, limit - 1, sampler=sampler, speculation=speculation, eos_token_ids=eos_token_ids
+            runner,
+            token_id,
+            limit - 1,
+            sampler=sampler,
+            speculation=speculation,
+            eos_token_ids=eos_token_ids,
+            text=text,
         )
         return
     for _ in range(limit - 1):
-        token_id = _next(runner, sampler, token_id)
+        with text.step():
+            token_id = _next(runner, sampler, token_id)
         yield token_id
 
 

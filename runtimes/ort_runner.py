@@ -21,6 +21,7 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 from runtimes.device_runner import MAX_COMPILED_ROWS, DeviceRunner, compiled_shapes
 from runtimes.errors import BackendError, FailedError, PackageError, UsageError
 from runtimes.manifest import KVCacheSpec, Manifest, ModelSpec, Variant, read_verdicts
+from runtimes.one_thread import OneThread, one_thread
 from runtimes.ort_devices import find_device
 from runtimes.ort_session import one_line, open_session
 from runtimes.ort_static import OrtStaticSession
@@ -103,6 +104,7 @@ class OrtRunner(ABC, Generic[Cache]):
         self.model = model
         self.max_cache_length = variant.kv_cache.max_cache_length
         self.top_k = 0
+        self.exclusive = OneThread()
         self._session: ort.InferenceSession | None = session
         self._outputs = [output.name for output in session.get_outputs()]
         self._cache: Cache | None = None
@@ -115,6 +117,7 @@ class OrtRunner(ABC, Generic[Cache]):
     def cached_tokens(self) -> tuple[Ids, ...]:
         return () if self._cache is None else self._cache.tokens
 
+    @one_thread
     def prefill(self, sequences: Sequence[TokenIds], *, all_positions: bool = False) -> list[Logits]:
         rows = check_rows(
             sequences,
@@ -128,23 +131,29 @@ class OrtRunner(ABC, Generic[Cache]):
         self._cache = extended
         return logits
 
+    @one_thread
     def decode(self, token_ids: TokenIds) -> Logits:
         return np.concatenate(self.prefill(check_token_ids(token_ids, self.cache_lengths)))
 
+    @one_thread
     def decode_top(self, token_ids: TokenIds) -> tuple[Ids, Logits]:  # noqa: ARG002
         raise no_candidates(self.variant)
 
+    @one_thread
     def decode_block(self, token_ids: TokenIds) -> Logits:
         return self.prefill([token_ids], all_positions=True)[0]
 
+    @one_thread
     def truncate(self, lengths: Sequence[int]) -> None:
         kept = check_lengths(lengths, self.cache_lengths)
         if self._cache is not None and kept != self._cache.lengths:
             self._cache = self._shortened(self._cache, kept)
 
+    @one_thread
     def reset(self) -> None:
         self._cache = None
 
+    @one_thread
     def close(self) -> None:
         self._cache = self._session = None
 

@@ -15,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from runtimes.errors import InputError, NumericError, UsageError
+from runtimes.integers import as_integer
 from runtimes.manifest import ModelSpec, Variant
+from runtimes.one_thread import OneThread, one_thread
 from runtimes.runner import (
     Ids,
     Logits,
@@ -42,6 +44,7 @@ class RowRunner(ABC):
         self.model = model
         self.top_k = variant.top_k
         self.max_cache_length = variant.kv_cache.max_cache_length
+        self.exclusive = OneThread()
         self._tokens: list[Ids | None] = []  # per row; None: a slot that is free
 
     @property
@@ -52,6 +55,7 @@ class RowRunner(ABC):
     def cached_tokens(self) -> tuple[Ids, ...]:
         return tuple(_NOTHING if row is None else row for row in self._tokens)
 
+    @one_thread
     def prefill(self, sequences: Sequence[TokenIds], *, all_positions: bool = False) -> list[Logits]:
         rows = self._checked(sequences)
         tokens = [np.concatenate(pair) for pair in zip(self._held(len(rows)), rows, strict=True)]
@@ -60,6 +64,7 @@ class RowRunner(ABC):
         self._tokens = list(tokens)
         return logits
 
+    @one_thread
     def decode(self, token_ids: TokenIds) -> Logits:
         rows = self._checked(check_token_ids(token_ids, self.cache_lengths))
         logits = self._append(np.stack(rows), np.array(self.cache_lengths))
@@ -67,6 +72,7 @@ class RowRunner(ABC):
         self._hold(rows)
         return logits
 
+    @one_thread
     def decode_top(self, token_ids: TokenIds) -> tuple[Ids, Logits]:
         if not self.top_k:
             raise no_candidates(self.variant)
@@ -76,14 +82,17 @@ class RowRunner(ABC):
         self._hold(rows)
         return ids, logits
 
+    @one_thread
     def truncate(self, lengths: Sequence[int]) -> None:
         self._refuse_free_slots()
         kept = check_lengths(lengths, self.cache_lengths)
         self._tokens = [row[:n] for row, n in zip(self.cached_tokens, kept, strict=True)]
 
+    @one_thread
     def reset(self) -> None:
         self._tokens = []
 
+    @one_thread
     def admit(self, token_ids: TokenIds) -> tuple[int, Logits]:
         """Prefill a new sequence into a free slot while the others wait.
 
@@ -108,6 +117,7 @@ class RowRunner(ABC):
         self._tokens[slot : slot + 1] = [ids]
         return slot, logits[0]
 
+    @one_thread
     def step(self, token_ids: Mapping[int, int]) -> dict[int, Logits]:
         """Append one token to some of the slots, all in one call of the graph; the others wait.
 
@@ -121,7 +131,7 @@ class RowRunner(ABC):
             InputError: no slot, one that is free, or an id that is not in the vocabulary.
             ContextLengthError, NumericError: as `decode`.
         """
-        if not isinstance(token_ids, Mapping) or any(type(slot) is not int for slot in token_ids):
+        if not isinstance(token_ids, Mapping) or any(as_integer(slot) is None for slot in token_ids):
             raise InputError("expected a mapping from slots, integers, to token ids")
         free = [slot for slot in token_ids if slot not in range(len(self._tokens)) or self._tokens[slot] is None]
         if free or not token_ids:
@@ -146,18 +156,20 @@ class RowRunner(ABC):
             self._tokens[slot] = np.concatenate([held[slot], token])
         return {slot: logits[slot] for slot in slots}
 
+    @one_thread
     def release(self, slot: int) -> None:
         """Free a slot.
 
         Raises:
             InputError: it is free already.
         """
-        if slot not in range(len(self._tokens)) or self._tokens[slot] is None:
-            raise InputError(f"slot {slot}: not admitted")
+        if as_integer(slot) not in range(len(self._tokens)) or self._tokens[slot] is None:
+            raise InputError(f"slot {slot!r}: not admitted")
         self._tokens[slot] = None
         while self._tokens and self._tokens[-1] is None:
             self._tokens.pop()
 
+    @one_thread
     def close(self) -> None:
         self._tokens = []
 

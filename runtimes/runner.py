@@ -14,7 +14,8 @@ The graphs behind it are described where they are called: `ort_runner.py`, `shar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeAlias
 
@@ -22,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtimes.errors import ContextLengthError, InputError, NumericError, UsageError
+from runtimes.integers import as_integer
 from runtimes.manifest import ModelSpec, Variant
 
 Logits: TypeAlias = npt.NDArray[np.float32]
@@ -32,7 +34,8 @@ Ids: TypeAlias = npt.NDArray[np.int64]
 class Runner(Protocol):
     """One graph of a package, loaded, with the KV cache of one batch of sequences.
 
-    A call that raises leaves the runner as it was. A runner serves one thread at a time.
+    A call that raises leaves the runner as it was. A runner serves one thread at a time: a call from another one
+    meanwhile raises UsageError. Threads may take turns.
     """
 
     variant: Variant
@@ -41,6 +44,11 @@ class Runner(Protocol):
     """tokens a row can hold"""
     top_k: int
     """candidates that `decode_top` gives; 0: the graph picks none, use `decode`"""
+
+    @property
+    def exclusive(self) -> AbstractContextManager[object]:
+        """A context in which calls of other threads are refused; entering it is refused where another one is in it."""
+        ...
 
     @property
     def cache_lengths(self) -> tuple[int, ...]:
@@ -218,12 +226,50 @@ def check_lengths(lengths: Sequence[int], cache_lengths: tuple[int, ...]) -> tup
         raise InputError(f"expected a sequence with one length per row, found {type(lengths).__name__}")
     if len(lengths) != len(cache_lengths):
         raise InputError(f"{len(lengths)} lengths, but the cache holds {len(cache_lengths)} rows; give one per row")
-    for row, (length, held) in enumerate(zip(lengths, cache_lengths, strict=True)):
-        if isinstance(length, bool) or not isinstance(length, (int, np.integer)):
-            raise InputError(f"row {row}: expected an integer length, found {type(length).__name__}")
+    kept = []
+    for row, (given, held) in enumerate(zip(lengths, cache_lengths, strict=True)):
+        length = as_integer(given)
+        if length is None:
+            raise InputError(f"row {row}: expected an integer length, found {type(given).__name__}")
         if not 0 <= length <= held:
             raise InputError(f"row {row}: cannot keep {length} tokens, the cache holds {held}; give 0 to {held}")
-    return tuple(int(length) for length in lengths)
+        kept.append(length)
+    return tuple(kept)
+
+
+class HeldText:
+    """The text of a runner's only row, while it is continued: refuses to go on where the cache holds another by now.
+
+    Two texts that are continued in turns on one runner would each get the other's logits.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        """Take what the row holds now."""
+        self._runner = runner
+        (self._held,) = runner.cached_tokens
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text."""
+        return len(self._held)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Change the row in the body; no other thread can.
+
+        Raises:
+            UsageError: the row is not what the last step left, or another thread is using the runner.
+        """
+        with self._runner.exclusive:
+            held = self._runner.cached_tokens
+            if len(held) != 1 or not np.array_equal(held[0], self._held):
+                found = ", ".join(str(len(row)) for row in held) or "none"
+                raise UsageError(
+                    f"the runner's cache was changed by somebody else (tokens: {found}, expected the {self.length} of "
+                    "the text that is continued); open one runner for each text, or use admit and step"
+                )
+            yield
+            (self._held,) = self._runner.cached_tokens
 
 
 def common_prefix(held: Ids, token_ids: Sequence[int]) -> int:
@@ -263,12 +309,13 @@ def _check_ids(row: TokenIds, index: int, vocab_size: int) -> Ids:
             raise InputError(f"row {index}: expected a 1-d array of integers, found {row.ndim}-d {row.dtype}")
         ids = row
     else:
-        for position, value in enumerate(row):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-                raise InputError(
-                    f"row {index}, position {position}: expected an integer token id, found {type(value).__name__}"
-                )
-        ids = np.array(row, dtype=object)  # integers of any size, so that 2**70 gets as far as the range check
+        given = [as_integer(value) for value in row]
+        if None in given:
+            position = given.index(None)
+            raise InputError(
+                f"row {index}, position {position}: expected an integer token id, found {type(row[position]).__name__}"
+            )
+        ids = np.array(given, dtype=object)  # integers of any size, so that 2**70 gets as far as the range check
     if len(ids) == 0:
         raise InputError(f"row {index}: expected at least one token id, found none")
     wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))

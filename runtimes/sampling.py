@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from runtimes.errors import InputError, NumericError
+from runtimes.integers import as_integer
 
 # Below it the softmax of logits that float32 can tell apart has all its weight on the largest.
 _GREEDY_BELOW = 1e-6
@@ -35,15 +36,18 @@ class Sampler:
     _random: np.random.Generator = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not _is(self.temperature, Real) or not math.isfinite(self.temperature) or self.temperature < 0:
+        if not _is_real(self.temperature) or not math.isfinite(self.temperature) or self.temperature < 0:
             raise InputError(f"temperature {self.temperature!r}: expected a finite number of at least 0 (0: greedy)")
-        if not _is(self.top_k, Integral) or self.top_k < 0:
+        top_k = as_integer(self.top_k)
+        if top_k is None or top_k < 0:
             raise InputError(f"top_k {self.top_k!r}: expected an integer of at least 0 (0: off)")
-        if not _is(self.top_p, Real) or not 0 < self.top_p <= 1:
+        if not _is_real(self.top_p) or not 0 < self.top_p <= 1:
             raise InputError(f"top_p {self.top_p!r}: expected a number above 0 and up to 1 (1: off)")
-        if self.seed is not None and (not _is(self.seed, Integral) or self.seed < 0):
+        seed = as_integer(self.seed)
+        if self.seed is not None and (seed is None or seed < 0):
             raise InputError(f"seed {self.seed!r}: expected an integer of at least 0")
-        object.__setattr__(self, "_random", np.random.default_rng(self.seed))
+        object.__setattr__(self, "top_k", top_k)
+        object.__setattr__(self, "_random", np.random.default_rng(seed))
 
     @property
     def greedy(self) -> bool:
@@ -140,8 +144,8 @@ class Sampler:
         return ids, weights
 
 
-def _is(value: object, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
+def _is_real(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _check(logits: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:

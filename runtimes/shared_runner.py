@@ -12,6 +12,7 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 
 from runtimes.errors import ContextLengthError, FailedError, UsageError
 from runtimes.manifest import KVCacheSpec, ModelSpec, Variant
+from runtimes.one_thread import one_thread
 from runtimes.ort_session import one_line
 from runtimes.row_runner import RowRunner
 from runtimes.runner import Ids, Logits, TokenIds
@@ -79,6 +80,7 @@ class SharedRunner(RowRunner):
         self._prefill_rows = variant.prefill.min_rows if variant.prefill else 0
         self._buffer: KVBuffer = buffer or _Buffer(variant.kv_cache)
 
+    @one_thread
     def decode_block(self, token_ids: TokenIds) -> Logits:
         (ids,) = self._checked([token_ids])
         (held,) = self._held(1)
@@ -88,6 +90,7 @@ class SharedRunner(RowRunner):
         self._tokens = [np.concatenate([held, ids])]
         return logits
 
+    @one_thread
     def close(self) -> None:
         super().close()
         self._buffer.close()

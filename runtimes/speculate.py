@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from runtimes.errors import InputError, UsageError
-from runtimes.runner import Runner, common_prefix
+from runtimes.runner import HeldText, Runner, common_prefix
 from runtimes.sampling import Sampler
 
 STEP_COSTS: Mapping[int, float] = {1: 1.0, 2: 1.3, 4: 2.2, 8: 3.8, 16: 7.0}
@@ -387,6 +387,7 @@ def speculate_tokens(
     sampler: Sampler,
     speculation: Speculation,
     eos_token_ids: Collection[int] = (),
+    text: HeldText | None = None,
 ) -> Iterator[int]:
     """Yield the ids that follow `token_id`, of the same distribution as without speculation.
 
@@ -400,30 +401,36 @@ def speculate_tokens(
         sampler: picks each id.
         speculation: guesses, and counts.
         eos_token_ids: nothing after them is guessed.
+        text: that the cache holds; None: what it holds now.
 
     Raises:
+        UsageError: the cache holds another text by now.
         NumericError: the model, or the draft model, broke down.
     """
     if limit <= 0:
         return
-    speculation.drafter.begin([*runner.cached_tokens[0].tolist(), token_id])
+    text = text or HeldText(runner)
+    with text.step():
+        held = runner.cached_tokens[0].tolist()
+    speculation.drafter.begin([*held, token_id])
     while limit > 0:
         guess = speculation.guess(limit - 1, eos_token_ids)
-        token_id, given = yield from _step(runner, token_id, guess, sampler, speculation)
+        token_id, given = yield from _step(runner, text, token_id, guess, sampler, speculation)
         limit -= given
 
 
 def _step(
-    runner: Runner, token_id: int, guess: Guess, sampler: Sampler, speculation: Speculation
+    runner: Runner, text: HeldText, token_id: int, guess: Guess, sampler: Sampler, speculation: Speculation
 ) -> Generator[int, None, tuple[int, int]]:
     """Check a guess with one call; return the last id given out and how many there were."""
     draft, clock = guess.token_ids, speculation.clock
     fed = [token_id, *draft]
-    start = kept = runner.cache_lengths[0]
+    start = kept = text.length
     given = 0
     try:
         began = clock()
-        logits = runner.decode_block(fed)  # (1 + len(draft), V)
+        with text.step():
+            logits = runner.decode_block(fed)  # (1 + len(draft), V)
         seconds = clock() - began
         right = True
         while right:
@@ -436,7 +443,8 @@ def _step(
             speculation.accepted += right
             if not right:
                 began = clock()
-                runner.truncate([kept])
+                with text.step():
+                    runner.truncate([kept])
                 speculation.times.measured(len(fed), seconds + clock() - began)
             speculation.drafter.append(token_id)
             given += 1

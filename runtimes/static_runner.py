@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtimes.manifest import ModelSpec, Variant
+from runtimes.one_thread import one_thread
 from runtimes.row_runner import RowRunner
 from runtimes.runner import Ids, Logits, TokenIds
 
@@ -86,6 +87,7 @@ class StaticRunner(RowRunner):
         super().__init__(variant, model)
         self._session = session
 
+    @one_thread
     def decode_block(self, token_ids: TokenIds) -> Logits:
         (ids,) = self._checked([token_ids])
         (held,) = self._held(1)
@@ -96,6 +98,7 @@ class StaticRunner(RowRunner):
         self._tokens = [np.concatenate([held, ids])]
         return logits
 
+    @one_thread
     def close(self) -> None:
         super().close()
         self._session.close()

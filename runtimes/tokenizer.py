@@ -1,8 +1,14 @@
-"""Text <-> token ids, with the tokenizer.json of a package."""
+"""Text <-> token ids, with the tokenizer.json of a package, and which ids end a text.
+
+Which, generation_config.json says, as in transformers and in genai_config.json; where it says none, or null,
+config.json does. tokenizer_config.json's `eos_token` ends nothing, but a chat template may end a turn with it: one that
+the ids lack is named in a warning, and so is an id of config.json.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +23,12 @@ from runtimes.errors import InputError, PackageError
 from runtimes.manifest import load_manifest
 from runtimes.sealed import check_files
 
+logger = logging.getLogger(__name__)
+
 _TOKENIZER = "tokenizer.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 _CONFIGS = ("generation_config.json", "config.json")
-"""where the special ids are: the first that says one, and not null, counts; as in transformers and genai_config.json"""
+"""where the special ids are: the first that says one, and not null, counts"""
 _UNSURE_WORDS = (
     8  # at the end of a piece: what follows may still change where words end, a lookahead or a run of spaces
 )
@@ -54,8 +63,10 @@ class Tokenizer:
         if _TOKENIZER not in files:
             raise PackageError(f"{folder}: no {_TOKENIZER}; add it to the checkpoint and export the package again")
         if check_hashes:
-            check_files(folder, files, [name for name in (_TOKENIZER, *_CONFIGS) if name in files])
-        return cls.from_folder(folder)
+            check_files(folder, files, [name for name in (_TOKENIZER, _TOKENIZER_CONFIG, *_CONFIGS) if name in files])
+        tokenizer = cls.from_folder(folder)
+        tokenizer._name_other_ends(folder)
+        return tokenizer
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -147,6 +158,24 @@ class Tokenizer:
         starts = [start for _, (start, _) in splitter.pre_tokenize_str(text)][:-_UNSURE_WORDS]
         return next((s for s in reversed(starts) if s and not text[s - 1].isspace() and text[s].isspace()), 0)
 
+    def _name_other_ends(self, folder: Path) -> None:
+        """Warn of ids that end a text by one file, and do not by the file that counts."""
+        own = _special_ids(folder, [_read_object(folder / _CONFIGS[-1])], "eos_token_id")
+        others = dict.fromkeys(own, _CONFIGS[-1])
+        token = _eos_token(folder / _TOKENIZER_CONFIG)
+        token_id = None if token is None else self._backend.token_to_id(token)
+        if token_id is not None:
+            others.setdefault(token_id, _TOKENIZER_CONFIG)
+        left_out = {i: name for i, name in others.items() if i not in self.eos_token_ids}
+        if left_out:
+            named = ", ".join(f"{i} ({self._backend.id_to_token(i)}) of {name}" for i, name in left_out.items())
+            logger.warning(
+                "%s: a text ends at token id %s, not at %s; to end it there too, give that as a stop string",
+                folder,
+                ", ".join(map(str, self.eos_token_ids)) or "none",
+                named,
+            )
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of ids, without special tokens; bytes that are no UTF-8 become U+FFFD."""
         text: str = self._backend.decode(list(token_ids))
@@ -208,11 +237,21 @@ def _special_ids(folder: Path, configs: Sequence[dict[str, Any]], name: str) -> 
     return tuple(i for i in ids if i >= 0 and all(i < size for size in sizes))
 
 
+def _eos_token(path: Path) -> str | None:
+    """Return the eos_token of tokenizer_config.json; None too where that cannot be read, since it ends nothing."""
+    try:
+        token = _read_object(path).get("eos_token")
+    except PackageError:
+        return None
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
 def _read_object(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise PackageError(f"{path}: not valid JSON ({type(error).__name__}); export the package again") from error
     if not isinstance(document, dict):

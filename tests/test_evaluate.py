@@ -16,14 +16,16 @@ from lm_eval.utils import get_rolling_token_windows
 from rebuilt_packages import with_trt_graph
 
 from olmo2_export import cli
-from olmo2_export.checkpoint import DEMO, open_checkpoint
+from olmo2_export.checkpoint import open_checkpoint
 from olmo2_export.error_bars import BLOCK, LEAST, mean, perplexity, perplexity_change
 from olmo2_export.evaluate.evaluate import evaluate, token_text
 from olmo2_export.evaluate.models import logit_pieces, open_package_model, open_torch_model
-from olmo2_export.evaluate.text import HELDOUT, TokenText, read_text
+from olmo2_export.evaluate.text import HELDOUT, TokenText
+from olmo2_export.hub import DEMO
 from olmo2_export.package import export
 from olmo2_export.trt_variants import TrtOptions
 from runtimes.errors import InputError, PackageError, UsageError
+from runtimes.plain_text import read_text
 from runtimes.tokenizer import Tokenizer
 
 TOKENS = 700
@@ -191,6 +193,19 @@ def test_pieces_have_the_ids_of_the_whole_text(tokenizer: Tokenizer) -> None:
         assert [i for ids in joined for i in ids] == whole
 
 
+def test_lines_of_windows_are_scored_as_they_are_and_said(
+    tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "text.txt"
+    for content, warnings in (("one\ntwo\n", 0), ("one\r\ntwo\r\n", 1), ("\ufeffone\r\ntwo\r\n", 1)):
+        path.write_bytes(content.encode())
+        caplog.clear()
+        text = TokenText(path, tokenizer, 0)
+        assert text.count(4096) == len(tokenizer.encode(content.removeprefix("\ufeff")))
+        assert len(caplog.messages) == warnings
+    assert "lines end with CR LF" in caplog.messages[0]
+
+
 def test_text_edge_cases(demo_package: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_bytes(b"")
@@ -215,10 +230,10 @@ def test_text_edge_cases(demo_package: Path, tokenizer: Tokenizer, tmp_path: Pat
             with pytest.raises(UsageError, match=said):
                 evaluate(tested, token_text(demo_package, path), progress=False, **options)
     path.write_bytes(b"x" * 70_000 + "\u00e9".encode()[:1] + b"abc")
-    with pytest.raises(InputError, match="byte 70000 is no UTF-8"):
+    with pytest.raises(InputError, match="byte 70000 is not UTF-8"):
         list(read_text(path))
     path.write_bytes(b"abc" + "\u00e9".encode()[:1])
-    with pytest.raises(InputError, match="byte 3 is no UTF-8"):
+    with pytest.raises(InputError, match="byte 3 is not UTF-8"):
         list(read_text(path))
     path.write_bytes(b"\xef\xbb\xbfAnd " + "\u00e9".encode() * 40_000)
     assert "".join(read_text(path)) == "And " + "\u00e9" * 40_000

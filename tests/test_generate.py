@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from runtimes import open_runner
 from runtimes.errors import ContextLengthError, InputError, NumericError, UsageError
 from runtimes.generate import Generation, Piece, generate, generate_tokens, stream_text
+from runtimes.one_thread import OneThread
 from runtimes.runner import Runner
 from runtimes.sampling import Sampler
 from runtimes.speculate import DraftModel, PromptLookup
@@ -30,6 +31,7 @@ class ScriptedRunner:
 
     model = SimpleNamespace(vocab_size=VOCAB)
     top_k = 0
+    exclusive = OneThread()
 
     def __init__(self, script: Sequence[int], max_cache_length: int = 64) -> None:
         self.script = list(script)

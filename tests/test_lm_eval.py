@@ -14,9 +14,10 @@ import torch
 import transformers
 
 from olmo2_export import lm_eval_adapter
-from olmo2_export.checkpoint import DEMO, open_checkpoint
+from olmo2_export.checkpoint import open_checkpoint
 from olmo2_export.evaluate.evaluate import evaluate, token_text
 from olmo2_export.evaluate.models import open_package_model
+from olmo2_export.hub import DEMO
 from olmo2_export.lm_eval_adapter import PackageLM
 from runtimes.errors import ContextLengthError, UsageError
 from runtimes.generate import generate

@@ -137,6 +137,20 @@ def test_bad_calibration_texts(tmp_path: Path, content: bytes | None, message: s
         calibration_tokens(checkpoint, config, tmp_path)
 
 
+def test_calibration_reads_the_same_tokens_whatever_editor_wrote_the_text(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint("demo")
+    config = ModelConfig.from_json(checkpoint.folder / "config.json")
+    text = tmp_path / "text.txt"
+    found = []
+    for content in ("And it came to pass\n" * 200, "\ufeff" + "And it came to pass\r\n" * 200):
+        text.write_bytes(content.encode())
+        found.append(calibration_tokens(checkpoint, config, text))
+    np.testing.assert_array_equal(*found)
+    text.write_bytes(("And it came to pass\n" * 200).encode("utf-16"))
+    with pytest.raises(UsageError, match="begins as UTF-16 does"):
+        calibration_tokens(checkpoint, config, text)
+
+
 def test_a_tokenizer_needs_a_text_or_an_error(tmp_path: Path, tiny_checkpoint: Path) -> None:
     folder = make_checkpoint(tmp_path / "checkpoint")
     (folder / "tokenizer.json").write_text("{}")

@@ -134,6 +134,31 @@ def test_prompts_of_windows_editors_are_the_same_prompt(
         assert capsys.readouterr().out == expected + "\n"
 
 
+@pytest.mark.parametrize("prompt", ["And it\r\ncame", "\ufeffAnd it\r\ncame", "And it\r\ncame\r"])
+def test_a_prompt_from_a_windows_file_on_the_command_line_is_the_same_prompt(
+    demo_package: Path, capsys: pytest.CaptureFixture[str], prompt: str
+) -> None:
+    """The last is what $(cat FILE) gives."""
+    outputs = []
+    for text in ("And it\ncame", prompt):
+        command = ["generate", str(demo_package), "--prompt", text, "--max-new-tokens", "4", "--stats"]
+        assert main(command) == 0
+        out, err = capsys.readouterr()
+        outputs.append((out, err.split(" prompt tokens")[0]))
+    assert outputs[0] == outputs[1]
+
+
+def test_a_stop_string_of_windows_ends_at_a_line_of_any(demo_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def spy(*_: object, stop: list[str], **__: object) -> None:
+        seen.extend(stop)
+
+    monkeypatch.setattr(cli, "generate", spy)
+    assert main(["generate", str(demo_package), "--prompt", "x", "--stop", "\r\nUser:", "--stop", "\r"]) == 0
+    assert seen == ["\nUser:", "\n"]
+
+
 def test_a_special_token_in_a_prompt_is_text_and_said_or_the_token(demo_package: Path) -> None:
     command = ["generate", demo_package, "--prompt", "<|endoftext|>In", "--max-new-tokens", "2", "--stats"]
     said = start(*command).communicate(timeout=60)[1].decode()
@@ -422,9 +447,10 @@ def test_defaults() -> None:
 def endless_package(demo_package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo without a token that ends its texts; run it with --skip-hash-check."""
     package = Path(shutil.copytree(demo_package, tmp_path_factory.mktemp("endless") / "demo"))
-    for name in ("config.json", "generation_config.json"):
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         config = json.loads((package / name).read_text())
         config.pop("eos_token_id", None)
+        config.pop("eos_token", None)
         (package / name).write_text(json.dumps(config))
     return package
 

@@ -17,8 +17,8 @@ MODULES = sorted(p.stem for p in FOLDER.glob("*.py"))
 FORBIDDEN = {"torch", "transformers", "onnx", "olmo2_export"}
 # Each file imports only from the groups before its own.
 ORDER = [
-    {"errors", "signals", "threads", "jit_cache", "telemetry"},
-    {"sealed", "plain_text", "linked_data"},
+    {"errors", "signals", "threads", "jit_cache", "telemetry", "integers"},
+    {"sealed", "plain_text", "linked_data", "one_thread"},
     {"manifest"},
     {"runner", "sampling", "tokenizer", "nvidia", "cuda"},
     {"ort_devices", "speculate", "row_runner"},

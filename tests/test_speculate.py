@@ -15,6 +15,7 @@ import olmo2_export.demo
 from runtimes import open_runner
 from runtimes.errors import InputError, NumericError, UsageError
 from runtimes.generate import generate, generate_tokens
+from runtimes.one_thread import OneThread
 from runtimes.runner import Runner, check_finite, check_lengths, check_rows
 from runtimes.sampling import Sampler
 from runtimes.speculate import STEP_COSTS, DraftModel, PromptLookup, Speculation, StepTimes, speculate_tokens
@@ -37,6 +38,7 @@ class FakeRunner:
         self.logits_of, self.cost, self.max_cache_length = logits_of, cost, max_cache_length
         self.model = SimpleNamespace(vocab_size=vocab_size)
         self.top_k = 0
+        self.exclusive = OneThread()
         self.now = 0.0
         self.rows: list[int] = []
         self.held: list[int] | None = None

@@ -174,6 +174,62 @@ def test_eos_comes_from_generation_config_first(
     assert Tokenizer.from_package(package).eos_token_ids == expected
 
 
+@pytest.mark.parametrize(
+    ("generation", "config", "own", "said"),
+    [
+        ({"eos_token_id": 0}, {"eos_token_id": 0}, "<|endoftext|>", None),
+        ({"eos_token_id": [0, 7]}, {"eos_token_id": 0}, None, None),
+        ({"eos_token_id": None}, {"eos_token_id": 0}, {"content": "<|endoftext|>"}, None),
+        (
+            {"eos_token_id": 7},
+            {"eos_token_id": [0, 7]},
+            None,
+            "at token id 7, not at 0 (<|endoftext|>) of config.json;",
+        ),
+        ({"eos_token_id": 0}, {}, "<|pad|>", "at token id 0, not at 1 (<|pad|>) of tokenizer_config.json;"),
+        (
+            {"eos_token_id": 0},
+            {},
+            {"content": "<|pad|>"},
+            "at token id 0, not at 1 (<|pad|>) of tokenizer_config.json;",
+        ),
+        ({}, {}, "<|pad|>", "at token id none, not at 1 (<|pad|>) of tokenizer_config.json;"),
+        ({"eos_token_id": 0}, {}, "no token", None),
+    ],
+)
+def test_files_that_disagree_on_what_ends_a_text_are_one_line(
+    demo_package: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    generation: Any,
+    config: Any,
+    own: Any,
+    said: Any,
+) -> None:
+    package = edit(
+        demo_package,
+        tmp_path / "p",
+        generation_config=generation,
+        config=config,
+        tokenizer_config={"eos_token": own},
+    )
+    Tokenizer.from_package(package)
+    assert len(caplog.messages) == (said is not None)
+    assert all(said in message and "stop string" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[]"])
+def test_a_tokenizer_config_that_cannot_be_read_ends_nothing(
+    demo_package: Path, tmp_path: Path, content: bytes
+) -> None:
+    assert Tokenizer.from_package(edit(demo_package, tmp_path / "p", tokenizer_config=content)).eos_token_ids == (0,)
+
+
+def test_a_byte_order_mark_in_a_config_is_no_json_error(demo_package: Path, tmp_path: Path) -> None:
+    package = edit(demo_package, tmp_path / "p", generation_config=b'\xef\xbb\xbf{"eos_token_id": 5}')
+    assert Tokenizer.from_package(package).eos_token_ids == (5,)
+
+
 def test_bos_and_pad_are_read_likewise(demo_package: Path, tmp_path: Path) -> None:
     config = {"bos_token_id": 1, "pad_token_id": 2}
     package = edit(demo_package, tmp_path / "p", generation_config={"bos_token_id": 5}, config=config)

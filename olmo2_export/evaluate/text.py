@@ -14,7 +14,7 @@ reads a full context, too, and scores what is left.
 
 from __future__ import annotations
 
-import codecs
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +23,17 @@ import numpy as np
 import numpy.typing as npt
 
 from runtimes.errors import InputError
+from runtimes.plain_text import read_text
 from runtimes.tokenizer import Tokenizer
 
 HELDOUT = Path(__file__).parents[1] / "demo" / "heldout.txt"
 """what is evaluated where no text is given"""
 
-_READ = 1 << 16  # bytes, or ids, at a time
+_READ = 1 << 16  # ids at a time
+_SHOWN = 1 << 16  # bytes that show how a file's lines end
 _IDS = ".npy"
+
+logger = logging.getLogger(__name__)
 
 TokenArray = npt.NDArray[np.int64]
 
@@ -84,6 +88,7 @@ class TokenText:
         Raises:
             InputError: as `pieces`; an id that the model does not have; nothing to score.
         """
+        self._name_carriage_returns()
         total = 0
         for ids in self.pieces():
             wrong = ids[(ids < 0) | (ids >= vocab_size)]
@@ -123,40 +128,27 @@ class TokenText:
             spare = max(0, end - context)
             held, dropped = held[spare:], dropped + spare
 
+    def _name_carriage_returns(self) -> None:
+        """Warn of lines that end with CR LF; they are scored as they are, since a measurement is of these bytes."""
+        if self.path.suffix != _IDS and self.path.is_file():
+            with self.path.open("rb") as file:
+                if b"\r\n" in file.read(_SHOWN):
+                    logger.warning(
+                        "%s: lines end with CR LF, and each CR is scored, too; without them the perplexity is another "
+                        "one (tr -d '\\r' removes them)",
+                        self.path,
+                    )
+
     def _all(self) -> Iterator[TokenArray]:
         if self.path.suffix == _IDS:
             yield from _stored_ids(self.path)
             return
+        if not self.path.is_file():
+            raise InputError(f"{self.path}: no such file; expected UTF-8 text, or token ids as {_IDS}")
         if self.tokenizer is None:
             raise InputError(f"{self.path}: text, but there is no tokenizer.json; give token ids as a {_IDS} file")
         for ids in self.tokenizer.encode_pieces(read_text(self.path)):
             yield np.array(ids, np.int64)
-
-
-def read_text(path: Path) -> Iterator[str]:
-    """Read UTF-8 text in pieces, byte for byte (line ends stay as they are), without a byte order mark.
-
-    Raises:
-        InputError: no file, or not UTF-8; says at which byte.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected UTF-8 text, or token ids as {_IDS}")
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    position = 0
-    with path.open("rb") as file:
-        while True:
-            data = file.read(_READ)
-            waiting = len(decoder.getstate()[0])  # bytes of a character that is not whole yet
-            try:
-                text = decoder.decode(data, final=not data)
-            except UnicodeDecodeError as error:
-                at = position - waiting + error.start
-                raise InputError(f"{path}: byte {at} is no UTF-8 ({error.reason}); convert the file") from error
-            position += len(data)
-            if text:
-                yield text
-            if not data:
-                return
 
 
 def _stored_ids(path: Path) -> Iterator[TokenArray]:

@@ -10,7 +10,8 @@ import tokenizers
 
 from olmo2_export.config import ModelConfig
 from olmo2_export.quantize.source import WeightSource
-from runtimes.errors import CheckpointError, UsageError
+from runtimes.errors import CheckpointError, InputError, UsageError
+from runtimes.plain_text import plain_lines, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +67,9 @@ def calibration_tokens(
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # line ends of any system, and no byte order mark
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: byte {error.start} is not UTF-8; calibration needs a plain text file") from error
-    except OSError as error:
-        raise UsageError(f"{path}: cannot read the calibration text ({error.strerror})") from error
+        return plain_lines("".join(read_text(path)))
+    except (InputError, OSError) as error:
+        raise UsageError(f"cannot read the calibration text: {error}") from error
 
 
 def _encode(checkpoint: WeightSource, config: ModelConfig, text: str) -> np.ndarray:

@@ -22,7 +22,7 @@ HELP = "perplexity ± standard error, and KL divergence to PyTorch, on a text"
 def declare(verb: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     verb.add_argument("model", metavar="PACKAGE|MODEL", help="a package; or a checkpoint, which PyTorch runs")
-    verb.add_argument("--variant", metavar="V", help="of the package; default: its first")
+    verb.add_argument("--variant", metavar="V", help="of the package; default: the fastest verified one")
     verb.add_argument("--backend", choices=["ort", "trt_rtx", "trt"], default="ort", help="default ort")
     verb.add_argument("--device", choices=["cpu", "cuda", "nv-rtx"], help="where ort runs it; default cpu")
     verb.add_argument(
