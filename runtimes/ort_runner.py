@@ -58,6 +58,9 @@ CACHE_DTYPES: dict[str, dict[str, tuple[str, ...]]] = {
 FASTEST = {"cpu": ("q4", "q8", "fp32"), "cuda": ("bf16", "fp16", "q4f16"), "nv-rtx": ("bf16", "fp16", "q4f16")}
 """device -> the variants made for it, the best first: what it runs where no variant is named"""
 
+PREFILL_CHUNK = 512
+"""tokens of a row per call of a concat graph"""
+
 FileCheck: TypeAlias = Callable[[Sequence[str]], None]
 """gets paths in the package; raises IntegrityError"""
 
@@ -211,7 +214,12 @@ class ConcatRunner(OrtRunner[ConcatCache]):
     Rows of different lengths are padded on the left, call by call, so that the last position is every row's last
     token. The mask hides the padding for good, also in the middle of the cache, and position_ids skip it. `truncate`
     hides what it drops, and copies what is left where slots at the end are hidden in every row.
+
+    Prompts are computed in pieces of `prefill_chunk` tokens, since the attention weights of a call take heads x
+    sequence_length x total_sequence_length numbers; where all positions are asked for, in one.
     """
+
+    prefill_chunk = PREFILL_CHUNK
 
     def _empty_cache(self, batch_size: int) -> ConcatCache:
         return ConcatCache(
@@ -227,14 +235,17 @@ class ConcatRunner(OrtRunner[ConcatCache]):
             ids[b, width - len(row) :] = row
             positions[b, width - len(row) :] = np.arange(length, length + len(row))
             mask[b, width - len(row) :] = 1
+        past, values = cache.mask.shape[1], cache.values
         mask = np.concatenate([cache.mask, mask], axis=1)  # (B, P + S)
-        feeds = {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "position_ids": positions,
-            "num_logits_to_keep": np.array(0 if all_positions else 1, np.int64),
-        }
-        logits, values = self._call(feeds, cache.values)  # (B, S or 1, V)
+        for start in range(0, width, width if all_positions else self.prefill_chunk):
+            stop = width if all_positions else min(width, start + self.prefill_chunk)
+            feeds = {
+                "input_ids": np.ascontiguousarray(ids[:, start:stop]),
+                "attention_mask": np.ascontiguousarray(mask[:, : past + stop]),
+                "position_ids": np.ascontiguousarray(positions[:, start:stop]),
+                "num_logits_to_keep": np.array(0 if all_positions else 1, np.int64),
+            }
+            logits, values = self._call(feeds, values)  # (B, S or 1, V)
         wanted = [len(row) if all_positions else 1 for row in rows]
         return [logits[b, -n:] for b, n in enumerate(wanted)], ConcatCache(_joined(cache.tokens, rows), values, mask)
 

@@ -121,6 +121,51 @@ def test_prefill_gives_the_last_row_and_computes_no_other(
     assert shapes == [(1, 1, VOCAB)]
 
 
+def test_long_prompts_are_computed_in_pieces_whose_attention_is_small(
+    runner: OrtRunner, sequences: list[np.ndarray], reference: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = []
+    call = OrtRunner._call
+
+    def spy(self: OrtRunner, feeds: Any, past: Any) -> Any:
+        shapes.append((feeds["input_ids"].shape[1], feeds["attention_mask"].shape[1]))
+        return call(self, feeds, past)
+
+    monkeypatch.setattr(OrtRunner, "_call", spy)
+    monkeypatch.setattr(type(runner), "prefill_chunk", 12)
+    for logits, expected in zip(runner.prefill(sequences), reference, strict=True):  # 17, 5 and 29 tokens
+        close(logits, expected[-1:])
+    assert shapes == [(12, 12), (12, 24), (5, 29)]
+    assert runner.cache_lengths == LENGTHS
+    runner.truncate([3, 2, 9])
+    rest = [ids[n:] for ids, n in zip(sequences, (3, 2, 9), strict=True)]
+    for logits, expected in zip(runner.prefill(rest), reference, strict=True):
+        close(logits, expected[-1:])
+    assert ids_held(runner) == [ids.tolist() for ids in sequences]
+
+
+def test_a_prompt_that_fails_in_its_second_piece_leaves_the_runner_as_it_was(
+    runner: OrtRunner, sequences: list[np.ndarray], reference: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, calls = OrtRunner._call, []
+
+    def failing(self: OrtRunner, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise FailedError("no memory")
+        return call(self, *args)
+
+    monkeypatch.setattr(type(runner), "prefill_chunk", 10)
+    runner.prefill([sequences[2][:9]])
+    with monkeypatch.context() as patch:
+        patch.setattr(OrtRunner, "_call", failing)
+        calls.append(1)
+        with pytest.raises(FailedError):
+            runner.prefill([sequences[2][9:]])
+    assert ids_held(runner) == [sequences[2][:9].tolist()]
+    close(runner.prefill([sequences[2][9:]])[0], reference[2][-1:])
+
+
 def test_prefill_and_decode_equal_the_full_forward(
     runner: OrtRunner, sequences: list[np.ndarray], reference: list[np.ndarray]
 ) -> None:
