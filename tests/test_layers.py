@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 EXPORTER = """
 __init__
 config
-atomic checkpoint model error_bars lm_eval_adapter stored_graph
+atomic checkpoint model error_bars lm_eval_adapter peak_memory stored_graph
 quantize
 fuse
 trace

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtimes.errors import FailedError
+from olmo2_export.peak_memory import MAXRSS_UNIT
+from runtimes.errors import FailedError, UsageError
 
 ROOT = Path(__file__).parents[2]
 """the folder of the packages, for the interpreters of the peers"""
@@ -40,8 +41,11 @@ def run(command: Sequence[str | Path]) -> Finished:
     """Run a command to its end.
 
     Raises:
+        UsageError: this system is not Linux or macOS.
         FailedError: it cannot be started, or did not exit with 0; with the last line of what it said.
     """
+    if not hasattr(os, "wait4"):
+        raise UsageError("bench: this system does not say how much memory a process had; run it on Linux or macOS")
     words = [str(word) for word in command]
     with tempfile.TemporaryDirectory(prefix="olmo2-bench-") as folder:
         out, err = Path(folder, "stdout"), Path(folder, "stderr")
@@ -70,7 +74,7 @@ def run(command: Sequence[str | Path]) -> Finished:
             said = err.read_text(errors="replace").strip()
             logging.getLogger(__name__).debug("%s: %s", " ".join(words), said)
             raise FailedError(f"{' '.join(words[:4])}: {_ended(code)}: {' '.join(said.splitlines()[-1:]) or 'silent'}")
-        return Finished(out.read_text(errors="replace"), seconds, round(usage.ru_maxrss * 1024 / 1e6))
+        return Finished(out.read_text(errors="replace"), seconds, round(usage.ru_maxrss * MAXRSS_UNIT / 1e6))
 
 
 def _end(child: int) -> None:

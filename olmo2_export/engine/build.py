@@ -72,8 +72,8 @@ class BuildReport:
     """all of it, checks and graph included"""
     compile_seconds: float
     """TensorRT's part"""
-    peak_rss: int
-    """bytes: the most memory of the process in which TensorRT ran, mapped weights included"""
+    peak_rss: int | None
+    """bytes, where they are counted: the most memory of the process in which TensorRT ran, mapped weights included"""
     plan_bytes: int
     graph_bytes: int
     """the ONNX graph and its weights"""
