@@ -153,6 +153,46 @@ def replace_folder(
                 shutil.rmtree(staging, ignore_errors=True)
 
 
+def can_write(path: Path) -> bool:
+    """Tell whether `write_file` can write a file."""
+    if path.is_dir():
+        return False
+    return os.access(path if _in_place(path) else path.parent, os.W_OK)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file in one step: it is the old one or the new one, whole; a link is replaced, not what it leads to.
+
+    What is no plain file, such as /dev/stdout, and a file in a folder that may not be written, are written as they are.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    temporary = path
+    if not _in_place(path):
+        prefix = f".{path.name if len(os.fsencode(path.name)) <= _LONGEST_NAME else 'report'}."
+        for leftover in path.parent.iterdir():  # of a killed process
+            if leftover.name.startswith(prefix) and leftover.name.removeprefix(prefix).isdecimal():
+                leftover.unlink(missing_ok=True)
+        temporary = path.with_name(f"{prefix}{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        if temporary != path:
+            temporary.replace(path)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise resource_error(path, error) from error
+    finally:
+        if temporary != path:
+            temporary.unlink(missing_ok=True)
+
+
+def _in_place(path: Path) -> bool:
+    """Tell whether a file cannot be replaced by another, but can be written."""
+    return path.exists() and (not path.is_file() or not os.access(path.parent, os.W_OK))
+
+
 def resource_error(path: Path, error: OSError) -> ResourceError:
     """Return the error to raise for a failed write, with the space that is left."""
     free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.is_dir())).free

@@ -37,15 +37,22 @@ class Finished:
         return {"seconds": round(self.seconds, 1), "peak_memory_mb": self.peak_memory_mb}
 
 
+def check_system() -> None:
+    """Refuse a system on which processes cannot be measured, before anything is measured.
+
+    Raises:
+        UsageError: it is not Linux or macOS.
+    """
+    if not hasattr(os, "wait4"):
+        raise UsageError("bench: this system does not say how much memory a process had; run it on Linux or macOS")
+
+
 def run(command: Sequence[str | Path]) -> Finished:
     """Run a command to its end.
 
     Raises:
-        UsageError: this system is not Linux or macOS.
         FailedError: it cannot be started, or did not exit with 0; with the last line of what it said.
     """
-    if not hasattr(os, "wait4"):
-        raise UsageError("bench: this system does not say how much memory a process had; run it on Linux or macOS")
     words = [str(word) for word in command]
     with tempfile.TemporaryDirectory(prefix="olmo2-bench-") as folder:
         out, err = Path(folder, "stdout"), Path(folder, "stderr")

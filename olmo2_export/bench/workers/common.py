@@ -24,7 +24,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 
@@ -137,9 +136,12 @@ def _step_seconds(task: dict[str, Any], open_engine: OpenEngine, rows: int) -> f
 
 
 def resident() -> dict[str, float]:
-    """Return MB of this process's resident set, mapped files included."""
+    """Return MB of this process's resident set, mapped files included; where only its peak is counted, that for both."""
+    if not _STATUS.is_file():
+        peak = round((peak_bytes() or 0) / 1e6, 1)
+        return {"resident_mb": peak, "peak_resident_mb": peak}
     fields = {}
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in _STATUS.read_text().splitlines():
         name, _, value = line.partition(":")
         if name in ("VmRSS", "VmHWM"):
             fields[name] = round(int(value.split()[0]) * 1024 / 1e6, 1)
