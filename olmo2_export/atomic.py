@@ -68,7 +68,10 @@ def locked(target: Path) -> Iterator[None]:
         try:
             handle = path.open("a+")
         except OSError as error:
-            raise UsageError(f"{target}: {path.parent} is not writable ({error.strerror})") from error
+            where = "it" if path.parent == place else path.parent
+            raise UsageError(
+                f"{target}: {where} is not writable ({error.strerror}); choose another folder, or copy it to one"
+            ) from error
         _lock(handle, target)
         if path.exists() and os.fstat(handle.fileno()).st_ino == path.stat().st_ino:
             break
@@ -123,7 +126,6 @@ def replace_folder(
         ResourceError: another process is writing it, or the disk is full.
     """
     target = Path.cwd() / target
-    foreign = foreign or _foreign_files
     check_replaceable(target, force, kind, foreign)
     place = _real(target)
     try:
@@ -199,7 +201,9 @@ def resource_error(path: Path, error: OSError) -> ResourceError:
     return ResourceError(f"{path}: writing failed ({error.strerror or error}); {free:,} bytes are free: disk full?")
 
 
-def check_replaceable(target: Path, force: bool, kind: str, foreign: Callable[[Path], list[str]]) -> None:
+def check_replaceable(
+    target: Path, force: bool, kind: str = "package", foreign: Callable[[Path], list[str]] | None = None
+) -> None:
     """Refuse a target that must not be replaced, or cannot be; see `replace_folder`.
 
     Raises:
@@ -215,10 +219,13 @@ def check_replaceable(target: Path, force: bool, kind: str, foreign: Callable[[P
     home = _hidden(place, "lock").parent
     nearest = next(folder for folder in (home, *home.parents) if folder.exists())
     if not os.access(nearest, os.W_OK):
-        raise UsageError(f"{target}: {nearest} is not writable; choose another --out")
+        where = "it" if nearest == place else nearest
+        raise UsageError(f"{target}: {where} is not writable; choose another --out")
     if not target.exists() or not _entries(place):
         return
-    if found := [name for name in foreign(target) if not _is_writers(place, name.partition("/")[0])]:
+    if found := [
+        name for name in (foreign or _foreign_files)(target) if not _is_writers(place, name.partition("/")[0])
+    ]:
         raise UsageError(f"{target}: not empty and not a {kind} ({first_names(found)}); choose another --out")
     if not force:
         raise UsageError(f"{target}: holds a {kind} already; --force replaces it")

@@ -24,7 +24,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
+
+from olmo2_export.peak_memory import peak_bytes
+
+_STATUS = Path("/proc/self/status")  # of Linux
 
 
 class Engine(Protocol):
@@ -136,7 +141,7 @@ def _step_seconds(task: dict[str, Any], open_engine: OpenEngine, rows: int) -> f
 
 
 def resident() -> dict[str, float]:
-    """Return MB of this process's resident set, mapped files included; where only its peak is counted, that for both."""
+    """Return MB of this process's resident set, mapped files included; its peak for both, where that alone is known."""
     if not _STATUS.is_file():
         peak = round((peak_bytes() or 0) / 1e6, 1)
         return {"resident_mb": peak, "peak_resident_mb": peak}
