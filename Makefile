@@ -4,7 +4,7 @@
 
 MODEL     ?= demo
 REVISION  ?=
-OUT       ?= packages/$(shell basename "$(MODEL)")
+OUT       ?=
 VARIANTS  ?= fp32 q4
 PRECISION ?= bf16
 PROMPT    ?= In the beginning
@@ -19,7 +19,15 @@ COMMA     := ,
 STAMP     := $(VENV)/.installed-dev
 # torch first: a package that merely allows it must not choose another build of it
 PIP       := pip install --quiet --disable-pip-version-check --constraint constraints.txt
-REVISION_FLAG := $(if $(REVISION),--revision $(REVISION))
+
+# What a user writes here reaches the shell through the environment, as it is: neither make nor the shell reads a $ or a quote in it.
+override MODEL    := $(value MODEL)
+override REVISION := $(value REVISION)
+override OUT      := $(value OUT)
+override PROMPT   := $(value PROMPT)
+export MODEL REVISION OUT PROMPT
+DEFAULT_OUT   := : "$${OUT:=packages/$$(basename "$$MODEL")}";
+REVISION_FLAG := $${REVISION:+--revision "$$REVISION"}
 
 .DEFAULT_GOAL := help
 .PHONY: help setup export test check format lint types bench targets gpu-test peers clean
@@ -37,12 +45,12 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 	@touch $@
 
 export: $(STAMP) ## MODEL -> package, parity, TensorRT engine, and a sample of text
-	$(BIN)/olmo2-export export "$(MODEL)" --out "$(OUT)" --force $(REVISION_FLAG) $(addprefix --variant ,$(VARIANTS))
-	$(BIN)/olmo2-export verify "$(OUT)" --reference "$(MODEL)" $(REVISION_FLAG)
-	$(BIN)/olmo2-export build "$(OUT)" --precision $(PRECISION)
-	@if [ -f "$(OUT)/tokenizer.json" ]; \
-	then printf '\n%s' "$(PROMPT)"; $(BIN)/olmo2-run generate "$(OUT)" --prompt "$(PROMPT)" --max-new-tokens 80 --temperature 0.7 --seed 1 --stats; \
-	else echo "$(MODEL) has no tokenizer.json: no sample of text"; fi
+	$(DEFAULT_OUT) $(BIN)/olmo2-export export "$$MODEL" --out "$$OUT" --force $(REVISION_FLAG) $(addprefix --variant ,$(VARIANTS))
+	$(DEFAULT_OUT) $(BIN)/olmo2-export verify "$$OUT" --reference "$$MODEL" $(REVISION_FLAG)
+	$(DEFAULT_OUT) $(BIN)/olmo2-export build "$$OUT" --precision $(PRECISION)
+	@$(DEFAULT_OUT) if [ -f "$$OUT/tokenizer.json" ]; \
+	then printf '\n%s' "$$PROMPT"; $(BIN)/olmo2-run generate "$$OUT" --prompt "$$PROMPT" --max-new-tokens 80 --temperature 0.7 --seed 1 --stats; \
+	else printf '%s has no tokenizer.json: no sample of text\n' "$$MODEL"; fi
 
 test: $(STAMP) ## the tests
 	$(BIN)/python -m pytest

@@ -68,7 +68,10 @@ def locked(target: Path) -> Iterator[None]:
         try:
             handle = path.open("a+")
         except OSError as error:
-            raise UsageError(f"{target}: {path.parent} is not writable ({error.strerror})") from error
+            where = "it" if path.parent == place else path.parent
+            raise UsageError(
+                f"{target}: {where} is not writable ({error.strerror}); choose another folder, or copy it to one"
+            ) from error
         _lock(handle, target)
         if path.exists() and os.fstat(handle.fileno()).st_ino == path.stat().st_ino:
             break
@@ -123,7 +126,6 @@ def replace_folder(
         ResourceError: another process is writing it, or the disk is full.
     """
     target = Path.cwd() / target
-    foreign = foreign or _foreign_files
     check_replaceable(target, force, kind, foreign)
     place = _real(target)
     try:
@@ -153,13 +155,55 @@ def replace_folder(
                 shutil.rmtree(staging, ignore_errors=True)
 
 
+def can_write(path: Path) -> bool:
+    """Tell whether `write_file` can write a file."""
+    if path.is_dir():
+        return False
+    return os.access(path if _in_place(path) else path.parent, os.W_OK)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file in one step: it is the old one or the new one, whole; a link is replaced, not what it leads to.
+
+    What is no plain file, such as /dev/stdout, and a file in a folder that may not be written, are written as they are.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    temporary = path
+    if not _in_place(path):
+        prefix = f".{path.name if len(os.fsencode(path.name)) <= _LONGEST_NAME else 'report'}."
+        for leftover in path.parent.iterdir():  # of a killed process
+            if leftover.name.startswith(prefix) and leftover.name.removeprefix(prefix).isdecimal():
+                leftover.unlink(missing_ok=True)
+        temporary = path.with_name(f"{prefix}{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        if temporary != path:
+            temporary.replace(path)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise resource_error(path, error) from error
+    finally:
+        if temporary != path:
+            temporary.unlink(missing_ok=True)
+
+
+def _in_place(path: Path) -> bool:
+    """Tell whether a file cannot be replaced by another, but can be written."""
+    return path.exists() and (not path.is_file() or not os.access(path.parent, os.W_OK))
+
+
 def resource_error(path: Path, error: OSError) -> ResourceError:
     """Return the error to raise for a failed write, with the space that is left."""
     free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.is_dir())).free
     return ResourceError(f"{path}: writing failed ({error.strerror or error}); {free:,} bytes are free: disk full?")
 
 
-def check_replaceable(target: Path, force: bool, kind: str, foreign: Callable[[Path], list[str]]) -> None:
+def check_replaceable(
+    target: Path, force: bool, kind: str = "package", foreign: Callable[[Path], list[str]] | None = None
+) -> None:
     """Refuse a target that must not be replaced, or cannot be; see `replace_folder`.
 
     Raises:
@@ -175,10 +219,13 @@ def check_replaceable(target: Path, force: bool, kind: str, foreign: Callable[[P
     home = _hidden(place, "lock").parent
     nearest = next(folder for folder in (home, *home.parents) if folder.exists())
     if not os.access(nearest, os.W_OK):
-        raise UsageError(f"{target}: {nearest} is not writable; choose another --out")
+        where = "it" if nearest == place else nearest
+        raise UsageError(f"{target}: {where} is not writable; choose another --out")
     if not target.exists() or not _entries(place):
         return
-    if found := [name for name in foreign(target) if not _is_writers(place, name.partition("/")[0])]:
+    if found := [
+        name for name in (foreign or _foreign_files)(target) if not _is_writers(place, name.partition("/")[0])
+    ]:
         raise UsageError(f"{target}: not empty and not a {kind} ({first_names(found)}); choose another --out")
     if not force:
         raise UsageError(f"{target}: holds a {kind} already; --force replaces it")

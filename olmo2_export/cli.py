@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from typing import NoReturn
 
 from olmo2_export.verbs import bench, build, debug, evaluate, export, fp16, inspect, report, sweep, verify
 from runtimes.errors import DISK_FULL, Olmo2ExportError, UsageError
-from runtimes.signals import Interrupted, interruptible
+from runtimes.signals import BROKEN_PIPE_EXIT, Interrupted, interruptible
 
 # In the order of a package's life.
 VERBS = {
@@ -77,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(f"{error.name} is not installed; run: pip install 'olmo2-export[export]'", 2, debug)
     except BrokenPipeError:  # a reader like head has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return BROKEN_PIPE_EXIT
     except OSError as error:  # a file that cannot be read or written
         return _report(str(error), 1 if error.errno in DISK_FULL else 2, debug)
     except MemoryError:

@@ -26,6 +26,7 @@ from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx  # type: ign
 from polygraphy.comparator import Comparator  # type: ignore[import-untyped]
 from polygraphy.logger import G_LOGGER  # type: ignore[import-untyped]
 
+from olmo2_export.atomic import can_write
 from olmo2_export.first_call import first_call, float32_name
 from olmo2_export.graph_files import save_graph
 from olmo2_export.stored_graph import load_graph
@@ -95,10 +96,12 @@ def reduce(package: Path, variant: str, out: Path, backend: TensorRTBackend, che
         What Polygraphy says.
 
     Raises:
-        UsageError: the check passes on the whole graph, or cannot be run.
+        UsageError: the check passes on the whole graph, or cannot be run; the file cannot be written.
         FailedError: Polygraphy could not reduce it.
     """
     entry = find_graph(package, variant)
+    if not can_write(out):
+        raise UsageError(f"--out {out}: expected a file that can be written, in a folder that is there")
     with _plain_files(package / entry.graph) as graph:
         return _reduce(graph, variant, out.resolve(), backend, check)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import io
 import logging
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from runtimes.errors import DISK_FULL, FailedError, Olmo2ExportError, UsageError
 from runtimes.generate import Generation, encode_prompt, generate
 from runtimes.plain_text import plain_lines, plain_text
 from runtimes.sampling import Sampler
-from runtimes.signals import Interrupted, interruptible
+from runtimes.signals import BROKEN_PIPE_EXIT, Interrupted, interruptible
 from runtimes.speculate import Drafter, DraftModel, PromptLookup
 from runtimes.tokenizer import Tokenizer
 
@@ -169,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as interruption:
         return interruption.exit_code
     except BrokenPipeError:
-        return 128 + signal.SIGPIPE
+        return BROKEN_PIPE_EXIT
     except Olmo2ExportError as error:
         return _report(str(error), error.exit_code, debug)
     except OSError as error:  # a file that cannot be read

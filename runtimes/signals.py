@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+BROKEN_PIPE_EXIT = 141
+"""what a shell reports where the reader of a pipe went away: 128 + SIGPIPE, which Windows does not have"""
+
 
 class Interrupted(BaseException):
     """Somebody asked the process to stop; not an Exception, so that nothing takes it for an error."""

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 EXPORTER = """
 __init__
 config
-atomic hub stored_tensors tokenizer_file model error_bars lm_eval_adapter stored_graph
+atomic hub stored_tensors tokenizer_file model error_bars lm_eval_adapter peak_memory stored_graph
 checkpoint
 quantize
 fuse

@@ -24,7 +24,7 @@ from olmo2_export.bench.checkpoint import SIZES
 from olmo2_export.bench.command import check_out, run_comparison, work_folder, write_out
 from olmo2_export.bench.compare import ours_failed
 from olmo2_export.bench.contenders import Workshop
-from olmo2_export.bench.processes import ROOT
+from olmo2_export.bench.processes import ROOT, check_system
 from olmo2_export.checkpoint import open_checkpoint
 from runtimes.errors import Olmo2ExportError
 from runtimes.signals import Interrupted, interruptible
@@ -87,6 +87,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Run one verb; return 0, or 1 if a contender failed."""
+    check_system()
     failed, out = False, getattr(args, "out", None)
     check_out(out)
     with work_folder(args.work, getattr(args, "keep", None)) as work:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,15 @@ def memory_bandwidth(limits: dict[str, Any]) -> tuple[float, str]:
 
 def processor() -> str:
     """Return the CPU's name."""
-    lines = _CPUINFO.read_text().splitlines()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown processor"
-    )
+    names = (line.partition(":")[2].strip() for line in _cpuinfo().splitlines() if line.startswith("model name"))
+    return next(names, platform.processor() or "unknown processor")
 
 
 def multiplies_bfloat16() -> bool:
     """Tell whether the CPU has instructions for bfloat16; without them PyTorch computes in it ten times slower."""
-    flags = set(_CPUINFO.read_text().split())
+    flags = set(_cpuinfo().split())
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def _cpuinfo() -> str:
+    return _CPUINFO.read_text() if _CPUINFO.is_file() else ""  # Linux alone has it

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtimes.errors import FailedError
+from olmo2_export.peak_memory import MAXRSS_UNIT
+from runtimes.errors import FailedError, UsageError
 
 ROOT = Path(__file__).parents[2]
 """the folder of the packages, for the interpreters of the peers"""
@@ -34,6 +35,16 @@ class Finished:
     @property
     def cost(self) -> dict[str, Any]:
         return {"seconds": round(self.seconds, 1), "peak_memory_mb": self.peak_memory_mb}
+
+
+def check_system() -> None:
+    """Refuse a system on which processes cannot be measured, before anything is measured.
+
+    Raises:
+        UsageError: it is not Linux or macOS.
+    """
+    if not hasattr(os, "wait4"):
+        raise UsageError("bench: this system does not say how much memory a process had; run it on Linux or macOS")
 
 
 def run(command: Sequence[str | Path]) -> Finished:
@@ -70,7 +81,7 @@ def run(command: Sequence[str | Path]) -> Finished:
             said = err.read_text(errors="replace").strip()
             logging.getLogger(__name__).debug("%s: %s", " ".join(words), said)
             raise FailedError(f"{' '.join(words[:4])}: {_ended(code)}: {' '.join(said.splitlines()[-1:]) or 'silent'}")
-        return Finished(out.read_text(errors="replace"), seconds, round(usage.ru_maxrss * 1024 / 1e6))
+        return Finished(out.read_text(errors="replace"), seconds, round(usage.ru_maxrss * MAXRSS_UNIT / 1e6))
 
 
 def _python_path(python: str) -> str:

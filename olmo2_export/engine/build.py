@@ -72,8 +72,8 @@ class BuildReport:
     """all of it, checks and graph included"""
     compile_seconds: float
     """TensorRT's part"""
-    peak_rss: int
-    """bytes: the most memory of the process in which TensorRT ran, mapped weights included"""
+    peak_rss: int | None
+    """bytes, where they are counted: the most memory of the process in which TensorRT ran, mapped weights included"""
     plan_bytes: int
     graph_bytes: int
     """the ONNX graph and its weights"""
@@ -218,9 +218,9 @@ def _staged(package: Path, manifest: Manifest, precision: Precision) -> Iterator
     """Yield a folder that takes the place of trt/ after the body, with what stays of it, and the manifest of that."""
     if "fp32" not in manifest.variants:
         raise VariantNotFoundError(f"{package}: no variant fp32, which engines are built from; export it again")
-    check_files(package, manifest.files, manifest.variants["fp32"].files)
     # Nobody may replace the package while an engine is built from it.
     with locked(Path.cwd() / package), replace_folder(package / TRT_FOLDER, force=True) as staging:
+        check_files(package, manifest.files, manifest.variants["fp32"].files)
         kept = _kept(package, precision)
         _link(kept.files, package, staging)
         yield staging, kept

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import mmap
 import re
-import resource
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from olmo2_export.engine.builder import (
     set_flags,
     timing_cache,
 )
+from olmo2_export.peak_memory import peak_bytes
 from runtimes.errors import EngineBuildError, FusionError, first_names
 from runtimes.manifest import ProfileRange
 from runtimes.nvidia import Message, TensorRT, TensorRTBackend, load_tensorrt
@@ -60,8 +60,8 @@ class CompileResult:
     layer_counts: dict[str, int]
     aliases: dict[str, str]
     """network outputs that TensorRT writes into the memory of that input"""
-    peak_rss: int
-    """bytes, of this process; the mapped weights are part of it"""
+    peak_rss: int | None
+    """bytes, of this process, where the system counts them; the mapped weights are part of it"""
 
 
 def compile_plan(request: CompileRequest, on_progress: OnProgress) -> CompileResult:
@@ -107,7 +107,7 @@ def compile_plan(request: CompileRequest, on_progress: OnProgress) -> CompileRes
         backend_version=tensorrt.version,
         layer_counts=counts,
         aliases=_aliases(trt, network),
-        peak_rss=peak_rss(),
+        peak_rss=peak_bytes(),
     )
 
 
@@ -210,11 +210,6 @@ def _aliases(trt: Any, network: Any) -> dict[str, str]:
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     updates = [layer for layer in layers if layer.type == trt.LayerType.KV_CACHE_UPDATE]
     return {layer.get_output(0).name: layer.get_input(0).name for layer in updates}
-
-
-def peak_rss() -> int:
-    """Return the most memory that this process has had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def texts(messages: Sequence[Message]) -> str:

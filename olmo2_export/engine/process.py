@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import selectors
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 WORKER = "olmo2_export.engine.worker"
 """the module that is run in a process of its own"""
+_KILLED = -9  # SIGKILL, which Windows does not have
 _ENVIRONMENT = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")  # what TensorRT may need; the rest would move its memory
 
 
@@ -63,7 +63,7 @@ def run_worker(request: CompileRequest | RefitRequest, folder: Path, *, progress
         kind = getattr(runtimes.errors, outcome["error"])
         assert issubclass(kind, Olmo2ExportError)  # the compiler sends no others
         raise kind(outcome["text"])
-    if process.returncode == -signal.SIGKILL:
+    if process.returncode == _KILLED:
         raise ResourceError(
             "the TensorRT process was killed, as the system does when memory runs out; it needs about "
             "three times the plan"

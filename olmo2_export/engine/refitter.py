@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from olmo2_export.engine.builder import OnProgress
-from olmo2_export.engine.compiler import CompileResult, mapped_weights, parser_error, peak_rss, texts
+from olmo2_export.engine.compiler import CompileResult, mapped_weights, parser_error, texts
+from olmo2_export.peak_memory import peak_bytes
 from runtimes.errors import EngineBuildError, first_names
 from runtimes.nvidia import TensorRTBackend, load_tensorrt
 
@@ -72,4 +73,4 @@ def refit_plan(request: RefitRequest, on_progress: OnProgress) -> CompileResult:
         config.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
         config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)  # it can be refitted again
         Path(request.plan).write_bytes(engine.serialize_with_config(config))
-    return CompileResult(tensorrt.version, {}, {}, peak_rss())
+    return CompileResult(tensorrt.version, {}, {}, peak_bytes())

@@ -157,7 +157,10 @@ def sweep(
         "stride_tokens": stride,
         "max_tokens": max_tokens,
     }
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{out}: cannot be created ({error.strerror}); choose another --out") from error
     ordered = in_order(revisions)
     with locked(out):
         work = _Sweep(model, out, variant, options)

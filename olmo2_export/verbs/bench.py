@@ -49,8 +49,10 @@ def run(args: argparse.Namespace) -> int:
     """Run it; return the exit code."""
     from olmo2_export.bench.command import check_out, run_comparison, work_folder, write_out
     from olmo2_export.bench.compare import ours_failed
+    from olmo2_export.bench.processes import check_system
     from olmo2_export.checkpoint import open_checkpoint
 
+    check_system()
     check_out(args.out)
     reference = open_checkpoint(args.reference, args.revision) if args.reference else None
     with work_folder(None, args.keep) as work:

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from olmo2_export.evaluate.evaluate import evaluate, token_text
     from olmo2_export.evaluate.models import Evaluated, open_package_model, open_torch_model
     from olmo2_export.evaluate.text import HELDOUT
-    from olmo2_export.verbs.words import peak_bytes
+    from olmo2_export.peak_memory import peak_bytes
     from runtimes.errors import UsageError
     from runtimes.manifest import MANIFEST_NAME, load_manifest
 

@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from olmo2_export.verbs.words import megabytes, peak_megabytes
+from olmo2_export.verbs.words import megabytes
 
 HELP = "checkpoint -> package folder"
 
@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """Run it; return the exit code."""
     from olmo2_export.checkpoint import open_checkpoint
     from olmo2_export.package import export
+    from olmo2_export.peak_memory import peak_bytes
     from olmo2_export.summary.text import quantization_lines
     from olmo2_export.variants import Options
 
@@ -71,6 +72,6 @@ def run(args: argparse.Namespace) -> int:
             print(f"  float32 {island}: {reason}")
     print(
         f"exported {manifest.source.model}{at} to {args.out}: {megabytes(size)} in {seconds:.1f} s, "
-        f"peak memory {peak_megabytes()}"
+        f"peak memory {megabytes(peak_bytes())}"
     )
     return 0

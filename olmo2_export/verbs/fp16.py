@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     """Run it; return the exit code."""
     import json
 
+    from olmo2_export.atomic import check_replaceable
     from olmo2_export.checkpoint import open_checkpoint
     from olmo2_export.config import ModelConfig
     from olmo2_export.fp16.report import safety_lines
@@ -44,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--apply and --out DIR go together: the package is written there")
     if not args.apply and (args.variant or args.force):
         raise UsageError("--variant and --force are of --apply, which is not given")
+    if args.apply:
+        check_replaceable(args.out, args.force)  # before it is measured
     checkpoint = open_checkpoint(args.model, args.revision)
     config = ModelConfig.from_json(checkpoint.folder / "config.json")
     check_weights(checkpoint, config)

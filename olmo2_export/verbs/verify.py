@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from olmo2_export.parity import ParityReport
 
 HELP = "package against PyTorch: exit 1 if any gate fails"
 
@@ -32,6 +37,9 @@ def declare(verb: argparse.ArgumentParser) -> None:
         help="tokens of the longest rows; default: what the cache holds, at most 4096. Fewer are quicker",
     )
     verb.add_argument(
+        "--out", type=Path, metavar="FILE", help="where the report goes; default: parity.json in the package"
+    )
+    verb.add_argument(
         "--locate",
         action="store_true",
         help="find the first layer and tensor that departs, and the operation; nothing else; exit 1 if there is one",
@@ -43,14 +51,22 @@ def run(args: argparse.Namespace) -> int:
     from olmo2_export.checkpoint import open_checkpoint
     from olmo2_export.verify.measure import LONGEST
     from olmo2_export.verify.verify import format_reports, verify
+    from runtimes.errors import UsageError
 
     checkpoint = open_checkpoint(args.reference, args.revision)
+    if args.locate and args.out is not None:
+        raise UsageError("--out: --locate writes no report")
     if args.locate:
         from olmo2_export.locate.locate import format_location, locate_all
 
         locations = locate_all(args.package, checkpoint, args.variant or [], backend=args.backend, device=args.device)
         print("\n\n".join(format_location(location) for location in locations))
         return 1 if any(location.first is not None for location in locations) else 0
+
+    def verdict(reports: Sequence[ParityReport]) -> str:
+        word = "verified" if all(report.passed for report in reports) else "NOT verified"
+        return f"{format_reports(reports)}\n{word}: {args.package} against {checkpoint.model}"
+
     reports = verify(
         args.package,
         checkpoint,
@@ -58,8 +74,7 @@ def run(args: argparse.Namespace) -> int:
         backend=args.backend,
         device=args.device,
         longest=LONGEST if args.longest is None else args.longest,
+        out=args.out,
+        show=lambda reports: print(verdict(reports), flush=True),
     )
-    print(format_reports(reports))
-    passed = all(report.passed for report in reports)
-    print(f"{'verified' if passed else 'NOT verified'}: {args.package} against {checkpoint.model}")
-    return 0 if passed else 1
+    return 0 if all(report.passed for report in reports) else 1

@@ -6,14 +6,15 @@ must show, in `quantized.py`, `device.py` and `static.py`.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from olmo2_export.atomic import can_write, write_file
 from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.device_graph import DTYPES
 from olmo2_export.parity import GATES, CaseResult, ParityReport
@@ -35,6 +36,8 @@ from runtimes.manifest import (
 from runtimes.ort_devices import find_device
 from runtimes.sealed import FORMAT_VERSION, check_files, read_sealed, seal
 
+logger = logging.getLogger(__name__)
+
 
 def verify(
     package: Path,
@@ -44,8 +47,12 @@ def verify(
     backend: Backend = "ort",
     device: Device = "cpu",
     longest: int = LONGEST,
+    out: Path | None = None,
+    show: Callable[[Sequence[ParityReport]], None] | None = None,
 ) -> list[ParityReport]:
     """Compare variants of a package with PyTorch on the reference weights, and write `parity.json` beside the manifest.
+
+    A package that may not be written is verified all the same; that its report is not kept is logged as a warning.
 
     Args:
         package: the package folder; all its files are checked against the manifest first.
@@ -55,6 +62,8 @@ def verify(
         backend: what runs the graphs.
         device: where ort runs them.
         longest: tokens of the longest rows, where a cache holds more; at least MIN_CAPACITY.
+        out: the file to write, in the place of `parity.json`.
+        show: is given the reports before they are written, which a full disk may prevent.
 
     Returns:
         One report per variant; look at `passed`.
@@ -62,12 +71,15 @@ def verify(
     Raises:
         IntegrityError: a file of the package changed.
         ConfigError: package and reference are not of one shape.
+        UsageError: `out` cannot be written; said before anything is run.
+        ResourceError: the disk is full.
     """
     if longest < MIN_CAPACITY:
         raise UsageError(f"longest rows of {longest} tokens: verification needs {MIN_CAPACITY}")
     manifest = load_manifest(package)
     checksum = package_checksum(package)
     check_files(package, manifest.files)
+    path = _report_path(package, out)
     if backend == "ort" and device != "cpu":
         find_device(device)  # before PyTorch is asked
     if backend != "ort" and device == "nv-rtx":
@@ -102,8 +114,30 @@ def verify(
                 with open_runner(package, variant=name, backend=backend) as runner:
                     reports.append(with_quality(report, runner, checkpoint))
             bar.update()
-    _write(package, checksum, checkpoint, reports)
+    if show is not None:
+        show(reports)
+    if package_checksum(package) != checksum:
+        raise PackageError(f"{package}: was replaced while it was verified; verify it again")
+    if path is not None:
+        _write(path, checksum, checkpoint, reports)
     return reports
+
+
+def _report_path(package: Path, out: Path | None) -> Path | None:
+    """Return the file to write; None where the package may not be written and no other file was given.
+
+    Raises:
+        UsageError: the one that was given cannot be written.
+    """
+    if out is not None:
+        if not can_write(out):
+            raise UsageError(f"--out {out}: expected a file that can be written, in a folder that is there")
+        return out.resolve() if out.is_file() else out
+    path = package / PARITY_NAME
+    if can_write(path):
+        return path
+    logger.warning("%s is not writable: the report is not kept; --out FILE writes it elsewhere", package)
+    return None
 
 
 def _all_variants(package: Path, manifest: Manifest, backend: Backend, device: Device) -> list[str]:
@@ -189,11 +223,12 @@ def _notes(report: ParityReport) -> list[str]:
     return [*notes, f"{name} on {report.backend}: {said}"]
 
 
-def _write(package: Path, checksum: str, checkpoint: Checkpoint, reports: Sequence[ParityReport]) -> None:
-    """Write parity.json, keeping what it says of other variants of the same export."""
-    path = package / PARITY_NAME
-    if package_checksum(package) != checksum:
-        raise PackageError(f"{package}: was replaced while it was verified; verify it again")
+def _write(path: Path, checksum: str, checkpoint: Checkpoint, reports: Sequence[ParityReport]) -> None:
+    """Write parity.json, keeping what it says of other variants of the same export.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
     kept: dict[str, Any] = {}
     if path.is_file():
         try:
@@ -208,8 +243,4 @@ def _write(package: Path, checksum: str, checkpoint: Checkpoint, reports: Sequen
         "reference": {"model": checkpoint.model, "revision": checkpoint.revision},
         "variants": kept | {report.variant: report.to_document() for report in reports},
     }
-    for leftover in package.glob(f".{PARITY_NAME}.*"):  # of a killed process
-        leftover.unlink(missing_ok=True)
-    temporary = path.with_name(f".{PARITY_NAME}.{os.getpid()}")
-    temporary.write_bytes(seal(document))
-    temporary.replace(path)
+    write_file(path, seal(document))

@@ -27,6 +27,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
+from olmo2_export.peak_memory import peak_bytes
+
+_STATUS = Path("/proc/self/status")  # of Linux
+
 
 class Engine(Protocol):
     """A model loaded, with room for a fixed number of rows."""
@@ -137,9 +141,12 @@ def _step_seconds(task: dict[str, Any], open_engine: OpenEngine, rows: int) -> f
 
 
 def resident() -> dict[str, float]:
-    """Return MB of this process's resident set, mapped files included."""
+    """Return MB of this process's resident set, mapped files included; its peak for both, where that alone is known."""
+    if not _STATUS.is_file():
+        peak = round((peak_bytes() or 0) / 1e6, 1)
+        return {"resident_mb": peak, "peak_resident_mb": peak}
     fields = {}
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in _STATUS.read_text().splitlines():
         name, _, value = line.partition(":")
         if name in ("VmRSS", "VmHWM"):
             fields[name] = round(int(value.split()[0]) * 1024 / 1e6, 1)
