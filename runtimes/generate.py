@@ -371,11 +371,14 @@ class _Held:
         kept = len(names) - _undecided(names, self._stop_with_names)
         count = min(len(text) - _undecided(text, self._stop), self._shown(kept))
         free, left = text[:count], count
-        while left:  # whole parts, then a part of one; names in front of it go, too
-            part, shown = self._parts.pop(0)
-            if shown and len(part) > left:
-                self._parts.insert(0, (part[left:], True))
-            left -= min(left, len(part)) if shown else 0
+        while self._parts:  # what is given out, and the names in front that can be no part of a stop string
+            part, shown = self._parts[0]
+            gone = min(left, len(part)) if shown else len(part)
+            if not gone or (not shown and not left and gone > kept):
+                break
+            self._parts[:1] = [(part[gone:], True)] if gone < len(part) else []
+            left -= gone if shown else 0
+            kept -= gone
         return free
 
     def _with_names(self) -> str:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from runtimes import open_runner
 from runtimes.errors import ContextLengthError, InputError, NumericError, UsageError
-from runtimes.generate import Generation, Piece, generate, generate_tokens, stream_text
+from runtimes.generate import Generation, Piece, _Held, generate, generate_tokens, stream_text
 from runtimes.one_thread import OneThread
 from runtimes.runner import Runner
 from runtimes.sampling import Sampler
@@ -158,6 +158,14 @@ def test_a_stop_string_that_names_a_special_token_is_found_where_the_token_is(
     found = streamed_with_names(pieces, stop)
     assert ("".join(piece.text for piece in found), found[-1].finish_reason) == (expected, reason)
     assert all(piece.finish_reason is None and piece.text for piece in found[:-1])
+
+
+def test_names_of_special_tokens_do_not_pile_up() -> None:
+    held = _Held(["x<|pad|>"], {0: "<|pad|>"})
+    for _ in range(100):
+        held.push("", held.hidden(0))
+        assert held.free() == ""
+        assert sum(len(text) for text, _ in held._parts) <= len("x<|pad|>")
 
 
 def test_random_texts_with_special_tokens_stop_where_the_definition_says() -> None:
