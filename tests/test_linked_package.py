@@ -39,9 +39,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def logits(package: Path, variant: str) -> np.ndarray:
-    ids = np.arange(70, dtype=np.int64)[None] % 131  # enough for a prefill graph
+    ids = np.arange(70, dtype=np.int64) % 131  # enough for a prefill graph
     with open_runner(package, variant=variant) as runner:
-        return np.concatenate([runner.prefill(ids[:, :64]).ravel(), runner.decode(ids[:, 64]).ravel()])
+        return np.concatenate([*runner.prefill([ids[:64]]), runner.decode(ids[64:65])])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)

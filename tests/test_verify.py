@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from checkpoints import make_checkpoint
 from transformers import Olmo2ForCausalLM
 
+from olmo2_export import atomic, cli
 from olmo2_export.checkpoint import open_checkpoint
 from olmo2_export.engine.build import build
 from olmo2_export.engine.options import EngineOptions
@@ -204,3 +207,82 @@ def test_greedy_of_the_reference_is_generate(tiny_checkpoint: Path) -> None:
 def test_reference_config_of_old_form_is_read_by_transformers_too(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "c", old_config=True)
     assert "rope_theta" in json.loads((folder / "config.json").read_text())
+
+
+def read_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a folder be one that may not be written, for whoever runs the tests."""
+    access = os.access
+
+    def denied(path: Any, mode: int) -> bool:
+        return access(path, mode) and not (mode & os.W_OK and Path(path).resolve() == folder)
+
+    monkeypatch.setattr(atomic.os, "access", denied)
+
+
+def test_a_read_only_package_gets_its_verdict(
+    copy: Path,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A model volume, or a layer of an image."""
+    read_only(copy, monkeypatch)
+    before = sorted(p.name for p in copy.iterdir())
+    assert cli.main(["verify", str(copy), "--reference", str(tiny_checkpoint), "--longest", "64"]) == 0
+    out = capsys.readouterr().out
+    assert "fp32 on ort: kernel parity passed, quality passed" in out
+    assert f"verified: {copy} against" in out
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{copy} is not writable: the report is not kept; --out FILE writes it elsewhere"
+    ]
+    assert sorted(p.name for p in copy.iterdir()) == before
+
+
+def test_the_report_of_a_read_only_package_goes_elsewhere(
+    copy: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    read_only(copy, monkeypatch)
+    out = tmp_path / "report.json"
+    command = ["verify", str(copy), "--reference", str(tiny_checkpoint), "--longest", "64", "--out", str(out)]
+    assert cli.main(command) == 0
+    assert caplog.records == []
+    document = read_sealed(out)
+    assert document["package_checksum"] == read_sealed(copy / "manifest.json")["checksum"]
+    assert list(document["variants"]) == ["fp32"]
+    assert not (copy / "parity.json").exists()
+
+
+@pytest.mark.parametrize("out", ["nowhere/report.json", "copy"])
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_run(
+    copy: Path, tiny_checkpoint: Path, tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify_module, "ask_pytorch", None)
+    with pytest.raises(UsageError, match=rf"--out {tmp_path / out}: expected a file that can be written"):
+        verify(copy, open_checkpoint(str(tiny_checkpoint)), out=tmp_path / out)
+
+
+def test_locate_writes_no_report(copy: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["verify", str(copy), "--reference", str(tiny_checkpoint), "--locate", "--out", "report.json"]
+    assert cli.main(command) == 2
+    assert "--out: --locate writes no report" in capsys.readouterr().err
+
+
+def test_a_full_disk_does_not_take_the_verdict(
+    copy: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(self: Path, _: bytes) -> int:
+        self.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(atomic.Path, "write_bytes", full)
+    assert cli.main(["verify", str(copy), "--reference", str(tiny_checkpoint), "--longest", "64"]) == 1
+    said = capsys.readouterr()
+    assert f"verified: {copy} against" in said.out
+    last = said.err.splitlines()[-1]
+    assert "parity.json: writing failed (No space left on device)" in last
+    assert sorted(p.name for p in copy.iterdir() if "parity" in p.name) == []
