@@ -34,7 +34,7 @@ prepare() {
   split -b 36M -d "$scratch"/slim/*.whl "$scratch/$(basename "$scratch"/slim/*.whl).part-"
   mv "$scratch"/*.part-00 "$WHEELS/01/"
   mv "$scratch"/*.part-0[1-9] "$WHEELS/02/"
-  du -sh "$WHEELS"/*
+  ls -l "$WHEELS"/*
 }
 
 take() { # a folder of wheels and pieces: kept for the next step; whole wheels are installed
@@ -99,7 +99,9 @@ rehearse() {
   DEVICE=cpu SHAPE=demo VARIANTS=fp16 STEPS=8 SECONDS_OF_ROWS=900 SECONDS_A_ROW=300
   KEEP=$(mktemp -d) && site=$KEEP/site && mkdir -p "$site"
   trap 'rm -rf "$KEEP"' EXIT
-  PYTHONPATH="$PWD:$PYTHONPATH"
+  export PYTHONPATH="$PWD:$site"
+  [ ! -d "$WHEELS/01" ] || "$PYTHON" -m pip install --quiet --no-index --no-deps --target "$site" "$WHEELS"/01/*.whl # as there
+  install_checkout
   models
   rows
   third
