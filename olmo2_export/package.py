@@ -9,7 +9,9 @@ the target is the old package or the new one, whole. Two exports of the same inp
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import platform
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +28,10 @@ from olmo2_export.variants import SPOOL, Options, VariantWriter, check_variants
 from runtimes.manifest import MANIFEST_NAME, Manifest, Source, to_document
 from runtimes.sealed import FORMAT_VERSION, hash_files, seal
 
-_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors", "tokenizers", "numpy")
+_LIBRARIES = (
+    *("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu"),
+    *("safetensors", "tokenizers", "numpy"),
+)
 
 
 def export(
@@ -72,7 +77,7 @@ def export(
             source=Source(checkpoint.model, checkpoint.kind, checkpoint.revision, sources.result()),
             model=config.spec,
             variants=written,
-            libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
+            libraries=_libraries(),
             files=hash_files(staging, files),
         )
         (staging / MANIFEST_NAME).write_bytes(seal(to_document(manifest)))
@@ -92,3 +97,12 @@ def check_weights(checkpoint: Checkpoint, config: ModelConfig) -> None:
         checkpoint.validate(expected, aliases={"lm_head.weight": "model.embed_tokens.weight"})
     else:
         checkpoint.validate(expected)
+
+
+def _libraries() -> dict[str, str]:
+    """Return the versions of what makes a package; of the two builds of onnxruntime, what is there."""
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions

@@ -54,6 +54,7 @@ from olmo2_export.quantize.static import StaticWeights
 from olmo2_export.stored_graph import load_graph
 from runtimes.errors import FusionError
 from runtimes.manifest import KVCacheSpec, Manifest, ModelSpec, TensorSpec, Variant
+from runtimes.ort_versions import oldest_onnxruntime
 
 Precision = Literal["bf16", "fp16", "fp32", "int4", "int8", "fp8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -182,6 +183,14 @@ def static_variant(
 ) -> Variant:
     """Return the manifest's entry of a static-cache graph."""
     graph = f"trt/model_{precision}.onnx"
+    cache = KVCacheSpec(
+        form="static",
+        dtype=_DTYPE_NAMES[dtype_of(precision)],
+        num_layers=model.num_hidden_layers,
+        num_key_value_heads=model.num_key_value_heads,
+        head_dim=model.head_dim,
+        max_cache_length=max_cache_length,
+    )
     return Variant(
         name=f"trt_{precision}",
         precision=precision,
@@ -190,15 +199,9 @@ def static_variant(
         opset=OPSET,
         inputs=static_inputs(model, precision, max_cache_length),
         outputs=static_outputs(model, precision, max_cache_length, top_k),
-        kv_cache=KVCacheSpec(
-            form="static",
-            dtype=_DTYPE_NAMES[dtype_of(precision)],
-            num_layers=model.num_hidden_layers,
-            num_key_value_heads=model.num_key_value_heads,
-            head_dim=model.head_dim,
-            max_cache_length=max_cache_length,
-        ),
+        kv_cache=cache,
         op_counts=op_counts,
+        min_onnxruntime=oldest_onnxruntime(cache),
     )
 
 

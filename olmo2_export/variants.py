@@ -55,6 +55,7 @@ from runtimes.manifest import (
     Variant,
 )
 from runtimes.ort_runner import open_ort
+from runtimes.ort_versions import oldest_onnxruntime
 from runtimes.sealed import hash_file
 
 logger = logging.getLogger(__name__)
@@ -213,6 +214,7 @@ class VariantWriter:
 
     def _portable(self) -> Variant:
         model, graph = self._traced.clone(), VARIANTS["fp32"]
+        cache = self._cache_spec("concat", "float32")
         return Variant(
             name="fp32",
             precision="fp32",
@@ -221,8 +223,9 @@ class VariantWriter:
             opset=OPSET,
             inputs=portable_inputs(self._config),
             outputs=portable_outputs(self._config),
-            kv_cache=self._cache_spec("concat", "float32"),
+            kv_cache=cache,
             op_counts=check_op_counts(model, expected_op_counts(self._config)),
+            min_onnxruntime=oldest_onnxruntime(cache),
         )
 
     def _quantized(self, name: str) -> Variant:
@@ -245,6 +248,7 @@ class VariantWriter:
             kv_cache=cache,
             op_counts=counts,
             quantization=self._describe(name, weights),
+            min_onnxruntime=oldest_onnxruntime(cache),
         )
         variant, quality = self._judged(variant)
         if not options.prefill_graph:
@@ -274,6 +278,7 @@ class VariantWriter:
             kv_cache=cache,
             op_counts=counts,
             float32_islands=safety.reasons if safety is not None else {},
+            min_onnxruntime=oldest_onnxruntime(cache),
         )
         if weights is None:
             return variant
@@ -303,7 +308,13 @@ class VariantWriter:
             for file in (graph, *data):
                 (self._staging / file).unlink()
             return None
-        return PrefillGraph(graph=graph, data=data, min_rows=PREFILL_MIN_ROWS, quality=measured)
+        return PrefillGraph(
+            graph=graph,
+            data=data,
+            min_rows=PREFILL_MIN_ROWS,
+            quality=measured,
+            min_onnxruntime=oldest_onnxruntime(variant.kv_cache, prefill=True),
+        )
 
     def _save(self, model: ir.Model, graph: str) -> tuple[str, ...]:
         attach_weights(model, self._checkpoint, self._config)

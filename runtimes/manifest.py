@@ -10,6 +10,7 @@ Both are sealed: `checksum` is the sha256 of the rest of the document, and the b
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path, PurePosixPath
@@ -17,7 +18,7 @@ from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from runtimes.errors import IntegrityError, PackageError, PackageNotFoundError, VariantNotFoundError
-from runtimes.sealed import FORMAT_VERSION, FileEntry, read_sealed
+from runtimes.sealed import FileEntry, read_sealed
 
 MANIFEST_NAME = "manifest.json"
 TRT_FOLDER = "trt"
@@ -121,6 +122,8 @@ class PrefillGraph:
     min_rows: int
     """tokens in a step, over all sequences, from which it is used"""
     quality: Quality
+    min_onnxruntime: str | None = None
+    """as the variant's"""
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,8 @@ class Variant:
     prefill: PrefillGraph | None = None
     float32_islands: dict[str, str] = field(default_factory=dict, hash=False)
     """of a float16 graph: the tensors that stay float32, and why"""
+    min_onnxruntime: str | None = None
+    """the oldest onnxruntime that runs `graph`, as 1.24 or 1.23.1; None: format 3, which does not say"""
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -199,7 +204,7 @@ class Manifest:
     model: ModelSpec
     variants: dict[str, Variant] = field(hash=False)
     libraries: dict[str, str] = field(hash=False)
-    """name -> version of what made the graphs"""
+    """name -> version of what made the package, python among them"""
     files: dict[str, FileEntry] = field(hash=False)
     """path in the package -> what it must be; all files but this one, parity.json and trt/"""
 
@@ -355,7 +360,8 @@ def _parse(path: Path, parse: Callable[[Mapping[str, Any]], _T], document: Mappi
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, PackageError):
             raise
-        raise PackageError(f"{path}: not the fields of format {FORMAT_VERSION} ({error}); export it again") from error
+        version = document["format_version"]
+        raise PackageError(f"{path}: not the fields of format {version} ({error}); export it again") from error
     return manifest
 
 
@@ -433,6 +439,9 @@ def _variant(document: Mapping[str, Any]) -> Variant:
     if quantization is not None:
         by_name = {name: QuantizedTensor(**entry) for name, entry in quantization["tensors"].items()}
         quantization = Quantization(**{**quantization, "tensors": by_name})
+    for graph in (document, prefill or {}):
+        if re.fullmatch(r"\d+(\.\d+){1,2}", graph.get("min_onnxruntime") or "0.0") is None:
+            raise ValueError(f"min_onnxruntime is {graph['min_onnxruntime']!r}")
     if prefill is not None:
         prefill = PrefillGraph(**{**prefill, "data": tuple(prefill["data"]), "quality": Quality(**prefill["quality"])})
     return Variant(

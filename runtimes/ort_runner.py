@@ -25,6 +25,7 @@ from runtimes.one_thread import OneThread, one_thread
 from runtimes.ort_devices import find_device
 from runtimes.ort_session import one_line, open_session
 from runtimes.ort_static import OrtStaticSession
+from runtimes.ort_versions import check_padded_rows, runnable
 from runtimes.runner import (
     Ids,
     Logits,
@@ -230,6 +231,8 @@ class ConcatRunner(OrtRunner[ConcatCache]):
 
     def _extend(self, cache: ConcatCache, rows: list[Ids], all_positions: bool) -> tuple[list[Logits], ConcatCache]:
         width = max(len(row) for row in rows)
+        if any(len(row) < width for row in rows):
+            check_padded_rows(self.variant, ort.__version__)
         ids, positions, mask = (np.zeros((len(rows), width), np.int64) for _ in range(3))
         for b, (row, length) in enumerate(zip(rows, cache.lengths, strict=True)):
             ids[b, width - len(row) :] = row
@@ -321,7 +324,8 @@ def open_ort(
     Raises:
         IntegrityError: a file is not the one that was exported.
         PackageError: onnxruntime cannot load the graph, or it has other inputs and outputs than the manifest says.
-        BackendError: the device, its provider or its libraries are not there, or it does not run this variant.
+        BackendError: the device, its provider or its libraries are not there, it does not run this variant, or
+            onnxruntime is too old for it.
     """
     spec = variant.kv_cache
     if spec.form not in CACHE_DTYPES["cpu"]:
@@ -338,6 +342,7 @@ def open_ort(
             f"variant {variant.name}: a {spec.dtype} KV cache does not run on device {device}; "
             f"it runs on {', '.join(others) or 'none'}, and {_which(device)} run on {device}"
         )
+    variant = runnable(variant, ort.__version__, device)
     found = find_device(device)
     capture = device == "cuda" and spec.form == "shared"
     shapes = compiled_shapes(spec) if device == "nv-rtx" else None

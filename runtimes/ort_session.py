@@ -12,18 +12,22 @@ from runtimes.linked_data import follow_link
 from runtimes.manifest import Variant
 from runtimes.ort_devices import Device, Shapes, find_device
 
-# What loading raises; these have no common base but Exception.
-_LOAD_ERRORS = (
-    ort_state.EPFail,
-    ort_state.Fail,
-    ort_state.InvalidArgument,
-    ort_state.InvalidGraph,
-    ort_state.InvalidProtobuf,
-    ort_state.NoModel,
-    ort_state.NoSuchFile,
-    ort_state.NotFound,
-    ort_state.NotImplemented,
-    ort_state.RuntimeException,
+# What loading raises; these have no common base but Exception. NotFound is new in 1.23.
+_LOAD_ERRORS = tuple(
+    getattr(ort_state, name)
+    for name in (
+        "EPFail",
+        "Fail",
+        "InvalidArgument",
+        "InvalidGraph",
+        "InvalidProtobuf",
+        "NoModel",
+        "NoSuchFile",
+        "NotFound",
+        "NotImplemented",
+        "RuntimeException",
+    )
+    if hasattr(ort_state, name)
 )
 _ERRORS_ONLY = 4  # onnxruntime's log severity "fatal": errors reach the caller as exceptions, once
 

@@ -12,7 +12,11 @@ from typing import Any
 
 from runtimes.errors import IntegrityError, PackageError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+"""what is written"""
+READABLE_VERSIONS = (3, 4)
+"""what is read: format 3 does not say which onnxruntime a graph needs"""
+
 _HASH_CHUNK = 1 << 20
 
 
@@ -48,9 +52,11 @@ def read_sealed(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise IntegrityError(f"{path}: expected a JSON object; export the package again")
     version = document.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version not in READABLE_VERSIONS:
+        known = " and ".join(map(str, READABLE_VERSIONS))
         raise PackageError(
-            f"{path}: format_version {version!r}, this version reads {FORMAT_VERSION}; export the package again"
+            f"{path}: format_version {version!r}, this version reads {known}; update olmo2-export, or export the "
+            "package again"
         )
     try:
         intact = seal(document) == raw

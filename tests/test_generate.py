@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from runtimes import open_runner
 from runtimes.errors import ContextLengthError, InputError, NumericError, UsageError
@@ -433,6 +431,9 @@ def test_broken_model_gives_an_error_and_no_token(tokenizer: Tokenizer) -> None:
 
 
 def test_greedy_text_equals_transformers(demo_package: Path, tokenizer: Tokenizer) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
     import olmo2_export.demo
 
     model = AutoModelForCausalLM.from_pretrained(Path(olmo2_export.demo.__file__).parent)

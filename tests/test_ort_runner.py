@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
+import packages
 import pytest
-import torch
-from transformers import Olmo2ForCausalLM
 
 import runtimes
 from runtimes import open_runner
@@ -34,26 +32,19 @@ from runtimes.ort_runner import OrtRunner
 from runtimes.sealed import read_sealed, seal
 
 VOCAB, CONTEXT = 131, 256
-LENGTHS = (17, 5, 29)
 # float32 on both sides, products summed in another order: 5e-6 measured on logits of size 1 to 4.
 TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
-def model(tiny_checkpoint: Path) -> Olmo2ForCausalLM:
-    return Olmo2ForCausalLM.from_pretrained(tiny_checkpoint).eval()
-
-
-@pytest.fixture(scope="module")
 def sequences() -> list[np.ndarray]:
-    random = np.random.default_rng(0)
-    return [random.integers(0, VOCAB, n) for n in LENGTHS]
+    return packages.sequences()
 
 
 @pytest.fixture(scope="module")
-def reference(model: Olmo2ForCausalLM, sequences: list[np.ndarray]) -> list[np.ndarray]:
+def reference(tiny_logits: list[np.ndarray]) -> list[np.ndarray]:
     """PyTorch's logits of each sequence, all positions."""
-    return [logits_of(model, ids) for ids in sequences]
+    return tiny_logits
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +57,6 @@ def shared_runner(tiny_package: Path) -> Iterator[OrtRunner]:
 def runner(shared_runner: OrtRunner) -> OrtRunner:
     shared_runner.reset()
     return shared_runner
-
-
-def logits_of(model: Olmo2ForCausalLM, ids: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.from_numpy(ids)[None]).logits[0].numpy()
 
 
 def close(found: np.ndarray, expected: np.ndarray) -> None:
@@ -187,7 +173,7 @@ def test_ragged_batch_equals_the_single_runs(
 ) -> None:
     for logits, expected in zip(runner.prefill(sequences, all_positions=True), reference, strict=True):
         close(logits, expected)
-    assert runner.cache_lengths == LENGTHS
+    assert runner.cache_lengths == packages.LENGTHS
 
 
 def test_ragged_chunks_leave_holes_that_nothing_sees(
@@ -213,9 +199,14 @@ def test_reset_forgets(runner: OrtRunner, sequences: list[np.ndarray], reference
     close(runner.prefill([sequences[1]])[0], reference[1][-1:])
 
 
-def test_exactly_the_context_works_and_one_more_is_refused(runner: OrtRunner, model: Olmo2ForCausalLM) -> None:
+def test_exactly_the_context_works_and_one_more_is_refused(runner: OrtRunner, tiny_checkpoint: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import Olmo2ForCausalLM
+
     ids = np.random.default_rng(1).integers(0, VOCAB, CONTEXT)
-    expected = logits_of(model, ids)
+    with torch.no_grad():
+        model = Olmo2ForCausalLM.from_pretrained(tiny_checkpoint).eval()
+        expected = model(torch.from_numpy(ids)[None]).logits[0].numpy()
     assert runner.max_cache_length == CONTEXT
     close(runner.prefill([ids[:-1]])[0], expected[-2:-1])
     with pytest.raises(
@@ -331,7 +322,7 @@ def test_any_integers_give_the_same_logits(
 
 
 def test_rows_of_one_array_are_sequences(runner: OrtRunner, reference: list[np.ndarray]) -> None:
-    ids = np.random.default_rng(0).integers(0, VOCAB, LENGTHS[0])
+    ids = np.random.default_rng(0).integers(0, VOCAB, packages.LENGTHS[0])
     both = runner.prefill(np.stack([ids, ids]))
     assert len(both) == 2
     close(both[1], reference[0][-1:])
@@ -388,6 +379,7 @@ def test_another_number_of_rows_is_refused(
 def test_nan_weight_gives_an_error_that_names_row_and_position_and_nothing_changes(
     copy: Path, sequences: list[np.ndarray], reference: list[np.ndarray]
 ) -> None:
+    onnx = pytest.importorskip("onnx")
     poison = next(t for t in range(VOCAB) if not any(t in ids for ids in sequences))
     graph = onnx.load(copy / "onnx/model.onnx", load_external_data=False)
     (table,) = (t for t in graph.graph.initializer if t.name == "model.embed_tokens.weight")

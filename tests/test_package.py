@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import platform
 import random
 import shutil
 import signal
@@ -19,6 +20,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from checkpoints import make_checkpoint
+from static_model import write_package
 
 from olmo2_export import atomic
 from olmo2_export import package as package_module
@@ -37,7 +39,7 @@ from runtimes.errors import (
     UsageError,
     VariantNotFoundError,
 )
-from runtimes.manifest import MANIFEST_NAME, find_variant, load_manifest
+from runtimes.manifest import MANIFEST_NAME, TRT_FOLDER, find_variant, load_manifest, load_trt_manifest
 from runtimes.sealed import check_files, read_sealed, seal
 from runtimes.tokenizer import Tokenizer
 
@@ -483,8 +485,34 @@ def test_a_manifest_of_another_format_says_so(tiny_package: Path, tmp_path: Path
     copy = Path(shutil.copytree(tiny_package, tmp_path / "copy"))
     document = read_sealed(copy / MANIFEST_NAME)
     (copy / MANIFEST_NAME).write_bytes(seal(document | {"format_version": 99}))
-    with pytest.raises(PackageError, match="format_version 99, this version reads 3"):
+    with pytest.raises(PackageError, match="format_version 99, this version reads 3 and 4; update"):
         load_manifest(copy)
+
+
+def test_a_manifest_of_engines_of_format_3_still_loads(tmp_path: Path) -> None:
+    package = write_package(tmp_path / "package")
+    path = package / TRT_FOLDER / MANIFEST_NAME
+    new = load_trt_manifest(package)
+    document = read_sealed(path) | {"format_version": 3}
+    for variant in document["variants"].values():
+        del variant["min_onnxruntime"]
+    path.write_bytes(seal(document))
+    old = load_trt_manifest(package)
+    assert old is not None
+    assert new is not None
+    assert old.engines == new.engines
+    assert [v.min_onnxruntime for v in old.variants.values()] == [None]
+    path.write_bytes(seal(document | {"format_version": 5}))
+    with pytest.raises(PackageError, match="format_version 5, this version reads 3 and 4; update olmo2-export, or"):
+        load_trt_manifest(package)
+
+
+def test_the_manifest_says_what_made_the_package(tiny_package: Path) -> None:
+    libraries = load_manifest(tiny_package).libraries
+    known = {"torch", "transformers", "onnx", "onnx-ir", "onnxscript", "safetensors", "tokenizers", "numpy", "python"}
+    assert known <= set(libraries) <= known | {"onnxruntime", "onnxruntime-gpu"}
+    assert libraries["python"] == platform.python_version()
+    assert libraries["torch"] == torch.__version__
 
 
 def test_a_manifest_with_other_fields_says_so(tiny_package: Path, tmp_path: Path) -> None:
@@ -499,7 +527,7 @@ def test_a_manifest_with_other_fields_says_so(tiny_package: Path, tmp_path: Path
         {k: v for k, v in document.items() if k != "files"},
     ):
         (copy / MANIFEST_NAME).write_bytes(seal(damaged))
-        with pytest.raises(PackageError, match="not the fields of format 3"):
+        with pytest.raises(PackageError, match="not the fields of format 4"):
             load_manifest(copy)
     (copy / MANIFEST_NAME).write_bytes(seal(document | {"files": {}}))
     with pytest.raises(IntegrityError, match="not in the manifest"):

@@ -21,7 +21,7 @@ ORDER = [
     {"sealed", "plain_text", "linked_data", "one_thread"},
     {"manifest"},
     {"runner", "sampling", "tokenizer", "nvidia", "cuda"},
-    {"ort_devices", "speculate", "row_runner"},
+    {"ort_devices", "ort_versions", "speculate", "row_runner"},
     {"ort_session"},
     {"shared_runner", "static_runner"},
     {"device_runner"},

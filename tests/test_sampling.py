@@ -6,8 +6,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from runtimes.errors import InputError, NumericError
 from runtimes.sampling import Sampler
@@ -49,6 +47,9 @@ def test_distribution_equals_the_definition(temperature: float, top_k: int, top_
 @pytest.mark.parametrize("top_k", [0, 5, 40])
 @pytest.mark.parametrize("top_p", [0.3, 0.95, 1.0])
 def test_survivors_equal_those_of_transformers(temperature: float, top_k: int, top_p: float) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
     random = np.random.default_rng(1)
     for _ in range(20):
         logits = random.normal(0, 3, VOCAB).astype(np.float32)

@@ -10,10 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from olmo2_export import package as package_module
-from olmo2_export.checkpoint import open_checkpoint
-from olmo2_export.package import export
-from olmo2_export.variants import Options
+import olmo2_export.demo
 from runtimes import open_runner, row_runner, shared_runner
 from runtimes.errors import ContextLengthError, InputError, IntegrityError, NumericError, UsageError
 from runtimes.generate import generate
@@ -27,18 +24,14 @@ TOLERANCE = 2e-5  # two ways of feeding one graph differ by float32 sums only, u
 
 
 @pytest.fixture(scope="module")
-def package(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def package(q8_package: Path) -> Path:
     """One graph of 8 bits."""
-    out = tmp_path_factory.mktemp("package") / "q8"
-    export(open_checkpoint(str(tiny_checkpoint)), out, variants=["q8"], options=Options(prefill_graph=False))
-    return out
+    return q8_package
 
 
 @pytest.fixture(scope="module")
-def two_graphs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("package") / "q4"
-    export(open_checkpoint(str(tiny_checkpoint)), out, variants=["q4"])
-    return out
+def two_graphs(q4_package: Path) -> Path:
+    return q4_package
 
 
 @pytest.fixture
@@ -300,6 +293,10 @@ def test_a_closed_runner_says_so(package: Path) -> None:
 
 @pytest.fixture(scope="module")
 def demo_q4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("torch")
+    from olmo2_export.checkpoint import open_checkpoint
+    from olmo2_export.package import export
+
     out = tmp_path_factory.mktemp("package") / "demo"
     export(open_checkpoint("demo"), out, variants=["q4"])
     return out
@@ -310,7 +307,7 @@ NEAR_TIE = 0.1  # logits: what activation codes that tip over can move; seen: up
 
 def test_lookup_on_two_graphs_gives_the_text_of_plain_decoding(demo_q4: Path) -> None:
     """Guesses are checked by the decode graph whatever their number, so only a near-tie can part the texts."""
-    text = (Path(package_module.__file__).parent / "demo" / "heldout.txt").read_text()
+    text = (Path(olmo2_export.demo.__file__).parent / "heldout.txt").read_text()
     tokenizer = Tokenizer.from_package(demo_q4)
     accepted = 0
     with open_runner(demo_q4, threads=1) as runner:

@@ -171,6 +171,10 @@ def _variant(summary: VariantSummary, package: PackageSummary) -> list[Renderabl
     facts = [("graph", f"{entry.graph}, {entry.precision}, opset {entry.opset}")]
     if entry.prefill:
         facts.append(("prefill", f"{entry.prefill.graph}, for steps of {entry.prefill.min_rows} tokens and more"))
+    if entry.min_onnxruntime is not None:
+        prefill = entry.prefill.min_onnxruntime if entry.prefill else None
+        newer = f", its prefill graph {prefill}" if prefill not in (None, entry.min_onnxruntime) else ""
+        facts.append(("needs", f"onnxruntime {entry.min_onnxruntime} or newer{newer}"))
     facts.append(
         (
             "KV cache",

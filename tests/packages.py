@@ -1,0 +1,59 @@
+"""What several test modules run: packages of two models, and PyTorch's logits of one of them.
+
+    python tests/packages.py DIR        make them with the exporter, for: python -m pytest --packages DIR
+
+Only functions import the exporter, as the runner's tests also run on Pythons that have none.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+NAMES = ("tiny", "tiny_q8", "tiny_q4", "demo")
+LOGITS = "logits.npz"
+LENGTHS = (17, 5, 29)
+VOCAB = 131
+
+
+def sequences() -> list[np.ndarray]:
+    """Return token ids of the tiny model, one array of each of `LENGTHS`."""
+    random = np.random.default_rng(0)
+    return [random.integers(0, VOCAB, n) for n in LENGTHS]
+
+
+def make_package(name: str, tiny_checkpoint: Path, out: Path) -> None:
+    """Export one of `NAMES`: tiny has one graph, tiny_q8 one of 8 bits, tiny_q4 two that share their cache."""
+    from olmo2_export.checkpoint import open_checkpoint
+    from olmo2_export.package import export
+    from olmo2_export.variants import Options
+
+    checkpoint = open_checkpoint("demo" if name == "demo" else str(tiny_checkpoint))
+    variant = {"tiny_q8": "q8", "tiny_q4": "q4"}.get(name, "fp32")
+    export(checkpoint, out, variants=[variant], options=Options(prefill_graph=name != "tiny_q8"))
+
+
+def make_logits(tiny_checkpoint: Path) -> list[np.ndarray]:
+    """Return PyTorch's logits of `sequences`, all positions."""
+    import torch
+    from transformers import Olmo2ForCausalLM
+
+    model = Olmo2ForCausalLM.from_pretrained(tiny_checkpoint).eval()
+    with torch.no_grad():
+        return [model(torch.from_numpy(ids)[None]).logits[0].numpy() for ids in sequences()]
+
+
+def main(out: Path) -> None:
+    """Write everything to a folder."""
+    from checkpoints import make_checkpoint
+
+    tiny = make_checkpoint(out / "checkpoint")
+    for name in NAMES:
+        make_package(name, tiny, out / name)
+    np.savez(out / LOGITS, *make_logits(tiny))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
