@@ -25,7 +25,7 @@ from runtimes.one_thread import OneThread, one_thread
 from runtimes.ort_devices import find_device
 from runtimes.ort_session import one_line, open_session
 from runtimes.ort_static import OrtStaticSession
-from runtimes.ort_versions import check_padded_rows, runnable
+from runtimes.ort_versions import check_padded_rows, new_enough, runnable
 from runtimes.runner import (
     Ids,
     Logits,
@@ -289,6 +289,7 @@ def default_variant(package: Path, manifest: Manifest, device: str) -> str | Non
         raise BackendError(
             f"device {device}: the package has {', '.join(manifest.variants)}; export it with --variant {made_for[0]}"
         )
+    able = [name for name in able if new_enough(manifest.variants[name], ort.__version__)] or able
     passed = read_verdicts(package)
     ranked = sorted(able, key=lambda name: {True: 0, None: 1, False: 2}[passed.get(name)])  # stable: the fastest first
     for name in able[: able.index(ranked[0])] if ranked else ():

@@ -86,6 +86,11 @@ def runnable(variant: Variant, found: str, device: str) -> Variant:
     return replace(variant, prefill=None)
 
 
+def new_enough(variant: Variant, found: str) -> bool:
+    """Tell whether an onnxruntime runs a variant, with its prefill graph or without."""
+    return release(found) >= release(variant.min_onnxruntime or oldest_onnxruntime(variant.kv_cache))
+
+
 def check_padded_rows(variant: Variant, found: str) -> None:
     """Refuse rows of several lengths in one call of a `concat` graph, where onnxruntime gives NaN for padding.
 

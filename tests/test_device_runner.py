@@ -307,3 +307,12 @@ def test_a_variant_for_gpus_is_the_default_of_no_cpu(package: Path) -> None:
     both = dataclasses.replace(manifest, variants={"bf16": bf16, "fp16": entry})
     assert default_variant(package, both, "cpu") == "fp16"  # which a CPU runs
     assert default_variant(package, dataclasses.replace(manifest, variants={"bf16": bf16}), "cpu") == "bf16"
+
+
+def test_a_variant_that_needs_a_newer_onnxruntime_is_passed_over(package: Path) -> None:
+    manifest = load_manifest(package)
+    entry = manifest.variants["fp16"]
+    newer = dataclasses.replace(entry, min_onnxruntime="99.1")
+    variants = {"q4": newer, "fp32": dataclasses.replace(entry, min_onnxruntime="1.23")}
+    assert default_variant(package, dataclasses.replace(manifest, variants=variants), "cpu") == "fp32"
+    assert default_variant(package, dataclasses.replace(manifest, variants={"q4": newer}), "cpu") == "q4"

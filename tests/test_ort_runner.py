@@ -122,7 +122,7 @@ def test_long_prompts_are_computed_in_pieces_whose_attention_is_small(
     for logits, expected in zip(runner.prefill(sequences), reference, strict=True):  # 17, 5 and 29 tokens
         close(logits, expected[-1:])
     assert shapes == [(12, 12), (12, 24), (5, 29)]
-    assert runner.cache_lengths == LENGTHS
+    assert runner.cache_lengths == packages.LENGTHS
     runner.truncate([3, 2, 9])
     rest = [ids[n:] for ids, n in zip(sequences, (3, 2, 9), strict=True)]
     for logits, expected in zip(runner.prefill(rest), reference, strict=True):
