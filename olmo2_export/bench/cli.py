@@ -76,6 +76,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     verb.add_argument("--steps", type=int, default=128, help="decode steps that are timed; default 128")
     verb.add_argument("--only", action="append", choices=gpu.TASKS, metavar="TASK", help=f"of {', '.join(gpu.TASKS)}")
     verb.add_argument("--no-baseline", action="store_true", help="leave transformers out")
+    verb.add_argument("--package", type=Path, metavar="DIR", help="measure its variants; default: packages are made")
+    verb.add_argument("--reference", type=Path, metavar="DIR", help="the checkpoint for transformers; default: made")
+    verb.add_argument("--minutes", type=float, metavar="M", help="begin no measurement after that; default: all")
     verb = verbs.add_parser("profile", parents=[work, sized, kept], help="time by operator")
     verb.add_argument("--context", type=int, default=512, help="tokens of the prefill; default 512")
     given = sys.argv[1:] if argv is None else argv
@@ -128,6 +131,9 @@ def run(args: argparse.Namespace) -> int:
                     steps=args.steps,
                     only=args.only or gpu.TASKS,
                     baseline=not args.no_baseline,
+                    package=args.package,
+                    reference=args.reference,
+                    minutes=args.minutes,
                 )
             case _:
                 result = profile.run(args.size, work, args.variant or ["q4"], args.threads, args.context, args.steps)

@@ -13,12 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from olmo2_export.bench.checkpoint import SIZES
+from olmo2_export.bench.checkpoint import SIZES, shape_of
 from olmo2_export.bench.claims import Claim, Quantity, claims_table, judge, samples_table, to_document
 from olmo2_export.bench.contenders import Contender, Workshop
 from olmo2_export.bench.machine import BANDWIDTH, device_limits
 from olmo2_export.bench.turns import take_turns
 from runtimes.errors import UsageError
+from runtimes.manifest import find_variant
 
 TASKS = ("decode_128", "decode_2048", "streams_8", "prefill_2048")
 WALL, STATIC = "wall", "static_cache"
@@ -78,7 +79,9 @@ def walls(size: str, device: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return {"decode_128": decode(128), "decode_2048": decode(2048), "prefill_2048": prefill(2048)}
 
 
-def contenders(workshop: Workshop, wanted: Sequence[str], device: str, baseline: bool) -> list[Contender]:
+def contenders(
+    workshop: Workshop, wanted: Sequence[str], device: str, baseline: bool, package: Path | None = None
+) -> list[Contender]:
     """Return ours, made where they are not there, and the baseline.
 
     Args:
@@ -86,9 +89,11 @@ def contenders(workshop: Workshop, wanted: Sequence[str], device: str, baseline:
         wanted: as `ort:bf16`, `trt_rtx:bf16`, `trt:int4`: backend and variant, or precision of an engine.
         device: of the backend ort, and of the baseline.
         baseline: whether to measure transformers.
+        package: take these variants of a package that is there, instead of making some.
 
     Raises:
-        UsageError: not of that form.
+        UsageError: not of that form, or engines of a package that is there.
+        PackageError: the package has no such variant, or is of another shape.
     """
     found = []
     for number, text in enumerate(wanted):
@@ -96,15 +101,20 @@ def contenders(workshop: Workshop, wanted: Sequence[str], device: str, baseline:
         if backend not in ("ort", "trt_rtx", "trt") or not name:
             raise UsageError(f"contender {text!r}: expected ort:VARIANT, trt_rtx:PRECISION or trt:PRECISION")
         key = "ours" if number == 0 else f"{backend}_{name}"
-        checkpoint = workshop.checkpoint("olmo2")
         flags = ["--backend", backend]
-        if backend == "ort":
-            package, made = workshop.package("gpu", checkpoint, name)
+        if package is not None:
+            if backend != "ort":
+                raise UsageError(f"contender {text!r}: of a package that is there, only ort:VARIANT is measured")
+            find_variant(package, name)
+            folder, made = package, dict[str, float]()
+            variant, flags = name, [*flags, "--device", device]
+        elif backend == "ort":
+            folder, made = workshop.package("gpu", workshop.checkpoint("olmo2"), name)
             variant, flags = name, [*flags, "--device", device]
         else:
-            package, made = workshop.engine(checkpoint, name, backend)
+            folder, made = workshop.engine(workshop.checkpoint("olmo2"), name, backend)
             variant = f"trt_{name}"
-        arguments = (str(package), variant, *flags)
+        arguments = (str(folder), variant, *flags)
         found.append(Contender(key, f"ours, {text}", Path(sys.executable), "ours", arguments, TASKS, made))
     if baseline:
         label = f"transformers {version('transformers')}, static cache"
@@ -123,16 +133,32 @@ def run(
     steps: int,
     only: Sequence[str] = TASKS,
     baseline: bool = True,
+    package: Path | None = None,
+    reference: Path | None = None,
+    minutes: float | None = None,
 ) -> tuple[dict[str, Any], str]:
     """Make what is missing in `work`, measure, and judge.
+
+    Args:
+        size: of `SIZES`.
+        work: where models are made.
+        wanted, device, baseline, package: as `contenders`.
+        rounds: samples of each task and contender.
+        steps: of decoding that are timed.
+        only: of `TASKS`.
+        reference: the checkpoint of that shape, for transformers, instead of making one.
+        minutes: begin no measurement after that; what is missing is said.
 
     Returns:
         What the last line of stdout says, and the report for people, in markdown.
     """
+    for folder in (package, reference):
+        if folder is not None and shape_of(folder) != {name: SIZES[size][name] for name in SIZES["1B"]}:
+            raise UsageError(f"{folder}: not of the {size} shape; give its --size, or another folder")
     found = device_limits(device, 1)
-    all_contenders = contenders(Workshop(work, size), wanted, device, baseline)
+    all_contenders = contenders(Workshop(work, size, reference), wanted, device, baseline, package)
     chosen = {name: task for name, task in tasks(size, steps).items() if name in only}
-    samples, failures = take_turns(all_contenders, chosen, rounds)
+    samples, failures = take_turns(all_contenders, chosen, rounds, stop_after=None if minutes is None else 60 * minutes)
     samples["export"] = {contender.key: [contender.made] for contender in all_contenders}
     for name, sample in walls(size, found).items():
         if name in chosen:

@@ -51,7 +51,7 @@ def run(command: Sequence[str | Path]) -> Finished:
             child = os.posix_spawn(
                 words[0],
                 words,
-                os.environ | {"PYTHONPATH": str(ROOT)},
+                os.environ | {"PYTHONPATH": _python_path(words[0])},
                 file_actions=[(os.POSIX_SPAWN_OPEN, 1, out, flags, 0o600), (os.POSIX_SPAWN_OPEN, 2, err, flags, 0o600)],
                 setpgroup=0,
             )
@@ -71,6 +71,12 @@ def run(command: Sequence[str | Path]) -> Finished:
             logging.getLogger(__name__).debug("%s: %s", " ".join(words), said)
             raise FailedError(f"{' '.join(words[:4])}: {_ended(code)}: {' '.join(said.splitlines()[-1:]) or 'silent'}")
         return Finished(out.read_text(errors="replace"), seconds, round(usage.ru_maxrss * 1024 / 1e6))
+
+
+def _python_path(python: str) -> str:
+    """Return where an interpreter finds us; our own keeps what it was told, a peer's does not have our libraries."""
+    told = os.environ.get("PYTHONPATH", "") if python == sys.executable else ""
+    return os.pathsep.join(filter(None, [str(ROOT), told]))
 
 
 def _end(child: int) -> None:

@@ -26,6 +26,7 @@ def take_turns(
     *,
     give_up: bool = False,
     minutes: float | None = None,
+    stop_after: float | None = None,
 ) -> tuple[Sampled, list[str]]:
     """Measure in turns; a contender that fails does not take the others' samples with it.
 
@@ -36,6 +37,8 @@ def take_turns(
         give_up: do not ask a contender again for a task that it failed; its samples stay empty.
         minutes: begin no round that would end later than that after the first one began, if it took as long as those
             before; there is always a first.
+        stop_after: seconds after the start from which nothing is begun any more, not even the rest of the first round;
+            what was not measured is among the failures, its samples empty.
 
     Returns:
         The samples, and what failed.
@@ -52,7 +55,9 @@ def take_turns(
             for name, contender in plan:
                 progress.set_postfix_str(f"{name} of {contender.name}")
                 sample: dict[str, Any] = {}
-                if not (give_up and (name, contender.key) in failed):
+                if stop_after is not None and time.monotonic() - started > stop_after:
+                    failures.append(f"{contender.name}, {name}: not measured, {stop_after / 60:g} minutes were over")
+                elif not (give_up and (name, contender.key) in failed):
                     try:
                         sample = contender.sample(tasks[name])
                     except FailedError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,13 @@ from runtimes.errors import BackendError
 from runtimes.nvidia import TensorRTBackend, check_installed
 
 CUDA_VARIANTS = ("bf16", "fp16", "q4f16")
+QUICKEST_FIRST = (
+    "cuda_candidates cuda_slots cuda_graph cuda_greedy cuda_parity_random cuda_parity_trained cuda_static_graph "
+    "nv_rtx_provider"
+).split()
+"""rows in the order of the time they took in a rehearsal; the others follow as they stand"""
+
+_ROWS_TO: list[Path] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,7 +39,47 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cuda",
         help="cpu: a rehearsal; rows of the CUDA provider run on the CPU, where they can, and prove nothing of a GPU",
     )
+    parser.addoption("--row-seconds", type=int, help="end a row that takes longer; default: none is ended")
+    parser.addoption("--rows-to", type=Path, metavar="FILE", help="append a JSON line a row, as soon as it is done")
     parser.addoption("--shape", choices=["1B", "demo"], default="1B", help="of the benchmark; default 1B")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the quickest rows first, so that a run that is cut off has shown as much as it could."""
+    place = {name: index for index, name in enumerate(QUICKEST_FIRST)}
+    own = [item for item in items if "tests/gpu/" in item.nodeid]
+    own.sort(key=lambda item: place.get(item.name.partition("[")[0].removeprefix("test_"), len(place)))
+    others = [item for item in items if "tests/gpu/" not in item.nodeid]
+    items[:] = [*others, *own]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """End a row that takes longer than --row-seconds; the models that it shares with others are not counted."""
+    seconds = item.config.getoption("--row-seconds", None) if "tests/gpu/" in item.nodeid else None
+    if seconds is None:
+        return (yield)
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"took longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if _ROWS_TO and report.when == "call" and "tests/gpu/" in report.nodeid:
+        with _ROWS_TO[0].open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_row(report, report.outcome)) + "\n")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    _ROWS_TO[:] = [path] if (path := config.getoption("--rows-to", None)) else []
 
 
 @pytest.fixture(scope="session")
@@ -108,14 +156,18 @@ def _rows(reporter: Any) -> Iterator[dict[str, Any]]:
         for report in reporter.stats.get(outcome, []):
             if "tests/gpu/" not in report.nodeid:  # pytest asks this file for the others too
                 continue
-            figure = " ".join(str(value) for name, value in report.user_properties if name == "figure")
-            why = ""
-            if outcome == "skipped":
-                why = str(report.longrepr[2]).removeprefix("Skipped: ")
-            elif outcome != "passed":
-                why = str(report.longrepr).strip().splitlines()[-1]
-            name = report.nodeid.rpartition("::test_")[2]
-            yield {"row": name, "outcome": outcome, "seconds": round(report.duration, 1), "figure": figure, "why": why}
+            yield _row(report, outcome)
+
+
+def _row(report: Any, outcome: str) -> dict[str, Any]:
+    figure = " ".join(str(value) for name, value in report.user_properties if name == "figure")
+    why = ""
+    if outcome == "skipped":
+        why = str(report.longrepr[2]).removeprefix("Skipped: ")
+    elif outcome != "passed":
+        why = str(report.longrepr).strip().splitlines()[-1]
+    name = report.nodeid.rpartition("::test_")[2]
+    return {"row": name, "outcome": outcome, "seconds": round(report.duration, 1), "figure": figure, "why": why}
 
 
 def describe_machine() -> dict[str, str]:
