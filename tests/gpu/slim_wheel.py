@@ -4,7 +4,7 @@
 
 A CUDA library holds machine code for several generations, each in an entry of its own; the driver reads that of the
 GPU at hand and never touches the others. Their bytes become zeros here, which compress to nothing. pip installs the
-result like any wheel: it reads LZMA members and does not check RECORD. On any other GPU it fails with "no kernel image".
+result like any wheel: it reads LZMA members and does not check RECORD. Any other GPU says "no kernel image".
 
 Source: the layout of fat binaries as `cuobjdump --list-elf` shows it; seen with onnxruntime-gpu 1.31.1.
 """
