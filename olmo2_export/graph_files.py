@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,10 @@ from olmo2_export.trace import ROTARY_TABLES
 from runtimes.errors import FusionError, ResourceError, first_names
 
 _BLOCK_ROWS = 4096
-_ALIGNMENT = 4096  # of large tensors in the data file, so that a runtime can map them
+_INSIDE = 256  # bytes: tensors up to that stay in the graph itself
+_LARGE = 1 << 20  # bytes: tensors beyond that begin at a page in the data file, so that a runtime can map them
+_PAGE = 4096  # bytes
+_PARTIAL = ".partial"
 
 
 def attach_weights(model: ir.Model, checkpoint: Checkpoint, config: ModelConfig) -> None:
@@ -67,19 +71,63 @@ def save_graph(model: ir.Model, path: Path) -> None:
         ResourceError: the disk cannot hold it; said before anything is written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    total = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    outside = [
+        (value, tensor)
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if (tensor := value.const_value) is not None
+        and (tensor.nbytes > _INSIDE or isinstance(tensor, ir.ExternalTensor))
+    ]
+    places: list[tuple[int, ir.TensorProtocol]] = []
+    size = 0
+    for _, tensor in outside:
+        if tensor.nbytes > _LARGE:
+            size = -(-size // _PAGE) * _PAGE
+        places.append((size, tensor))
+        size += tensor.nbytes
+    _check_room(path, size)
+    data = path.with_name(f"{path.name}_data")
+    partial = data.with_name(data.name + _PARTIAL)  # the graph may have been read from what it replaces
+    try:
+        _write_data(partial, places, size)
+        partial.replace(data)
+        for (value, _), (offset, tensor) in zip(outside, places, strict=True):
+            value.const_value = ir.ExternalTensor(
+                data.name,
+                offset,
+                tensor.nbytes,
+                tensor.dtype,
+                shape=tensor.shape,  # type: ignore[arg-type]  # as onnx-ir itself does
+                name=tensor.name or "",
+                base_dir=path.parent,
+            )
+        ir.save(model, path)
+    except OSError as error:
+        raise resource_error(path, error) from error
+    finally:
+        for value, tensor in outside:
+            value.const_value = tensor
+
+
+def _check_room(path: Path, size: int) -> None:
     free = shutil.disk_usage(path.parent).free
-    if total + (1 << 20) > free:
-        raise ResourceError(f"{path.parent}: {path.name} needs {total + (1 << 20):,} bytes, {free:,} are free")
-    with tqdm(total=total, desc=f"writing {path.name}", unit="B", unit_scale=True, leave=False) as bar:
+    if size + (1 << 20) > free:
+        raise ResourceError(f"{path.parent}: {path.name} needs {size + (1 << 20):,} bytes, {free:,} are free")
 
-        def on_tensor(tensor: ir.TensorProtocol, _: object) -> None:
+
+def _write_data(path: Path, places: Iterable[tuple[int, ir.TensorProtocol]], size: int) -> None:
+    """Write tensors at their offsets, in that order; what lies between them is zeros.
+
+    We do this, and not `ir.save`, because onnx-ir 1.0 and 1.1 order and align tensors differently.
+    """
+    name = path.name.removesuffix(_PARTIAL)
+    bar = tqdm(total=size, desc=f"writing {name}", unit="B", unit_scale=True, leave=False)
+    with bar, path.open("wb") as file:
+        file.truncate(size)
+        for offset, tensor in places:
+            file.seek(offset)
+            tensor.tofile(file)  # type: ignore[attr-defined]  # all of onnx-ir's have it, its protocol does not say so
             bar.update(tensor.nbytes)
-
-        try:
-            ir.save(model, path, external_data=f"{path.name}_data", alignment=_ALIGNMENT, callback=on_tensor)
-        except OSError as error:
-            raise resource_error(path, error) from error
 
 
 def save_weights(model: ir.Model, path: Path, stored: Path) -> None:
@@ -110,19 +158,11 @@ def save_weights(model: ir.Model, path: Path, stored: Path) -> None:
         raise FusionError(f"{stored}: weights that this checkpoint does not fit: {first_names(wrong)}")
     outside = {name: old for name, old in places.items() if isinstance(old, ir.ExternalTensor)}
     size = (stored.parent / f"{stored.name}_data").stat().st_size
-    free = shutil.disk_usage(path.parent).free
-    if size + (1 << 20) > free:
-        raise ResourceError(f"{path.parent}: {path.name} needs {size + (1 << 20):,} bytes, {free:,} are free")
+    _check_room(path, size)
     shutil.copyfile(stored, path)
-    bar = tqdm(total=size, desc=f"writing {path.name}_data", unit="B", unit_scale=True, leave=False)
+    at = {name: tensor.offset or 0 for name, tensor in outside.items()}
+    ordered = [(at[name], tensor) for name in sorted(at, key=at.__getitem__) if (tensor := new[name]) is not None]
     try:
-        with bar, path.with_name(f"{path.name}_data").open("wb") as file:
-            file.truncate(size)
-            for name in sorted(outside, key=lambda n: outside[n].offset or 0):
-                tensor = new[name]
-                assert tensor is not None  # checked above
-                file.seek(outside[name].offset or 0)
-                file.write(tensor.tobytes())
-                bar.update(tensor.nbytes)
+        _write_data(path.with_name(f"{path.name}_data"), ordered, size)
     except OSError as error:
         raise resource_error(path, error) from error
