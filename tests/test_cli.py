@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -260,3 +261,51 @@ def test_a_package_is_not_replaced_while_an_engine_is_built(built: Path, tiny_ch
         assert cli.main(["export", str(tiny_checkpoint), "--out", str(copy), "--force"]) == 1
         assert cli.main(["build", str(copy), "--compute-capability", "8.9"]) == 1
     assert cli.main(["inspect", str(copy)]) == 0
+
+
+def test_a_folder_that_must_not_be_replaced_is_said_before_float16_is_measured(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").touch()
+    monkeypatch.setattr("olmo2_export.fp16.safety.measure_safety", None)
+    assert cli.main(["fp16", str(tiny_checkpoint), "--apply", "--out", str(tmp_path)]) == 2
+    assert "not empty and not a package (thesis.tex)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["sweep", "MODEL", "--revisions", "main", "--out", "file/sweep"], "file/sweep: cannot be created"),
+        (["debug", "reduce", "PACKAGE", "--variant", "trt_fp32", "--out", "nowhere/x"], "nowhere/x: expected a file"),
+    ],
+)
+def test_what_cannot_be_written_is_said_in_one_line(
+    built: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    words: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    paths = {"MODEL": str(tiny_checkpoint), "PACKAGE": str(built)}
+    assert cli.main([paths.get(word, word) for word in words]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_a_package_that_may_not_be_written_is_not_built(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(built, tmp_path / "copy"))
+    access = os.access
+    monkeypatch.setattr(
+        "olmo2_export.atomic.os.access",
+        lambda path, mode: access(path, mode) and not (mode & os.W_OK and Path(path).resolve() in (copy, copy / "trt")),
+    )
+    monkeypatch.setattr("olmo2_export.engine.build.check_files", None)
+    assert cli.main(["build", str(copy), "--compute-capability", "8.9"]) == 2
+    assert f"{copy}/trt: it is not writable; choose another" in capsys.readouterr().err

@@ -150,3 +150,11 @@ def test_head_dim_that_tensorrt_cannot_compile(precision: Any) -> None:
 def test_unusual_head_dim_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     settle(EngineOptions(), replace(MODEL, head_dim=8))
     assert "head_dim 8: TensorRT has attention kernels for 16 to 256" in caplog.text
+
+
+@pytest.mark.usefixtures("installed")
+def test_timings_that_cannot_be_kept_are_said_before_the_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with_gpu(monkeypatch, "9.0")
+    monkeypatch.setattr(engine_options.os, "access", lambda *_: False)
+    with pytest.raises(UsageError, match=r"cache: its folder is not writable; choose another file"):
+        settle(EngineOptions(backend="trt", timing_cache=tmp_path / "cache"), MODEL)

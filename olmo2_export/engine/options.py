@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -137,6 +138,8 @@ def _check_backend_options(options: EngineOptions) -> None:
     if options.backend == "trt":
         if options.timing_cache is not None and not options.timing_cache.absolute().parent.is_dir():
             raise UsageError(f"timing_cache {options.timing_cache}: no such folder; make it first")
+        if options.timing_cache is not None and not os.access(options.timing_cache.absolute().parent, os.W_OK):
+            raise UsageError(f"timing_cache {options.timing_cache}: its folder is not writable; choose another file")
         return
     only_full = {"portable": options.portable, "refit": options.refit, "timing_cache": options.timing_cache is not None}
     if asked := [name for name, value in only_full.items() if value]:
