@@ -30,11 +30,11 @@ DEFAULT_OUT   := : "$${OUT:=packages/$$(basename "$$MODEL")}";
 REVISION_FLAG := $${REVISION:+--revision "$$REVISION"}
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export test check format lint types bench targets gpu-test peers clean
+.PHONY: help setup export test test-pythons test-oldest check format lint types bench targets gpu-test peers clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed-$(EXTRAS) ## make .venv with what constraints.txt pins (EXTRAS=cpu: a runner alone)
 
@@ -74,6 +74,28 @@ targets: $(STAMP) ## the table of targets on the 1B shape, and what quantising c
 	$(BIN)/python -m olmo2_export.bench quality
 	$(BIN)/python -m olmo2_export.bench cpu
 
+# The runner's tests that need neither torch nor the exporter, on packages that the exporter has made before.
+RUNNER_TESTS := $(patsubst %,tests/test_%.py,runtimes_imports sampling ort_runner tokenizer threads plain_text run_cli)
+PYTHONS      ?= 3.12 3.13
+
+test-pythons: $(STAMP) ## the runner's tests on other Pythons, without torch (PYTHONS="3.12 3.13", on PATH or in pyenv)
+	rm -rf build/packages && $(BIN)/python tests/packages.py build/packages
+	@set -e; for v in $(PYTHONS); do \
+	python=$$(ls "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$v.*/bin/python 2>/dev/null | tail -n 1); \
+	python=$${python:-$$(command -v python$$v || true)}; \
+	[ -n "$$python" ] || { echo "no Python $$v on PATH or in pyenv"; exit 1; }; \
+	"$$python" -m venv --clear $(VENV)-$$v && echo '*' > $(VENV)-$$v/.gitignore; \
+	$(VENV)-$$v/bin/$(PIP) numpy tokenizers onnxruntime cuda-bindings pytest; \
+	PYTHONPATH=. $(VENV)-$$v/bin/python -m pytest -q -p no:cacheprovider --packages build/packages $(RUNNER_TESTS); \
+	done
+
+test-oldest: ## an export and its verification with the oldest versions of constraints-oldest.txt
+	$(PYTHON) -m venv --clear $(VENV)-oldest && echo '*' > $(VENV)-oldest/.gitignore
+	$(VENV)-oldest/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt torch
+	$(VENV)-oldest/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt '.[export]'
+	$(VENV)-oldest/bin/olmo2-export export demo --out build/oldest --force --variant fp32 --variant q4
+	$(VENV)-oldest/bin/olmo2-export verify build/oldest --reference demo --longest 256
+
 gpu-test: $(VENV)-gpu/.installed ## the rows of tests/gpu/CHECKLIST.md that this machine's GPU allows; skips say why
 	$(VENV)-gpu/bin/python -m pytest -q -o filterwarnings=default --tb=short --show-capture=no tests/gpu/gpu_*.py $(if $(ROW),-k '$(ROW)')
 
@@ -110,5 +132,5 @@ $(VENV)-peers-optimum/.installed: constraints.txt
 	@touch $@
 
 clean: ## remove .venv, packages and caches
-	rm -rf $(VENV) $(VENV)-gpu $(VENV)-peers-* packages .pytest_cache .mypy_cache .ruff_cache *.egg-info build
+	rm -rf $(VENV) $(VENV)-gpu $(VENV)-oldest $(VENV)-3.* $(VENV)-peers-* packages .pytest_cache .mypy_cache .ruff_cache *.egg-info build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

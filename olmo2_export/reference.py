@@ -191,7 +191,7 @@ def reference_config(folder: Path) -> transformers.Olmo2Config:
     """
     raw = read_json_object(folder / "config.json")
     kept = {name: value for name, value in raw.items() if value is not None and name not in _NOT_FOR_REFERENCE}
-    return transformers.Olmo2Config.from_dict(kept)
+    return transformers.Olmo2Config.from_dict(kept | dict.fromkeys(TOKEN_ID_FIELDS))
 
 
 def use_float64_norms(model: nn.Module) -> None:

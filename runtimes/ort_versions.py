@@ -15,7 +15,7 @@ not seen), and for caches of 8 and 4 bits with heads of 128 and 3,500 tokens: on
 1.23.0 to 1.23.2, 1.24.1, 1.24.4, 1.25.0, 1.25.1, 1.26.0, 1.27.0, 1.28.0, 1.29.0, 1.30.0, 1.31.1 and 1.32.0, a venv
 each. From the oldest on, the logits of a prompt, a long one, a batch, blocks and decode steps differ from those of
 1.31.1 by rounding: at most 2e-5 in fp32, 0.02 in fp16 and q4f16, 0.14 in q4 and q8, 0.22 with a cache of 8 bits and
-1.0 with one of 4; the likeliest token is another in one position of a hundred at most.
+1.0 with one of 4; the likeliest token is another in three positions of a hundred at most.
 """
 
 from __future__ import annotations

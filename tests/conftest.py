@@ -63,3 +63,9 @@ def q4_package(request: pytest.FixtureRequest) -> Path:
 def demo_package(request: pytest.FixtureRequest) -> Path:
     """The package of the bundled demo model. Do not change it."""
     return _package(request, "demo")
+
+
+@pytest.fixture(scope="session")
+def demo_two_package(request: pytest.FixtureRequest) -> Path:
+    """The demo in fp32 and q4, verified by nobody. Do not change it."""
+    return _package(request, "demo_two")

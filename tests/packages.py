@@ -12,7 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-NAMES = ("tiny", "tiny_q8", "tiny_q4", "demo")
+PACKAGES = {
+    "tiny": (["fp32"], True),
+    "tiny_q8": (["q8"], False),
+    "tiny_q4": (["q4"], True),
+    "demo": (["fp32"], True),
+    "demo_two": (["fp32", "q4"], False),
+}
+"""name -> variants, and whether those for CPUs may have a prefill graph"""
 LOGITS = "logits.npz"
 LENGTHS = (17, 5, 29)
 VOCAB = 131
@@ -25,14 +32,14 @@ def sequences() -> list[np.ndarray]:
 
 
 def make_package(name: str, tiny_checkpoint: Path, out: Path) -> None:
-    """Export one of `NAMES`: tiny has one graph, tiny_q8 one of 8 bits, tiny_q4 two that share their cache."""
+    """Export one of `PACKAGES`, of the demo or of the tiny model."""
     from olmo2_export.checkpoint import open_checkpoint
     from olmo2_export.package import export
     from olmo2_export.variants import Options
 
-    checkpoint = open_checkpoint("demo" if name == "demo" else str(tiny_checkpoint))
-    variant = {"tiny_q8": "q8", "tiny_q4": "q4"}.get(name, "fp32")
-    export(checkpoint, out, variants=[variant], options=Options(prefill_graph=name != "tiny_q8"))
+    variants, prefill_graph = PACKAGES[name]
+    checkpoint = open_checkpoint("demo" if name.startswith("demo") else str(tiny_checkpoint))
+    export(checkpoint, out, variants=variants, options=Options(prefill_graph=prefill_graph))
 
 
 def make_logits(tiny_checkpoint: Path) -> list[np.ndarray]:
@@ -49,8 +56,8 @@ def main(out: Path) -> None:
     """Write everything to a folder."""
     from checkpoints import make_checkpoint
 
-    tiny = make_checkpoint(out / "checkpoint")
-    for name in NAMES:
+    tiny = make_checkpoint(out / "checkpoint" / "tiny")
+    for name in PACKAGES:
         make_package(name, tiny, out / name)
     np.savez(out / LOGITS, *make_logits(tiny))
 

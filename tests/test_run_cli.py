@@ -15,9 +15,6 @@ from pathlib import Path
 import pytest
 
 import runtimes
-from olmo2_export.checkpoint import open_checkpoint
-from olmo2_export.package import export
-from olmo2_export.variants import Options
 from runtimes import cli, open_runner
 from runtimes.cli import main, parse_args
 from runtimes.generate import generate
@@ -170,11 +167,9 @@ def test_a_special_token_in_a_prompt_is_text_and_said_or_the_token(demo_package:
 
 
 @pytest.fixture(scope="module")
-def two_variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo in fp32 and q4, verified by nobody."""
-    out = tmp_path_factory.mktemp("two") / "demo"
-    export(open_checkpoint("demo"), out, variants=["fp32", "q4"], options=Options(prefill_graph=False))
-    return out
+def two_variants(demo_two_package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo in fp32 and q4, verified by nobody, for tests that write verdicts into it."""
+    return Path(shutil.copytree(demo_two_package, tmp_path_factory.mktemp("two") / "demo"))
 
 
 @pytest.mark.parametrize(
