@@ -280,11 +280,23 @@ def _sample(
     speculation: Speculation | None,
     eos_token_ids: Collection[int],
 ) -> Generator[int, None, None]:
+    """Return the iterator of ids; what the runner holds now, not when it is first advanced, is what they continue."""
+    return _continue(runner, HeldText(runner), prompt_ids, sampler, limit, speculation, eos_token_ids)
+
+
+def _continue(
+    runner: Runner,
+    text: HeldText,
+    prompt_ids: Sequence[int],
+    sampler: Sampler,
+    limit: int,
+    speculation: Speculation | None,
+    eos_token_ids: Collection[int],
+) -> Generator[int, None, None]:
     if limit == 0:
         return
-    with runner.exclusive:
+    with text.step():
         token_id = sampler(runner.prefill([prompt_ids])[0][-1])
-        text = HeldText(runner)
     yield token_id
     if speculation is not None:
         yield from speculate_tokens(

@@ -34,7 +34,8 @@ _NOTHING: Ids = np.zeros(0, np.int64)
 
 class RowRunner(ABC):
     """Two ways to use it. As `runtimes.runner.Runner`: a batch is prefilled, decoded and reset as a whole. As slots,
-    for a server: `admit` a sequence while others wait, `step` any of those admitted, `release` one.
+    for a server: `admit` a sequence while others wait, `step` any of those admitted, `release` one. A call that changes
+    the batch takes the rows of all slots over: these are admitted no more, so that whoever had them is refused.
 
     A subclass computes: `_extend`, `_fill`, `_step`.
     """
@@ -46,6 +47,7 @@ class RowRunner(ABC):
         self.max_cache_length = variant.kv_cache.max_cache_length
         self.exclusive = OneThread()
         self._tokens: list[Ids | None] = []  # per row; None: a slot that is free
+        self._admitted: set[int] = set()  # the rows that are slots
 
     @property
     def cache_lengths(self) -> tuple[int, ...]:
@@ -61,7 +63,7 @@ class RowRunner(ABC):
         tokens = [np.concatenate(pair) for pair in zip(self._held(len(rows)), rows, strict=True)]
         logits = self._extend(rows, tokens, all_positions)
         self._check_finite(logits, [len(row) for row in tokens])
-        self._tokens = list(tokens)
+        self._take(tokens)
         return logits
 
     @one_thread
@@ -86,11 +88,11 @@ class RowRunner(ABC):
     def truncate(self, lengths: Sequence[int]) -> None:
         self._refuse_free_slots()
         kept = check_lengths(lengths, self.cache_lengths)
-        self._tokens = [row[:n] for row, n in zip(self.cached_tokens, kept, strict=True)]
+        self._take([row[:n] for row, n in zip(self.cached_tokens, kept, strict=True)])
 
     @one_thread
     def reset(self) -> None:
-        self._tokens = []
+        self._take([])
 
     @one_thread
     def admit(self, token_ids: TokenIds) -> tuple[int, Logits]:
@@ -115,6 +117,7 @@ class RowRunner(ABC):
         logits = self._fill(slot, ids)
         self._check_finite([logits], [len(ids)], first_row=slot)
         self._tokens[slot : slot + 1] = [ids]
+        self._admitted.add(slot)
         return slot, logits[0]
 
     @one_thread
@@ -131,15 +134,17 @@ class RowRunner(ABC):
             InputError: no slot, one that is free, or an id that is not in the vocabulary.
             ContextLengthError, NumericError: as `decode`.
         """
-        if not isinstance(token_ids, Mapping) or any(as_integer(slot) is None for slot in token_ids):
-            raise InputError("expected a mapping from slots, integers, to token ids")
-        free = [slot for slot in token_ids if slot not in range(len(self._tokens)) or self._tokens[slot] is None]
-        if free or not token_ids:
+        if not isinstance(token_ids, Mapping):
+            raise InputError(f"expected a mapping from slots, integers, to token ids, found {type(token_ids).__name__}")
+        slots = [slot for slot in map(as_integer, token_ids) if slot is not None]
+        if len(set(slots)) < len(token_ids):
+            raise InputError("expected a mapping from slots, integers, each once, to token ids")
+        free = [slot for slot in slots if slot not in self._admitted]
+        if free or not slots:
             raise InputError(f"slot {free[0] if free else '(none)'}: not admitted; admit a sequence first")
         held = self.cached_tokens
-        slots = list(token_ids)
         given = check_rows(
-            [[token_ids[slot]] for slot in slots],
+            [[token] for token in token_ids.values()],
             vocab_size=self.model.vocab_size,
             cache_lengths=tuple(len(held[slot]) for slot in slots),
             max_cache_length=self.max_cache_length,
@@ -163,15 +168,17 @@ class RowRunner(ABC):
         Raises:
             InputError: it is free already.
         """
-        if as_integer(slot) not in range(len(self._tokens)) or self._tokens[slot] is None:
+        row = as_integer(slot)
+        if row is None or row not in self._admitted:
             raise InputError(f"slot {slot!r}: not admitted")
-        self._tokens[slot] = None
+        self._admitted.remove(row)
+        self._tokens[row] = None
         while self._tokens and self._tokens[-1] is None:
             self._tokens.pop()
 
     @one_thread
     def close(self) -> None:
-        self._tokens = []
+        self._take([])
 
     def __enter__(self) -> Self:
         return self
@@ -220,7 +227,12 @@ class RowRunner(ABC):
             )
 
     def _hold(self, rows: Sequence[Ids]) -> None:
-        self._tokens = [np.concatenate(pair) for pair in zip(self.cached_tokens, rows, strict=True)]
+        self._take([np.concatenate(pair) for pair in zip(self.cached_tokens, rows, strict=True)])
+
+    def _take(self, tokens: Sequence[Ids]) -> None:
+        """Hold a batch of these rows; none of them is a slot."""
+        self._tokens = list(tokens)
+        self._admitted.clear()
 
     def _refuse_free_slots(self) -> None:
         if any(row is None for row in self._tokens):

@@ -160,6 +160,11 @@ class Runner(Protocol):
     ) -> None: ...
 
 
+def is_sequence(value: object) -> bool:
+    """Tell whether a caller gave several of something: a 0-d array is a single one."""
+    return value.ndim > 0 if isinstance(value, np.ndarray) else isinstance(value, Sequence)
+
+
 def check_rows(
     sequences: Sequence[TokenIds], *, vocab_size: int, cache_lengths: tuple[int, ...], max_cache_length: int
 ) -> list[Ids]:
@@ -179,7 +184,7 @@ def check_rows(
     Raises:
         InputError, ContextLengthError: see `Runner.prefill`.
     """
-    if not isinstance(sequences, (Sequence, np.ndarray)):
+    if not is_sequence(sequences):
         raise InputError(f"expected a sequence of rows of token ids, found {type(sequences).__name__}")
     if len(sequences) == 0:
         raise InputError("expected at least one row of token ids, found none")
@@ -206,7 +211,7 @@ def check_token_ids(token_ids: TokenIds, cache_lengths: tuple[int, ...]) -> list
     """
     if not cache_lengths:
         raise InputError("decode needs a cache that is not empty; prefill first")
-    if not isinstance(token_ids, (Sequence, np.ndarray)):
+    if not is_sequence(token_ids):
         raise InputError(f"expected a sequence with one token id per row, found {type(token_ids).__name__}")
     return [[token] for token in token_ids]
 
@@ -222,7 +227,7 @@ def check_lengths(lengths: Sequence[int], cache_lengths: tuple[int, ...]) -> tup
     Raises:
         InputError: see `Runner.truncate`.
     """
-    if not isinstance(lengths, (Sequence, np.ndarray)):
+    if not is_sequence(lengths):
         raise InputError(f"expected a sequence with one length per row, found {type(lengths).__name__}")
     if len(lengths) != len(cache_lengths):
         raise InputError(f"{len(lengths)} lengths, but the cache holds {len(cache_lengths)} rows; give one per row")
@@ -238,38 +243,39 @@ def check_lengths(lengths: Sequence[int], cache_lengths: tuple[int, ...]) -> tup
 
 
 class HeldText:
-    """The text of a runner's only row, while it is continued: refuses to go on where the cache holds another by now.
+    """The text that a runner holds, while it is continued: refuses to go on where the cache holds another by now.
 
     Two texts that are continued in turns on one runner would each get the other's logits.
     """
 
     def __init__(self, runner: Runner) -> None:
-        """Take what the row holds now."""
+        """Take what the cache holds now, be it nothing."""
         self._runner = runner
-        (self._held,) = runner.cached_tokens
+        self._held = runner.cached_tokens
 
     @property
     def length(self) -> int:
         """Tokens of the text."""
-        return len(self._held)
+        return sum(map(len, self._held))
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Change the row in the body; no other thread can.
+        """Change the text in the body; no other thread can.
 
         Raises:
-            UsageError: the row is not what the last step left, or another thread is using the runner.
+            UsageError: the cache is not what the last step left, or another thread is using the runner.
         """
         with self._runner.exclusive:
             held = self._runner.cached_tokens
-            if len(held) != 1 or not np.array_equal(held[0], self._held):
+            same = (a is b or np.array_equal(a, b) for a, b in zip(held, self._held, strict=False))
+            if len(held) != len(self._held) or not all(same):
                 found = ", ".join(str(len(row)) for row in held) or "none"
                 raise UsageError(
                     f"the runner's cache was changed by somebody else (tokens: {found}, expected the {self.length} of "
                     "the text that is continued); open one runner for each text, or use admit and step"
                 )
             yield
-            (self._held,) = self._runner.cached_tokens
+            self._held = self._runner.cached_tokens
 
 
 def common_prefix(held: Ids, token_ids: Sequence[int]) -> int:

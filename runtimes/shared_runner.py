@@ -87,7 +87,7 @@ class SharedRunner(RowRunner):
         self._buffer.reserve(1, len(held) + len(ids), self.cache_lengths)
         logits = self._compute(0, len(held), ids, all_positions=True, exact=True)
         self._check_finite([logits], [len(held) + len(ids)])
-        self._tokens = [np.concatenate([held, ids])]
+        self._take([np.concatenate([held, ids])])
         return logits
 
     @one_thread

@@ -22,6 +22,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from runtimes.errors import InputError, UsageError
+from runtimes.one_thread import OneThread, one_thread
 from runtimes.runner import HeldText, Runner, common_prefix
 from runtimes.sampling import Sampler
 
@@ -41,7 +42,7 @@ _CHEAP = 0.01  # of a step: drafting that costs less goes on where its guesses a
 
 
 class Drafter(Protocol):
-    """Guesses how a text goes on. It serves one text at a time."""
+    """Guesses how a text goes on. It serves one text at a time: two spoil each other's guesses, not their ids."""
 
     acceptance: float
     """share of guesses that are right without evidence, before any was seen"""
@@ -91,6 +92,7 @@ class PromptLookup:
         if not 1 <= shortest <= longest:
             raise InputError(f"n-grams of {shortest} to {longest} tokens: expected 1 <= shortest <= longest")
         self._sizes = range(longest, shortest - 1, -1)
+        self.exclusive = OneThread("the drafter")
         self._forget()
 
     def _forget(self) -> None:
@@ -102,6 +104,7 @@ class PromptLookup:
     def check(self, runner: Runner) -> None:
         """Any model will do."""
 
+    @one_thread
     def begin(self, token_ids: Sequence[int]) -> None:
         ids = list(token_ids)
         if ids[: len(self._ids)] != self._ids:
@@ -111,6 +114,7 @@ class PromptLookup:
         self._matched = 0
         self._look_up()
 
+    @one_thread
     def append(self, token_id: int) -> None:
         follows = self._matched and self._ids[self._match] == token_id
         self._index(token_id)
@@ -121,6 +125,7 @@ class PromptLookup:
     def evidence(self) -> int | None:
         return self._matched or None
 
+    @one_thread
     def propose(self, count: int) -> list[int]:
         if not self._matched:
             return []
@@ -158,6 +163,7 @@ class DraftModel:
     def __init__(self, runner: Runner) -> None:
         """Take the smaller model; whoever opened the runner closes it."""
         self._runner = runner
+        self.exclusive = OneThread("the drafter")
         self._ids: list[int] = []
         self._sure = 0  # so many tokens of the cache are known to be those of the text
 
@@ -175,6 +181,7 @@ class DraftModel:
                 f"the draft model has {found} token ids, the model {expected}; draft with one of its family"
             )
 
+    @one_thread
     def begin(self, token_ids: Sequence[int]) -> None:
         self._ids = list(token_ids)
         self._sure = 0
@@ -184,12 +191,14 @@ class DraftModel:
             self._runner.prefill([rest])
             self._sure = len(self._ids) - 1
 
+    @one_thread
     def append(self, token_id: int) -> None:
         self._ids.append(token_id)
 
     def evidence(self) -> int | None:
         return 0 if len(self._ids) <= self._runner.max_cache_length else None
 
+    @one_thread
     def propose(self, count: int) -> list[int]:
         count = min(count, self._runner.max_cache_length - len(self._ids) + 1)
         if count < 1:
@@ -450,8 +459,15 @@ def _step(
             given += 1
             yield token_id
     finally:
-        held = runner.cached_tokens
-        # Whoever let go of the iterator late may have given the cache another text; that stays.
-        if len(held) == 1 and len(held[0]) > kept and held[0][start:].tolist() == fed:
-            runner.truncate([kept])
+        # Whoever let go of the iterator late may have given the cache another text; that stays, in whatever thread.
+        if _fed_too_early(runner, start, kept, fed):
+            with runner.exclusive:
+                if _fed_too_early(runner, start, kept, fed):
+                    runner.truncate([kept])
     return token_id, given
+
+
+def _fed_too_early(runner: Runner, start: int, kept: int, fed: list[int]) -> bool:
+    """Tell whether the cache ends with what was fed from `start` on, and holds more than the `kept` first tokens."""
+    held = runner.cached_tokens
+    return len(held) == 1 and len(held[0]) > kept and held[0][start:].tolist() == fed

@@ -95,7 +95,7 @@ class StaticRunner(RowRunner):
         steps = [self._append(ids[None, n : n + 1], np.array([len(held) + n])) for n in range(len(ids))]
         logits: Logits = np.concatenate(steps)  # (n, V)
         self._check_finite([logits], [len(held) + len(ids)])
-        self._tokens = [np.concatenate([held, ids])]
+        self._take([np.concatenate([held, ids])])
         return logits
 
     @one_thread

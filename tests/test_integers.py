@@ -68,6 +68,13 @@ def test_slots(tiny_checkpoint: Path, tmp_path: Path) -> None:
                 runner.step({wrong: 3})  # type: ignore[attr-defined]
             with pytest.raises(InputError, match="not admitted"):
                 runner.release(wrong)  # type: ignore[attr-defined]
+        found = runner.step({Index(slot): np.array(4)})  # type: ignore[attr-defined]
+        assert list(found) == [slot]
+        with pytest.raises(InputError, match="slots, integers, each once"):
+            runner.step({Index(slot): 5, slot: 6})  # type: ignore[attr-defined]
+        with pytest.raises(InputError, match="to token ids, found list"):
+            runner.step([5])  # type: ignore[attr-defined]
+        assert runner.cached_tokens[0].tolist() == [1, 2, 3, 4]
         runner.release(np.int64(slot))  # type: ignore[attr-defined]
         assert runner.cache_lengths == ()
 
@@ -86,3 +93,20 @@ def test_a_bool_and_a_float_are_refused(demo_package: Path) -> None:
                 Sampler(seed=wrong)  # type: ignore[arg-type]
             with pytest.raises(UsageError, match="threads"):
                 open_runner(demo_package, threads=wrong)  # type: ignore[arg-type]
+
+
+def test_a_0d_array_is_an_id_and_no_sequence_of_them(demo_package: Path) -> None:
+    one = np.array(3)
+    with open_runner(demo_package, threads=1) as runner:
+        runner.prefill([[one, 4]])
+        runner.decode([one])
+        assert runner.cached_tokens[0].tolist() == [3, 4, 3]
+        for call, said in (
+            (runner.prefill, "expected a sequence of rows of token ids, found ndarray"),
+            (runner.decode, "expected a sequence with one token id per row, found ndarray"),
+            (runner.truncate, "expected a sequence with one length per row, found ndarray"),
+            (runner.decode_block, "expected a 1-d array of integers, found 0-d int64"),
+        ):
+            with pytest.raises(InputError, match=said):
+                call(one)  # type: ignore[operator]
+        assert runner.cached_tokens[0].tolist() == [3, 4, 3]
