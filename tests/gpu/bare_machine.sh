@@ -24,7 +24,7 @@ export PYTHONPATH="$PWD:$site"
 prepare() {
   local scratch platforms=()
   scratch=$(mktemp -d)
-  trap 'rm -rf "$scratch"' EXIT
+  trap "rm -rf '$scratch'" EXIT
   for n in 28 27 17 24 31 34 35; do platforms+=(--platform "manylinux_2_${n}_x86_64"); done
   "$PYTHON" -m pip download --quiet --no-deps --only-binary=:all: --python-version "$FOR_PYTHON" --implementation cp \
     "${platforms[@]}" --platform any --dest "$scratch" onnxruntime-gpu==1.31.1 onnx-ir==1.1.0
