@@ -43,8 +43,12 @@ take() { # a folder of wheels and pieces: kept for the next step; whole wheels a
   find "$KEEP/pieces" -name '*.whl' -exec "$PYTHON" -m pip install --quiet --no-index --no-deps --upgrade --target "$site" {} +
 }
 
-install_checkout() { # its metadata, which says the version; the code is read from here
-  "$PYTHON" -m pip install --quiet --no-index --no-deps --no-build-isolation --target "$site" --upgrade .
+install_checkout() { # no more than the metadata that says its version: the code is read from here
+  local version folder
+  version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+  folder=$site/olmo2_export-$version.dist-info
+  mkdir -p "$folder"
+  printf 'Metadata-Version: 2.1\nName: olmo2-export\nVersion: %s\n' "$version" >"$folder/METADATA"
 }
 
 first() {
