@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
-import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checklist import recorded
 
 from olmo2_export.checkpoint import Checkpoint, open_checkpoint
 from olmo2_export.package import export
@@ -29,7 +31,7 @@ QUICKEST_FIRST = (
 ).split()
 """rows in the order of the time they took in a rehearsal; the others follow as they stand"""
 
-_ROWS_TO: list[Path] = []
+_LATE = 124  # as timeout(1) exits
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,47 +41,80 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cuda",
         help="cpu: a rehearsal; rows of the CUDA provider run on the CPU, where they can, and prove nothing of a GPU",
     )
-    parser.addoption("--row-seconds", type=int, help="end a row that takes longer; default: none is ended")
-    parser.addoption("--rows-to", type=Path, metavar="FILE", help="append a JSON line a row, as soon as it is done")
     parser.addoption("--shape", choices=["1B", "demo"], default="1B", help="of the benchmark; default 1B")
+    parser.addoption("--demo", type=Path, metavar="DIR", help="a package of the demo with bf16, fp16 and q4f16")
+    parser.addoption(
+        "--rows-to",
+        type=Path,
+        metavar="FILE",
+        help="a JSON line a row, as soon as it ends; rows there are not run again",
+    )
+    parser.addoption("--row-seconds", type=int, help="end the process of a row that takes longer; with --rows-to")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path, seconds = config.getoption("--rows-to", None), config.getoption("--row-seconds", None)
+    if path is not None:
+        config.pluginmanager.register(RowsFile(path, seconds))
+    elif seconds is not None:
+        raise pytest.UsageError("--row-seconds wants --rows-to, or the rows before would be lost with the process")
+
+
+class RowsFile:
+    """Rows on disk: a line of JSON for the machine, then one when a row begins and one when it ends.
+
+    So a run that is cut off has shown something, and the next one goes on where it ended: a GPU that one row brought
+    into disorder is of no use to the rest of its process.
+    """
+
+    def __init__(self, path: Path, seconds: int | None) -> None:
+        self._path = path
+        self._seconds = seconds
+        if path.exists():
+            for row in recorded(path):
+                if row["outcome"] == "begun":
+                    self._add(row | {"outcome": "failed", "why": "ended the process"})
+        else:
+            self._add(describe_machine())
+
+    def _add(self, line: dict[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        done = {row["row"] for row in recorded(self._path)}
+        config.hook.pytest_deselected(items=[item for item in items if _name(item.nodeid) in done])
+        items[:] = [item for item in items if _name(item.nodeid) not in done]
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        row = {"row": _name(item.nodeid), "outcome": "begun", "seconds": 0.0, "figure": "", "why": ""}
+        self._add(row)
+
+        def late() -> None:  # in a thread: a call that hangs in a library never comes back to take a signal
+            why = f"took longer than {self._seconds} s"
+            self._add(row | {"outcome": "failed", "seconds": float(self._seconds or 0), "why": why})
+            os._exit(_LATE)
+
+        timer = threading.Timer(self._seconds or 0, late)
+        if self._seconds is not None:
+            timer.start()
+        try:
+            return (yield)
+        finally:
+            timer.cancel()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self._add(_row(report, report.outcome))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the quickest rows first, so that a run that is cut off has shown as much as it could."""
     place = {name: index for index, name in enumerate(QUICKEST_FIRST)}
     own = [item for item in items if "tests/gpu/" in item.nodeid]
-    own.sort(key=lambda item: place.get(item.name.partition("[")[0].removeprefix("test_"), len(place)))
-    others = [item for item in items if "tests/gpu/" not in item.nodeid]
-    items[:] = [*others, *own]
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """End a row that takes longer than --row-seconds; the models that it shares with others are not counted."""
-    seconds = item.config.getoption("--row-seconds", None) if "tests/gpu/" in item.nodeid else None
-    if seconds is None:
-        return (yield)
-
-    def late(*_: object) -> None:
-        raise TimeoutError(f"took longer than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        return (yield)
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if _ROWS_TO and report.when == "call" and "tests/gpu/" in report.nodeid:
-        with _ROWS_TO[0].open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_row(report, report.outcome)) + "\n")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    _ROWS_TO[:] = [path] if (path := config.getoption("--rows-to", None)) else []
+    own.sort(key=lambda item: place.get(_name(item.nodeid).partition("[")[0], len(place)))
+    items[:] = [*(item for item in items if "tests/gpu/" not in item.nodeid), *own]
 
 
 @pytest.fixture(scope="session")
@@ -125,8 +160,16 @@ def demo() -> Checkpoint:
 
 
 @pytest.fixture(scope="session")
-def demo_package(gpu: str, demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG001
+def demo_package(
+    gpu: str,  # noqa: ARG001
+    demo: Checkpoint,
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """The demo with every variant for CUDA; engines are built into it."""
+    made: Path | None = request.config.getoption("--demo")
+    if made is not None and made.is_dir():
+        return made
     out = tmp_path_factory.mktemp("gpu") / "demo"
     export(demo, out, variants=["fp32", *CUDA_VARIANTS])
     return out
@@ -134,7 +177,8 @@ def demo_package(gpu: str, demo: Checkpoint, tmp_path_factory: pytest.TempPathFa
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Print a line per row, why rows were skipped, and last one line of JSON."""
-    rows = list(_rows(terminalreporter))
+    path = config.getoption("--rows-to", None)
+    rows = list(_rows(terminalreporter)) if path is None else recorded(path)
     if not rows:
         return
     machine = describe_machine()
@@ -166,8 +210,12 @@ def _row(report: Any, outcome: str) -> dict[str, Any]:
         why = str(report.longrepr[2]).removeprefix("Skipped: ")
     elif outcome != "passed":
         why = str(report.longrepr).strip().splitlines()[-1]
-    name = report.nodeid.rpartition("::test_")[2]
-    return {"row": name, "outcome": outcome, "seconds": round(report.duration, 1), "figure": figure, "why": why}
+    seconds = round(report.duration, 1)
+    return {"row": _name(report.nodeid), "outcome": outcome, "seconds": seconds, "figure": figure, "why": why}
+
+
+def _name(nodeid: str) -> str:
+    return nodeid.rpartition("::test_")[2]
 
 
 def describe_machine() -> dict[str, str]:
