@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from checklist import recorded
+from rows import RowsFile, row_name, row_of
 
 from olmo2_export.checkpoint import Checkpoint, open_checkpoint
 from olmo2_export.package import export
@@ -30,8 +29,6 @@ QUICKEST_FIRST = (
     "nv_rtx_provider"
 ).split()
 """rows in the order of the time they took in a rehearsal; the others follow as they stand"""
-
-_LATE = 124  # as timeout(1) exits
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -55,65 +52,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     path, seconds = config.getoption("--rows-to", None), config.getoption("--row-seconds", None)
     if path is not None:
-        config.pluginmanager.register(RowsFile(path, seconds))
+        config.pluginmanager.register(RowsFile(path, seconds, describe_machine()))
     elif seconds is not None:
         raise pytest.UsageError("--row-seconds wants --rows-to, or the rows before would be lost with the process")
-
-
-class RowsFile:
-    """Rows on disk: a line of JSON for the machine, then one when a row begins and one when it ends.
-
-    So a run that is cut off has shown something, and the next one goes on where it ended: a GPU that one row brought
-    into disorder is of no use to the rest of its process.
-    """
-
-    def __init__(self, path: Path, seconds: int | None) -> None:
-        self._path = path
-        self._seconds = seconds
-        if path.exists():
-            for row in recorded(path):
-                if row["outcome"] == "begun":
-                    self._add(row | {"outcome": "failed", "why": "ended the process"})
-        else:
-            self._add(describe_machine())
-
-    def _add(self, line: dict[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        done = {row["row"] for row in recorded(self._path)}
-        config.hook.pytest_deselected(items=[item for item in items if _name(item.nodeid) in done])
-        items[:] = [item for item in items if _name(item.nodeid) not in done]
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        row = {"row": _name(item.nodeid), "outcome": "begun", "seconds": 0.0, "figure": "", "why": ""}
-        self._add(row)
-
-        def late() -> None:  # in a thread: a call that hangs in a library never comes back to take a signal
-            why = f"took longer than {self._seconds} s"
-            self._add(row | {"outcome": "failed", "seconds": float(self._seconds or 0), "why": why})
-            os._exit(_LATE)
-
-        timer = threading.Timer(self._seconds or 0, late)
-        if self._seconds is not None:
-            timer.start()
-        try:
-            return (yield)
-        finally:
-            timer.cancel()
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call" or report.outcome != "passed":
-            self._add(_row(report, report.outcome))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the quickest rows first, so that a run that is cut off has shown as much as it could."""
     place = {name: index for index, name in enumerate(QUICKEST_FIRST)}
     own = [item for item in items if "tests/gpu/" in item.nodeid]
-    own.sort(key=lambda item: place.get(_name(item.nodeid).partition("[")[0], len(place)))
+    own.sort(key=lambda item: place.get(row_name(item.nodeid).partition("[")[0], len(place)))
     items[:] = [*(item for item in items if "tests/gpu/" not in item.nodeid), *own]
 
 
@@ -200,22 +148,7 @@ def _rows(reporter: Any) -> Iterator[dict[str, Any]]:
         for report in reporter.stats.get(outcome, []):
             if "tests/gpu/" not in report.nodeid:  # pytest asks this file for the others too
                 continue
-            yield _row(report, outcome)
-
-
-def _row(report: Any, outcome: str) -> dict[str, Any]:
-    figure = " ".join(str(value) for name, value in report.user_properties if name == "figure")
-    why = ""
-    if outcome == "skipped":
-        why = str(report.longrepr[2]).removeprefix("Skipped: ")
-    elif outcome != "passed":
-        why = str(report.longrepr).strip().splitlines()[-1]
-    seconds = round(report.duration, 1)
-    return {"row": _name(report.nodeid), "outcome": outcome, "seconds": seconds, "figure": figure, "why": why}
-
-
-def _name(nodeid: str) -> str:
-    return nodeid.rpartition("::test_")[2]
+            yield row_of(report, outcome)
 
 
 def describe_machine() -> dict[str, str]:
