@@ -21,7 +21,7 @@ step=${1:-} device=${2:-cuda}
 site=$KEEP/site checkout=$KEEP/checkout
 settings() {
   case $device in
-    cuda) shape=1B variants=(bf16 q4f16) steps=128 all_rows=210 one_row=60 minutes=5.5 ;;
+    cuda) shape=1B variants=(bf16 q4f16) steps=128 all_rows=210 one_row=75 minutes=5.5 ;;
     cpu) shape=demo variants=(fp16 q4f16) steps=8 all_rows=900 one_row=300 minutes=15 ;;
     *) echo "$step: expected cuda or cpu, found $device" >&2 && exit 2 ;;
   esac
@@ -96,7 +96,7 @@ second() {
   "$PYTHON" -c 'import sys; from runtimes.ort_devices import find_device; print(find_device(sys.argv[1]))' "$device" \
     2>&1 | tee "$OUT/device.txt" || true
   rows
-  tr '\r' '\n' <"$KEEP/models.log" | grep -v '^ *$' | tail -n 20 | tee "$OUT/models.txt"
+  tr '\r' '\n' <"$KEEP/models.log" | grep -vE '^ *$|%\|' | tail -n 20 | tee "$OUT/models.txt"
 }
 
 rows() { # a row that fails or takes too long ends its process, as the GPU may be of no use to it any more; the rest go on
