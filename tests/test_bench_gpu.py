@@ -155,7 +155,7 @@ def test_minutes_that_are_over_leave_what_was_measured(
     verdicts = {(claim["what"], claim["against"]): claim["verdict"] for claim in result["claims"]}
     assert verdicts["decode, 128-token context", "static_cache"] == "missed by 50%"
     assert verdicts["decode, 2048-token context", "static_cache"] == "not measured"
-    assert "NOT MEASURED, 2 minutes were over: decode_2048 of ours, ort:fp32: 1 of 1 samples" in out
+    assert "NOT MEASURED, as 2 minutes were over: decode_2048 of ours, ort:fp32: 1 of 1 samples; " in out
 
 
 def test_a_contender_that_fails_in_time_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

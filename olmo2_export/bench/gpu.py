@@ -249,7 +249,7 @@ def run(
         "Medians of all samples, ± (largest - smallest) / median:",
         samples_table(samples, names),
         *(f"FAILED: {failure}" for failure in failures),
-        *(f"NOT MEASURED, {minutes:g} minutes were over: {what}" for what in left_out),
+        *([f"NOT MEASURED, as {minutes:g} minutes were over: {'; '.join(left_out)}"] if left_out else []),
     ]
     return {
         "size": size,
