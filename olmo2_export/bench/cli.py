@@ -76,9 +76,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     verb.add_argument("--steps", type=int, default=128, help="decode steps that are timed; default 128")
     verb.add_argument("--only", action="append", choices=gpu.TASKS, metavar="TASK", help=f"of {', '.join(gpu.TASKS)}")
     verb.add_argument("--no-baseline", action="store_true", help="leave transformers out")
-    verb.add_argument("--package", type=Path, metavar="DIR", help="measure its variants; default: packages are made")
+    verb.add_argument(
+        "--package",
+        type=Path,
+        action="append",
+        metavar="DIR",
+        help="measure the variants of a package that is there; may be repeated; default: packages are made",
+    )
     verb.add_argument("--reference", type=Path, metavar="DIR", help="the checkpoint for transformers; default: made")
-    verb.add_argument("--minutes", type=float, metavar="M", help="begin no measurement after that; default: all")
+    verb.add_argument(
+        "--minutes", type=float, metavar="M", help="end after that, with what was measured till then; default: all is"
+    )
+    verb.add_argument("--out", type=Path, metavar="FILE", help="write the JSON of the last line there too")
     verb = verbs.add_parser("profile", parents=[work, sized, kept], help="time by operator")
     verb.add_argument("--context", type=int, default=512, help="tokens of the prefill; default 512")
     given = sys.argv[1:] if argv is None else argv
@@ -90,6 +99,18 @@ def run(args: argparse.Namespace) -> int:
     check_system()
     failed, out = False, getattr(args, "out", None)
     check_out(out)
+    if args.verb == "gpu":
+        gpu.check(
+            args.size,
+            wanted=args.wanted or ["ort:bf16"],
+            rounds=args.rounds,
+            steps=args.steps,
+            baseline=not args.no_baseline,
+            packages=args.package or (),
+            reference=args.reference,
+            keep=args.keep,
+            minutes=args.minutes,
+        )
     with work_folder(args.work, getattr(args, "keep", None)) as work:
         match args.verb:
             case "compare":
@@ -132,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
                     steps=args.steps,
                     only=args.only or gpu.TASKS,
                     baseline=not args.no_baseline,
-                    package=args.package,
+                    packages=args.package or (),
                     reference=args.reference,
                     minutes=args.minutes,
                 )

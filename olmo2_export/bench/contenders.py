@@ -36,9 +36,9 @@ class Contender:
     made: dict[str, float]
     """seconds and peak_memory_mb of the process that made the model"""
 
-    def sample(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Measure a task once, in a fresh process."""
-        return worker(self.python, self.worker, [*self.arguments, json.dumps(task)])
+    def sample(self, task: dict[str, Any], seconds: float | None = None) -> dict[str, Any]:
+        """Measure a task once, in a fresh process that has so long."""
+        return worker(self.python, self.worker, [*self.arguments, json.dumps(task)], seconds)
 
 
 def peer_python(peers: Path, venv: str) -> Path | None:

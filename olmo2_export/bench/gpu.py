@@ -8,20 +8,24 @@ sheet's where the GPU is in the table below, otherwise that of a copy; the rate 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from olmo2_export.bench.checkpoint import SIZES, shape_of
 from olmo2_export.bench.claims import Claim, Quantity, claims_table, judge, samples_table, to_document
 from olmo2_export.bench.contenders import Contender, Workshop
 from olmo2_export.bench.machine import BANDWIDTH, device_limits
 from olmo2_export.bench.turns import take_turns
-from runtimes.errors import UsageError
-from runtimes.manifest import find_variant
+from runtimes.errors import UsageError, VariantNotFoundError
+from runtimes.manifest import find_variant, load_manifest
 
-TASKS = ("decode_128", "decode_2048", "streams_8", "prefill_2048")
+TASKS = ("decode_128", "decode_2048", "prefill_2048", "streams_8")
+"""what nothing is claimed of comes last, should the time be over before"""
 WALL, STATIC = "wall", "static_cache"
 _BF16 = 2  # bytes
 
@@ -79,48 +83,115 @@ def walls(size: str, device: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return {"decode_128": decode(128), "decode_2048": decode(2048), "prefill_2048": prefill(2048)}
 
 
+def check(
+    size: str,
+    *,
+    wanted: Sequence[str],
+    rounds: int,
+    steps: int,
+    baseline: bool,
+    packages: Sequence[Path] = (),
+    reference: Path | None = None,
+    keep: Path | None = None,
+    minutes: float | None = None,
+) -> None:
+    """Refuse what cannot be measured, or would be measured of something else, before anything is made.
+
+    Raises:
+        UsageError: a contender of no backend, a number too small, a folder of another shape, or one that nothing uses.
+        PackageNotFoundError: a package is none.
+    """
+    kinds = [_backend_and_variant(text) for text in wanted]
+    for name, number in (("rounds", rounds), ("steps", steps)):
+        if number < 1:
+            raise UsageError(f"--{name} {number}: expected at least 1")
+    if minutes is not None and not minutes > 0:
+        raise UsageError(f"--minutes {minutes:g}: expected more than 0; without it all is measured")
+    for folder in packages:
+        load_manifest(folder)
+    for folder in (*packages, *([] if reference is None else [reference])):
+        try:
+            found = shape_of(folder)
+        except (OSError, KeyError, ValueError) as error:
+            raise UsageError(f"{folder}: no config.json with a shape ({error}); expected a model's folder") from error
+        if found != SIZES[size]:
+            sizes = [name for name, shape in SIZES.items() if shape == found]
+            raise UsageError(f"{folder}: its shape is {' or '.join(sizes) or found}, expected {size}; give --size")
+    used = {folder: [variant for _, variant in kinds if _has(folder, variant)] for folder in packages}
+    for folder, variants in used.items():
+        if not variants:
+            raise UsageError(f"--package {folder}: it has none of {', '.join(wanted)}; name a variant of it in --with")
+    made = [
+        text for text, (_, variant) in zip(wanted, kinds, strict=True) if all(variant not in v for v in used.values())
+    ]
+    if packages and made:
+        raise UsageError(f"--with {', '.join(made)}: in none of the packages; leave --package out to have them made")
+    if packages and reference is not None and not baseline:
+        raise UsageError(f"--reference {reference}: nothing uses it, with --package and --no-baseline")
+    if packages and keep is not None and (reference is not None or not baseline):
+        raise UsageError(
+            f"--keep {keep}: nothing is made, with --package and {'--reference' if baseline else '--no-baseline'}"
+        )
+
+
+def _backend_and_variant(text: str) -> tuple[str, str]:
+    """Return the backend of a contender, and its variant as packages name it.
+
+    Raises:
+        UsageError: it has another form.
+    """
+    backend, _, name = text.partition(":")
+    if backend not in ("ort", "trt_rtx", "trt") or not name:
+        raise UsageError(f"contender {text!r}: expected ort:VARIANT, trt_rtx:PRECISION or trt:PRECISION")
+    return backend, name if backend == "ort" else f"trt_{name}"
+
+
+def _has(package: Path, variant: str) -> bool:
+    try:
+        find_variant(package, variant)
+    except VariantNotFoundError:
+        return False
+    return True
+
+
 def contenders(
-    workshop: Workshop, wanted: Sequence[str], device: str, baseline: bool, package: Path | None = None
+    workshop: Workshop, wanted: Sequence[str], device: str, baseline: bool, packages: Sequence[Path] = ()
 ) -> list[Contender]:
-    """Return ours, made where they are not there, and the baseline.
+    """Return ours, made where they are not there, and the baseline, second.
 
     Args:
         workshop: where to make the packages.
         wanted: as `ort:bf16`, `trt_rtx:bf16`, `trt:int4`: backend and variant, or precision of an engine.
         device: of the backend ort, and of the baseline.
         baseline: whether to measure transformers.
-        package: take these variants of a package that is there, instead of making some.
+        packages: take the first of these that has a variant, instead of making one.
 
     Raises:
-        UsageError: not of that form, or engines of a package that is there.
-        PackageError: the package has no such variant, or is of another shape.
+        UsageError: not of that form.
     """
     found = []
     for number, text in enumerate(wanted):
-        backend, _, name = text.partition(":")
-        if backend not in ("ort", "trt_rtx", "trt") or not name:
-            raise UsageError(f"contender {text!r}: expected ort:VARIANT, trt_rtx:PRECISION or trt:PRECISION")
-        key = "ours" if number == 0 else f"{backend}_{name}"
-        flags = ["--backend", backend]
-        if package is not None:
-            if backend != "ort":
-                raise UsageError(f"contender {text!r}: of a package that is there, only ort:VARIANT is measured")
-            find_variant(package, name)
-            folder, made = package, dict[str, float]()
-            variant, flags = name, [*flags, "--device", device]
-        elif backend == "ort":
-            folder, made = workshop.package("gpu", workshop.checkpoint("olmo2"), name)
-            variant, flags = name, [*flags, "--device", device]
-        else:
-            folder, made = workshop.engine(workshop.checkpoint("olmo2"), name, backend)
-            variant = f"trt_{name}"
-        arguments = (str(folder), variant, *flags)
+        backend, variant = _backend_and_variant(text)
+        key = "ours" if number == 0 else f"{backend}_{text.partition(':')[2]}"
+        package, made = next((folder for folder in packages if _has(folder, variant)), None), dict[str, float]()
+        if package is None and backend == "ort":
+            package, made = workshop.package("gpu", workshop.checkpoint("olmo2"), variant)
+        elif package is None:
+            package, made = workshop.engine(workshop.checkpoint("olmo2"), variant.removeprefix("trt_"), backend)
+        flags = ["--backend", backend, *(["--device", device] if backend == "ort" else [])]
+        arguments = (str(package), variant, *flags)
         found.append(Contender(key, f"ours, {text}", Path(sys.executable), "ours", arguments, TASKS, made))
     if baseline:
         label = f"transformers {version('transformers')}, static cache"
         paths = (str(workshop.checkpoint("olmo2")), device)
-        found.append(Contender(STATIC, label, Path(sys.executable), "static_cache", paths, TASKS, {}))
+        found.insert(1, Contender(STATIC, label, Path(sys.executable), "static_cache", paths, TASKS, {}))
     return found
+
+
+def _say(task: str, contender: Contender, sample: Mapping[str, Any]) -> None:
+    """Say on stderr what was measured, so that a run that is cut off has said something."""
+    numbers = ", ".join(f"{value:,.1f} {key}" for key, value in sample.items())
+    tqdm.write(f"{task} of {contender.name}: {numbers}", file=sys.stderr)
 
 
 def run(
@@ -133,7 +204,7 @@ def run(
     steps: int,
     only: Sequence[str] = TASKS,
     baseline: bool = True,
-    package: Path | None = None,
+    packages: Sequence[Path] = (),
     reference: Path | None = None,
     minutes: float | None = None,
 ) -> tuple[dict[str, Any], str]:
@@ -142,23 +213,28 @@ def run(
     Args:
         size: of `SIZES`.
         work: where models are made.
-        wanted, device, baseline, package: as `contenders`.
+        wanted, device, baseline, packages: as `contenders`.
         rounds: samples of each task and contender.
         steps: of decoding that are timed.
         only: of `TASKS`.
-        reference: the checkpoint of that shape, for transformers, instead of making one.
-        minutes: begin no measurement after that; what is missing is said.
+        reference: the checkpoint of that shape, instead of making one.
+        minutes: end after that, with what was measured till then.
 
     Returns:
         What the last line of stdout says, and the report for people, in markdown.
     """
-    for folder in (package, reference):
-        if folder is not None and shape_of(folder) != {name: SIZES[size][name] for name in SIZES["1B"]}:
-            raise UsageError(f"{folder}: not of the {size} shape; give its --size, or another folder")
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
     found = device_limits(device, 1)
-    all_contenders = contenders(Workshop(work, size, reference), wanted, device, baseline, package)
+    all_contenders = contenders(Workshop(work, size, reference), wanted, device, baseline, packages)
     chosen = {name: task for name, task in tasks(size, steps).items() if name in only}
-    samples, failures = take_turns(all_contenders, chosen, rounds, stop_after=None if minutes is None else 60 * minutes)
+    samples, failures = take_turns(all_contenders, chosen, rounds, deadline=deadline, on_sample=_say)
+    left_out = [
+        f"{task} of {contender.name}: {taken.count({})} of {rounds} samples"
+        for task in chosen
+        for contender in all_contenders
+        if {} in (taken := samples[task][contender.key])
+        and not any(failure.startswith(f"{contender.name}, {task}:") for failure in failures)
+    ]
     samples["export"] = {contender.key: [contender.made] for contender in all_contenders}
     for name, sample in walls(size, found).items():
         if name in chosen:
@@ -173,6 +249,7 @@ def run(
         "Medians of all samples, ± (largest - smallest) / median:",
         samples_table(samples, names),
         *(f"FAILED: {failure}" for failure in failures),
+        *([f"NOT MEASURED, as {minutes:g} minutes were over: {'; '.join(left_out)}"] if left_out else []),
     ]
     return {
         "size": size,
@@ -180,6 +257,7 @@ def run(
         "rounds": rounds,
         "contenders": names,
         "failures": failures,
+        "left_out": left_out,
         "claims": to_document(results),
         "samples": samples,
     }, "\n\n".join(said)

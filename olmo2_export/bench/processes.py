@@ -21,6 +21,7 @@ from runtimes.errors import FailedError, UsageError
 ROOT = Path(__file__).parents[2]
 """the folder of the packages, for the interpreters of the peers"""
 _GRACE = 10.0  # seconds
+_TICK = 0.05  # seconds
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,15 @@ def check_system() -> None:
         raise UsageError("bench: this system does not say how much memory a process had; run it on Linux or macOS")
 
 
-def run(command: Sequence[str | Path]) -> Finished:
+def run(command: Sequence[str | Path], seconds: float | None = None) -> Finished:
     """Run a command to its end.
 
+    Args:
+        command: what to run.
+        seconds: end it, and all that it started, after that; None: never.
+
     Raises:
-        FailedError: it cannot be started, or did not exit with 0; with the last line of what it said.
+        FailedError: it cannot be started, did not exit with 0, with the last line of what it said, or took longer.
     """
     words = [str(word) for word in command]
     with tempfile.TemporaryDirectory(prefix="olmo2-bench-") as folder:
@@ -71,17 +76,23 @@ def run(command: Sequence[str | Path]) -> Finished:
         with contextlib.suppress(OSError):  # where memory runs out, the kernel shall take this process and no other
             Path(f"/proc/{child}/oom_score_adj").write_text("800")
         try:
-            _, status, usage = os.wait4(child, 0)
+            ended = os.wait4(child, 0 if seconds is None else os.WNOHANG)
+            while ended[0] == 0:
+                if seconds is not None and time.monotonic() - started > seconds:
+                    raise FailedError(f"{' '.join(words[:4])}: ended after {seconds:.0f} seconds, as was asked for")
+                time.sleep(_TICK)
+                ended = os.wait4(child, os.WNOHANG)
         except BaseException:
             _end(child)
             raise
-        seconds = time.monotonic() - started
+        _, status, usage = ended
+        took = time.monotonic() - started
         code = os.waitstatus_to_exitcode(status)
         if code != 0:
             said = err.read_text(errors="replace").strip()
             logging.getLogger(__name__).debug("%s: %s", " ".join(words), said)
             raise FailedError(f"{' '.join(words[:4])}: {_ended(code)}: {' '.join(said.splitlines()[-1:]) or 'silent'}")
-        return Finished(out.read_text(errors="replace"), seconds, round(usage.ru_maxrss * MAXRSS_UNIT / 1e6))
+        return Finished(out.read_text(errors="replace"), took, round(usage.ru_maxrss * MAXRSS_UNIT / 1e6))
 
 
 def _python_path(python: str) -> str:
@@ -97,7 +108,7 @@ def _end(child: int) -> None:
     while time.monotonic() < until:
         if os.waitpid(child, os.WNOHANG) != (0, 0):
             return
-        time.sleep(0.05)
+        time.sleep(_TICK)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
 
@@ -114,13 +125,15 @@ def stage(name: str, arguments: Sequence[str | Path]) -> dict[str, Any]:
     return {"stage": name, **run([sys.executable, "-m", "olmo2_export", name, *arguments]).cost}
 
 
-def worker(python: str | Path, name: str, arguments: Sequence[str | Path]) -> dict[str, Any]:
+def worker(
+    python: str | Path, name: str, arguments: Sequence[str | Path], seconds: float | None = None
+) -> dict[str, Any]:
     """Run a worker of `bench.workers` in an interpreter of its own; return the object of its last line.
 
     Raises:
         FailedError: as `run`, and if it printed no object.
     """
-    finished = run([python, "-m", f"olmo2_export.bench.workers.{name}", *arguments])
+    finished = run([python, "-m", f"olmo2_export.bench.workers.{name}", *arguments], seconds)
     lines = finished.stdout.strip().splitlines()
     try:
         result: Any = json.loads(lines[-1]) if lines else None

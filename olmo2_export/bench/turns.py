@@ -7,7 +7,7 @@ within minutes of each other.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -26,7 +26,8 @@ def take_turns(
     *,
     give_up: bool = False,
     minutes: float | None = None,
-    stop_after: float | None = None,
+    deadline: float | None = None,
+    on_sample: Callable[[str, Contender, dict[str, Any]], None] | None = None,
 ) -> tuple[Sampled, list[str]]:
     """Measure in turns; a contender that fails does not take the others' samples with it.
 
@@ -37,8 +38,9 @@ def take_turns(
         give_up: do not ask a contender again for a task that it failed; its samples stay empty.
         minutes: begin no round that would end later than that after the first one began, if it took as long as those
             before; there is always a first.
-        stop_after: seconds after the start from which nothing is begun any more, not even the rest of the first round;
-            what was not measured is among the failures, its samples empty.
+        deadline: of `time.monotonic`, when the one that is measured is ended, and none is begun any more, not even of
+            the first round; their samples stay empty, which is no failure.
+        on_sample: is told of each sample as it is there.
 
     Returns:
         The samples, and what failed.
@@ -55,14 +57,16 @@ def take_turns(
             for name, contender in plan:
                 progress.set_postfix_str(f"{name} of {contender.name}")
                 sample: dict[str, Any] = {}
-                if stop_after is not None and time.monotonic() - started > stop_after:
-                    failures.append(f"{contender.name}, {name}: not measured, {stop_after / 60:g} minutes were over")
-                elif not (give_up and (name, contender.key) in failed):
+                left = None if deadline is None else deadline - time.monotonic()
+                if not (give_up and (name, contender.key) in failed) and (left is None or left > 0):
                     try:
-                        sample = contender.sample(tasks[name])
+                        sample = contender.sample(tasks[name]) if left is None else contender.sample(tasks[name], left)
+                        if on_sample is not None:
+                            on_sample(name, contender, sample)
                     except FailedError as error:
-                        failures.append(f"{contender.name}, {name}: {error}")
-                        failed.add((name, contender.key))
+                        if deadline is None or time.monotonic() < deadline:
+                            failures.append(f"{contender.name}, {name}: {error}")
+                            failed.add((name, contender.key))
                 samples[name].setdefault(contender.key, []).append(sample)
                 progress.update()
     return samples, failures

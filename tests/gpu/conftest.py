@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from checklist import recorded
+from rows import RowsFile, row_name, row_of
 
 from olmo2_export.checkpoint import Checkpoint, open_checkpoint
 from olmo2_export.package import export
@@ -29,8 +30,6 @@ QUICKEST_FIRST = (
 ).split()
 """rows in the order of the time they took in a rehearsal; the others follow as they stand"""
 
-_ROWS_TO: list[Path] = []
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -39,47 +38,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cuda",
         help="cpu: a rehearsal; rows of the CUDA provider run on the CPU, where they can, and prove nothing of a GPU",
     )
-    parser.addoption("--row-seconds", type=int, help="end a row that takes longer; default: none is ended")
-    parser.addoption("--rows-to", type=Path, metavar="FILE", help="append a JSON line a row, as soon as it is done")
     parser.addoption("--shape", choices=["1B", "demo"], default="1B", help="of the benchmark; default 1B")
+    parser.addoption("--demo", type=Path, metavar="DIR", help="a package of the demo with bf16, fp16 and q4f16")
+    parser.addoption(
+        "--rows-to",
+        type=Path,
+        metavar="FILE",
+        help="a JSON line a row, as soon as it ends; rows there are not run again",
+    )
+    parser.addoption("--row-seconds", type=int, help="end the process of a row that takes longer; with --rows-to")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path, seconds = config.getoption("--rows-to", None), config.getoption("--row-seconds", None)
+    if path is not None:
+        config.pluginmanager.register(RowsFile(path, seconds, describe_machine()))
+    elif seconds is not None:
+        raise pytest.UsageError("--row-seconds wants --rows-to, or the rows before would be lost with the process")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the quickest rows first, so that a run that is cut off has shown as much as it could."""
     place = {name: index for index, name in enumerate(QUICKEST_FIRST)}
     own = [item for item in items if "tests/gpu/" in item.nodeid]
-    own.sort(key=lambda item: place.get(item.name.partition("[")[0].removeprefix("test_"), len(place)))
-    others = [item for item in items if "tests/gpu/" not in item.nodeid]
-    items[:] = [*others, *own]
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """End a row that takes longer than --row-seconds; the models that it shares with others are not counted."""
-    seconds = item.config.getoption("--row-seconds", None) if "tests/gpu/" in item.nodeid else None
-    if seconds is None:
-        return (yield)
-
-    def late(*_: object) -> None:
-        raise TimeoutError(f"took longer than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        return (yield)
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if _ROWS_TO and report.when == "call" and "tests/gpu/" in report.nodeid:
-        with _ROWS_TO[0].open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_row(report, report.outcome)) + "\n")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    _ROWS_TO[:] = [path] if (path := config.getoption("--rows-to", None)) else []
+    own.sort(key=lambda item: place.get(row_name(item.nodeid).partition("[")[0], len(place)))
+    items[:] = [*(item for item in items if "tests/gpu/" not in item.nodeid), *own]
 
 
 @pytest.fixture(scope="session")
@@ -125,8 +108,16 @@ def demo() -> Checkpoint:
 
 
 @pytest.fixture(scope="session")
-def demo_package(gpu: str, demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG001
+def demo_package(
+    gpu: str,  # noqa: ARG001
+    demo: Checkpoint,
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """The demo with every variant for CUDA; engines are built into it."""
+    made: Path | None = request.config.getoption("--demo")
+    if made is not None and made.is_dir():
+        return made
     out = tmp_path_factory.mktemp("gpu") / "demo"
     export(demo, out, variants=["fp32", *CUDA_VARIANTS])
     return out
@@ -134,7 +125,8 @@ def demo_package(gpu: str, demo: Checkpoint, tmp_path_factory: pytest.TempPathFa
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Print a line per row, why rows were skipped, and last one line of JSON."""
-    rows = list(_rows(terminalreporter))
+    path = config.getoption("--rows-to", None)
+    rows = list(_rows(terminalreporter)) if path is None else recorded(path)
     if not rows:
         return
     machine = describe_machine()
@@ -156,18 +148,7 @@ def _rows(reporter: Any) -> Iterator[dict[str, Any]]:
         for report in reporter.stats.get(outcome, []):
             if "tests/gpu/" not in report.nodeid:  # pytest asks this file for the others too
                 continue
-            yield _row(report, outcome)
-
-
-def _row(report: Any, outcome: str) -> dict[str, Any]:
-    figure = " ".join(str(value) for name, value in report.user_properties if name == "figure")
-    why = ""
-    if outcome == "skipped":
-        why = str(report.longrepr[2]).removeprefix("Skipped: ")
-    elif outcome != "passed":
-        why = str(report.longrepr).strip().splitlines()[-1]
-    name = report.nodeid.rpartition("::test_")[2]
-    return {"row": name, "outcome": outcome, "seconds": round(report.duration, 1), "figure": figure, "why": why}
+            yield row_of(report, outcome)
 
 
 def describe_machine() -> dict[str, str]:

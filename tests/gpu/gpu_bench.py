@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from checklist import figure_of
 
 from olmo2_export.bench import gpu
 from runtimes.nvidia import TensorRTBackend
@@ -36,9 +37,8 @@ def bench(work: Path, wanted: list[str], device: str, shape: str, record: Record
     )
     record("report", report)
     assert not result["failures"]
-    claims = [c for c in result["claims"] if c["median_ratio"] is not None]
-    record("figure", "; ".join(f"{c['what']} {c['median_ratio']} x {c['against']} ({c['verdict']})" for c in claims))
-    assert short or all("missed" not in claim["verdict"] for claim in claims)
+    record("figure", figure_of(result["claims"]))
+    assert short or all("missed" not in claim["verdict"] for claim in result["claims"])
 
 
 def test_bench_cuda(work: Path, device: str, request: pytest.FixtureRequest, record_property: Record) -> None:
