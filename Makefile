@@ -75,11 +75,12 @@ targets: $(STAMP) ## the table of targets on the 1B shape, and what quantising c
 	$(BIN)/python -m olmo2_export.bench cpu
 
 # The runner's tests that need neither torch nor the exporter, on packages that the exporter has made before.
-RUNNER_TESTS := $(patsubst %,tests/test_%.py,runtimes_imports sampling ort_runner tokenizer threads plain_text run_cli)
+RUNNER_TESTS := $(patsubst %,tests/runner/%.py,test_runtimes_imports test_threads test_run_cli ort/test_ort_runner \
+  text/test_sampling text/test_tokenizer text/test_plain_text)
 PYTHONS      ?= 3.12 3.13
 
 test-pythons: $(STAMP) ## the runner's tests on other Pythons, without torch (PYTHONS="3.12 3.13", on PATH or in pyenv)
-	rm -rf build/packages && $(BIN)/python tests/packages.py build/packages
+	rm -rf build/packages && $(BIN)/python tests/support/packages.py build/packages
 	@set -e; for v in $(PYTHONS); do \
 	python=$$(ls "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$v.*/bin/python 2>/dev/null | tail -n 1); \
 	python=$${python:-$$(command -v python$$v || true)}; \

@@ -3,7 +3,7 @@
     with open_runner("packages/olmo2-1b") as runner:
         logits = runner.prefill([[100257, 644, 279, 7314]])[0]
 
-Text in and text out: `runtimes.generate`. Command line: `olmo2-run`, or `python -m runtimes`.
+Text in and text out: `runtimes.generation.generate`. Command line: `olmo2-run`, or `python -m runtimes`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from runtimes.errors import (
 )
 from runtimes.integers import as_integer
 from runtimes.manifest import find_variant, load_manifest
-from runtimes.runner import Runner
+from runtimes.runners.runner import Runner
 from runtimes.sealed import check_files
 from runtimes.threads import default_threads
 
@@ -103,7 +103,7 @@ def open_runner(
     match backend:
         case "ort":
             try:
-                from runtimes.ort_runner import default_variant, open_ort
+                from runtimes.ort.concat import default_variant, open_ort
             except ImportError as error:
                 raise BackendError(
                     f"backend ort: onnxruntime cannot be imported ({error}); pip install 'olmo2-export[cpu]'"
@@ -123,7 +123,7 @@ def open_runner(
             if threads is not None:
                 raise UsageError(f"threads {threads}: backend {backend} runs on the GPU; leave them out")
             try:
-                from runtimes.trt_runner import open_trt
+                from runtimes.trt.open import open_trt
             except ImportError as error:
                 raise BackendError(
                     f"backend {backend}: cuda-bindings cannot be imported ({error}); "

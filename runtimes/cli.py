@@ -17,12 +17,12 @@ from typing import NoReturn, TypedDict
 
 from runtimes import Backend, Device, open_runner
 from runtimes.errors import DISK_FULL, FailedError, Olmo2ExportError, UsageError
-from runtimes.generate import Generation, encode_prompt, generate
-from runtimes.plain_text import plain_lines, plain_text
-from runtimes.sampling import Sampler
+from runtimes.generation.generate import Generation, encode_prompt, generate
 from runtimes.signals import BROKEN_PIPE_EXIT, Interrupted, interruptible
-from runtimes.speculate import Drafter, DraftModel, PromptLookup
-from runtimes.tokenizer import Tokenizer
+from runtimes.speculate.speculation import Drafter, DraftModel, PromptLookup
+from runtimes.text.plain_text import plain_lines, plain_text
+from runtimes.text.sampling import Sampler
+from runtimes.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

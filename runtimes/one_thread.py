@@ -1,6 +1,6 @@
 """A runner, or a drafter, serves one thread at a time: another that calls it meanwhile is refused, not given nonsense.
 
-The lock is taken for one call, so that threads may take turns; `runtimes.generate` holds it for as long as a text must
+The lock is taken for one call, so that threads may take turns; `generation.generate` holds it while a text must
 not be changed by others. Nobody waits: who meets a runner in use has given one runner to two threads.
 """
 

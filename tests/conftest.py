@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import packages
 import pytest
+from support import packages
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random OLMo 2 with grouped-query attention and sizes that all differ; no tokenizer."""
     pytest.importorskip("torch")
-    from checkpoints import make_checkpoint
+    from support.checkpoints import make_checkpoint
 
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
 

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from olmo2_export.config import ModelConfig
-from olmo2_export.model import Olmo2ForCausalLM
+from olmo2_export.model.olmo import Olmo2ForCausalLM
 
 SIZES: dict[str, dict[str, int]] = {
     "demo": {

@@ -25,7 +25,7 @@ from olmo2_export.bench.command import check_out, run_comparison, work_folder, w
 from olmo2_export.bench.compare import ours_failed
 from olmo2_export.bench.contenders import Workshop
 from olmo2_export.bench.processes import ROOT, check_system
-from olmo2_export.checkpoint import open_checkpoint
+from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes.errors import Olmo2ExportError
 from runtimes.signals import Interrupted, interruptible
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from olmo2_export.bench.arguments import CONTEXTS, PEERS
 from olmo2_export.bench.compare import Setting, compare
-from olmo2_export.checkpoint import Checkpoint
+from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes.errors import UsageError
 from runtimes.manifest import load_manifest
 from runtimes.threads import default_threads

@@ -27,11 +27,11 @@ from olmo2_export.bench.entries import POINTS, Entry, default_variants, our_entr
 from olmo2_export.bench.machine import device_limits, memory_bandwidth, processor
 from olmo2_export.bench.report import report
 from olmo2_export.bench.turns import take_turns
-from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
+from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes.errors import ConfigError, ContextLengthError, UsageError, VariantNotFoundError
 from runtimes.manifest import find_variant, load_manifest, load_trt_manifest
-from runtimes.ort_devices import find_device
+from runtimes.ort.devices import find_device
 from runtimes.sealed import check_files
 
 METRICS = ("decode_tokens_per_s", "prefill_tokens_per_s")

@@ -34,8 +34,8 @@ from olmo2_export.bench.contenders import (
 )
 from olmo2_export.bench.machine import multiplies_bfloat16
 from olmo2_export.bench.processes import worker
-from olmo2_export.checkpoint import open_checkpoint
 from olmo2_export.config import ModelConfig
+from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes.errors import FailedError
 from runtimes.manifest import find_variant, load_manifest, load_trt_manifest
 
@@ -236,7 +236,7 @@ def _folder_bytes(folder: Path) -> int:
 def default_variants(package: Path, backend: str, device: str) -> list[str]:
     """Return the variants of a package that a backend runs on a device."""
     if backend == "ort":
-        from runtimes.ort_runner import FASTEST
+        from runtimes.ort.concat import FASTEST
 
         wanted = load_manifest(package).variants
         return [name for name in wanted if (name in FASTEST["cuda"]) == (device != "cpu")]

@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from olmo2_export.bench.contenders import DEMO, LLAMA_VENV, peer_python
 from olmo2_export.bench.processes import stage, worker
-from olmo2_export.checkpoint import open_checkpoint
-from olmo2_export.parity import kl_divergence
-from olmo2_export.quality import token_losses
-from olmo2_export.reference import open_reference
+from olmo2_export.measure.parity import kl_divergence
+from olmo2_export.measure.quality import token_losses
+from olmo2_export.truth.reference import open_reference
+from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes import Runner, open_runner
 from runtimes.manifest import find_variant
 

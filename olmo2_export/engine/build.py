@@ -33,8 +33,8 @@ from olmo2_export.engine.options import EngineOptions, gpu_at_hand, settle
 from olmo2_export.engine.plan import count_kernels
 from olmo2_export.engine.process import run_worker
 from olmo2_export.engine.refitter import RefitRequest
-from olmo2_export.trt_graph import Precision
-from olmo2_export.trt_variants import TrtOptions, check_trt_options, write_trt_variant
+from olmo2_export.graphs.static import Precision
+from olmo2_export.package.trt_variants import TrtOptions, check_trt_options, write_trt_variant
 from runtimes.errors import (
     EngineBuildError,
     IntegrityError,
@@ -57,8 +57,8 @@ from runtimes.manifest import (
     package_checksum,
     to_document,
 )
-from runtimes.nvidia import TensorRTBackend, check_installed
 from runtimes.sealed import FORMAT_VERSION, FileEntry, check_files, hash_file, hash_files, seal
+from runtimes.trt.nvidia import TensorRTBackend, check_installed
 
 logger = logging.getLogger(__name__)
 
@@ -302,7 +302,7 @@ def _link(files: dict[str, FileEntry], package: Path, staging: Path) -> None:
     """Put the files that stay into the new folder, without copying them where the file system can; links stay links."""
     for name in files:
         path = package / name
-        for kept in (path, *path.parent.glob(f"{path.name}.*.jit")):  # kernels of a runner; see runtimes.jit_cache
+        for kept in (path, *path.parent.glob(f"{path.name}.*.jit")):  # kernels of a runner; see runtimes.trt.jit_cache
             place = staging / kept.name
             if kept.is_symlink():
                 place.symlink_to(kept.readlink())

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from olmo2_export.engine.progress import Progress
 from runtimes.errors import BackendError, EngineBuildError
-from runtimes.nvidia import TensorRT
+from runtimes.trt.nvidia import TensorRT
 
 OnProgress = Callable[[str, float], None]
 """takes the name of the phase and the fraction of the build that is done"""

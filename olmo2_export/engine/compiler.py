@@ -26,7 +26,7 @@ from olmo2_export.engine.builder import (
 from olmo2_export.peak_memory import peak_bytes
 from runtimes.errors import EngineBuildError, FusionError, first_names
 from runtimes.manifest import ProfileRange
-from runtimes.nvidia import Message, TensorRT, TensorRTBackend, load_tensorrt
+from runtimes.trt.nvidia import Message, TensorRT, TensorRTBackend, load_tensorrt
 
 # What TensorRT says when it leaves something out of the network that the graph says: never acceptable.
 _CHANGES_MEANING = re.compile(r"unused|ignor|not supported|unsupported|clamp|truncat|overflow|lossy", re.IGNORECASE)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from olmo2_export.trt_graph import PRECISIONS, Precision
+from olmo2_export.graphs.static import PRECISIONS, Precision
 from runtimes.errors import BackendError, UsageError
 from runtimes.manifest import ModelSpec
-from runtimes.nvidia import RTX_CAPABILITIES, TensorRTBackend, check_installed
+from runtimes.trt.nvidia import RTX_CAPABILITIES, TensorRTBackend, check_installed
 
 logger = logging.getLogger(__name__)
 
@@ -254,7 +254,7 @@ def gpu_at_hand(backend: TensorRTBackend) -> str:
         else "backend trt builds on the GPU itself; --backend trt_rtx builds without one"
     )
     try:
-        from runtimes.cuda import find_gpu
+        from runtimes.trt.cuda import find_gpu
 
         return find_gpu().compute_capability
     except (ImportError, BackendError) as error:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from runtimes.errors import EngineBuildError, first_names
 from runtimes.manifest import Engine
-from runtimes.nvidia import RTX_VERSION
+from runtimes.trt.nvidia import RTX_VERSION
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from olmo2_export.engine.builder import OnProgress
 from olmo2_export.engine.compiler import CompileResult, mapped_weights, parser_error, texts
 from olmo2_export.peak_memory import peak_bytes
 from runtimes.errors import EngineBuildError, first_names
-from runtimes.nvidia import TensorRTBackend, load_tensorrt
+from runtimes.trt.nvidia import TensorRTBackend, load_tensorrt
 
 
 @dataclass(frozen=True)

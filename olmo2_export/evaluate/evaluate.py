@@ -20,13 +20,13 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from olmo2_export.error_bars import Change, Mean, mean, perplexity, perplexity_change
 from olmo2_export.evaluate.models import Evaluated, logit_pieces
 from olmo2_export.evaluate.text import TokenText, Window
-from olmo2_export.parity import kl_divergence
-from olmo2_export.quality import token_losses
+from olmo2_export.measure.error_bars import Change, Mean, mean, perplexity, perplexity_change
+from olmo2_export.measure.parity import kl_divergence
+from olmo2_export.measure.quality import token_losses
 from runtimes.errors import PackageError, UsageError
-from runtimes.tokenizer import Tokenizer
+from runtimes.text.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 1024
 """tokens, or the model's context where that is shorter"""

@@ -14,18 +14,18 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
 from olmo2_export.evaluate.text import Window
-from olmo2_export.quality import Measured
+from olmo2_export.measure.quality import Measured
 from olmo2_export.quantize.sweep import Head, embed, staged_layers
-from olmo2_export.reference import Reference, open_reference
 from olmo2_export.stored_graph import load_graph
+from olmo2_export.truth.reference import Reference, open_reference
 from olmo2_export.verify.device import open_device_graph
 from olmo2_export.verify.static import StaticForms
+from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes import Backend, Device, open_runner
 from runtimes.manifest import ModelSpec, Variant, find_variant, load_manifest
-from runtimes.runner import Logits
+from runtimes.runners.runner import Logits
 
 PYTORCH = "PyTorch float32"
 """the name of what variants are compared with"""

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from olmo2_export.atomic import locked
-from olmo2_export.checkpoint import Checkpoint, open_checkpoint
 from olmo2_export.config import ModelConfig
 from olmo2_export.evaluate.evaluate import Evaluation, evaluate, token_text
 from olmo2_export.evaluate.models import open_package_model, open_torch_model
 from olmo2_export.evaluate.text import HELDOUT
-from olmo2_export.package import export
-from olmo2_export.variants import Options
+from olmo2_export.package.export import export
+from olmo2_export.package.variants import Options
+from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
 from runtimes import Device
 from runtimes.errors import ConfigError, FailedError, PackageError, UsageError, first_names
 from runtimes.manifest import load_manifest

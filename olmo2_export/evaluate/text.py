@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from runtimes.errors import InputError
-from runtimes.plain_text import read_text
-from runtimes.tokenizer import Tokenizer
+from runtimes.text.plain_text import read_text
+from runtimes.text.tokenizer import Tokenizer
 
 HELDOUT = Path(__file__).parents[1] / "demo" / "heldout.txt"
 """what is evaluated where no text is given"""

@@ -47,7 +47,7 @@ from olmo2_export.fp16.values import (
     wide_of,
 )
 from olmo2_export.quantize.calibration import calibration_tokens
-from olmo2_export.quantize.source import WeightSource
+from olmo2_export.weights.source import WeightSource
 from runtimes.errors import FailedError, NumericError, UsageError, first_names
 
 LIMIT = 65504.0

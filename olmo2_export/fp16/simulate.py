@@ -18,8 +18,8 @@ from torch import Tensor
 
 from olmo2_export.config import ModelConfig
 from olmo2_export.fp16.values import SCORES, Walk, Weights, Wide, to_float16, walk_all
-from olmo2_export.parity import GATES, compare
-from olmo2_export.quantize.source import WeightSource
+from olmo2_export.measure.parity import GATES, compare
+from olmo2_export.weights.source import WeightSource
 
 _PROOF_LOGITS = 1 << 23  # numbers whose float64 copies are compared: half a gigabyte
 

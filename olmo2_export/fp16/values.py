@@ -36,9 +36,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from olmo2_export.config import ModelConfig
-from olmo2_export.quantize.names import EMBEDDING, HEAD, stored_weight
-from olmo2_export.quantize.source import WeightSource
 from olmo2_export.quantize.sweep import StagedLayer, embed, staged_layers
+from olmo2_export.weights.source import WeightSource
+from olmo2_export.weights.stored_names import EMBEDDING, HEAD, stored_weight
 
 Kind = Literal["gather", "linear", "norm", "attention", "add", "silu", "multiply"]
 EMBED, FINAL_NORM, LOGITS = "model.embed_tokens", "model.norm", "lm_head"

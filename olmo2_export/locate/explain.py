@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]  # it has no types
 from torch import Tensor
 
-from olmo2_export.locate.torch_layers import TorchLayer
+from olmo2_export.truth.torch_layers import TorchLayer
 
 Candidates = Mapping[str, Callable[[], Tensor]]
 """what is wrong, in words -> the numbers that it would give"""

@@ -31,9 +31,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
-from olmo2_export.device_graph import DTYPES
+from olmo2_export.graphs.device import DTYPES
 from olmo2_export.locate.explain import relative_error
 from olmo2_export.locate.layer_checks import (
     GATED,
@@ -47,7 +46,6 @@ from olmo2_export.locate.layer_checks import (
 )
 from olmo2_export.locate.segments import Arrays, Calls, Opener, joined, run_segments
 from olmo2_export.locate.taps import layer_name
-from olmo2_export.locate.torch_layers import TorchModel
 from olmo2_export.locate.views import (
     EXACT,
     FIRST_CALL,
@@ -58,6 +56,8 @@ from olmo2_export.locate.views import (
     variant_views,
     weight_check,
 )
+from olmo2_export.truth.torch_layers import TorchModel
+from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes import Backend, Device
 from runtimes.errors import ConfigError, PackageError, VariantNotFoundError
 from runtimes.manifest import find_variant, load_manifest, load_trt_manifest

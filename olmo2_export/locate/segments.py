@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from olmo2_export.debug import tensorrt_runner
-from olmo2_export.first_call import first_call
-from olmo2_export.graph_files import save_graph
+from olmo2_export.debug.debug import tensorrt_runner
+from olmo2_export.graphs.files import save_graph
 from olmo2_export.locate.taps import HIDDEN, Segment, cut, find_segments
+from olmo2_export.views.first_call import first_call
 from runtimes import Device
 from runtimes.errors import PackageError
 from runtimes.manifest import TensorSpec, Variant
-from runtimes.nvidia import TensorRTBackend
-from runtimes.ort_devices import find_device
-from runtimes.ort_session import open_session
+from runtimes.ort.devices import find_device
+from runtimes.ort.session import open_session
+from runtimes.trt.nvidia import TensorRTBackend
 
 Arrays = dict[str, np.ndarray]
 Run = Callable[[Mapping[str, np.ndarray]], Arrays]

@@ -12,23 +12,23 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from olmo2_export import ort_graph
-from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
-from olmo2_export.device_graph import DTYPES
 from olmo2_export.fuse.merge_projections import JOINT
+from olmo2_export.graphs import shared as ort_graph
+from olmo2_export.graphs.device import DTYPES
+from olmo2_export.graphs.trace import ROTARY_TABLES
 from olmo2_export.locate.explain import relative_error
 from olmo2_export.locate.layer_checks import TensorParity
 from olmo2_export.locate.segments import Opener, one_call, onnxruntime_opener, tensorrt_opener
-from olmo2_export.locate.torch_layers import Weights, rotary_tables
 from olmo2_export.quantize.linear import QuantizedLinear
-from olmo2_export.quantize.names import stored_weight
-from olmo2_export.reference import Rounding, fp8_scaled, int8_blocks, int8_scaled
 from olmo2_export.stored_graph import load_graph
-from olmo2_export.trace import ROTARY_TABLES
-from olmo2_export.verify import trt_forms
-from olmo2_export.verify.trt_forms import Lazy
+from olmo2_export.truth.reference import Rounding, fp8_scaled, int8_blocks, int8_scaled
+from olmo2_export.truth.torch_layers import Weights, rotary_tables
 from olmo2_export.verify.weight_checks import check_int8, check_linears, check_matrices
+from olmo2_export.views import static_forms as trt_forms
+from olmo2_export.views.static_forms import Lazy
+from olmo2_export.weights.checkpoint import Checkpoint
+from olmo2_export.weights.stored_names import stored_weight
 from runtimes import Backend, Device
 from runtimes.errors import UsageError
 from runtimes.manifest import Quantization, Variant
@@ -166,7 +166,7 @@ def stored_weights(
 
 
 def stored_int8(graph: ir.Model) -> Lazy[torch.Tensor]:
-    """Return the weights of a prefill graph, one at a time, as `ort_graph.stored_int8` returns all."""
+    """Return the weights of a prefill graph, one at a time, as `graphs.shared.stored_int8` returns all."""
     initializers = graph.graph.initializers
 
     def load(name: str) -> torch.Tensor:

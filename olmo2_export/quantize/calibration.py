@@ -9,9 +9,9 @@ import numpy as np
 import tokenizers
 
 from olmo2_export.config import ModelConfig
-from olmo2_export.quantize.source import WeightSource
+from olmo2_export.weights.source import WeightSource
 from runtimes.errors import CheckpointError, InputError, UsageError
-from runtimes.plain_text import plain_lines, read_text
+from runtimes.text.plain_text import plain_lines, read_text
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ from tqdm import tqdm
 from olmo2_export.config import ModelConfig
 from olmo2_export.quantize.blocks import BlockFormat
 from olmo2_export.quantize.gptq import Hessian, factor, gptq_factored
-from olmo2_export.quantize.names import EMBEDDING, GROUPS, HEAD, naming, weight_name
 from olmo2_export.quantize.search import search
-from olmo2_export.quantize.source import WeightSource
 from olmo2_export.quantize.spool import Spool
 from olmo2_export.quantize.sweep import Head, StagedLayer, embed, staged_layers
+from olmo2_export.weights.source import WeightSource
+from olmo2_export.weights.stored_names import EMBEDDING, GROUPS, HEAD, naming, weight_name
 
 
 @torch.no_grad()

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from olmo2_export.config import ModelConfig
 from olmo2_export.quantize.encode import SMALLEST_SCALE
-from olmo2_export.quantize.names import GROUPS, weight_name
-from olmo2_export.quantize.source import WeightSource
 from olmo2_export.quantize.sweep import embed, staged_layers
+from olmo2_export.weights.source import WeightSource
+from olmo2_export.weights.stored_names import GROUPS, weight_name
 from runtimes.errors import NumericError
 
 Choose = Callable[[Tensor], float]

@@ -14,8 +14,8 @@ import torch
 
 from olmo2_export.config import ModelConfig
 from olmo2_export.quantize.encode import usable
-from olmo2_export.quantize.source import WeightSource
 from olmo2_export.quantize.sweep import embed, staged_layers
+from olmo2_export.weights.source import WeightSource
 
 LARGEST_CODE = {8: 127, 4: 7}
 MARGIN = {8: 1.25, 4: 1.0}

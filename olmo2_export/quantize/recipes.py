@@ -25,12 +25,12 @@ from olmo2_export.quantize.blocks import BlockFormat, QuantizedMatrix
 from olmo2_export.quantize.calibration import calibration_tokens
 from olmo2_export.quantize.encode import cut, over_rows
 from olmo2_export.quantize.gptq_sweep import gptq_checkpoint
-from olmo2_export.quantize.names import EMBEDDING, HEAD, linear_names, naming, stored_weight
 from olmo2_export.quantize.round_to_nearest import round_to_nearest
 from olmo2_export.quantize.search import search
 from olmo2_export.quantize.sensitivity import choose_formats, measure_sensitivity
-from olmo2_export.quantize.source import WeightSource
 from olmo2_export.quantize.spool import Spool
+from olmo2_export.weights.source import WeightSource
+from olmo2_export.weights.stored_names import EMBEDDING, HEAD, linear_names, naming, stored_weight
 from runtimes.errors import UsageError
 
 QUANTIZERS: dict[str, Callable[[Tensor, BlockFormat], QuantizedMatrix]] = {"rtn": round_to_nearest, "search": search}

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from olmo2_export.config import ModelConfig
 from olmo2_export.quantize.blocks import BlockFormat, QuantizedMatrix
-from olmo2_export.quantize.names import EMBEDDING, GROUPS, HEAD, naming, weight_name, weight_shapes
-from olmo2_export.quantize.source import WeightSource
 from olmo2_export.quantize.sweep import Head, StagedLayer, embed, staged_layers
+from olmo2_export.weights.source import WeightSource
+from olmo2_export.weights.stored_names import EMBEDDING, GROUPS, HEAD, naming, weight_name, weight_shapes
 from runtimes.errors import UsageError
 
 logger = logging.getLogger(__name__)

@@ -21,9 +21,9 @@ from olmo2_export.quantize.blocks import BLOCK_SIZES, BlockFormat
 from olmo2_export.quantize.calibration import calibration_tokens
 from olmo2_export.quantize.input_scales import fp8_scale, input_scales, int8_scale
 from olmo2_export.quantize.linear import QuantizedLinear, fp8_linear, int4_linear, int8_linear, squared_error
-from olmo2_export.quantize.names import EMBEDDING, HEAD, linear_names, naming, stored_weight, weight_shapes
 from olmo2_export.quantize.recipes import CALIBRATED, MIXED, QuantizedWeights, quantize
-from olmo2_export.quantize.source import WeightSource
+from olmo2_export.weights.source import WeightSource
+from olmo2_export.weights.stored_names import EMBEDDING, HEAD, linear_names, naming, stored_weight, weight_shapes
 from runtimes.errors import UsageError
 from runtimes.manifest import QuantizedTensor
 

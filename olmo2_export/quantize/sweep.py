@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olmo2_export.config import ModelConfig
-from olmo2_export.model import DecoderLayer, RMSNorm, rotary_tables
-from olmo2_export.quantize.names import EMBEDDING, HEAD, stored_weight
-from olmo2_export.quantize.source import WeightSource
+from olmo2_export.model.olmo import DecoderLayer, RMSNorm, rotary_tables
+from olmo2_export.weights.source import WeightSource
+from olmo2_export.weights.stored_names import EMBEDDING, HEAD, stored_weight
 
 _HEAD_ROWS = 1 << 13  # of the vocabulary at a time
 

@@ -10,16 +10,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
+from olmo2_export.graphs.static import PRECISIONS
 from olmo2_export.locate.locate import Location, locate
-from olmo2_export.quality import QualityGate, gate_of, quality_tokens
+from olmo2_export.measure.quality import QualityGate, gate_of, quality_tokens
+from olmo2_export.package.variants import VARIANTS
 from olmo2_export.quantize.sweep import reference_logits
 from olmo2_export.report.bench_file import Bench, read_bench
 from olmo2_export.report.logit_samples import LogitSample, sample_logits
 from olmo2_export.summary.package import PackageSummary, VariantSummary, describe
-from olmo2_export.trt_graph import PRECISIONS
-from olmo2_export.variants import VARIANTS
+from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes.errors import ConfigError, Olmo2ExportError, UsageError, VariantNotFoundError
 from runtimes.manifest import PARITY_NAME
 from runtimes.sealed import read_sealed

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from olmo2_export.evaluate.models import open_measured
-from olmo2_export.parity import kl_divergence
+from olmo2_export.measure.parity import kl_divergence
 from runtimes.manifest import find_variant
 
 POINTS = 60_000

@@ -10,7 +10,7 @@ from pathlib import Path
 from olmo2_export.engine.plan import materialized_weights, read_kernels, reads_cache_in_place
 from runtimes.errors import EngineBuildError
 from runtimes.manifest import Engine, ProfileRange
-from runtimes.nvidia import RTX_VERSION
+from runtimes.trt.nvidia import RTX_VERSION
 
 FLAGS = ("portable", "refit", "weight_streaming")
 """what an engine may be built with; see `runtimes.manifest.Engine.flags`"""

@@ -17,8 +17,8 @@ import onnx_ir as ir
 
 from olmo2_export.config import ModelConfig
 from olmo2_export.fuse import op_counts
-from olmo2_export.quantize.names import EMBEDDING, HEAD, weight_shapes
 from olmo2_export.stored_graph import load_graph
+from olmo2_export.weights.stored_names import EMBEDDING, HEAD, weight_shapes
 from runtimes.errors import PackageError
 from runtimes.manifest import KVCacheSpec, Manifest, Quantization, TensorSpec, Variant
 
@@ -170,7 +170,7 @@ def portable_ops(package: Path, manifest: Manifest, config: ModelConfig) -> tupl
     """
     if (fp32 := manifest.variants.get("fp32")) is not None:
         return dict(op_counts(load_graph(package / fp32.graph))), fp32.graph
-    from olmo2_export.trace import trace  # torch, which a package that has the graph can do without
+    from olmo2_export.graphs.trace import trace  # torch, which a package that has the graph can do without
 
     one, two = (op_counts(trace(dataclasses.replace(config, num_hidden_layers=n))) for n in (1, 2))
     more = config.num_hidden_layers - 1

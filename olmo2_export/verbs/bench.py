@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from olmo2_export.bench.command import check_out, run_comparison, work_folder, write_out
     from olmo2_export.bench.compare import ours_failed
     from olmo2_export.bench.processes import check_system
-    from olmo2_export.checkpoint import open_checkpoint
+    from olmo2_export.weights.checkpoint import open_checkpoint
 
     check_system()
     check_out(args.out)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from runtimes.errors import UsageError
-from runtimes.nvidia import TensorRTBackend
+from runtimes.trt.nvidia import TensorRTBackend
 
 HELP = "where a graph for TensorRT goes wrong, with Polygraphy"
 
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """Run it; return the exit code."""
     import shlex
 
-    from olmo2_export.debug import capability, compare_variant, format_differences, reduce
+    from olmo2_export.debug.debug import capability, compare_variant, format_differences, reduce
 
     unused = {"compare": ("out", "check"), "capability": ("out", "check", "tolerance"), "reduce": ("tolerance",)}
     if given := [f"--{name}" for name in unused[args.question] if getattr(args, name) is not None]:

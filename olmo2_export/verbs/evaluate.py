@@ -44,11 +44,11 @@ def declare(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run it; return the exit code."""
-    from olmo2_export.checkpoint import open_checkpoint
     from olmo2_export.evaluate.evaluate import evaluate, token_text
     from olmo2_export.evaluate.models import Evaluated, open_package_model, open_torch_model
     from olmo2_export.evaluate.text import HELDOUT
     from olmo2_export.peak_memory import peak_bytes
+    from olmo2_export.weights.checkpoint import open_checkpoint
     from runtimes.errors import UsageError
     from runtimes.manifest import MANIFEST_NAME, load_manifest
 

@@ -37,11 +37,11 @@ def declare(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run it; return the exit code."""
-    from olmo2_export.checkpoint import open_checkpoint
-    from olmo2_export.package import export
+    from olmo2_export.package.export import export
+    from olmo2_export.package.variants import Options
     from olmo2_export.peak_memory import peak_bytes
     from olmo2_export.summary.text import quantization_lines
-    from olmo2_export.variants import Options
+    from olmo2_export.weights.checkpoint import open_checkpoint
 
     options = Options(
         recipe=args.recipe,

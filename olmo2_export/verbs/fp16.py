@@ -33,12 +33,12 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from olmo2_export.atomic import check_replaceable
-    from olmo2_export.checkpoint import open_checkpoint
     from olmo2_export.config import ModelConfig
     from olmo2_export.fp16.report import safety_lines
     from olmo2_export.fp16.safety import MARGIN, TOKENS, measure_safety
-    from olmo2_export.package import check_weights, export
-    from olmo2_export.variants import Options
+    from olmo2_export.package.export import check_weights, export
+    from olmo2_export.package.variants import Options
+    from olmo2_export.weights.checkpoint import open_checkpoint
     from runtimes.errors import UsageError
 
     if args.apply != (args.out is not None):

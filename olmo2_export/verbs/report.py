@@ -23,9 +23,9 @@ def declare(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run it; return the exit code."""
-    from olmo2_export.checkpoint import open_checkpoint
     from olmo2_export.report.data import gather
     from olmo2_export.report.page import HTML, check_out, write_report
+    from olmo2_export.weights.checkpoint import open_checkpoint
 
     check_out(args.out)
     checkpoint = open_checkpoint(args.reference, args.revision)

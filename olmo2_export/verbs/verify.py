@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from olmo2_export.parity import ParityReport
+    from olmo2_export.measure.parity import ParityReport
 
 HELP = "package against PyTorch: exit 1 if any gate fails"
 
@@ -48,9 +48,9 @@ def declare(verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run it; return the exit code."""
-    from olmo2_export.checkpoint import open_checkpoint
     from olmo2_export.verify.measure import LONGEST
     from olmo2_export.verify.verify import format_reports, verify
+    from olmo2_export.weights.checkpoint import open_checkpoint
     from runtimes.errors import UsageError
 
     checkpoint = open_checkpoint(args.reference, args.revision)

@@ -3,7 +3,6 @@
 feeds.py                            the ways to feed a graph: modes x rows x lengths
 measure.py                          run them and compare; decode freely
 weight_checks.py                    stored weights against the checkpoint's
-trt_forms.py                        a stored graph for TensorRT in forms that run on a CPU
 quantized.py, static.py, device.py  what variants for CPUs, for TensorRT and for CUDA must show beyond that
 verify.py                           the verdict on a package; parity.json
 """

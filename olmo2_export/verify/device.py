@@ -10,7 +10,7 @@
 
 The rounded form computes in float32 and rounds where the graph has bfloat16, but for what GroupQueryAttention rounds
 inside and for the keys in its cache. A float16 graph on the CPU says nothing of overflows on a GPU: the operators of
-this one sum in float32 there, see `device_graph.py`; `verify --device cuda` shows it.
+this one sum in float32 there, see `graphs/device.py`; `verify --device cuda` shows it.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from pathlib import Path
 import onnx_ir as ir
 from torch import Tensor
 
-from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
 from olmo2_export.fp16.simulate import simulated_logits
 from olmo2_export.fp16.values import wide_of
-from olmo2_export.ort_graph import stored_matrices
-from olmo2_export.parity import ParityReport
-from olmo2_export.quality import gate_of, measure_quality, quality_check, quality_tokens
-from olmo2_export.quantize.source import Replaced
+from olmo2_export.graphs.shared import stored_matrices
+from olmo2_export.measure.parity import ParityReport
+from olmo2_export.measure.quality import gate_of, measure_quality, quality_check, quality_tokens
 from olmo2_export.quantize.sweep import reference_logits
 from olmo2_export.stored_graph import load_graph
 from olmo2_export.verify.measure import LONGEST, Truth, ask_pytorch, measure_runner, with_quality
-from olmo2_export.verify.trt_forms import rounded_form
 from olmo2_export.verify.weight_checks import check_matrices
+from olmo2_export.views.static_forms import rounded_form
+from olmo2_export.weights.checkpoint import Checkpoint
+from olmo2_export.weights.source import Replaced
 from runtimes import Device, Runner, open_runner
 from runtimes.errors import PackageError
 from runtimes.manifest import Variant, find_variant, load_manifest
-from runtimes.ort_session import open_session
+from runtimes.ort.session import open_session
+from runtimes.ort.shared import SharedRunner
 from runtimes.sealed import check_files
-from runtimes.shared_runner import SharedRunner
 
 
 def measure_device(

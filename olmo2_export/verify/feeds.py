@@ -27,7 +27,7 @@ from functools import partial
 import numpy as np
 
 from runtimes.errors import FailedError
-from runtimes.runner import Logits, Runner
+from runtimes.runners.runner import Logits, Runner
 
 LENGTHS = (61, 37, 13)
 """tokens of the rows of a batch, where the first is neither one token nor the capacity; odd, and all different"""

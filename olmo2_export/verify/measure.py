@@ -15,9 +15,8 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
-from olmo2_export.parity import (
+from olmo2_export.measure.parity import (
     DRAWS,
     GATES,
     QUALITY,
@@ -29,11 +28,12 @@ from olmo2_export.parity import (
     compare_greedy,
     failed_case,
 )
-from olmo2_export.quality import Measured, measure_quality, perplexity_check, quality_tokens
-from olmo2_export.quantize.names import HEAD, linear_names
+from olmo2_export.measure.quality import Measured, measure_quality, perplexity_check, quality_tokens
 from olmo2_export.quantize.sweep import reference_logits
-from olmo2_export.reference import Rounding, open_reference
+from olmo2_export.truth.reference import Rounding, open_reference
 from olmo2_export.verify.feeds import MIN_CAPACITY, compared_positions, feed_all, row_lengths
+from olmo2_export.weights.checkpoint import Checkpoint
+from olmo2_export.weights.stored_names import HEAD, linear_names
 from runtimes import Backend, Runner, open_runner
 from runtimes.errors import ConfigError, FailedError, PackageError
 from runtimes.manifest import find_variant, load_manifest

@@ -26,23 +26,23 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
-from olmo2_export.ort_graph import exact_form, stored_int8, stored_matrices
-from olmo2_export.parity import GATES, KERNELS, CaseResult, Check, ParityReport, PerplexityChange
-from olmo2_export.quality import gate_of, measure_quality, quality_check, quality_tokens
-from olmo2_export.quantize.names import EMBEDDING
+from olmo2_export.graphs.shared import exact_form, stored_int8, stored_matrices
+from olmo2_export.measure.parity import GATES, KERNELS, CaseResult, Check, ParityReport, PerplexityChange
+from olmo2_export.measure.quality import gate_of, measure_quality, quality_check, quality_tokens
 from olmo2_export.quantize.sweep import reference_logits
-from olmo2_export.reference import int8_blocks, open_reference
 from olmo2_export.stored_graph import load_graph
+from olmo2_export.truth.reference import int8_blocks, open_reference
 from olmo2_export.verify.measure import LONGEST, Truth, ask_pytorch, draw_logits, feed, measure_runner
 from olmo2_export.verify.weight_checks import check_int8, check_matrices
+from olmo2_export.weights.checkpoint import Checkpoint
+from olmo2_export.weights.stored_names import EMBEDDING
 from runtimes.errors import PackageError
 from runtimes.manifest import ModelSpec, Variant, find_variant, load_manifest
-from runtimes.ort_runner import open_ort
-from runtimes.ort_session import open_session
+from runtimes.ort.concat import open_ort
+from runtimes.ort.session import open_session
+from runtimes.ort.shared import SharedRunner
 from runtimes.sealed import check_files
-from runtimes.shared_runner import SharedRunner
 
 LONG = 4096
 """tokens on which a quantised KV cache is measured, where the context holds them"""

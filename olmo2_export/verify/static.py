@@ -12,7 +12,7 @@
 | quality               | the rounded form        | the checkpoint in float32, on held-out text      | quality        |
 
 On CUDA the graph runs as itself, as an engine does: bf16, fp16 and fp32 at their gates, and int4, int8 and fp8, in the
-device form, at the gate of kernels. `trt_forms` says what the forms are. The exact form finds bugs that rounding hides;
+device form, at the gate of kernels. `static_forms` says what the forms are. The exact form finds bugs that rounding hides;
 `weights` and `scales` find what both forms agree on because they read it from the same file; the last is what users
 get.
 """
@@ -28,17 +28,17 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
-from olmo2_export.parity import GATES, KERNELS, CaseResult, Check, Gate, ParityReport, PerplexityChange
-from olmo2_export.quality import Measured, gate_of, measure_quality, quality_check, quality_tokens
+from olmo2_export.measure.parity import GATES, KERNELS, CaseResult, Check, Gate, ParityReport, PerplexityChange
+from olmo2_export.measure.quality import Measured, gate_of, measure_quality, quality_check, quality_tokens
+from olmo2_export.package.trt_variants import default_text
 from olmo2_export.quantize.static import static_input_scales
 from olmo2_export.quantize.sweep import reference_logits
-from olmo2_export.reference import Rounding, fp8_scaled, int8_scaled, open_reference
 from olmo2_export.stored_graph import load_graph
-from olmo2_export.trt_variants import default_text
+from olmo2_export.truth.reference import Rounding, fp8_scaled, int8_scaled, open_reference
 from olmo2_export.verify.measure import LONGEST, QUALITY_LENGTH, Truth, ask_pytorch, feed, measure_runner, with_quality
-from olmo2_export.verify.trt_forms import (
+from olmo2_export.verify.weight_checks import check_linears, check_rounded
+from olmo2_export.views.static_forms import (
     all_positions,
     all_weights,
     device_form,
@@ -48,16 +48,16 @@ from olmo2_export.verify.trt_forms import (
     stored_linears,
     stored_tensors,
 )
-from olmo2_export.verify.weight_checks import check_linears, check_rounded
+from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes import Backend, Device, Runner, open_runner
 from runtimes.errors import PackageError, UsageError
 from runtimes.manifest import ModelSpec, Quantization, Variant, find_variant, load_manifest
-from runtimes.ort_devices import find_device
-from runtimes.ort_session import open_session
-from runtimes.ort_static import OrtStaticSession
-from runtimes.runner import Logits, TokenIds
+from runtimes.ort.devices import find_device
+from runtimes.ort.session import open_session
+from runtimes.ort.static_session import OrtStaticSession
+from runtimes.runners.runner import Logits, TokenIds
+from runtimes.runners.static import StaticRunner
 from runtimes.sealed import check_files, hash_file
-from runtimes.static_runner import StaticRunner
 
 Form = Callable[[ir.Model], ir.Model]
 

@@ -15,14 +15,14 @@ import numpy as np
 from tqdm import tqdm
 
 from olmo2_export.atomic import can_write, write_file
-from olmo2_export.checkpoint import Checkpoint
-from olmo2_export.device_graph import DTYPES
-from olmo2_export.parity import GATES, CaseResult, ParityReport
+from olmo2_export.graphs.device import DTYPES
+from olmo2_export.measure.parity import GATES, CaseResult, ParityReport
 from olmo2_export.verify.device import measure_device
 from olmo2_export.verify.feeds import MIN_CAPACITY
 from olmo2_export.verify.measure import LONGEST, ask_pytorch, measure, with_quality
 from olmo2_export.verify.quantized import measure_quantized
 from olmo2_export.verify.static import measure_static
+from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes import Backend, Device, open_runner
 from runtimes.errors import PackageError, UsageError, VariantNotFoundError
 from runtimes.manifest import (
@@ -33,7 +33,7 @@ from runtimes.manifest import (
     load_trt_manifest,
     package_checksum,
 )
-from runtimes.ort_devices import find_device
+from runtimes.ort.devices import find_device
 from runtimes.sealed import FORMAT_VERSION, check_files, read_sealed, seal
 
 logger = logging.getLogger(__name__)

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 import torch
 
-from olmo2_export.checkpoint import Checkpoint
 from olmo2_export.config import ModelConfig
-from olmo2_export.parity import Check
+from olmo2_export.measure.parity import Check
 from olmo2_export.quantize.blocks import QuantizedMatrix
 from olmo2_export.quantize.encode import cut
 from olmo2_export.quantize.linear import QuantizedLinear
-from olmo2_export.quantize.names import stored_weight
+from olmo2_export.weights.checkpoint import Checkpoint
+from olmo2_export.weights.stored_names import stored_weight
 from runtimes.errors import first_names
 
 SCALE_ERROR = 0.25

@@ -93,7 +93,7 @@ second() {
     # onnxruntime looks for CUDA's libraries beside itself, and they are beside torch
     ln -sfn "$("$PYTHON" -c 'import nvidia; print(list(nvidia.__path__)[0])')" "$site/nvidia" || true
   fi
-  "$PYTHON" -c 'import sys; from runtimes.ort_devices import find_device; print(find_device(sys.argv[1]))' "$device" \
+  "$PYTHON" -c 'import sys; from runtimes.ort.devices import find_device; print(find_device(sys.argv[1]))' "$device" \
     2>&1 | tee "$OUT/device.txt" || true
   rows
   tr '\r' '\n' <"$KEEP/models.log" | grep -vE '^ *$|%\|' | tail -n 20 | tee "$OUT/models.txt"

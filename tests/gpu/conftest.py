@@ -18,10 +18,10 @@ import torch
 from checklist import recorded
 from rows import RowsFile, row_name, row_of
 
-from olmo2_export.checkpoint import Checkpoint, open_checkpoint
-from olmo2_export.package import export
+from olmo2_export.package.export import export
+from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
 from runtimes.errors import BackendError
-from runtimes.nvidia import TensorRTBackend, check_installed
+from runtimes.trt.nvidia import TensorRTBackend, check_installed
 
 CUDA_VARIANTS = ("bf16", "fp16", "q4f16")
 QUICKEST_FIRST = (

@@ -12,7 +12,7 @@ import pytest
 from checklist import figure_of
 
 from olmo2_export.bench import gpu
-from runtimes.nvidia import TensorRTBackend
+from runtimes.trt.nvidia import TensorRTBackend
 
 Record = Callable[[str, object], None]
 

@@ -13,18 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import make_checkpoint
+from support.checkpoints import make_checkpoint
 from transformers import Olmo2ForCausalLM
 
-from olmo2_export.checkpoint import Checkpoint, open_checkpoint
 from olmo2_export.engine.build import build
 from olmo2_export.engine.options import EngineOptions
-from olmo2_export.package import export
-from olmo2_export.trt_graph import Precision
+from olmo2_export.graphs.static import Precision
+from olmo2_export.package.export import export
 from olmo2_export.verify.verify import verify
+from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
 from runtimes import open_runner
-from runtimes.generate import generate_tokens
-from runtimes.sampling import Sampler
+from runtimes.generation.generate import generate_tokens
+from runtimes.text.sampling import Sampler
 
 Record = Callable[[str, object], None]
 VARIANTS = ("bf16", "fp16", "q4f16")

@@ -15,23 +15,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import make_checkpoint
 from gpu_onnxruntime import GREEDY_PROMPTS, NEAR_TIE, first_difference
 from safetensors.torch import load_file, save_file
+from support.checkpoints import make_checkpoint
 from transformers import Olmo2ForCausalLM
 
-from olmo2_export.checkpoint import Checkpoint, open_checkpoint
-from olmo2_export.debug import compare_variant
+from olmo2_export.debug.debug import compare_variant
 from olmo2_export.engine.build import build, refit
 from olmo2_export.engine.options import EngineOptions
-from olmo2_export.package import export
-from olmo2_export.trt_graph import Precision
+from olmo2_export.graphs.static import Precision
+from olmo2_export.package.export import export
 from olmo2_export.verify.verify import verify
-from runtimes import open_runner, trt_runner
+from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
+from runtimes import open_runner
 from runtimes.errors import InputError
-from runtimes.generate import generate_tokens
-from runtimes.nvidia import TensorRTBackend
-from runtimes.sampling import Sampler
+from runtimes.generation.generate import generate_tokens
+from runtimes.text.sampling import Sampler
+from runtimes.trt import open as trt_runner
+from runtimes.trt.nvidia import TensorRTBackend
 
 Record = Callable[[str, object], None]
 PROMPTS = [[5, 9, 77, 300, 12], [8, 4000], [17] * 40]

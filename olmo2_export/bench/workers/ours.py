@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 
-import runtimes.ort_runner  # noqa: F401  # before the clock starts, like the libraries of the others
+import runtimes.ort.concat  # noqa: F401  # before the clock starts, like the libraries of the others
 from olmo2_export.bench.workers.common import OpenEngine, finish, measure
 from runtimes import Runner, open_runner
-from runtimes.generate import generate, generate_tokens
-from runtimes.sampling import Sampler
-from runtimes.speculate import Drafter, PromptLookup
-from runtimes.tokenizer import Tokenizer
+from runtimes.generation.generate import generate, generate_tokens
+from runtimes.speculate.speculation import Drafter, PromptLookup
+from runtimes.text.sampling import Sampler
+from runtimes.text.tokenizer import Tokenizer
 
 
 class Ours:

@@ -1,0 +1,1 @@
+"""Graphs as they are built: traced, for onnxruntime, for devices, for TensorRT, and their files."""

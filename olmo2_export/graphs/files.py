@@ -1,0 +1,168 @@
+"""Give a graph its weights and write both to disk: one tensor at a time, so that memory stays small."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from tqdm import tqdm
+
+from olmo2_export.atomic import resource_error
+from olmo2_export.config import ModelConfig
+from olmo2_export.fuse.fold_weight_transpose import TRANSPOSED
+from olmo2_export.graphs.trace import ROTARY_TABLES
+from olmo2_export.model.olmo import rotary_tables
+from olmo2_export.stored_graph import load_graph
+from olmo2_export.weights.checkpoint import Checkpoint
+from runtimes.errors import FusionError, ResourceError, first_names
+
+_BLOCK_ROWS = 4096
+_INSIDE = 256  # bytes: tensors up to that stay in the graph itself
+_LARGE = 1 << 20  # bytes: tensors beyond that begin at a page in the data file, so that a runtime can map them
+_PAGE = 4096  # bytes
+_PARTIAL = ".partial"
+
+
+def attach_weights(model: ir.Model, checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Give each initializer that has no data yet a lazy tensor: read, cast to float32 and transposed when written."""
+    tables = dict(zip(ROTARY_TABLES, rotary_tables(config), strict=True))
+    for name, value in model.graph.initializers.items():
+        if value.const_value is not None:
+            continue
+        assert value.shape is not None  # the trace gave both
+        assert value.dtype is not None
+
+        def load(name: str = name, transposed: bool = value.meta.get(TRANSPOSED, False)) -> ir.TensorProtocol:
+            stored = "model.embed_tokens.weight" if name == "lm_head.weight" and config.tie_word_embeddings else name
+            tensor = tables[name] if name in tables else _float32(checkpoint, stored, transposed)
+            return ir.Tensor(tensor.numpy(), name=name)
+
+        value.const_value = ir.LazyTensor(load, dtype=value.dtype, shape=value.shape, name=name)
+
+
+def _float32(checkpoint: Checkpoint, name: str, transposed: bool) -> torch.Tensor:
+    """Return a weight, or its transpose, in float32; made in blocks of rows, so that only the result is in memory."""
+    shape = checkpoint.tensors[name].shape
+    result = torch.empty(shape[::-1] if transposed else shape, dtype=torch.float32)
+    start = 0
+    for block in checkpoint.rows(name):
+        stop = start + len(block)
+        for first in range(0, len(block), _BLOCK_ROWS) if transposed else ():
+            part = block[first : first + _BLOCK_ROWS]
+            result[:, start + first : start + first + len(part)] = part.T.contiguous()
+        if not transposed:
+            result[start:stop] = block
+        start = stop
+    return result
+
+
+def save_graph(model: ir.Model, path: Path) -> None:
+    """Write a graph and, beside it, its weights: one lazily evaluated tensor at a time, so memory stays small.
+
+    Args:
+        model: every initializer has data, possibly lazy.
+        path: the .onnx file; the weights go to the same name with `_data`.
+
+    Raises:
+        ResourceError: the disk cannot hold it; said before anything is written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    outside = [
+        (value, tensor)
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if (tensor := value.const_value) is not None
+        and (tensor.nbytes > _INSIDE or isinstance(tensor, ir.ExternalTensor))
+    ]
+    places: list[tuple[int, ir.TensorProtocol]] = []
+    size = 0
+    for _, tensor in outside:
+        if tensor.nbytes > _LARGE:
+            size = -(-size // _PAGE) * _PAGE
+        places.append((size, tensor))
+        size += tensor.nbytes
+    _check_room(path, size)
+    data = path.with_name(f"{path.name}_data")
+    partial = data.with_name(data.name + _PARTIAL)  # the graph may have been read from what it replaces
+    try:
+        _write_data(partial, places, size)
+        partial.replace(data)
+        for (value, _), (offset, tensor) in zip(outside, places, strict=True):
+            value.const_value = ir.ExternalTensor(
+                data.name,
+                offset,
+                tensor.nbytes,
+                tensor.dtype,
+                shape=tensor.shape,  # type: ignore[arg-type]  # as onnx-ir itself does
+                name=tensor.name or "",
+                base_dir=path.parent,
+            )
+        ir.save(model, path)
+    except OSError as error:
+        raise resource_error(path, error) from error
+    finally:
+        for value, tensor in outside:
+            value.const_value = tensor
+
+
+def _check_room(path: Path, size: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if size + (1 << 20) > free:
+        raise ResourceError(f"{path.parent}: {path.name} needs {size + (1 << 20):,} bytes, {free:,} are free")
+
+
+def _write_data(path: Path, places: Iterable[tuple[int, ir.TensorProtocol]], size: int) -> None:
+    """Write tensors at their offsets, in that order; what lies between them is zeros.
+
+    We do this, and not `ir.save`, because onnx-ir 1.0 and 1.1 order and align tensors differently.
+    """
+    name = path.name.removesuffix(_PARTIAL)
+    bar = tqdm(total=size, desc=f"writing {name}", unit="B", unit_scale=True, leave=False)
+    with bar, path.open("wb") as file:
+        file.truncate(size)
+        for offset, tensor in places:
+            file.seek(offset)
+            tensor.tofile(file)  # type: ignore[attr-defined]  # all of onnx-ir's have it, its protocol does not say so
+            bar.update(tensor.nbytes)
+
+
+def save_weights(model: ir.Model, path: Path, stored: Path) -> None:
+    """Write the weights of a graph that another package has already: its file is copied, its data written anew.
+
+    Args:
+        model: every initializer has data, possibly lazy.
+        path: the .onnx file to write; the weights go to the same name with `_data`.
+        stored: the .onnx file of the other package, made from a model of the same shape.
+
+    Raises:
+        FusionError: the stored graph has other weights, or weights inside it that differ.
+        ResourceError: the disk cannot hold it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    places = {name: value.const_value for name, value in load_graph(stored).graph.initializers.items()}
+    new = {name: value.const_value for name, value in model.graph.initializers.items()}
+    wrong = sorted(places.keys() ^ new.keys())
+    for name in places.keys() & new.keys():
+        old, other = places[name], new[name]
+        assert old is not None  # all of a stored graph have data
+        assert other is not None
+        if old.dtype != other.dtype or old.shape != other.shape:
+            wrong.append(name)
+        elif not isinstance(old, ir.ExternalTensor) and not np.array_equal(old.numpy(), other.numpy()):
+            wrong.append(f"{name} (stored inside the graph)")
+    if wrong:
+        raise FusionError(f"{stored}: weights that this checkpoint does not fit: {first_names(wrong)}")
+    outside = {name: old for name, old in places.items() if isinstance(old, ir.ExternalTensor)}
+    size = (stored.parent / f"{stored.name}_data").stat().st_size
+    _check_room(path, size)
+    shutil.copyfile(stored, path)
+    at = {name: tensor.offset or 0 for name, tensor in outside.items()}
+    ordered = [(at[name], tensor) for name in sorted(at, key=at.__getitem__) if (tensor := new[name]) is not None]
+    try:
+        _write_data(path.with_name(f"{path.name}_data"), ordered, size)
+    except OSError as error:
+        raise resource_error(path, error) from error

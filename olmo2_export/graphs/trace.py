@@ -1,0 +1,185 @@
+"""Trace the model, without weights, into the portable ONNX graph.
+
+| tensor                         | shape                                                        | dtype   |
+|--------------------------------|--------------------------------------------------------------|---------|
+| input_ids                      | [batch_size, sequence_length]                                | int64   |
+| attention_mask                 | [batch_size, total_sequence_length]                          | int64   |
+| position_ids                   | [batch_size, sequence_length]                                | int64   |
+| past_key_values.N.key, .value  | [batch_size, kv_heads, past_sequence_length, head_dim]       | float32 |
+| num_logits_to_keep             | [], optional, default 0: the last rows that get logits, 0: all | int64 |
+| -> logits                      | [batch_size, num_logits, vocab_size]                         | float32 |
+| -> present.N.key, .value       | [batch_size, kv_heads, total_sequence_length, head_dim]      | float32 |
+
+total_sequence_length = past_sequence_length + sequence_length. num_logits_to_keep is an input with a default (an
+initializer of the same name), so that a runtime that does not know it can leave it out.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+
+from olmo2_export.config import ModelConfig
+from olmo2_export.fuse import PORTABLE, apply, check_op_counts
+from olmo2_export.model.olmo import Olmo2ForCausalLM
+from runtimes.errors import FusionError
+from runtimes.manifest import TensorSpec
+
+OPSET = 23
+IR_VERSION = 11
+ROTARY_TABLES = ("rotary_cos", "rotary_sin")
+"""the initializers that come from the config instead of the checkpoint"""
+
+
+def portable_inputs(config: ModelConfig) -> tuple[TensorSpec, ...]:
+    """Return the inputs of the portable graph, in order."""
+    cache = ("batch_size", config.num_key_value_heads, "past_sequence_length", config.head_dim)
+    return (
+        TensorSpec("input_ids", "int64", ("batch_size", "sequence_length")),
+        TensorSpec("attention_mask", "int64", ("batch_size", "total_sequence_length")),
+        TensorSpec("position_ids", "int64", ("batch_size", "sequence_length")),
+        *(TensorSpec(f"past_key_values.{name}", "float32", cache) for name in _cache_names(config)),
+        TensorSpec("num_logits_to_keep", "int64", ()),
+    )
+
+
+def portable_outputs(config: ModelConfig) -> tuple[TensorSpec, ...]:
+    """Return the outputs of the portable graph, in order."""
+    cache = ("batch_size", config.num_key_value_heads, "total_sequence_length", config.head_dim)
+    return (
+        TensorSpec("logits", "float32", ("batch_size", "num_logits", config.vocab_size)),
+        *(TensorSpec(f"present.{name}", "float32", cache) for name in _cache_names(config)),
+    )
+
+
+def expected_op_counts(config: ModelConfig) -> dict[str, int]:
+    """Return how often each fused operator must occur in the portable graph."""
+    layers = config.num_hidden_layers
+    return {"RMSNormalization": 4 * layers + 1, "RotaryEmbedding": 2 * layers, "Attention": layers}
+
+
+def trace(config: ModelConfig) -> ir.Model:
+    """Trace the model on the meta device.
+
+    Args:
+        config: the model's shape.
+
+    Returns:
+        The portable graph. Its initializers bear the checkpoint's tensor names (and `ROTARY_TABLES`) and have no data
+        yet; `value.meta["transposed"]` marks those stored as [in, out].
+
+    Raises:
+        FusionError: the exporter did not emit the expected operators, inputs or outputs.
+    """
+    with torch.device("meta"):
+        model = Olmo2ForCausalLM(config).eval()
+        arguments, dynamic_shapes = _example(config)
+    inputs, outputs = portable_inputs(config), portable_outputs(config)
+    with _quiet_exporter():
+        program = torch.onnx.export(
+            model,
+            arguments,
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=dynamic_shapes,
+            input_names=[spec.name for spec in inputs],
+            output_names=[spec.name for spec in outputs],
+            optimize=False,  # its constant folding reads the weights, which do not exist
+            verbose=False,
+        )
+        assert program is not None  # dynamo=True always returns a program
+        graph_model = program.model
+        for value in graph_model.graph.initializers.values():
+            value.const_value = None
+        onnxscript.optimizer.optimize_ir(graph_model)
+    apply(graph_model, PORTABLE)
+    _name_dimensions(graph_model, inputs, outputs)
+    _strip(graph_model)
+    _give_default(graph_model.graph, "num_logits_to_keep", 0)
+    check_op_counts(graph_model, expected_op_counts(config))
+    return graph_model
+
+
+def _cache_names(config: ModelConfig) -> Iterator[str]:
+    return (f"{layer}.{kind}" for layer in range(config.num_hidden_layers) for kind in ("key", "value"))
+
+
+def _example(config: ModelConfig) -> tuple[tuple[object, ...], tuple[object, ...]]:
+    """Return example arguments, of sizes that are all different, and which of their dimensions are dynamic."""
+    batch, sequence, past = 3, 5, 7
+    shape = (batch, config.num_key_value_heads, past, config.head_dim)
+    ids = torch.zeros(batch, sequence, dtype=torch.int64)
+    mask = torch.ones(batch, past + sequence, dtype=torch.int64)
+    cache = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_hidden_layers)]
+    dynamic = torch.export.Dim.DYNAMIC
+    rows, slots = {0: dynamic, 1: dynamic}, {0: dynamic, 2: dynamic}
+    return (ids, mask, ids.clone(), cache, 2), (rows, rows, rows, [(slots, slots) for _ in cache], dynamic)
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Silence what the exporter says of packages that are not needed and of its own deprecations."""
+    loggers = [
+        logging.getLogger(name) for name in ("torch.onnx._internal.exporter._registration", "onnx_ir", "onnxscript")
+    ]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _name_dimensions(model: ir.Model, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+    """Give the dynamic dimensions, s26 and the like, the names of the I/O table, in the whole graph."""
+    names: dict[str, str] = {}
+    for value, spec in zip([*model.graph.inputs, *model.graph.outputs], [*inputs, *outputs], strict=True):
+        if value.name != spec.name or value.shape is None or len(value.shape) != len(spec.shape):
+            raise FusionError(f"traced {value.name} {value.shape}, expected {spec.name} {list(spec.shape)}")
+        for found, expected in zip(value.shape, spec.shape, strict=True):
+            if isinstance(expected, int):
+                if found != expected:
+                    raise FusionError(f"traced {value.name} {value.shape}, expected {list(spec.shape)}")
+            elif names.setdefault(str(found), expected) != expected:
+                raise FusionError(f"traced {value.name} {value.shape}: {found} is also {names[str(found)]}")
+    for value in _all_values(model.graph):
+        if value.shape is not None:
+            value.shape = ir.Shape([d if isinstance(d, int) else names.get(str(d)) for d in value.shape])
+
+
+def _all_values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    for node in graph:
+        yield from node.outputs
+
+
+def _strip(model: ir.Model) -> None:
+    """Remove the exporter's notes: they hold local paths and source lines, and differ from machine to machine."""
+    model.producer_name, model.producer_version, model.doc_string = "olmo2-export", None, None
+    model.ir_version = IR_VERSION
+    model.metadata_props.clear()
+    model.graph.name, model.graph.doc_string = "olmo2", None
+    model.graph.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+    for value in [*_all_values(model.graph), *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+        value.doc_string = None
+
+
+def _give_default(graph: ir.Graph, name: str, default: int) -> None:
+    """Make an int64 scalar input optional."""
+    value = next(v for v in graph.inputs if v.name == name)
+    value.const_value = ir.tensor(default, dtype=ir.DataType.INT64, name=name)
+    graph.register_initializer(value)

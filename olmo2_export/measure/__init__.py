@@ -1,0 +1,1 @@
+"""Numbers from logits: parity, quality, and how far a mean can be trusted."""

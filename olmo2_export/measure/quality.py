@@ -1,0 +1,219 @@
+"""What quantising costs: KL divergence, top-1 agreement and perplexity against PyTorch in float32, and the gates.
+
+Measured on text (held-out text that comes with this package, in the checkpoint's own tokens), or on random ids where
+the checkpoint has no tokenizer, through onnxruntime, at every position.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from olmo2_export.config import ModelConfig
+from olmo2_export.measure.parity import QUALITY, Check, Gate, PerplexityChange, kl_divergence, perplexity_change
+from olmo2_export.tokenizer_file import load_tokenizer
+from olmo2_export.weights.checkpoint import Checkpoint
+from runtimes.manifest import Quality, Variant
+from runtimes.runners.runner import Logits, TokenIds
+
+SEED = 0
+_LENGTH = 256
+_MOST_OF_ONE = 0.5  # share of a text that may be one token: of a foreign alphabet, all are "unknown"
+_LOGITS = 1 << 25  # float32 numbers of reference logits that may be kept: 128 MB
+_MOST_TOKENS = 4096
+_PIECE = 32  # positions at a time: logits of a large vocabulary, in float64, take 0.8 MB each
+_TEXT = Path(__file__).parents[1] / "demo" / "heldout.txt"
+_LARGE = 100_000_000  # weights
+_MOST_LOSS = 700.0  # nats: beyond it, on ids that no model expects, a perplexity is no number
+
+
+@dataclass(frozen=True)
+class QualityGate:
+    """The limits of one precision; each must hold."""
+
+    kl_mean: float
+    """most: nats per token"""
+    kl_p99: float | None
+    top1: float
+    """least: share of positions"""
+    perplexity_rise: float
+    """most: relative"""
+
+
+# Static W8A8 rounds activations to bfloat16 and to 8 bits besides weights to 8: its gates are the sum of those of
+# bfloat16 and of int8. float8e4m3fn keeps 4 bits of a number where int8 keeps up to 7: fp8 must cost less than the best
+# recipe of 4 bits does (GPTQ on the demo: KL 3.2e-3, 95.9 %).
+GATES: dict[str, tuple[QualityGate, QualityGate]] = {
+    "int8": (QualityGate(2e-4, None, 0.99, 0.001), QualityGate(0.003, None, 0.97, 0.003)),
+    "int4": (QualityGate(0.01, 0.08, 0.93, 0.01), QualityGate(0.03, None, 0.91, 0.02)),
+    "int8 W8A8": (QualityGate(4e-4, None, 0.975, 0.003), QualityGate(0.0035, None, 0.955, 0.005)),
+    "fp8 W8A8": (QualityGate(0.0025, 0.02, 0.96, 0.004), QualityGate(0.008, None, 0.945, 0.01)),
+}
+"""precision -> the gate of a small model and that of a large one (over 100 M weights)"""
+
+
+def gate(precision: str, config: ModelConfig) -> QualityGate:
+    """Return the gate of a precision for a model of that size."""
+    weights = 2 * config.vocab_size * config.hidden_size + config.num_hidden_layers * config.hidden_size * (
+        3 * config.intermediate_size
+    )
+    return GATES[precision][weights > _LARGE]
+
+
+def gate_of(variant: Variant, config: ModelConfig) -> QualityGate:
+    """Return the gate of a quantised variant."""
+    static = variant.quantization is not None and bool(variant.quantization.input_scales)
+    return gate(f"{variant.precision} W8A8" if static else variant.precision, config)
+
+
+def quality_check(name: str, measured: Measurement, length: int, limits: QualityGate) -> Check:
+    """Say what was measured, on sequences of that many tokens, and which limits do not hold."""
+    quality = measured.quality
+    found = (
+        f"KL {quality.kl_mean:.2g}, p99 {quality.kl_p99:.2g}, top-1 {quality.top1:.1%}, "
+        f"{describe(measured.perplexity)} in {length}s"
+    )
+    return Check(name, found, tuple(broken_limits(quality, limits)), QUALITY)
+
+
+def perplexity_check(change: PerplexityChange, length: int, limits: Gate) -> Check:
+    """Say how the perplexity of a graph that is not quantised changed; it counts on text alone."""
+    failures = []
+    if limits.perplexity_rise is not None and change.tokens_from == "text":
+        if not abs(change.relative) <= limits.perplexity_rise:
+            failures.append(f"perplexity {change.relative:+.3%}, the gate is ±{limits.perplexity_rise:.3%}")
+    elif not math.isfinite(change.relative):
+        failures.append("perplexity is no number")
+    return Check("quality", f"{describe(change)} in {length}s", tuple(failures), QUALITY)
+
+
+def describe(change: PerplexityChange) -> str:
+    """Return the change in words."""
+    interval = "" if math.isnan(change.low) else f", 95 % from {change.low:+.2g} to {change.high:+.2g}"
+    return (
+        f"perplexity {change.test:.3f} ({change.relative:+.2g}{interval}) on {change.tokens} tokens of "
+        f"{change.tokens_from}"
+    )
+
+
+def broken_limits(quality: Quality, limits: QualityGate) -> list[str]:
+    """Return the limits that do not hold, with both numbers; perplexity counts on text alone."""
+    rise = quality.perplexity / quality.reference_perplexity - 1
+    broken = []
+    if not quality.kl_mean <= limits.kl_mean:
+        broken.append(f"KL mean {quality.kl_mean:.3g}, the gate is {limits.kl_mean:g}")
+    if limits.kl_p99 is not None and not quality.kl_p99 <= limits.kl_p99:
+        broken.append(f"KL p99 {quality.kl_p99:.3g}, the gate is {limits.kl_p99:g}")
+    if not quality.top1 >= limits.top1:
+        broken.append(f"top-1 {quality.top1:.2%}, the gate is {limits.top1:.2%}")
+    if quality.tokens_from == "text" and not rise <= limits.perplexity_rise:
+        broken.append(f"perplexity {rise:+.2%}, the gate is {limits.perplexity_rise:+.2%}")
+    return broken
+
+
+def quality_tokens(
+    checkpoint: Checkpoint, config: ModelConfig, *, length: int | None = None, most: int | None = None
+) -> tuple[list[np.ndarray], str]:
+    """Return the token sequences that quality is measured on, and where they come from.
+
+    Args:
+        checkpoint: for its tokenizer.
+        config: for its vocabulary and context.
+        length: tokens of a sequence; None means 256, or the context if that is shorter.
+        most: tokens in all; None means 4096, or fewer for a large vocabulary, whose logits would fill the memory.
+
+    Returns:
+        int64 [length] each, and `text` or `random ids`.
+    """
+    length = min(length or _LENGTH, config.max_position_embeddings)
+    most = most or max(length, min(_MOST_TOKENS, _LOGITS // config.vocab_size))
+    count = max(1, most // length)
+    path = checkpoint.folder / "tokenizer.json"
+    if path.is_file():
+        ids = load_tokenizer(path).encode(_TEXT.read_text(encoding="utf-8")).ids
+        unknown = max(Counter(ids).values(), default=0) > _MOST_OF_ONE * len(ids)  # a text in a foreign alphabet
+        if len(ids) >= length and max(ids) < config.vocab_size and not unknown:
+            count = min(count, len(ids) // length)
+            return [np.array(ids[i * length : (i + 1) * length], np.int64) for i in range(count)], "text"
+    drawn = np.random.default_rng(SEED).integers(0, config.vocab_size, (count, length), dtype=np.int64)
+    return list(drawn), "random ids"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was found on text, and the change of perplexity with its interval."""
+
+    quality: Quality
+    perplexity: PerplexityChange
+
+
+class Measured(Protocol):
+    """What is asked of a runner here; see `runtimes.runners.runner.Runner`."""
+
+    def reset(self) -> None: ...
+    def prefill(self, sequences: Sequence[TokenIds], *, all_positions: bool = False) -> list[Logits]: ...
+    def decode_block(self, token_ids: TokenIds) -> Logits: ...
+
+
+def measure_quality(
+    runner: Measured,
+    sequences: Sequence[np.ndarray],
+    reference: Iterable[np.ndarray],
+    tokens_from: str,
+    *,
+    alternate: bool = False,
+) -> Measurement:
+    """Compare a runner with reference logits at every position.
+
+    Args:
+        runner: of the quantised graph.
+        sequences: int64 [S] each.
+        reference: per sequence float32 [S, V].
+        tokens_from: for the report.
+        alternate: feed every other piece to the decode graph, so that each graph reads what the other wrote.
+    """
+    kls: list[np.ndarray] = []
+    agreements: list[np.ndarray] = []
+    losses: list[np.ndarray] = []
+    for ids, wanted in zip(sequences, reference, strict=True):
+        runner.reset()
+        for start in range(0, len(ids), _PIECE):
+            piece = ids[start : start + _PIECE]
+            if alternate and start // _PIECE % 2:
+                test = runner.decode_block(piece)
+            else:
+                (test,) = runner.prefill([piece], all_positions=True)
+            truth = wanted[start : start + _PIECE]
+            kls.append(kl_divergence(truth, test))
+            agreements.append(truth.argmax(-1) == test.argmax(-1))
+            following = ids[start + 1 : start + 1 + _PIECE]
+            losses.append(np.stack([token_losses(x[: len(following)], following) for x in (truth, test)]))
+    runner.reset()
+    kl = np.concatenate(kls)
+    # A loss that is no number on text, on ids that no model expects, is still compared.
+    of_reference, of_test = np.concatenate(losses, axis=1).clip(max=_MOST_LOSS)
+    change = perplexity_change(of_reference, of_test, tokens_from)
+    quality = Quality(
+        tokens=len(kl),
+        tokens_from=tokens_from,
+        kl_mean=float(kl.mean()),
+        kl_p99=float(np.quantile(kl, 0.99)),
+        top1=float(np.concatenate(agreements).mean()),
+        perplexity=change.test,
+        reference_perplexity=change.reference,
+    )
+    return Measurement(quality, change)
+
+
+def token_losses(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Return -log p of the ids, in nats: logits [n, V], ids [n] -> float64 [n]."""
+    x = logits.astype(np.float64)
+    top = x.max(axis=-1)
+    total: np.ndarray = np.log(np.exp(x - top[:, None]).sum(axis=-1)) + top
+    return total - np.take_along_axis(x, ids[:, None], axis=-1)[:, 0]

@@ -1,0 +1,1 @@
+"""The model in PyTorch, written to be exported: keys and values go in and come out."""

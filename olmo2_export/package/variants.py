@@ -1,0 +1,412 @@
+"""Write one variant into the folder of a package in the making: its graph or two, and its entry in the manifest.
+
+fp32 is the portable graph. q4 and q8 have a decode graph with weights in blocks of 4 or 8 bits and, where a quality
+gate lets it pass, a prefill graph that multiplies int8 by int8. bf16, fp16 and q4f16 are for GPUs.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from tqdm import tqdm
+
+from olmo2_export.config import ModelConfig
+from olmo2_export.fp16.safety import Safety, measure_safety, refuse_overflow
+from olmo2_export.fp16.values import Wide, operations
+from olmo2_export.fuse import DEVICE, check_op_counts
+from olmo2_export.fuse.quantized_kv_cache import quantized_kv_cache
+from olmo2_export.graphs.device import DTYPE_NAMES, DTYPES, device_graph, device_outputs
+from olmo2_export.graphs.files import attach_weights, save_graph, save_weights
+from olmo2_export.graphs.shared import decode_graph, prefill_graph, shared_graph, shared_inputs, shared_outputs
+from olmo2_export.graphs.trace import OPSET, expected_op_counts, portable_inputs, portable_outputs, trace
+from olmo2_export.measure.quality import broken_limits, gate, measure_quality, quality_tokens
+from olmo2_export.quantize.blocks import BlockFormat
+from olmo2_export.quantize.calibration import calibration_tokens
+from olmo2_export.quantize.kv_cache import kv_cache_scales
+from olmo2_export.quantize.recipes import (
+    CALIBRATED,
+    MIXED,
+    Q4,
+    Q4_EMBEDDING,
+    Q8,
+    RECIPES,
+    QuantizedWeights,
+    quantize,
+)
+from olmo2_export.quantize.sweep import reference_logits
+from olmo2_export.weights.checkpoint import Checkpoint
+from olmo2_export.weights.stored_names import EMBEDDING, weight_shapes
+from runtimes.errors import ConfigError, FusionError, UsageError
+from runtimes.manifest import (
+    KVCacheQuantization,
+    KVCacheSpec,
+    PrefillGraph,
+    Quality,
+    Quantization,
+    QuantizedTensor,
+    Variant,
+)
+from runtimes.ort.concat import open_ort
+from runtimes.ort.versions import oldest_onnxruntime
+from runtimes.sealed import hash_file
+
+logger = logging.getLogger(__name__)
+
+VARIANTS = {"fp32": "onnx/model.onnx"} | {name: f"onnx/model_{name}.onnx" for name in ("q4", "q8", *DTYPES)}
+"""the variants that can be exported, and the path of each graph"""
+
+PREFILL_MIN_ROWS = 8
+"""tokens in a step from which the int8 graph is faster than the one of 4 bits"""
+
+KV_CACHES = {"fp32": None, "int8": 8, "int4": 4}
+"""KV caches that can be exported, and their bits"""
+
+SPOOL = ".spool"
+"""a folder in the staging folder, for finished tensors; gone when the package is"""
+
+BUNDLED_TEXT = Path(__file__).parents[1] / "demo" / "calibration.txt"
+"""what a KV cache is calibrated on where no other text is given"""
+
+
+@dataclass(frozen=True)
+class Default:
+    """How a quantised variant is made where the options do not say."""
+
+    recipe: str
+    form: BlockFormat
+    """of the layers' weights"""
+    embedding: BlockFormat | None
+    """None: it is not quantised"""
+    head: BlockFormat
+    size_budget: float
+    """bits per weight, for the recipes that choose"""
+    rounded_blocks: tuple[str, ...] = ()
+    """linears that stay in blocks in the prefill graph, because their inputs have outliers in most columns"""
+
+
+DEFAULTS = {
+    "q4": Default("search", Q4, Q4_EMBEDDING, Q4_EMBEDDING, size_budget=4.8),
+    "q8": Default("search", Q8, Q8, Q8, size_budget=8.5, rounded_blocks=("mlp.down_proj",)),
+    "q4f16": Default("search", Q4, None, Q4_EMBEDDING, size_budget=4.8),
+}
+"""block 128 because the kernels read it fastest; see the README for what each choice costs"""
+
+_HEAD_DIM_STEP = 16
+_MOST_BITS = 32
+_PRECISIONS = {"q4": "int4", "q8": "int8", "q4f16": "int4"}
+_FOR_CPUS = {"q4", "q8"}  # with a quantised cache and a prefill graph, if they are wanted
+_KV_DTYPES = {None: "float32", 8: "int8", 4: "uint8"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How quantised variants are made."""
+
+    recipe: str | None = None
+    """a name out of `quantize.recipes.RECIPES`; None: the default of the variant"""
+    calibration: Path | None = None
+    """a UTF-8 text for the recipes, and the KV cache, that measure activations"""
+    size_budget: float | None = None
+    """bits per weight, for the recipes that choose"""
+    block_size: int | None = None
+    """weights that share a scale; None: the default of the recipe"""
+    kv_cache: str = "fp32"
+    """a name out of `KV_CACHES`"""
+    prefill_graph: bool = True
+    """write a prefill graph if it passes its gate"""
+    fp16_islands: bool = False
+    """keep what overflows float16 in float32, instead of refusing the model"""
+    fp16_safety: Safety | None = field(default=None, compare=False)
+    """what was measured of the model; None: it is measured when it is needed"""
+
+
+def check_variants(variants: Sequence[str], config: ModelConfig, options: Options) -> None:
+    """Refuse what cannot be exported, before anything is read or written.
+
+    Raises:
+        UsageError: no variant, an unknown one, or an option that does not go with it.
+        ConfigError: a shape that the variant's operators do not take.
+    """
+    unknown = [v for v in variants if v not in VARIANTS]
+    if unknown or not variants:
+        raise UsageError(f"variant {', '.join(unknown) or '(none)'}: this version writes {', '.join(VARIANTS)}")
+    if options.kv_cache not in KV_CACHES:
+        raise UsageError(f"KV cache {options.kv_cache}: this version writes {', '.join(KV_CACHES)}")
+    if options.recipe is not None and options.recipe not in RECIPES:
+        raise UsageError(f"recipe {options.recipe}: this version has {', '.join(RECIPES)}")
+    if not set(variants) & _FOR_CPUS and (options.kv_cache != "fp32" or not options.prefill_graph):
+        raise UsageError("KV cache and prefill graph are for q4 and q8")
+    if options.fp16_islands and not {v for v in variants if DTYPES.get(v) == ir.DataType.FLOAT16}:
+        raise UsageError("float32 islands are for fp16 and q4f16: the other variants have the range of float32")
+    if not set(variants) & DEFAULTS.keys() and dataclasses.replace(options, fp16_islands=False) != Options():
+        raise UsageError("recipe, calibration, size budget and block size are for q4, q8 and q4f16")
+    if options.calibration is not None and options.recipe not in CALIBRATED and options.kv_cache == "fp32":
+        raise UsageError(f"calibration text: only {', '.join(CALIBRATED)} and a quantised KV cache have use for one")
+    if options.size_budget is not None and not 0 < options.size_budget <= _MOST_BITS:
+        raise UsageError(f"size budget {options.size_budget:g}: expected bits per weight, up to {_MOST_BITS}")
+    if options.calibration is not None and not options.calibration.is_file():
+        raise UsageError(f"{options.calibration}: no such calibration text; it is a UTF-8 file")
+    if set(variants) - {"fp32"} and config.head_dim % _HEAD_DIM_STEP:
+        raise ConfigError(
+            f"head_dim {config.head_dim}: onnxruntime's GroupQueryAttention takes multiples of {_HEAD_DIM_STEP}; "
+            "export fp32"
+        )
+
+
+_trace_once = lru_cache(maxsize=1)(trace)  # many revisions of a model have one graph; it holds no weights
+
+
+class VariantWriter:
+    """Writes the variants of one checkpoint; traces it once, and asks PyTorch for its logits once."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        staging: Path,
+        options: Options,
+        graphs_of: Path | None = None,
+    ) -> None:
+        """Open nothing yet.
+
+        Args:
+            checkpoint, config: what is exported.
+            staging: the folder to write to.
+            options: how quantised variants are made.
+            graphs_of: a package of the same shape whose graph files are taken as they are; only weights are written.
+        """
+        self._checkpoint = checkpoint
+        self._config = config
+        self._staging = staging
+        self._options = options
+        self._graphs_of = graphs_of
+
+    def write(self, name: str) -> Variant:
+        """Write one variant and return the manifest's entry."""
+        if name in DTYPES:
+            return self._device(name)
+        return self._portable() if name == "fp32" else self._quantized(name)
+
+    @cached_property
+    def _traced(self) -> ir.Model:
+        with tqdm(total=1, desc="tracing", bar_format="{desc} {elapsed}", leave=False):
+            return _trace_once(self._config)
+
+    @cached_property
+    def _reference(self) -> tuple[list[np.ndarray], str, list[np.ndarray]]:
+        """The sequences for measuring quality, their origin, and PyTorch's logits."""
+        sequences, origin = quality_tokens(self._checkpoint, self._config)
+        with tqdm(total=1, desc="reference logits", bar_format="{desc} {elapsed}", leave=False):
+            return sequences, origin, list(reference_logits(self._checkpoint, self._config, sequences))
+
+    @cached_property
+    def _safety(self) -> Safety:
+        """What fits float16 and what does not."""
+        return self._options.fp16_safety or measure_safety(self._checkpoint, self._config)
+
+    def _portable(self) -> Variant:
+        model, graph = self._traced.clone(), VARIANTS["fp32"]
+        cache = self._cache_spec("concat", "float32")
+        return Variant(
+            name="fp32",
+            precision="fp32",
+            graph=graph,
+            data=self._save(model, graph),
+            opset=OPSET,
+            inputs=portable_inputs(self._config),
+            outputs=portable_outputs(self._config),
+            kv_cache=cache,
+            op_counts=check_op_counts(model, expected_op_counts(self._config)),
+            min_onnxruntime=oldest_onnxruntime(cache),
+        )
+
+    def _quantized(self, name: str) -> Variant:
+        spec, options = self._config.spec, self._options
+        bits = KV_CACHES[options.kv_cache]
+        shared = shared_graph(self._traced, spec)
+        cache = self._cache_spec("shared", _KV_DTYPES[bits])
+        if bits is not None:
+            cache = dataclasses.replace(cache, quantization=self._quantize_cache(shared, bits))
+        weights = self._weights(name)
+        model, counts = decode_graph(shared, weights, spec)
+        variant = Variant(
+            name=name,
+            precision=_PRECISIONS[name],
+            graph=VARIANTS[name],
+            data=self._save(model, VARIANTS[name]),
+            opset=OPSET,
+            inputs=shared_inputs(cache),
+            outputs=shared_outputs(spec, cache),
+            kv_cache=cache,
+            op_counts=counts,
+            quantization=self._describe(name, weights),
+            min_onnxruntime=oldest_onnxruntime(cache),
+        )
+        variant, quality = self._judged(variant)
+        if not options.prefill_graph:
+            return variant
+        return dataclasses.replace(variant, prefill=self._prefill(shared, weights, variant, quality))
+
+    def _device(self, name: str) -> Variant:
+        spec, graph, dtype = self._config.spec, VARIANTS[name], DTYPES[name]
+        cache = self._cache_spec("shared", DTYPE_NAMES[dtype])
+        safety = self._safety if dtype == ir.DataType.FLOAT16 else None
+        if safety is not None and (safety.blocked or not self._options.fp16_islands):
+            refuse_overflow(safety, f"{self._checkpoint.model}, variant {name}")
+        wide = safety.wide if safety is not None else Wide()
+        weights = self._weights(name, wide) if name in DEFAULTS else None
+        shared = shared_graph(self._traced, spec, DEVICE)
+        model, rounding, counts = device_graph(shared, self._checkpoint, self._config, dtype, weights, wide)
+        self._write(model, graph)
+        rounding.check()
+        variant = Variant(
+            name=name,
+            precision=_PRECISIONS.get(name, name),
+            graph=graph,
+            data=(f"{graph}_data",),
+            opset=OPSET,
+            inputs=shared_inputs(cache),
+            outputs=device_outputs(spec, cache),
+            kv_cache=cache,
+            op_counts=counts,
+            float32_islands=safety.reasons if safety is not None else {},
+            min_onnxruntime=oldest_onnxruntime(cache),
+        )
+        if weights is None:
+            return variant
+        described = dataclasses.replace(
+            variant, quantization=self._describe(name, weights, scale_bytes=int(dtype.itemsize))
+        )
+        return self._judged(described)[0]
+
+    def _judged(self, variant: Variant) -> tuple[Variant, Quality]:
+        """Measure a variant and return it with what it costs; warn where that misses its gate."""
+        quality = self._measure(variant)
+        if broken := broken_limits(quality, gate(variant.precision, self._config)):
+            logger.warning("%s misses its quality gate: %s; try another recipe", variant.name, "; ".join(broken))
+        return dataclasses.replace(variant, quality=quality), quality
+
+    def _prefill(
+        self, shared: ir.Model, weights: QuantizedWeights, variant: Variant, quality: Quality
+    ) -> PrefillGraph | None:
+        """Write the int8 graph, measure it, and keep it if it passes the variant's gate or is no worse than it."""
+        graph = VARIANTS[variant.name].replace(".onnx", "_prefill.onnx")
+        model, _ = prefill_graph(shared, weights, self._config.spec, DEFAULTS[variant.name].rounded_blocks)
+        data = self._save(model, graph)
+        measured = self._measure(dataclasses.replace(variant, graph=graph, data=data))
+        broken = broken_limits(measured, gate(variant.precision, self._config))
+        if broken and measured.kl_mean > quality.kl_mean:
+            logger.warning("%s has no prefill graph: int8 misses its quality gate: %s", variant.name, "; ".join(broken))
+            for file in (graph, *data):
+                (self._staging / file).unlink()
+            return None
+        return PrefillGraph(
+            graph=graph,
+            data=data,
+            min_rows=PREFILL_MIN_ROWS,
+            quality=measured,
+            min_onnxruntime=oldest_onnxruntime(variant.kv_cache, prefill=True),
+        )
+
+    def _save(self, model: ir.Model, graph: str) -> tuple[str, ...]:
+        attach_weights(model, self._checkpoint, self._config)
+        self._write(model, graph)
+        return (f"{graph}_data",)
+
+    def _write(self, model: ir.Model, graph: str) -> None:
+        if self._graphs_of is not None and (self._graphs_of / graph).is_file():
+            save_weights(model, self._staging / graph, self._graphs_of / graph)
+        else:
+            save_graph(model, self._staging / graph)
+
+    def _measure(self, variant: Variant) -> Quality:
+        sequences, origin, reference = self._reference
+        with open_ort(self._staging, variant, self._config.spec, None) as runner:
+            return measure_quality(runner, sequences, reference, origin).quality
+
+    def _cache_spec(self, form: str, dtype: str) -> KVCacheSpec:
+        return KVCacheSpec(
+            form=form,
+            dtype=dtype,
+            num_layers=self._config.num_hidden_layers,
+            num_key_value_heads=self._config.num_key_value_heads,
+            head_dim=self._config.head_dim,
+            max_cache_length=self._config.max_position_embeddings,
+        )
+
+    def _quantize_cache(self, shared: ir.Model, bits: int) -> KVCacheQuantization:
+        """Calibrate the cache and rewrite the graph in place."""
+        sequences = self._calibration()
+        with tqdm(total=1, desc="calibrating the KV cache", bar_format="{desc} {elapsed}", leave=False):
+            scales = kv_cache_scales(self._checkpoint, self._config, sequences, bits)
+        layers = self._config.num_hidden_layers
+        if (rewritten := quantized_kv_cache(shared, scales, bits)) != layers:
+            raise FusionError(f"quantized_kv_cache: expected {layers}, applied {rewritten} times")
+        return KVCacheQuantization(
+            bits=bits,
+            calibration_tokens=sum(map(len, sequences)),
+            scales={name: base64.b64encode(array.tobytes()).decode() for name, array in scales.items()},
+        )
+
+    def _weights(self, name: str, wide: Wide | None = None) -> QuantizedWeights:
+        """Quantise, but for what is to be multiplied in float32: MatMulNBits has no kernel for it on GPUs."""
+        in_float32 = (wide or Wide()).operations(self._config)
+        products = [op.weight for op in operations(self._config) if op.kind == "linear" and op.name in in_float32]
+        options, default = self._options, DEFAULTS[name]
+        recipe = options.recipe or default.recipe
+        size = options.block_size
+        form, head, embedding = (
+            form if size is None else dataclasses.replace(form, block_size=size)
+            for form in (default.form, default.head, default.embedding or default.form)
+        )
+        budget = options.size_budget
+        if budget is None and recipe in MIXED:
+            budget = default.size_budget
+        return quantize(
+            self._checkpoint,
+            self._config,
+            recipe,
+            form=form,
+            head=head,
+            embedding=embedding,
+            keep=[*(() if default.embedding else (EMBEDDING,)), *(name for name in products if name is not None)],
+            calibration=options.calibration if recipe in CALIBRATED else None,
+            size_budget=budget,
+            spool=self._staging / SPOOL if recipe.startswith("gptq") else None,
+        )
+
+    def _describe(self, name: str, weights: QuantizedWeights, scale_bytes: int = 4) -> Quantization:
+        """Return the manifest's entry of the weights, which have been written and so measured."""
+        recipe, calibration = self._options.recipe or DEFAULTS[name].recipe, self._options.calibration
+        shapes = weight_shapes(self._config)
+        size = sum(
+            form.nbytes(*shapes[tensor]) - (4 - scale_bytes) * shapes[tensor][0] * form.blocks(shapes[tensor][1])
+            for tensor, form in weights.formats.items()
+        )
+        calibrated = recipe in CALIBRATED and calibration is not None
+        return Quantization(
+            recipe=recipe,
+            calibration=hash_file(calibration).sha256 if calibrated and calibration is not None else None,
+            bits_per_weight=8 * size / sum(shapes[n][0] * shapes[n][1] for n in weights.formats),
+            tensors={
+                error.name: QuantizedTensor(
+                    error.bits, error.block_size, weights.formats[error.name].symmetric, error.nmse
+                )
+                for error in weights.errors()
+            },
+        )
+
+    def _calibration(self) -> list[np.ndarray]:
+        """Return the token sequences on which the KV cache is calibrated."""
+        text = self._options.calibration
+        if text is None and (self._checkpoint.folder / "tokenizer.json").is_file():
+            text = BUNDLED_TEXT
+        return calibration_tokens(self._checkpoint, self._config, text, sequences=8, length=128)

@@ -1,0 +1,1 @@
+"""What is taken as true: transformers, whole and one layer at a time."""

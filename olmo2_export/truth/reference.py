@@ -1,0 +1,224 @@
+"""PyTorch logits taken as truth: transformers' own Olmo2ForCausalLM, which shares no code with this project's model."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+
+from olmo2_export.config import TOKEN_ID_FIELDS, read_json_object
+from olmo2_export.weights.checkpoint import Checkpoint
+from runtimes.errors import CheckpointError, first_names
+
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
+_CONTEXT_PIECE = 512  # positions at a time where no logits are wanted
+_NOT_FOR_REFERENCE = {*TOKEN_ID_FIELDS, "auto_map", "layer_types", "quantization_config", "sliding_window"}
+
+Rounding = Callable[[torch.Tensor], torch.Tensor]
+"""float32 or float64 [..., K] -> the same, rounded"""
+
+
+def int8_blocks(block_size: int) -> Rounding:
+    """Return what rounds to 8 bits, with a scale for each `block_size` columns of a row; 0: for a whole row.
+
+    In the kernels' own float32 arithmetic: those in blocks multiply by 127 / size, for a whole row the graph divides by
+    the scale. Inputs that come from codes, as a quantised embedding's do, lie halfway between two codes as often as one
+    in thirty, and there the last bit decides.
+    """
+
+    def rounding(x: torch.Tensor) -> torch.Tensor:
+        columns = x.shape[-1]
+        size = block_size or columns
+        padded = F.pad(x.float(), (0, -columns % size))
+        blocks = padded.view(*padded.shape[:-1], -1, size)
+        largest = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+        if block_size:
+            scale = largest / 127
+            codes = blocks * (torch.full_like(largest, 127) / largest)  # 127 / largest would be 127 * (1 / largest)
+        else:
+            scale = largest * torch.tensor(1 / 127, dtype=torch.float32)
+            codes = blocks / scale
+        rounded: torch.Tensor = (codes.round().to(x.dtype) * scale.to(x.dtype)).flatten(-2)[..., :columns]
+        return rounded
+
+    return rounding
+
+
+def int8_scaled(scale: float) -> Rounding:
+    """Return what rounds to int8 with a fixed scale."""
+    return lambda x: (x / scale).round().clamp(-128, 127) * scale
+
+
+def fp8_scaled(scale: float) -> Rounding:
+    """Return what rounds to float8e4m3fn with a fixed scale."""
+    return lambda x: (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+
+
+class Reference:
+    """transformers' model at one precision; use it inside `open_reference`."""
+
+    def __init__(self, model: nn.Module, precision: str) -> None:
+        self._model = model
+        self._result = torch.float64 if precision == "fp64" else torch.float32
+
+    @torch.inference_mode()
+    def logits(
+        self, sequences: Sequence[np.ndarray], positions: Sequence[np.ndarray] | None = None
+    ) -> list[np.ndarray]:
+        """Run each sequence alone, whole and without padding.
+
+        Args:
+            sequences: int64 token ids, each [length].
+            positions: per sequence int64 [n], where logits are wanted; None: everywhere.
+
+        Returns:
+            Per sequence the logits of these positions [n, vocab_size]; float64 for fp64, else float32.
+        """
+        found = []
+        for row, ids in enumerate(sequences):
+            kept: Any = 0 if positions is None else torch.from_numpy(positions[row])  # 0: all
+            logits = self._model(torch.from_numpy(ids)[None], logits_to_keep=kept, use_cache=False).logits
+            found.append(logits[0].to(self._result).numpy())
+        return found
+
+    @torch.inference_mode()
+    def stream(self, ids: np.ndarray, first: int, piece: int) -> Iterator[np.ndarray]:
+        """Run one sequence in pieces over a KV cache, so that the logits of few positions are in memory.
+
+        Args:
+            ids: int64 [length].
+            first: the position from which logits are wanted.
+            piece: positions at a time.
+
+        Yields:
+            The logits of positions first, first + 1, ...: [up to piece, vocab_size]; float64 for fp64, else float32.
+        """
+        cache = None
+        bounds = [*range(0, first, _CONTEXT_PIECE), *range(first, len(ids), piece), len(ids)]
+        for start, stop in pairwise(bounds):
+            part = torch.from_numpy(ids[start:stop])[None]
+            keep = 0 if start >= first else 1  # 0: all
+            output = self._model(part, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+            cache = output.past_key_values
+            if start >= first:
+                yield output.logits[0].to(self._result).numpy()
+
+    @torch.inference_mode()
+    def greedy(self, prompt: np.ndarray, new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Continue a prompt greedily; an end-of-text token does not stop it.
+
+        Returns:
+            int64 [new_tokens] and the logit gap between the first and the second choice, float32 [new_tokens].
+        """
+        ids, cache = torch.from_numpy(prompt)[None], None
+        tokens, gaps = [], []
+        for _ in range(new_tokens):
+            output = self._model(ids, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            top = output.logits[0, -1].float().topk(2)
+            tokens.append(int(top.indices[0]))
+            gaps.append(float(top.values[0] - top.values[1]))
+            ids = torch.tensor([[tokens[-1]]])
+        return np.array(tokens, dtype=np.int64), np.array(gaps, dtype=np.float32)
+
+
+@contextmanager
+def open_reference(
+    checkpoint: Checkpoint,
+    precision: str,
+    weights: Mapping[str, torch.Tensor] | None = None,
+    rounded_inputs: Mapping[str, Rounding] | None = None,
+) -> Iterator[Reference]:
+    """Load the reference weights into PyTorch; they are dropped at the end.
+
+    Args:
+        checkpoint: the weights.
+        precision: fp32, fp16 or bf16: the dtype of weights and activations; fp64: the exact answer.
+        weights: by the checkpoint's names, to compute with instead of the checkpoint's: dequantised ones.
+        rounded_inputs: names of linear weights, and what rounds their inputs, such as `int8_blocks`.
+
+    Raises:
+        CheckpointError: PyTorch could not load every tensor.
+    """
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # ours is enough
+    model: Any
+    info: dict[str, Any]
+    model, info = transformers.Olmo2ForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with loading info
+        checkpoint.folder,
+        config=reference_config(checkpoint.folder),
+        dtype=TORCH_DTYPES[precision],
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    # transformers fills what is missing with fresh values and only reports it.
+    wrong = sorted({str(name) for kind in ("missing_keys", "mismatched_keys") for name in info[kind]})
+    wrong += sorted(checkpoint.extra(checkpoint.tensors.keys() - set(info["unexpected_keys"])))
+    if wrong:
+        raise CheckpointError(f"{checkpoint.folder}: PyTorch could not load {first_names(wrong)}")
+    if precision == "fp64":
+        use_float64_norms(model)
+    for name, weight in (weights or {}).items():
+        parameter = nn.Parameter(weight.to(TORCH_DTYPES[precision]), requires_grad=False)
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, parameter)
+    for name, rounding in (rounded_inputs or {}).items():
+        owner, _, linear = name.removesuffix(".weight").rpartition(".")
+        module = model.get_submodule(owner) if owner else model
+        setattr(module, linear, _RoundedInputs(module.get_submodule(linear), rounding))
+    try:
+        yield Reference(model.eval(), precision)
+    finally:
+        del model
+        gc.collect()
+
+
+def reference_config(folder: Path) -> transformers.Olmo2Config:
+    """Return config.json as transformers reads it, without what changes no logits and may keep it from loading.
+
+    That is: fields that are null; ids of tokens, which may be beyond the vocabulary; code of its own; layer types, of
+    which OLMo 2 has one; and a quantization_config, since weights are read as the plain numbers they are.
+    """
+    raw = read_json_object(folder / "config.json")
+    kept = {name: value for name, value in raw.items() if value is not None and name not in _NOT_FOR_REFERENCE}
+    return transformers.Olmo2Config.from_dict(kept | dict.fromkeys(TOKEN_ID_FIELDS))
+
+
+def use_float64_norms(model: nn.Module) -> None:
+    """Replace the norms: transformers computes them in float32 whatever the model's dtype."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Olmo2RMSNorm):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], _Float64Norm(module))
+
+
+class _Float64Norm(nn.Module):
+    def __init__(self, norm: Olmo2RMSNorm) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+
+class _RoundedInputs(nn.Module):
+    """A linear whose inputs are rounded, as quantised kernels do."""
+
+    def __init__(self, linear: nn.Module, rounding: Rounding) -> None:
+        super().__init__()
+        self.linear, self.rounding = linear, rounding
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        y: torch.Tensor = self.linear(self.rounding(wide).to(x.dtype))
+        return y

@@ -1,0 +1,197 @@
+"""transformers' own OLMo 2, a layer at a time: each operation by itself, and the layer as it runs it.
+
+The modules, the rotary embedding and the order of operations are those of transformers' Olmo2DecoderLayer, so that a
+bug in this project's model is one too. One layer's weights are in memory, in one dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.olmo2.modeling_olmo2 import (
+    Olmo2DecoderLayer,
+    Olmo2RMSNorm,
+    Olmo2RotaryEmbedding,
+    apply_rotary_pos_emb,
+    repeat_kv,
+)
+
+from olmo2_export.truth.reference import TORCH_DTYPES, Rounding, reference_config, use_float64_norms
+
+Weights = Callable[[str], Tensor]
+"""a weight by the checkpoint's name, in the checkpoint's layout"""
+_ROWS = 1 << 13  # of the vocabulary at a time
+
+
+class TorchModel:
+    """Makes layers and the head of one model, in one dtype."""
+
+    def __init__(
+        self,
+        folder: Path,
+        weights: Weights,
+        precision: str,
+        rounding: Mapping[str, Rounding] | None = None,
+        tables: torch.dtype = torch.float32,
+    ) -> None:
+        """See `views.View`; `tables` is the dtype that a graph's rotary tables have."""
+        self.config = reference_config(folder)
+        self.config._attn_implementation = "sdpa"
+        self.dtype = TORCH_DTYPES[precision]
+        self.rounding = dict(rounding or {})
+        self.weights = weights
+        self.tables = tables
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Look tokens up: int64 [S] -> [1, S, hidden]."""
+        return self.weights("model.embed_tokens.weight")[ids].to(self.dtype)[None]
+
+    def layer(self, index: int) -> TorchLayer:
+        """Read one layer."""
+        return TorchLayer(self, index)
+
+    def norm(self, x: Tensor, eps: float | None = None) -> Tensor:
+        """Apply the last norm."""
+        holder = nn.ModuleDict({"norm": Olmo2RMSNorm(x.shape[-1], eps or self.config.rms_norm_eps)})
+        holder["norm"].weight = _parameter(self.weights("model.norm.weight"), self.dtype)
+        if self.dtype == torch.float64:
+            use_float64_norms(holder)
+        normed: Tensor = holder["norm"](x.to(self.dtype))
+        return normed
+
+    def head(self, x: Tensor) -> Tensor:
+        """Return logits: [..., hidden] -> [..., V]."""
+        rounding = self.rounding.get("lm_head.weight")
+        x = x.to(self.dtype) if rounding is None else rounding(x.to(self.dtype))
+        parts = torch.split(self.weights("lm_head.weight"), _ROWS)
+        return torch.cat([F.linear(x, part.to(self.dtype)) for part in parts], dim=-1)
+
+
+class TorchLayer:
+    """One decoder layer. Arguments of any float dtype are cast to the model's; batch size 1."""
+
+    def __init__(self, model: TorchModel, index: int) -> None:
+        config = model.config
+        self.dtype, self._rounding = model.dtype, model.rounding
+        self._prefix = f"model.layers.{index}."
+        with torch.device("meta"):
+            self.module = Olmo2DecoderLayer(config, 0)
+        for name in self.module.state_dict():
+            owner, _, attribute = name.rpartition(".")
+            weight = _parameter(model.weights(self._prefix + name), self.dtype)
+            setattr(self.module.get_submodule(owner), attribute, weight)
+        if self.dtype == torch.float64:
+            use_float64_norms(self.module)
+        self.module.eval()
+        for name in self._rounding:
+            if name.startswith(self._prefix):
+                linear = self.module.get_submodule(name.removeprefix(self._prefix).removesuffix(".weight"))
+                linear.register_forward_pre_hook(self._rounded(self._rounding[name]))
+        self._rotary, self._tables = Olmo2RotaryEmbedding(config), model.tables
+        self.heads = config.num_attention_heads
+        self.kv_heads: int = config.num_key_value_heads or self.heads
+        self.head_dim: int = self.module.self_attn.head_dim
+        self.scale: float = self.module.self_attn.scaling
+        rope: Any = config.rope_parameters  # transformers has filled it in
+        self.theta = float(rope["rope_theta"])
+        self.eps: float = config.rms_norm_eps
+
+    @staticmethod
+    def _rounded(rounding: Rounding) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
+        def hook(_: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+            x = arguments[0]
+            return (rounding(x if x.dtype == torch.float64 else x.float()).to(x.dtype),)
+
+        return hook
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Run the layer as transformers does, on a whole sequence: [1, S, hidden] -> the same."""
+        positions = torch.arange(x.shape[1])[None]
+        x = x.to(self.dtype)
+        y: Tensor = self.module(x, attention_mask=None, position_embeddings=self._cos_sin(x, positions))
+        return y
+
+    def _cos_sin(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = (table.to(self._tables).float() for table in self._rotary(x, positions))
+        return cos, sin
+
+    def weight(self, linear: str) -> Tensor:
+        """Return a linear's weight, [N, K]."""
+        return self.module.get_parameter(f"{linear}.weight")
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """Apply a linear with its bias; its input is rounded where the variant rounds it."""
+        y: Tensor = self.module.get_submodule(name)(x.to(self.dtype))
+        return y
+
+    def norm(self, name: str, x: Tensor, eps: float | None = None) -> Tensor:
+        """Apply a norm, or the same with another epsilon."""
+        module = self.module.get_submodule(name)
+        if eps is not None:
+            wide, weight = x.double(), module.get_parameter("weight").double()
+            return weight * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        y: Tensor = module(x.to(self.dtype))
+        return y
+
+    def split(self, x: Tensor) -> Tensor:
+        """[1, S, heads * head_dim] -> [1, heads, S, head_dim]."""
+        return x.to(self.dtype).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+    def rotate(self, x: Tensor, *, theta: float | None = None, shift: int = 0) -> Tensor:
+        """Rotate heads, [1, heads, S, head_dim], that stand at positions 0, 1, ... + shift."""
+        positions = torch.arange(x.shape[2])[None] + shift
+        cos, sin = self._cos_sin(x, positions)
+        if theta is not None:
+            inverse = theta ** -(torch.arange(0, self.head_dim, 2).double() / self.head_dim)
+            angles = (positions[..., None] * inverse).repeat(1, 1, 2)
+            cos, sin = angles.cos(), angles.sin()
+        rotated: Tensor = apply_rotary_pos_emb(x.to(self.dtype), x.to(self.dtype), cos, sin)[0]
+        return rotated
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visible: Tensor,
+        scale: float = 1.0,
+        *,
+        kv_heads: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Return o_proj's input, [1, S, heads * head_dim].
+
+        Args:
+            query: rotated, [1, heads, S, head_dim].
+            key: rotated, [1, kv_heads, C, head_dim].
+            value: the same shape.
+            visible: bool [S, C].
+            scale: in units of the right one.
+            kv_heads: the KV head that each query head reads; None: the right ones.
+        """
+        groups = self.heads // self.kv_heads
+        query, key, value = (t.to(self.dtype) for t in (query, key, value))
+        keys, values = (repeat_kv(t, groups) if kv_heads is None else t[:, list(kv_heads)] for t in (key, value))
+        mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=visible, scale=scale * self.scale)
+        return mixed.transpose(1, 2).flatten(2)
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Return down_proj's input."""
+        y: Tensor = self.module.mlp.act_fn(gate.to(self.dtype)) * up.to(self.dtype)
+        return y
+
+
+def rotary_tables(folder: Path, positions: int) -> tuple[Tensor, Tensor]:
+    """Return transformers' cos and sin of the first positions, float32 [positions, head_dim / 2] both."""
+    config = reference_config(folder)
+    cos, sin = Olmo2RotaryEmbedding(config)(torch.zeros(1), torch.arange(positions)[None])
+    half = cos.shape[-1] // 2
+    return cos[0, :, :half], sin[0, :, :half]
+
+
+def _parameter(weight: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(weight.to(dtype), requires_grad=False)

@@ -1,0 +1,257 @@
+"""A checkpoint's tensors by the model's own names: which file holds each, what is missing, what does not belong.
+
+Nothing of a checkpoint is executed: no pickle, no remote code. Headers are checked before any data is read, and one
+message lists everything that is wrong. Where a file lies is no matter: links of any kind are followed, and what they
+lead to is judged by its bytes.
+
+What transformers loads without changing the logits is loaded, with a warning that names it; what would change them,
+were it used, is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from olmo2_export.weights import stored_tensors
+from olmo2_export.weights.hub import INDEX, SINGLE, locate, read_index, refuse_other_formats
+from olmo2_export.weights.stored_tensors import DTYPES, TensorInfo
+from runtimes.errors import CheckpointError, CheckpointNotFoundError, UsageError, first_names
+from runtimes.threads import default_threads
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = "model."
+_UNPREFIXED = re.compile(r"(layers\.\d+\.|embed_tokens\.|norm\.)")
+# Tensors that the model computes from config.json; older transformers and Megatron store them.
+_COMPUTED = re.compile(r"(^|\.)rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$")
+_OWN = ("model.", "lm_head.")
+_ADAPTER = re.compile(r"(^|\.)(lora_|dora_|base_layer\.|base_model\.|modules_to_save\.|prompt_embeddings|ia3_)")
+_QUANTIZED = re.compile(
+    r"(^|[._])(qweight|qzeros|scales|g_idx|absmax|nested_absmax|quant_map|quant_state|SCB|weight_format|"
+    r"weight_scale|weight_scale_inv|weight_zero_point|weight_packed|weight_shape|weight_qdata|input_scale|biases)($|\.)"
+)
+_WRAPPERS = {
+    "_orig_mod.": "saved from a torch.compile'd model",
+    "module.": "saved from DistributedDataParallel",
+    "base_model.": "saved from a PEFT model",
+    "transformer.": "of another format: is it AI2's own, before conversion?",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A located checkpoint whose headers have been read; tensors are read when asked for."""
+
+    folder: Path
+    model: str
+    """Hub id, `demo`, or the name of the local folder"""
+    kind: str
+    """hub | folder | demo"""
+    revision: str | None
+    """the resolved commit, for kind hub"""
+    files: tuple[str, ...]
+    """the safetensors files"""
+    tensors: Mapping[str, TensorInfo] = field(hash=False)
+    """by the model's names"""
+    _stamps: Mapping[str, tuple[int, int]] = field(hash=False, repr=False)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor, in its stored dtype and shape, into memory that the caller owns.
+
+        Raises:
+            CheckpointError: the file changed since its header was read.
+        """
+        return stored_tensors.read_tensor(*self._place(name))
+
+    def rows(self, name: str) -> Iterator[torch.Tensor]:
+        """Read one tensor in blocks of whole rows, in its stored dtype; each block is overwritten by the next.
+
+        Raises:
+            CheckpointError: the file changed since its header was read.
+        """
+        return stored_tensors.read_rows(*self._place(name))
+
+    def _place(self, name: str) -> tuple[Path, TensorInfo]:
+        info = self.tensors[name]
+        path = self.folder / info.file
+        if _stamp(path) != self._stamps[info.file]:
+            raise CheckpointError(f"{path}: changed since its header was read; start again")
+        return path, info
+
+    def extra(self, expected: Iterable[str]) -> dict[str, str]:
+        """Return what does not belong to the model and would change it, were it used: name -> what it is.
+
+        Buffers that are computed, biases that are 0 and what is left of training beside the model are not among them:
+        transformers ignores them, and the logits are the same.
+        """
+        found = {}
+        for name in sorted(self.tensors.keys() - set(expected)):
+            if _ADAPTER.search(name):
+                found[name] = "of an adapter such as LoRA (merge it into the weights first)"
+            elif _QUANTIZED.search(name):
+                found[name] = "of quantised weights (give the checkpoint that they were made from, or dequantise)"
+            elif not name.startswith(_OWN) or _COMPUTED.search(name):
+                continue
+            elif name.endswith(".bias"):
+                info = self.tensors[name]
+                if info.dtype not in DTYPES or not stored_tensors.all_zero(*self._place(name)):
+                    found[name] = "biases that config.json does not tell of (attention_bias?)"
+            else:
+                found[name] = "not of this model"
+        return found
+
+    def validate(self, expected: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str] | None = None) -> None:
+        """Compare the checkpoint with the tensors a model needs, then look for NaN and Inf in all of them.
+
+        Args:
+            expected: tensor name -> shape.
+            aliases: name -> name of the expected tensor it must be equal to, where it is stored at all (tied weights).
+
+        Raises:
+            CheckpointError: naming every missing, extra, misshapen, wrongly typed or non-finite tensor.
+        """
+        aliases = aliases or {}
+        problems: list[str] = []
+        if missing := sorted(expected.keys() - self.tensors.keys()):
+            problems.append(f"missing: {first_names(missing)}{self._why_missing(missing)}")
+        refused = self.extra({*expected, *aliases})
+        for reason in dict.fromkeys(refused.values()):
+            names = [name for name in refused if refused[name] == reason]
+            problems.append(f"{reason}: {first_names(names)}")
+        if ignored := sorted(self.tensors.keys() - expected.keys() - aliases.keys() - refused.keys()):
+            logger.warning("%s: not used, as in transformers: %s", self.folder, first_names(ignored))
+        readable: list[str] = []
+        for name in expected:
+            if name not in self.tensors:
+                continue
+            info = self.tensors[name]
+            if info.dtype not in DTYPES:
+                problems.append(f"{name}: dtype {info.dtype}, expected one of {', '.join(DTYPES)}")
+            elif info.shape != expected[name]:
+                problems.append(f"{name}: shape {list(info.shape)}, expected {list(expected[name])}")
+            else:
+                readable.append(name)
+        unusual = [name for name in readable if self.tensors[name].dtype not in ("F32", "F16", "BF16")]
+        if unusual:
+            kinds = sorted({self.tensors[name].dtype for name in unusual})
+            logger.warning(
+                "%s: %s read into float32 as they are: %s", self.folder, ", ".join(kinds), first_names(unusual)
+            )
+        with ThreadPoolExecutor(max_workers=default_threads()) as pool:
+            counts = pool.map(lambda name: stored_tensors.count_non_finite(*self._place(name)), readable)
+            bar = tqdm(counts, total=len(readable), desc="checking weights", unit="tensor", leave=False)
+            for name, count in zip(readable, bar, strict=True):
+                if count:
+                    of = self.tensors[name].size // DTYPES[self.tensors[name].dtype].width
+                    problems.append(f"{name}: {count} NaN or Inf of {of}")
+        for name, target in aliases.items():
+            if name in self.tensors and target in readable and not self._equal(name, target):
+                problems.append(f"{name}: tied to {target} by config.json, but not equal to it")
+        if problems:
+            raise CheckpointError(f"{self.folder}: {'; '.join(problems)}")
+
+    def _equal(self, name: str, other: str) -> bool:
+        if stored_tensors.same_bytes(*self._place(name), *self._place(other)):
+            return True
+        return self.tensors[name].dtype in DTYPES and torch.equal(self.tensor(name).float(), self.tensor(other).float())
+
+    def _why_missing(self, missing: Iterable[str]) -> str:
+        """Return what explains missing tensors, in brackets; empty if nothing does."""
+        for prefix, why in _WRAPPERS.items():
+            if any(name.startswith(prefix) for name in self.tensors):
+                return f" (the names begin with {prefix}: {why}; save the inner model)"
+        if "score.weight" in self.tensors and "lm_head.weight" in missing:
+            return " (but score.weight is there: a reward model, for sequence classification, which is not supported)"
+        if list(missing) == ["lm_head.weight"]:
+            return " (a base model without its head? if it is the embedding, say tie_word_embeddings in config.json)"
+        return ""
+
+
+def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
+    """Locate a checkpoint, download it if it is on the Hub, and read the headers of its safetensors.
+
+    Args:
+        model: `demo`, a local folder, or a Hub id such as allenai/OLMo-2-0425-1B.
+        revision: branch, tag or commit; Hub ids only.
+
+    Raises:
+        CheckpointNotFoundError: no such folder, repository or revision, or no weights in it.
+        CheckpointError: a file is damaged or disguised.
+        UsageError: a revision for something that has none.
+    """
+    folder, name, kind = locate(model, revision)
+    if revision is not None and kind != "hub":
+        raise UsageError(f"--revision {revision}: only Hub ids have revisions, {model} is a {kind}")
+    refuse_other_formats(folder)
+    single = (folder / SINGLE).exists() or (folder / SINGLE).is_symlink()
+    index = {} if single else read_index(folder / INDEX)
+    files = (SINGLE,) if single else tuple(sorted(set(index.values())))
+    for file in files:
+        _check_is_file(folder / file)
+    stamps = {file: _stamp(folder / file) for file in files}
+    holders: dict[str, list[TensorInfo]] = {}
+    for file in files:
+        for tensor, info in stored_tensors.read_header(folder / file, file).items():
+            holders.setdefault(tensor, []).append(info)
+    return Checkpoint(
+        folder=folder,
+        model=name,
+        kind=kind,
+        revision=folder.resolve().name if kind == "hub" else None,
+        files=files,
+        tensors=_model_names(
+            folder, {tensor: _chosen(folder, tensor, found, index) for tensor, found in holders.items()}
+        ),
+        _stamps=stamps,
+    )
+
+
+def _check_is_file(path: Path) -> None:
+    if path.is_file():
+        return
+    if path.exists():
+        raise CheckpointError(f"{path}: not a file")
+    if path.is_symlink():
+        raise CheckpointNotFoundError(f"{path}: a link to {path.readlink()}, which is not there; is its disk mounted?")
+    raise CheckpointNotFoundError(f"{path.parent}: the index names {path.name}, which is not there; download it")
+
+
+def _chosen(folder: Path, tensor: str, found: list[TensorInfo], index: Mapping[str, str]) -> TensorInfo:
+    """Return the copy of a tensor that the index names; copies in other files must have the same bytes."""
+    first = next((info for info in found if info.file == index.get(tensor)), found[0])
+    for other in found:
+        same = other is first or stored_tensors.same_bytes(folder / first.file, first, folder / other.file, other)
+        if not same:
+            raise CheckpointError(
+                f"{folder}: {tensor} is both in {first.file} and in {other.file}, and they differ; download both "
+                "again, or remove the old one"
+            )
+    return first
+
+
+def _model_names(folder: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Return tensors by the names of Olmo2ForCausalLM: `model.` is added, or dropped, as transformers does."""
+    if any(name.startswith(_PREFIX * 2) for name in tensors):
+        renamed = {name.removeprefix(_PREFIX): info for name, info in tensors.items()}
+    elif not any(name.startswith(_PREFIX) for name in tensors):
+        renamed = {f"{_PREFIX * bool(_UNPREFIXED.match(name))}{name}": info for name, info in tensors.items()}
+    else:
+        return dict(tensors)
+    if renamed.keys() != tensors.keys() and len(renamed) == len(tensors):
+        logger.warning("%s: names lack %r or have it twice; read as in transformers", folder, _PREFIX)
+        return renamed
+    return dict(tensors)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Return what tells that a file was written to: size and time of the last change."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns

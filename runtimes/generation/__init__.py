@@ -1,0 +1,1 @@
+"""Text in, text out: the loop that turns logits into words, step by step."""

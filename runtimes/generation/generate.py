@@ -1,0 +1,425 @@
+"""Prompt -> text, in layers: `generate_tokens` (ids) -> `stream_text` (pieces of text) -> `generate` (the result).
+
+Time to first token is measured here: from the call of `generate` until the first new id is known, so it holds the
+prefill and one sampling.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+from runtimes.errors import ContextLengthError, InputError
+from runtimes.integers import as_integer
+from runtimes.runners.runner import HeldText, Runner, check_rows, common_prefix
+from runtimes.speculate.speculation import Drafter, Speculation, speculate_tokens
+from runtimes.text.sampling import Sampler
+from runtimes.text.tokenizer import Tokenizer
+
+FinishReason: TypeAlias = Literal["eos", "stop", "length"]
+"""an end-of-sequence token, a stop string, or as many tokens as were asked for or fit"""
+
+
+class Piece(NamedTuple):
+    """A piece of generated text."""
+
+    text: str
+    """whole characters; empty only in the last piece"""
+    finish_reason: FinishReason | None
+    """set in the last piece"""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `generate` made and how long it took."""
+
+    text: str
+    """without the prompt, the stop string and special tokens"""
+    token_ids: tuple[int, ...]
+    """every id that was sampled, also the end-of-sequence token and those of the stop string"""
+    prompt_token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    time_to_first_token: float | None
+    """seconds; None if no token was asked for"""
+    decode_seconds: float
+    """from the first id to the last"""
+    reused_tokens: int
+    """of the prompt, whose keys and values the runner held already"""
+    drafted: int
+    """guesses that the model checked"""
+    accepted: int
+    """of these, the right ones"""
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """Tokens after the first, per second; None if there is only one."""
+        after_first = len(self.token_ids) - 1
+        return after_first / self.decode_seconds if after_first > 0 and self.decode_seconds > 0 else None
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, *, parse_special: bool = False) -> list[int]:
+    """Return the ids of a prompt, at least one.
+
+    Args:
+        tokenizer: of the package.
+        prompt: text.
+        parse_special: names of special tokens in it are these tokens; see `Tokenizer.encode`. A token that begins a
+            text is not put in front of one that the prompt begins with.
+
+    Raises:
+        InputError: the text is not valid Unicode, or is empty and the model has no token that begins a text.
+    """
+    ids = tokenizer.encode(prompt, parse_special=parse_special)
+    if parse_special and len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        plain = tokenizer.encode(prompt, add_special_tokens=False, parse_special=True)
+        ids = plain if plain[:1] == ids[:1] and len(plain) < len(ids) else ids
+    if ids:
+        return ids
+    if tokenizer.bos_token_id is None:
+        raise InputError("empty prompt, and the model has no bos_token_id to begin with; give some text")
+    return [tokenizer.bos_token_id]
+
+
+def generate_tokens(
+    runner: Runner,
+    prompt_ids: Sequence[int],
+    *,
+    sampler: Sampler,
+    max_new_tokens: int | None = None,
+    speculate: Drafter | None = None,
+    eos_token_ids: Collection[int] = (),
+) -> Generator[int, None, None]:
+    """Append a prompt to what the runner holds and sample new ids, forever or until the limit.
+
+    The caller ends it by not asking for more: an id is fed to the model only when the next one is wanted, so the last
+    id is in no cache. With a drafter close the iterator, which drops what was fed too early.
+
+    Args:
+        runner: with an empty cache, or one of a single row.
+        prompt_ids: at least one id.
+        sampler: picks each next id.
+        max_new_tokens: None means as many as fit.
+        speculate: guesses ids, which are checked several at a time; the ids have the same distribution as without.
+        eos_token_ids: nothing after them is guessed; they do not end the iterator.
+
+    Returns:
+        An iterator of ids; the model runs when it is advanced.
+
+    Raises:
+        InputError: no prompt id, or max_new_tokens is no integer of at least 0. At once.
+        ContextLengthError: prompt and new tokens together do not fit. At once.
+        UsageError: the drafter cannot guess for this model: at once. Somebody else has changed what the runner holds
+            since the last id, or is using it now: in the iterator.
+        NumericError: the model broke down; in the iterator.
+    """
+    if len(prompt_ids) == 0:
+        raise InputError("expected at least one prompt id, found none")
+    used = len(prompt_ids) + sum(runner.cache_lengths)
+    limit = _new_token_limit(runner, used, max_new_tokens)
+    return _sample(runner, prompt_ids, sampler, limit, _speculation(runner, speculate), eos_token_ids)
+
+
+def stream_text(
+    tokenizer: Tokenizer,
+    token_ids: Iterable[int],
+    *,
+    stop: Sequence[str] = (),
+    eos_token_ids: Collection[int] | None = None,
+) -> Iterator[Piece]:
+    """Turn ids into text as they come; ask for no id after the end of the text.
+
+    Text that could be the beginning of a stop string is held back until it is decided, so no part of one is given out.
+    Special tokens give no text; a stop string that holds the name of one is found where the token is.
+
+    Args:
+        tokenizer: of the package.
+        token_ids: as from `generate_tokens`.
+        stop: the text ends before the first of them to be complete.
+        eos_token_ids: the text ends at any of these ids; None means the tokenizer's, () none.
+
+    Returns:
+        An iterator of pieces; the last one, and only it, has a finish_reason.
+
+    Raises:
+        InputError: stop is a single string, or holds an empty one. At once.
+    """
+    if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
+        raise InputError(f"stop {stop!r}: expected a list of strings, none of them empty")
+    return _pieces(tokenizer, token_ids, stop, tokenizer.eos_token_ids if eos_token_ids is None else eos_token_ids)
+
+
+def generate(
+    runner: Runner,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int],
+    *,
+    sampler: Sampler,
+    max_new_tokens: int | None = None,
+    stop: Sequence[str] = (),
+    eos_token_ids: Collection[int] | None = None,
+    on_text: Callable[[str], object] | None = None,
+    speculate: Drafter | None = None,
+    parse_special: bool = False,
+) -> Generation:
+    """Generate the continuation of one prompt.
+
+    Of what the runner holds, as much is kept as the prompt begins with, so that a conversation's next turn computes
+    only what is new; the rest is forgotten. Until it is done other threads cannot use the runner.
+
+    Args:
+        runner: any.
+        tokenizer: of the same package.
+        prompt: text, or ids.
+        sampler: picks each next id.
+        max_new_tokens: None means as many as fit.
+        stop: the text ends before the first of them to be complete.
+        eos_token_ids: the text ends at any of these ids; None means the tokenizer's, () none.
+        on_text: called with each piece of text as soon as it is there.
+        speculate: guesses ids, which are checked several at a time; the text has the same distribution as without.
+        parse_special: names of special tokens in the prompt are these tokens; see `Tokenizer.encode`.
+
+    Raises:
+        InputError, ContextLengthError, UsageError: as `encode_prompt`, `generate_tokens` and `stream_text`, or another
+            thread is using the runner; before the model runs or forgets.
+        NumericError: the model broke down.
+    """
+    started = time.perf_counter()
+    if isinstance(prompt, str):
+        prompt_ids = encode_prompt(tokenizer, prompt, parse_special=parse_special)
+    else:
+        prompt_ids = list(prompt)
+    if not prompt_ids:
+        raise InputError("expected at least one prompt id, found none")
+    limit = _new_token_limit(runner, len(prompt_ids), max_new_tokens)
+    (checked,) = check_rows(
+        [prompt_ids],
+        vocab_size=runner.model.vocab_size,
+        cache_lengths=(),
+        max_cache_length=runner.max_cache_length,
+    )
+    prompt_ids = checked.tolist()
+    speculation = _speculation(runner, speculate)
+    ends = tokenizer.eos_token_ids if eos_token_ids is None else eos_token_ids
+    sampled: list[int] = []
+    times: list[float] = []
+    reused = 0
+
+    def recorded() -> Generator[int, None, None]:
+        nonlocal reused
+        reused = _keep_common_prefix(runner, prompt_ids)
+        with closing(_sample(runner, prompt_ids[reused:], sampler, limit, speculation, ends)) as ids:
+            for token_id in ids:
+                times.append(time.perf_counter())
+                sampled.append(token_id)
+                yield token_id
+
+    text: list[str] = []
+    reason: FinishReason = "length"
+    with runner.exclusive, closing(recorded()) as ids:
+        for piece in stream_text(tokenizer, ids, stop=stop, eos_token_ids=ends):
+            if piece.text:
+                text.append(piece.text)
+                if on_text is not None:
+                    on_text(piece.text)
+            reason = piece.finish_reason or reason
+    return Generation(
+        text="".join(text),
+        token_ids=tuple(sampled),
+        prompt_token_ids=tuple(prompt_ids),
+        finish_reason=reason,
+        time_to_first_token=times[0] - started if times else None,
+        decode_seconds=times[-1] - times[0] if times else 0.0,
+        reused_tokens=reused,
+        drafted=speculation.drafted if speculation else 0,
+        accepted=speculation.accepted if speculation else 0,
+    )
+
+
+def _new_token_limit(runner: Runner, used: int, max_new_tokens: int | None) -> int:
+    asked = as_integer(max_new_tokens)
+    if max_new_tokens is not None and (asked is None or asked < 0):
+        raise InputError(f"max_new_tokens {max_new_tokens!r}: expected an integer of at least 0")
+    if used + (asked or 0) > runner.max_cache_length:
+        new = "" if asked is None else f" and {asked} new ones make {used + asked}"
+        raise ContextLengthError(
+            f"a prompt of {used} tokens{new}: the context holds {runner.max_cache_length}; "
+            "shorten the prompt or ask for fewer new tokens"
+        )
+    return runner.max_cache_length - used if asked is None else asked
+
+
+def _speculation(runner: Runner, drafter: Drafter | None) -> Speculation | None:
+    if drafter is None:
+        return None
+    drafter.check(runner)
+    return Speculation(drafter)
+
+
+def _keep_common_prefix(runner: Runner, prompt_ids: Sequence[int]) -> int:
+    """Forget what the runner holds from where the prompt differs; return how many tokens are left.
+
+    One token of the prompt is always left to feed, since the cache has no logits.
+    """
+    held = runner.cached_tokens
+    kept = common_prefix(held[0], prompt_ids[:-1]) if len(held) == 1 else 0
+    if kept:
+        runner.truncate([kept])
+    else:
+        runner.reset()
+    return kept
+
+
+def _sample(
+    runner: Runner,
+    prompt_ids: Sequence[int],
+    sampler: Sampler,
+    limit: int,
+    speculation: Speculation | None,
+    eos_token_ids: Collection[int],
+) -> Generator[int, None, None]:
+    """Return the iterator of ids; what the runner holds now, not when it is first advanced, is what they continue."""
+    return _continue(runner, HeldText(runner), prompt_ids, sampler, limit, speculation, eos_token_ids)
+
+
+def _continue(
+    runner: Runner,
+    text: HeldText,
+    prompt_ids: Sequence[int],
+    sampler: Sampler,
+    limit: int,
+    speculation: Speculation | None,
+    eos_token_ids: Collection[int],
+) -> Generator[int, None, None]:
+    if limit == 0:
+        return
+    with text.step():
+        token_id = sampler(runner.prefill([prompt_ids])[0][-1])
+    yield token_id
+    if speculation is not None:
+        yield from speculate_tokens(
+            runner,
+            token_id,
+            limit - 1,
+            sampler=sampler,
+            speculation=speculation,
+            eos_token_ids=eos_token_ids,
+            text=text,
+        )
+        return
+    for _ in range(limit - 1):
+        with text.step():
+            token_id = _next(runner, sampler, token_id)
+        yield token_id
+
+
+def _next(runner: Runner, sampler: Sampler, token_id: int) -> int:
+    """Append an id to the only row and sample the next, from candidates that the graph picked where these will do."""
+    if 0 < sampler.candidates <= runner.top_k:
+        ids, logits = runner.decode_top([token_id])
+        chosen = sampler.choose(ids[0], logits[0])
+        if chosen is not None:
+            return chosen
+        runner.truncate([runner.cache_lengths[0] - 1])  # undecided: compute it again, for all logits
+    return sampler(runner.decode([token_id])[0])
+
+
+def _pieces(
+    tokenizer: Tokenizer, token_ids: Iterable[int], stop: Sequence[str], eos_token_ids: Collection[int]
+) -> Iterator[Piece]:
+    stream = tokenizer.stream()
+    held = _Held(stop, tokenizer.special_tokens)
+    reason: FinishReason = "length"
+    for token_id in token_ids:
+        if token_id in eos_token_ids:
+            reason = "eos"
+            break
+        held.push(stream.push(token_id), held.hidden(token_id))
+        if held.stopped is not None:
+            yield Piece(held.stopped, "stop")
+            return
+        if free := held.free():
+            yield Piece(free, None)
+    held.push(stream.flush())
+    yield Piece(held.text, reason) if held.stopped is None else Piece(held.stopped, "stop")
+
+
+class _Held:
+    """Text that is not given out yet, and the names of special tokens in it, which are never given out.
+
+    Stop strings are looked for in the text, as it is given out; those that hold the name of a special token in the text
+    with these names in their places.
+    """
+
+    def __init__(self, stop: Sequence[str], special_tokens: Mapping[int, str]) -> None:
+        self._stop = stop
+        self._stop_with_names = [s for s in stop if any(name in s for name in special_tokens.values())]
+        self._names = special_tokens if self._stop_with_names else {}
+        self._parts: list[tuple[str, bool]] = []  # (text, whether it is given out)
+        self.stopped: str | None = None
+        """the text in front of the first stop string that is complete"""
+
+    @property
+    def text(self) -> str:
+        """What would be given out."""
+        return "".join(text for text, shown in self._parts if shown)
+
+    def hidden(self, token_id: int) -> str:
+        """Return the name of a special token, where a stop string holds any."""
+        return self._names.get(token_id, "")
+
+    def push(self, text: str, hidden: str = "") -> None:
+        """Add what a token gives, and its name if it is special."""
+        self._parts += [part for part in ((text, True), (hidden, False)) if part[0]]
+        cuts = [cut for cut in (_find_stop(self.text, self._stop), self._find_with_names()) if cut is not None]
+        if cuts:
+            self.stopped = self.text[: min(cuts)]
+
+    def free(self) -> str:
+        """Drop and return the text that can be no part of a stop string."""
+        text, names = self.text, self._with_names()
+        kept = len(names) - _undecided(names, self._stop_with_names)
+        count = min(len(text) - _undecided(text, self._stop), self._shown(kept))
+        free, left = text[:count], count
+        while self._parts:  # what is given out, and the names in front that can be no part of a stop string
+            part, shown = self._parts[0]
+            gone = min(left, len(part)) if shown else len(part)
+            if not gone or (not shown and not left and gone > kept):
+                break
+            self._parts[:1] = [(part[gone:], True)] if gone < len(part) else []
+            left -= gone if shown else 0
+            kept -= gone
+        return free
+
+    def _with_names(self) -> str:
+        return "".join(text for text, _ in self._parts) if self._stop_with_names else ""
+
+    def _find_with_names(self) -> int | None:
+        cut = _find_stop(self._with_names(), self._stop_with_names)
+        return None if cut is None else self._shown(cut)
+
+    def _shown(self, length: int) -> int:
+        """Return how many characters are given out of the first `length` with names; all where there are no names."""
+        if not self._stop_with_names:
+            return len(self.text)
+        count = 0
+        for text, shown in self._parts:
+            part = min(length, len(text))
+            count += part if shown else 0
+            length -= part
+        return count
+
+
+def _find_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Return where the stop string begins that is complete first; the longest, if several end there."""
+    ends = [(at + len(s), at) for s in stop if (at := text.find(s)) >= 0]
+    return min(ends)[1] if ends else None
+
+
+def _undecided(text: str, stop: Sequence[str]) -> int:
+    """Return the length of the longest end of `text` that could become a stop string."""
+    longest = max((len(s) for s in stop), default=1) - 1
+    sizes = range(min(longest, len(text)), 0, -1)
+    return next((n for n in sizes if any(s.startswith(text[-n:]) for s in stop)), 0)

@@ -1,0 +1,1 @@
+"""Graphs on onnxruntime: a file per cache form."""

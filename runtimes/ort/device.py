@@ -1,0 +1,245 @@
+"""The runner of the shared-cache graph on a GPU, through onnxruntime; see `SharedRunner` for the graph's tensors.
+
+The KV buffer lies in device memory and has the whole context of every row from the start, so that it never moves while
+rows come and go: it is reallocated only where there are more rows than ever before, and then copied through the host.
+
+A decode step moves token ids, a mask and the logits (or the candidates) and nothing else: its inputs and outputs are
+tensors on the device, at fixed addresses, updated in place. On CUDA each number of rows is captured as a CUDA graph of
+its own, under an id of its own; every other call runs uncaptured. What onnxruntime demands of a captured call
+(docs/execution-providers/CUDA-ExecutionProvider.md, "Using CUDA Graphs"): IO binding, the same shapes and addresses at
+every replay, no node that computes tensors on the host. total_sequence_length, which the host reads, is the mask's
+length, so the mask of a decode step has the length of the buffer.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort  # type: ignore[import-untyped]
+
+from runtimes.errors import ContextLengthError, InputError, UsageError
+from runtimes.manifest import KVCacheSpec, ModelSpec, Variant
+from runtimes.one_thread import one_thread
+from runtimes.ort.devices import GpuMemory, Shapes
+from runtimes.ort.shared import SharedRunner, attention_mask
+from runtimes.runners.runner import Ids
+
+PREFILL_CHUNK = 2048
+"""tokens of one sequence per call"""
+
+MAX_COMPILED_ROWS = 16
+"""rows at most where the device compiles for some shapes"""
+
+_BATCHED_LOGITS = 512  # as in SharedRunner; a GPU has more room
+_GRAPH_ID = "gpu_graph_id"  # of a run: the captured graph to make or replay
+_NO_CAPTURE = "-1"
+_ONNX_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "float16": 10, "bfloat16": 16}
+_INT64 = np.dtype(np.int64)
+_STORED = {
+    size: np.dtype(f"uint{8 * size}") for size in (1, 2, 4)
+}  # bytes per element -> how the host sees it; numpy has no bfloat16
+_SIZES = {"float32": 4, "uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class _DecodeStep:
+    """What a decode step of so many rows reads and writes, on the device; its binding and its CUDA graph hold these."""
+
+    input_ids: Any
+    """OrtValue, int64 [B, 1]"""
+    attention_mask: Any
+    """OrtValue, int64 [B, C]"""
+    outputs: dict[str, Any]
+    """name -> OrtValue [B, 1, ...]"""
+    host: tuple[Any, ...]
+    """what else is bound, kept alive"""
+    binding: Any
+    options: ort.RunOptions
+
+
+def compiled_shapes(spec: KVCacheSpec) -> Shapes:
+    """Return for which shapes the graph is compiled, where a device does that; one row's decode step is the usual."""
+    capacity = spec.max_cache_length
+    chunk, cache = min(PREFILL_CHUNK, capacity), (spec.num_key_value_heads, capacity, spec.stored_head_dim)
+    caches = [f"past_key_values.{layer}.{kind}" for layer in range(spec.num_layers) for kind in ("key", "value")]
+    return {
+        "input_ids": ((1, 1), (1, 1), (MAX_COMPILED_ROWS, chunk)),
+        "attention_mask": ((1, 1), (1, capacity), (MAX_COMPILED_ROWS, capacity)),
+        "num_logits_to_keep": ((0,), (1,), (chunk,)),
+        **dict.fromkeys(caches, ((1, *cache), (1, *cache), (MAX_COMPILED_ROWS, *cache))),
+    }
+
+
+class DeviceRunner(SharedRunner):
+    """The shared-cache graph on a GPU; implements `runtimes.runners.runner.Runner`."""
+
+    prefill_chunk = PREFILL_CHUNK
+    batched_logits = _BATCHED_LOGITS
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        variant: Variant,
+        model: ModelSpec,
+        memory: GpuMemory,
+        *,
+        capture: bool,
+        max_rows: int | None = None,
+    ) -> None:
+        """Args:
+        session: on the device.
+        variant, model: the manifest's.
+        memory: of the device.
+        capture: make CUDA graphs of decode steps; the session was opened for it.
+        max_rows: for which the session was compiled; None: any number.
+        """
+        self._device = DeviceBuffer(variant.kv_cache, memory, max_rows)
+        super().__init__(session, None, variant, model, self._device)
+        self._memory = memory
+        self._graph_ids = itertools.count(1) if capture else None
+        self._run_options = _run_options(_NO_CAPTURE if capture else None)
+        self._steps: dict[int, _DecodeStep] = {}
+        self._steps_of = -1  # the buffer's version they are bound to
+
+    @one_thread
+    def close(self) -> None:
+        self._steps.clear()  # before the memory they are bound to
+        super().close()
+
+    def _step(self, ids: Ids, starts: Ids, wanted: Sequence[str]) -> list[npt.NDArray[Any]]:
+        if self._decode_session is None:
+            raise UsageError("the runner is closed; open another")
+        self._device.reserve(max(len(ids), len(self._tokens)), int(starts.max()) + 1, self.cache_lengths)
+        if self._steps_of != self._device.version:
+            self._steps.clear()
+            self._steps_of = self._device.version
+        if len(ids) not in self._steps:
+            self._steps[len(ids)] = self._new_step(self._decode_session, len(ids))
+        step = self._steps[len(ids)]
+        step.input_ids.update_inplace(np.ascontiguousarray(ids))
+        step.attention_mask.update_inplace(attention_mask(starts + 1, self.max_cache_length))
+        self._run_bound(self._decode_session, step.binding, step.options)
+        return [step.outputs[name].numpy()[:, 0] for name in wanted]
+
+    def _new_step(self, session: ort.InferenceSession, rows: int) -> _DecodeStep:
+        """Allocate and bind a step of so many rows; the first run of its id captures it."""
+        input_ids = self._memory.allocate((rows, 1), _INT64)
+        mask = self._memory.allocate((rows, self.max_cache_length), _INT64)
+        names = ("logits", "top_ids", "top_logits") if self.top_k else ("logits",)
+        outputs = {
+            name: self._memory.allocate(array.shape, array.dtype)
+            for name, array in self._outputs(rows, 1, names).items()
+        }
+        keep = np.array(1, np.int64)
+        count = ort.OrtValue.ortvalue_from_numpy(keep)  # read on the host, when the graph is captured
+        binding = self._device.new_binding(session, 0, rows)
+        binding.bind_ortvalue_input("input_ids", input_ids)
+        binding.bind_ortvalue_input("attention_mask", mask)
+        binding.bind_ortvalue_input("num_logits_to_keep", count)
+        for name, value in outputs.items():
+            binding.bind_ortvalue_output(name, value)
+        graph_id = None if self._graph_ids is None else str(next(self._graph_ids))
+        return _DecodeStep(input_ids, mask, outputs, (keep, count), binding, _run_options(graph_id))
+
+
+class DeviceBuffer:
+    """Keys and values of some rows in device memory, [rows, kv_heads, max_cache_length, head_dim] each, zero at first.
+
+    Finite from the start, as what is masked may be multiplied, too. The host knows them as unsigned integers of the
+    same size, since numpy has no bfloat16, and binds them by address with the type they have.
+    """
+
+    def __init__(self, spec: KVCacheSpec, memory: GpuMemory, max_rows: int | None = None) -> None:
+        self._spec = spec
+        self._memory = memory
+        self._max_rows = max_rows
+        self._names = [f"{layer}.{kind}" for layer in range(spec.num_layers) for kind in ("key", "value")]
+        self._values: dict[str, Any] = {}
+        self._bindings: dict[tuple[int, int, tuple[str, ...]], Any] = {}
+        self.rows = 0
+        self.version = 0
+        """grows whenever the memory moves"""
+
+    @property
+    def _row_shape(self) -> tuple[int, int, int]:
+        return (self._spec.num_key_value_heads, self._spec.max_cache_length, self._spec.stored_head_dim)
+
+    def reserve(self, rows: int, length: int, held: Sequence[int]) -> None:  # noqa: ARG002  # it always has all
+        """Make room for so many rows, keeping what the rows have.
+
+        Raises:
+            InputError: more than the session was compiled for.
+            ContextLengthError: the device's memory does not hold them.
+        """
+        if rows <= self.rows:
+            return
+        if self._max_rows is not None and rows > self._max_rows:
+            raise InputError(f"{rows} rows; this device takes {self._max_rows}, device cuda any number")
+        self._bindings.clear()
+        dtype = _STORED[_SIZES[self._spec.dtype]]
+        grown: dict[str, Any] = {}
+        try:
+            for name in self._names:
+                value = self._memory.allocate((rows, *self._row_shape), dtype)
+                content = np.zeros((rows, *self._row_shape), dtype)
+                if self.rows and any(held):
+                    content[: self.rows] = self._values[name].numpy()
+                value.update_inplace(content)
+                grown[name] = value
+        except RuntimeError as error:
+            size = len(self._names) * rows * int(np.prod(self._row_shape)) * _SIZES[self._spec.dtype]
+            raise ContextLengthError(
+                f"a KV cache of {rows} rows of {self._spec.max_cache_length} tokens needs {size:,} bytes of the GPU's "
+                "memory; use fewer rows"
+            ) from error
+        self._values = grown
+        self.rows = rows
+        self.version += 1
+
+    def binding(self, session: ort.InferenceSession, start: int, stop: int, outputs: Sequence[str]) -> Any:
+        """Return the binding of rows start to stop as past and present; kept."""
+        key = (start, stop, tuple(outputs))
+        if key not in self._bindings:
+            self._bindings[key] = self.new_binding(session, start, stop)
+        return self._bindings[key]
+
+    def new_binding(self, session: ort.InferenceSession, start: int, stop: int) -> Any:
+        """Return a binding of rows start to stop as past and present, both at one address."""
+        binding = session.io_binding()
+        shape = [stop - start, *self._row_shape]
+        offset = start * int(np.prod(self._row_shape)) * _SIZES[self._spec.dtype]
+        onnx_type = _ONNX_TYPES[self._spec.dtype]
+        for name, value in self._values.items():
+            address = value.data_ptr() + offset
+            binding.bind_input(
+                f"past_key_values.{name}", self._memory.kind, self._memory.index, onnx_type, shape, address
+            )
+            binding.bind_output(f"present.{name}", self._memory.kind, self._memory.index, onnx_type, shape, address)
+        return binding
+
+    def clear(self, row: int, start: int) -> None:
+        """Set a row's keys and values to zero from one slot on; through the host, as this is for errors."""
+        for value in self._values.values():
+            content = value.numpy()
+            content[row : row + 1, :, start:] = 0
+            value.update_inplace(content)
+
+    def close(self) -> None:
+        """Free the memory."""
+        self._bindings.clear()
+        self._values.clear()
+        self.rows = 0
+        self.version += 1
+
+
+def _run_options(graph_id: str | None) -> ort.RunOptions | None:
+    if graph_id is None:
+        return None
+    options = ort.RunOptions()
+    options.add_run_config_entry(_GRAPH_ID, graph_id)
+    return options

@@ -1,0 +1,1 @@
+"""What every runner offers, and what runners of one cache form share."""

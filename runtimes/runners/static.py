@@ -1,0 +1,144 @@
+"""The runner of the static-cache graphs, on whatever computes them: onnxruntime, or an engine of a TensorRT.
+
+| tensor                          | shape                                                   | dtype          |
+|---------------------------------|---------------------------------------------------------|----------------|
+| input_ids                       | [batch_size, sequence_length]                           | int64          |
+| write_indices                   | [batch_size]: the slot of each row's first token here   | int64          |
+| logit_index                     | [batch_size, 1]: the position here that gets logits     | int64          |
+| past_key_values.N.key, .value   | [batch_size, kv_heads, C, head_dim]                     | kv_cache.dtype |
+| -> logits                       | [batch_size, vocab_size]                                | float32        |
+| -> top_ids                      | [batch_size, top_k]: the likeliest, best first          | int64          |
+| -> top_logits                   | [batch_size, top_k]: their logits                       | float32        |
+| -> present.N.key, .value        | the memory of past_key_values                           | kv_cache.dtype |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from runtimes.manifest import ModelSpec, Variant
+from runtimes.one_thread import one_thread
+from runtimes.runners.rows import RowRunner
+from runtimes.runners.runner import Ids, Logits, TokenIds
+
+
+class StaticSession(Protocol):
+    """A static-cache graph, loaded, with the memory of its KV cache: zeros at first, then written in place."""
+
+    prefill_chunk: int
+    """tokens per row that one call takes at most"""
+
+    def reserve(self, rows: int) -> None:
+        """Have memory for so many rows, keeping what they hold.
+
+        Raises:
+            InputError: more than it was made for.
+            ResourceError: there is not so much memory.
+        """
+        ...
+
+    def run(
+        self, first_row: int, input_ids: Ids, write_indices: Ids, logit_index: Ids, wanted: Sequence[str]
+    ) -> list[npt.NDArray[Any]]:
+        """Compute B rows of the cache, in place.
+
+        Args:
+            first_row: where they begin.
+            input_ids: int64 [B, S].
+            write_indices: int64 [B].
+            logit_index: int64 [B].
+            wanted: out of logits, top_ids, top_logits; what is not wanted stays where it was computed.
+
+        Returns:
+            What is wanted, in that order, each an array of its own.
+
+        Raises:
+            UsageError: the session is closed.
+            FailedError: it could not be computed.
+        """
+        ...
+
+    def clear(self, row: int, start: int) -> None:
+        """Set a row's keys and values to zero from one slot on."""
+        ...
+
+    def close(self) -> None:
+        """Free everything. Closing twice is harmless."""
+        ...
+
+
+class StaticRunner(RowRunner):
+    """Implements `runtimes.runners.runner.Runner`, and slots, with a static-cache graph.
+
+    Prompts are computed in pieces of `prefill_chunk` tokens. Rows of different lengths are padded on the right; what is
+    written after a row's last token, and what `truncate` drops, is overwritten by its next. A slot is a position, and
+    padding must not pass C: where it would, the row starts earlier and computes tokens that the cache holds already
+    once more, to the same values.
+
+    The graph gives the logits of one position per row, so `all_positions` calls it once for each position; that is
+    meant for verification, not for speed.
+    """
+
+    def __init__(self, session: StaticSession, variant: Variant, model: ModelSpec) -> None:
+        super().__init__(variant, model)
+        self._session = session
+
+    @one_thread
+    def decode_block(self, token_ids: TokenIds) -> Logits:
+        (ids,) = self._checked([token_ids])
+        (held,) = self._held(1)
+        self._session.reserve(1)
+        steps = [self._append(ids[None, n : n + 1], np.array([len(held) + n])) for n in range(len(ids))]
+        logits: Logits = np.concatenate(steps)  # (n, V)
+        self._check_finite([logits], [len(held) + len(ids)])
+        self._take([np.concatenate([held, ids])])
+        return logits
+
+    @one_thread
+    def close(self) -> None:
+        super().close()
+        self._session.close()
+
+    def _extend(self, rows: list[Ids], tokens: list[Ids], all_positions: bool) -> list[Logits]:
+        self._session.reserve(len(rows))
+        return self._prefill(0, [len(t) - len(r) for t, r in zip(tokens, rows, strict=True)], tokens, all_positions)
+
+    def _fill(self, slot: int, ids: Ids) -> Logits:
+        self._session.reserve(max(slot + 1, len(self._tokens)))
+        return self._prefill(slot, [0], [ids], all_positions=False)[0]
+
+    def _step(self, ids: Ids, starts: Ids, wanted: Sequence[str]) -> list[npt.NDArray[Any]]:
+        return self._session.run(0, ids, starts, np.zeros_like(starts), wanted)
+
+    def _undo(self, rows: Sequence[int]) -> None:
+        # Slots that are not seen yet are read and weighted with 0, and 0 times NaN is NaN.
+        for row in rows:
+            self._session.clear(row, self.cache_lengths[row] if row < len(self._tokens) else 0)
+
+    def _prefill(self, first_row: int, held: list[int], tokens: list[Ids], all_positions: bool) -> list[Logits]:
+        """Compute rows from where they are held to their ends, chunk by chunk, all rows at once."""
+        done, ends = np.array(held), np.array([len(row) for row in tokens])
+        pieces: list[list[Logits]] = [[] for _ in tokens]
+        while (done < ends).any():
+            width = min(self._session.prefill_chunk, int((ends - done).max()))
+            # A row that is at its end waits, as in `step`.
+            starts = np.minimum(done, self.max_cache_length - width)  # (B,)
+            counts = np.minimum(ends - done, width)
+            ids = np.zeros((len(tokens), width), np.int64)
+            for b, row in enumerate(tokens):
+                window = row[starts[b] : done[b] + counts[b]]
+                ids[b, : len(window)] = window
+            ending = (counts > 0) & (done + counts == ends)
+            for n in range(0 if all_positions else width - 1, width):
+                use = counts > n if all_positions else ending
+                index = np.minimum(done - starts + np.clip(counts - 1, 0, n), width - 1)  # (B,)
+                wanted = ("logits",) if use.any() else ()
+                for logits in self._session.run(first_row, ids, starts, index, wanted):
+                    for b in np.flatnonzero(use).tolist():
+                        pieces[b].append(logits[b][None])
+            done += counts
+        return [np.concatenate(row) for row in pieces]

@@ -1,0 +1,1 @@
+"""From text to tokens, to a choice among them, and back."""

@@ -1,0 +1,178 @@
+"""config.json in both forms, and refusals by name."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.checkpoints import SHAPE
+
+from olmo2_export.config import ModelConfig
+from runtimes.errors import ConfigError
+
+V5: dict[str, Any] = SHAPE | {"model_type": "olmo2", "hidden_act": "silu"}
+V4: dict[str, Any] = {k: v for k, v in V5.items() if k != "rope_parameters"} | {
+    "rope_theta": 500000,
+    "rope_scaling": None,
+}
+
+
+def test_both_forms_give_the_same_config() -> None:
+    config = ModelConfig.from_dict(V5)
+    assert config == ModelConfig.from_dict(V4)
+    assert config.rope_theta == 500000.0
+    assert (config.head_dim, config.num_key_value_heads, config.rms_norm_eps) == (16, 2, 1e-6)
+    assert (config.attention_bias, config.tie_word_embeddings) == (False, False)
+
+
+def test_defaults_are_those_of_transformers() -> None:
+    raw = {
+        k: v for k, v in V4.items() if k not in ("num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling")
+    }
+    config = ModelConfig.from_dict(raw)
+    assert (config.num_key_value_heads, config.rms_norm_eps, config.rope_theta) == (6, 1e-5, 10_000.0)
+
+
+def test_optional_fields_are_read() -> None:
+    config = ModelConfig.from_dict(
+        V5 | {"attention_bias": True, "tie_word_embeddings": True, "rms_norm_eps": 0.003, "head_dim": 20}
+    )
+    assert (config.attention_bias, config.tie_word_embeddings, config.rms_norm_eps, config.head_dim) == (
+        True,
+        True,
+        0.003,
+        20,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "olmo3"}, "model_type 'olmo3'"),
+        ({"model_type": "llama"}, "model_type 'llama'"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"hidden_size": -5}, "hidden_size -5"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000"),
+        ({"num_attention_heads": 5}, "no multiple of the 5 heads"),
+        ({"num_key_value_heads": 4}, "no multiple of num_key_value_heads 4"),
+        ({"head_dim": 15}, "head_dim 15 is odd"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps nan"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps 0"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps 1000"),
+        ({"rope_theta": 10**400}, "rope_theta 1000"),
+        ({"eos_token_id": {"a": 1}}, "eos_token_id {'a': 1}"),
+        ({"eos_token_id": [130, "x"]}, "eos_token_id [130, 'x']"),
+        ({"bos_token_id": [1]}, "bos_token_id [1]"),
+        ({"vocab_size": True}, "vocab_size True"),
+        ({"vocab_size": "131"}, "vocab_size '131'"),
+        ({"attention_bias": 1}, "attention_bias 1"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8}}, "rope_type 'yarn'"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_theta 0"),
+        ({"rope_parameters": {"rope_theta": 1e4, "factor": 8.0}}, "factor"),
+        ({"rope_parameters": [1]}, "rope_parameters [1]"),
+        ({"rope_theta": 1e4}, "rope_theta 10000.0 beside 500000"),
+        ({"rope_scaling": {"type": "linear", "factor": 1.0}}, "rope_theta 500000.0 beside 10000"),
+        ({"rope_scaling": {"type": "default", "rope_theta": 3e5}}, "rope_theta 500000.0 beside 300000"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
+        ({"clip_qkv": 8.0}, "clip_qkv 8.0"),
+        ({"sliding_window": 32}, "sliding_window 32"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"layer_types": "full_attention"}, "layer_types"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+        ({"logit_scale": 2.0}, "logit_scale 2.0"),
+        ({"model_type": "hf_olmo"}, "whose name ends in -hf"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused_by_name(change: dict[str, Any], named: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_dict(V5 | change)
+    assert named in str(caught.value)
+    assert time.monotonic() - started < 1
+
+
+def test_every_problem_is_in_one_message() -> None:
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_dict(V5 | {"hidden_act": "relu", "vocab_size": 0, "clip_qkv": 1.0})
+    assert all(name in str(caught.value) for name in ("hidden_act", "vocab_size", "clip_qkv"))
+
+
+def test_null_fields_of_other_models_are_fine() -> None:
+    assert ModelConfig.from_dict(V5 | {"clip_qkv": None, "sliding_window": None, "mlp_bias": False})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"auto_map": {"AutoModel": "own.Model"}}, "auto_map is code of its own"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is left over"),
+        ({"layer_types": ["full_attention"] * 3, "sliding_window": 32}, ""),
+        ({"sliding_window": 256}, ""),
+        ({"sliding_window": 32, "use_sliding_window": False}, ""),
+        ({"partial_rotary_factor": 1.0, "logit_scale": 1.0, "final_logit_softcapping": 0.0}, ""),
+        ({"hidden_act": "swish"}, ""),
+        ({"attention_bias": None, "tie_word_embeddings": None}, ""),
+        ({"rope_scaling": {"type": "linear", "factor": 1, "rope_theta": 5e5}}, "factor mean nothing"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "factor": 8.0}}, "factor mean nothing"),
+        ({"eos_token_id": 50279}, "eos_token_id 50279: the vocabulary has 131"),
+        ({"eos_token_id": [130, 131]}, "131 is never sampled"),
+        ({"pad_token_id": -1}, "pad_token_id -1"),
+    ],
+)
+def test_what_changes_no_logits_is_read_and_said(
+    change: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert ModelConfig.from_dict(V5 | change, where=repr(change)) == ModelConfig.from_dict(V5)
+    assert said in caplog.text
+    assert bool(said) == bool(caplog.records)
+
+
+def test_a_warning_is_given_once_however_often_a_file_is_read(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(3):
+        ModelConfig.from_dict(V5 | {"auto_map": {"a": "b"}}, where="read three times")
+    assert len(caplog.records) == 1
+
+
+def test_a_byte_order_mark_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("\ufeff" + json.dumps(V5), encoding="utf-8")
+    with pytest.raises(ConfigError, match="begins with a byte order mark"):
+        ModelConfig.from_json(tmp_path / "config.json")
+
+
+def test_unknown_fields_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        ModelConfig.from_dict(V5 | {"new_trick": 3})
+    assert "new_trick" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[1]", "{", "\xff\xfe", '{"a": ' * 100_000], ids=["empty", "list", "cut", "latin", "deep"]
+)
+def test_unreadable_files_are_one_error(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        ModelConfig.from_json(path)
+
+
+def test_a_lone_surrogate_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(V5 | {"_name_or_path": "\ud800"}))
+    with pytest.raises(ConfigError, match="UnicodeEncodeError"):
+        ModelConfig.from_json(path)
+
+
+def test_missing_file_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        ModelConfig.from_json(tmp_path / "config.json")
+
+
+def test_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(V4))
+    assert ModelConfig.from_json(path) == ModelConfig.from_dict(V5)

@@ -1,0 +1,502 @@
+"""olmo2-run: every flag, every exit code, and how it ends when it is interrupted."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import runtimes
+from runtimes import cli, open_runner
+from runtimes.cli import main, parse_args
+from runtimes.generation.generate import generate
+from runtimes.manifest import package_checksum
+from runtimes.sealed import FORMAT_VERSION, seal
+from runtimes.text.sampling import Sampler
+from runtimes.text.tokenizer import Tokenizer
+
+ROOT = Path(runtimes.__file__).parent.parent
+PROMPT = "And it came to pass"
+
+
+@pytest.fixture(scope="module")
+def expected(demo_package: Path) -> str:
+    """24 greedy tokens after PROMPT."""
+    tokenizer = Tokenizer.from_package(demo_package)
+    with open_runner(demo_package) as runner:
+        return generate(runner, tokenizer, PROMPT, sampler=Sampler(), max_new_tokens=24).text
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "runtimes", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 2) -> str:
+    """Run, expect an exit code, and return the one line of the error."""
+    assert main(list(map(str, arguments))) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"olmo2-run: error: [^\n]+\n", err), err
+    return err
+
+
+def test_what_the_runners_say_goes_to_stderr() -> None:
+    code = """
+import logging
+from runtimes.cli import main
+assert main(["generate", "nowhere", "--prompt", "x"]) == 2
+logging.getLogger("runtimes.trt.open").info("a budget")
+logging.getLogger("runtimes.trt.nvidia").debug("a detail")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[1:] == ["a budget"]
+
+
+def test_text_goes_to_stdout_and_nothing_else(
+    demo_package: Path, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(demo_package), "--prompt", PROMPT, "--max-new-tokens", "24"]) == 0
+    assert capsys.readouterr() == (expected + "\n", "")
+
+
+def test_module_is_the_same_as_the_command(demo_package: Path, expected: str) -> None:
+    process = start("generate", demo_package, "--prompt", PROMPT, "--max-new-tokens", "24")
+    assert process.communicate(timeout=60) == ((expected + "\n").encode(), b"")
+    assert process.returncode == 0
+
+
+def test_prompt_from_stdin_loses_one_newline(
+    demo_package: Path, expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode() + b"\n")))
+    assert main(["generate", str(demo_package), "--prompt", "-", "--max-new-tokens", "24"]) == 0
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_stdin_that_is_not_utf8_is_refused(
+    demo_package: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff")))
+    assert "stdin: byte 2 is not UTF-8" in refused(capsys, "generate", demo_package, "--prompt", "-")
+
+
+def test_sampling_flags_are_used(demo_package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--temperature", "1.2", "--top-k", "50", "--top-p", "0.9", "--seed", "5", "--max-new-tokens", "16"]
+    assert main(["generate", str(demo_package), "--prompt", PROMPT, *flags]) == 0
+    tokenizer = Tokenizer.from_package(demo_package)
+    with open_runner(demo_package) as runner:
+        same = generate(runner, tokenizer, PROMPT, sampler=Sampler(1.2, 50, 0.9, 5), max_new_tokens=16).text
+        other = generate(runner, tokenizer, PROMPT, sampler=Sampler(1.2, 50, 0.9, 6), max_new_tokens=16).text
+    assert capsys.readouterr().out == same + "\n" != other + "\n"
+
+
+def test_stop_flag_may_be_repeated(demo_package: Path, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    stop = expected[10:15]
+    flags = ["--stop", "never in this text", "--stop", stop, "--max-new-tokens", "24", "--stats"]
+    assert main(["generate", str(demo_package), "--prompt", PROMPT, *flags]) == 0
+    out, err = capsys.readouterr()
+    assert out == expected[: expected.index(stop)] + "\n"
+    assert "finish reason stop" in err
+
+
+def test_stats_are_one_line_on_stderr(demo_package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(demo_package), "--prompt", PROMPT, "--max-new-tokens", "9", "--stats"]) == 0
+    pattern = (
+        r"\d+ prompt tokens \(0 reused\), 9 new tokens \(0 drafted, 0 accepted\), "
+        r"time to first token \d+\.\d ms, \d+\.\d tokens/s, finish reason length, variant fp32\n"
+    )
+    assert re.fullmatch(pattern, capsys.readouterr().err)
+    assert main(["generate", str(demo_package), "--prompt", PROMPT, "--max-new-tokens", "0", "--stats"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "\n"
+    assert "0 new tokens (0 drafted, 0 accepted), time to first token - ms, - tokens/s, finish reason length" in err
+
+
+def test_prompts_of_windows_editors_are_the_same_prompt(
+    demo_package: Path, expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for data in (b"\r\n", b"\n", b""):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbf" + PROMPT.encode() + data)))
+        assert main(["generate", str(demo_package), "--prompt", "-", "--max-new-tokens", "24"]) == 0
+        assert capsys.readouterr().out == expected + "\n"
+
+
+@pytest.mark.parametrize("prompt", ["And it\r\ncame", "\ufeffAnd it\r\ncame", "And it\r\ncame\r"])
+def test_a_prompt_from_a_windows_file_on_the_command_line_is_the_same_prompt(
+    demo_package: Path, capsys: pytest.CaptureFixture[str], prompt: str
+) -> None:
+    """The last is what $(cat FILE) gives."""
+    outputs = []
+    for text in ("And it\ncame", prompt):
+        command = ["generate", str(demo_package), "--prompt", text, "--max-new-tokens", "4", "--stats"]
+        assert main(command) == 0
+        out, err = capsys.readouterr()
+        outputs.append((out, err.split(" prompt tokens")[0]))
+    assert outputs[0] == outputs[1]
+
+
+def test_a_stop_string_of_windows_ends_at_a_line_of_any(demo_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def spy(*_: object, stop: list[str], **__: object) -> None:
+        seen.extend(stop)
+
+    monkeypatch.setattr(cli, "generate", spy)
+    assert main(["generate", str(demo_package), "--prompt", "x", "--stop", "\r\nUser:", "--stop", "\r"]) == 0
+    assert seen == ["\nUser:", "\n"]
+
+
+def test_a_special_token_in_a_prompt_is_text_and_said_or_the_token(demo_package: Path) -> None:
+    command = ["generate", demo_package, "--prompt", "<|endoftext|>In", "--max-new-tokens", "2", "--stats"]
+    said = start(*command).communicate(timeout=60)[1].decode()
+    assert "the prompt holds <|endoftext|>, taken as text; with --special-tokens it is the special token" in said
+    assert not re.search(r"^2 prompt tokens", said, re.MULTILINE)
+    said = start(*command, "--special-tokens").communicate(timeout=60)[1].decode()
+    assert "taken as text" not in said
+    assert re.match(r"2 prompt tokens", said)
+
+
+@pytest.fixture(scope="module")
+def two_variants(demo_two_package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo in fp32 and q4, verified by nobody, for tests that write verdicts into it."""
+    return Path(shutil.copytree(demo_two_package, tmp_path_factory.mktemp("two") / "demo"))
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "chosen", "said"),
+    [
+        ({}, "q4", ""),
+        ({"fp32": True, "q4": True}, "q4", ""),
+        ({"fp32": True}, "fp32", "variant q4: not verified yet; fp32 is taken"),
+        ({"fp32": True, "q4": False}, "fp32", "variant q4: failed when it was verified; fp32 is taken"),
+        ({"q4": False}, "fp32", "variant q4: failed when it was verified; fp32 is taken"),
+        ({"fp32": False, "q4": False}, "q4", "variant q4 failed when it was verified, and there is no other"),
+    ],
+)
+def test_the_default_is_the_fastest_variant_that_is_verified(
+    two_variants: Path, verdicts: dict[str, bool], chosen: str, said: str
+) -> None:
+    document = {
+        "format_version": FORMAT_VERSION,
+        "package_checksum": package_checksum(two_variants),
+        "variants": {name: {"passed": passed} for name, passed in verdicts.items()},
+    }
+    report = two_variants / "parity.json"
+    report.write_bytes(seal(document))
+    with open_runner(two_variants) as runner:
+        assert runner.variant.name == chosen
+    command = [
+        sys.executable,
+        "-m",
+        "runtimes",
+        "generate",
+        str(two_variants),
+        "--prompt",
+        "x",
+        "--max-new-tokens",
+        "1",
+    ]
+    result = subprocess.run([*command, "--stats"], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stderr.rstrip().endswith(f"variant {chosen}")
+    assert said in result.stderr
+    assert (len(result.stderr.splitlines()) == 1) == (not said)
+    for damaged in (b"", b"{}", seal(document | {"package_checksum": "of another"}), report.read_bytes()[:-9]):
+        report.write_bytes(damaged)
+        with open_runner(two_variants) as runner:
+            assert runner.variant.name == "q4"
+
+
+def test_variant_backend_and_threads_are_used(
+    demo_package: Path, expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = {}
+
+    def spy(package: str, **options: object) -> object:
+        seen.update(options)
+        return open_runner(package, **options)
+
+    monkeypatch.setattr(cli, "open_runner", spy)
+    flags = [
+        "--variant",
+        "fp32",
+        "--backend",
+        "ort",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--skip-hash-check",
+        "--max-new-tokens",
+        "24",
+    ]
+    assert main(["generate", str(demo_package), "--prompt", PROMPT, *flags]) == 0
+    assert capsys.readouterr().out == expected + "\n"
+    assert seen == {"variant": "fp32", "backend": "ort", "device": "cpu", "threads": 1, "check_hashes": False}
+    assert main(["generate", str(demo_package), "--prompt", PROMPT, "--max-new-tokens", "1"]) == 0
+    assert seen == {"variant": None, "backend": "ort", "device": None, "threads": None, "check_hashes": True}
+
+
+REPEATING = "And God saw the light, that it was good. " * 6 + "And God saw"
+
+
+def drafted_accepted(err: str) -> tuple[int, int]:
+    found = re.search(r"\((\d+) drafted, (\d+) accepted\)", err)
+    assert found is not None
+    return int(found[1]), int(found[2])
+
+
+@pytest.mark.parametrize("kind", ["lookup", "draft"])
+@pytest.mark.parametrize("sampling", [[], ["--temperature", "0.7", "--seed", "3"]])
+def test_speculation_gives_the_same_text(
+    demo_package: Path, capsys: pytest.CaptureFixture[str], kind: str, sampling: list[str]
+) -> None:
+    flags = [
+        "generate",
+        str(demo_package),
+        "--prompt",
+        REPEATING,
+        "--max-new-tokens",
+        "50",
+        "--threads",
+        "1",
+        *sampling,
+    ]
+    assert main(flags) == 0
+    plain = capsys.readouterr().out
+    assert main([*flags, "--speculate", "none", "--stats"]) == 0
+    out, err = capsys.readouterr()
+    assert (out, drafted_accepted(err)) == (plain, (0, 0))
+    speculate = ["--speculate", "lookup"] if kind == "lookup" else ["--draft", str(demo_package)]
+    assert main([*flags, *speculate, "--stats"]) == 0
+    out, err = capsys.readouterr()
+    drafted, accepted = drafted_accepted(err)
+    assert out == plain
+    assert accepted <= drafted
+    assert sampling or accepted > 0
+
+
+def test_draft_model_is_opened_like_the_model(demo_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spy(package: str, **options: object) -> object:
+        seen.append((package, options))
+        return open_runner(package, **options)
+
+    monkeypatch.setattr(cli, "open_runner", spy)
+    flags = ["--variant", "fp32", "--threads", "1", "--skip-hash-check", "--max-new-tokens", "3"]
+    assert main(["generate", str(demo_package), "--prompt", "x", "--draft", f"{demo_package}/", *flags]) == 0
+    same = {"backend": "ort", "device": None, "threads": 1, "check_hashes": False}
+    assert seen == [(str(demo_package), {"variant": "fp32", **same}), (f"{demo_package}/", same)]
+
+
+def test_draft_model_of_another_vocabulary_is_one_line(
+    demo_package: Path, tiny_package: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = refused(capsys, "generate", demo_package, "--prompt", "x", "--draft", tiny_package)
+    assert "the draft model has 131 token ids, the model 4096" in error
+    assert "no such folder" in refused(capsys, "generate", demo_package, "--prompt", "x", "--draft", "nowhere")
+
+
+def test_default_length_gives_way_to_the_context_and_an_asked_one_does_not(
+    demo_package: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = Tokenizer.from_package(demo_package)
+    prompt = tokenizer.decode(tokenizer.encode("Lord " * 2000)[:1021])
+    tokens = len(tokenizer.encode(prompt))
+    assert 1000 < tokens < 1024
+    assert main(["generate", str(demo_package), "--prompt", prompt, "--stats"]) == 0
+    new = int(re.search(r"(\d+) new tokens", capsys.readouterr().err)[1])
+    assert new <= 1024 - tokens
+    error = refused(capsys, "generate", demo_package, "--prompt", prompt, "--max-new-tokens", 1025 - tokens)
+    assert f"a prompt of {tokens} tokens and {1025 - tokens} new ones make 1025: the context holds 1024" in error
+    error = refused(capsys, "generate", demo_package, "--prompt", "Lord " * 2000)
+    assert "the context holds 1024" in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max-new-tokens", "-1"], "max_new_tokens -1"),
+        (["--max-new-tokens", "1e3"], "invalid int value: '1e3'"),
+        (["--temperature", "-1"], "temperature -1.0"),
+        (["--temperature", "nan"], "temperature nan"),
+        (["--top-k", "-3"], "top_k -3"),
+        (["--top-p", "0"], "top_p 0.0"),
+        (["--seed", "-1"], "seed -1"),
+        (["--stop", ""], "none of them empty"),
+        (["--backend", "cuda"], "backend 'cuda': there is ort, trt_rtx, trt"),
+        (["--device", "gpu"], "device 'gpu': there is cpu, cuda, nv-rtx"),
+        (["--backend", "trt", "--device", "cpu"], "device cpu: backend trt runs on the GPU, as device cuda"),
+        (["--backend", "trt_rtx", "--threads", "2"], "threads 2: backend trt_rtx runs on the GPU; leave them out"),
+        (["--backend", "trt_rtx"], "no engine for backend trt_rtx, it has none; run: olmo2-export build "),
+        (["--variant", "q9"], "no variant 'q9'; it has fp32"),
+        (["--threads", "0"], "threads 0"),
+        (["--speculate", "guess"], "invalid choice: 'guess'"),
+        (["--speculate", "lookup", "--draft", "x"], "--draft: not allowed with argument --speculate"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--temp", "1"], "unrecognized arguments: --temp"),
+    ],
+)
+def test_bad_usage_is_one_line(
+    demo_package: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert message in refused(capsys, "generate", demo_package, "--prompt", PROMPT, *flags)
+
+
+def test_missing_arguments_are_one_line(demo_package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "VERB" in refused(capsys)
+    assert "invalid choice: 'chat'" in refused(capsys, "chat")
+    assert "--prompt" in refused(capsys, "generate", demo_package)
+
+
+def test_package_that_is_none_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "not a package" in refused(capsys, "generate", tmp_path, "--prompt", "x")
+    assert "no such folder" in refused(capsys, "generate", tmp_path / "line\nbreak", "--prompt", "x")
+
+
+def test_package_without_tokenizer_is_one_line(tiny_package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no tokenizer.json" in refused(capsys, "generate", tiny_package, "--prompt", "x")
+
+
+def test_unreadable_file_is_one_line(
+    demo_package: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "manifest.json")
+
+    monkeypatch.setattr(cli, "open_runner", denied)
+    assert "Permission denied: 'manifest.json'" in refused(capsys, "generate", demo_package, "--prompt", "x")
+
+
+def test_failure_of_the_model_is_exit_code_1(
+    demo_package: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise runtimes.NumericError("row 0, position 3: NaN")
+
+    monkeypatch.setattr(cli, "generate", broken)
+    assert "position 3" in refused(capsys, "generate", demo_package, "--prompt", "x", code=1)
+
+
+def test_no_memory_is_exit_code_1(
+    demo_package: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def greedy(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(cli, "open_runner", greedy)
+    assert "out of memory" in refused(capsys, "generate", demo_package, "--prompt", "x", code=1)
+
+
+def test_debug_shows_where_it_came_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(tmp_path), "--prompt", "x", "--debug"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback")
+    assert err.splitlines()[-1].startswith("olmo2-run: error: ")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"]])
+def test_help_is_exit_code_0(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 0
+    assert "usage: olmo2-run" in capsys.readouterr().out
+
+
+def test_defaults() -> None:
+    args = parse_args(["generate", "folder", "--prompt", "x"])
+    assert vars(args) == {
+        "verb": "generate",
+        "package": "folder",
+        "prompt": "x",
+        "special_tokens": False,
+        "variant": None,
+        "max_new_tokens": None,
+        "temperature": 0.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "seed": None,
+        "stop": [],
+        "backend": "ort",
+        "device": None,
+        "threads": None,
+        "speculate": "none",
+        "draft": None,
+        "skip_hash_check": False,
+        "stats": False,
+        "debug": False,
+    }
+
+
+@pytest.fixture(scope="module")
+def endless_package(demo_package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo without a token that ends its texts; run it with --skip-hash-check."""
+    package = Path(shutil.copytree(demo_package, tmp_path_factory.mktemp("endless") / "demo"))
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        config = json.loads((package / name).read_text())
+        config.pop("eos_token_id", None)
+        config.pop("eos_token", None)
+        (package / name).write_text(json.dumps(config))
+    return package
+
+
+def start_endless(package: Path) -> subprocess.Popen[bytes]:
+    return start("generate", package, "--prompt", PROMPT, "--max-new-tokens", "1000", "--skip-hash-check")
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_interrupt_ends_quietly(endless_package: Path, name: str, code: int) -> None:
+    process = start_endless(endless_package)
+    assert process.stdout is not None
+    assert process.stdout.read(1)
+    process.send_signal(getattr(signal, name))
+    assert process.communicate(timeout=60)[1] == b""
+    assert process.returncode == code
+
+
+def test_reader_that_goes_away_is_no_error(endless_package: Path) -> None:
+    process = start_endless(endless_package)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=60) == 141
+    process.stderr.close()
+
+
+def test_terminal_that_cannot_show_a_character_does_not_end_the_text(
+    demo_package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+
+    def emoji(*_: object, on_text: object, **__: object) -> None:
+        on_text("a👍b")
+
+    monkeypatch.setattr(cli, "generate", emoji)
+    assert main(["generate", str(demo_package), "--prompt", "x"]) == 0
+    assert raw.getvalue() == b"a?b\n"
+
+
+def test_sigterm_handler_is_put_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        refused(capsys, "generate", tmp_path, "--prompt", "x")
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_prompt_that_is_not_unicode_is_one_line(demo_package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "lone surrogate" in refused(capsys, "generate", demo_package, "--prompt", os.fsdecode(b"ab\xff"))

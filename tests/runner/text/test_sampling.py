@@ -1,0 +1,241 @@
+"""Sampling: exact distributions, agreement with transformers' warpers, and every option out of range."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from runtimes.errors import InputError, NumericError
+from runtimes.text.sampling import Sampler
+
+VOCAB = 131
+LOGITS = np.array([2.0, -1.0, 3.5, 0.25, 3.0, -np.inf, 1.0], np.float32)
+
+
+def softmax(scores: dict[int, float]) -> dict[int, float]:
+    weights = {token: math.exp(score) for token, score in scores.items()}
+    return {token: weight / sum(weights.values()) for token, weight in weights.items()}
+
+
+def by_hand(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> list[float]:
+    """The definition, one token at a time."""
+    scores = {i: float(x) / temperature for i, x in enumerate(logits) if x > -np.inf}
+    if top_k:
+        scores = dict(sorted(scores.items(), key=lambda pair: -pair[1])[:top_k])
+    kept: dict[int, float] = {}
+    total = 0.0
+    for token, p in sorted(softmax(scores).items(), key=lambda pair: -pair[1]):
+        if total < top_p:
+            kept[token] = scores[token]
+        total += p
+    final = softmax(kept)
+    return [final.get(i, 0.0) for i in range(len(logits))]
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("top_k", [0, 2, 3, 500])
+@pytest.mark.parametrize("top_p", [0.05, 0.6, 0.9, 1.0])
+def test_distribution_equals_the_definition(temperature: float, top_k: int, top_p: float) -> None:
+    found = Sampler(temperature, top_k, top_p, seed=0).probabilities(LOGITS)
+    np.testing.assert_allclose(found, by_hand(LOGITS, temperature, top_k, top_p), atol=1e-15)
+    assert found.sum() == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.9])
+@pytest.mark.parametrize("top_k", [0, 5, 40])
+@pytest.mark.parametrize("top_p", [0.3, 0.95, 1.0])
+def test_survivors_equal_those_of_transformers(temperature: float, top_k: int, top_p: float) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    random = np.random.default_rng(1)
+    for _ in range(20):
+        logits = random.normal(0, 3, VOCAB).astype(np.float32)
+        scores = TemperatureLogitsWarper(temperature)(None, torch.from_numpy(logits)[None])
+        if top_k:
+            scores = TopKLogitsWarper(top_k)(None, scores)
+        if top_p < 1:
+            scores = TopPLogitsWarper(top_p)(None, scores)
+        found = Sampler(temperature, top_k, top_p, seed=0).probabilities(logits)
+        np.testing.assert_array_equal(found > 0, (scores[0] > -math.inf).numpy())
+        # float32 against float64
+        np.testing.assert_allclose(found, torch.softmax(scores[0], -1).numpy(), atol=2e-6)
+
+
+def test_draws_follow_the_distribution() -> None:
+    sampler = Sampler(temperature=0.8, top_k=4, top_p=0.97, seed=7)
+    draws = 20_000
+    counts = np.bincount([sampler(LOGITS) for _ in range(draws)], minlength=len(LOGITS))
+    p = sampler.probabilities(LOGITS)
+    assert (counts[p == 0] == 0).all()
+    error = np.abs(counts - draws * p)[p > 0] / np.sqrt(draws * p * (1 - p))[p > 0]
+    assert error.max() < 4  # standard deviations; the seed is fixed
+
+
+def test_same_seed_draws_the_same_tokens() -> None:
+    def draw(seed: int | None) -> list[int]:
+        sampler = Sampler(temperature=1.0, seed=seed)
+        return [sampler(LOGITS) for _ in range(30)]
+
+    assert draw(11) == draw(11)
+    assert draw(11) != draw(12)
+    assert draw(None) != draw(None)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [Sampler(), Sampler(temperature=1.3, top_k=1, seed=0), Sampler(temperature=1e-300), Sampler(temperature=1e-7)],
+)
+def test_greedy_takes_the_lowest_id_of_a_tie(sampler: Sampler) -> None:
+    logits = np.array([1.0, 4.0, 4.0, -np.inf], np.float32)
+    assert [sampler(logits) for _ in range(10)] == [1] * 10
+    assert sampler.probabilities(logits).tolist() == [0.0, 1.0, 0.0, 0.0]
+
+
+def test_small_temperature_does_not_give_nan() -> None:
+    logits = np.array([-3e38, 3e38, 0.0], np.float32)
+    assert Sampler(temperature=2e-6, seed=0).probabilities(logits).tolist() == [0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("top_p", [1e-300, 1e-17, 1e-9])
+def test_tiny_top_p_keeps_one_token_of_a_flat_distribution(top_p: float) -> None:
+    found = Sampler(temperature=1.0, top_p=top_p, seed=0).probabilities(np.zeros(VOCAB, np.float32))
+    assert found.tolist() == [1.0] + [0.0] * (VOCAB - 1)
+
+
+def test_top_p_of_a_large_flat_vocabulary_keeps_its_share() -> None:
+    found = Sampler(temperature=1.0, top_p=0.5, seed=0).probabilities(np.zeros(100_352, np.float32))
+    assert np.count_nonzero(found) == pytest.approx(50_176, abs=1)
+
+
+def test_top_p_that_is_met_exactly_keeps_no_more() -> None:
+    found = Sampler(temperature=1.0, top_p=0.5, seed=0).probabilities(np.zeros(4, np.float32))
+    assert found.tolist() == [0.5, 0.5, 0.0, 0.0]
+
+
+def test_top_k_keeps_all_that_equal_the_kth() -> None:
+    logits = np.array([1.0, 2.0, 1.0, 0.0], np.float32)
+    assert np.flatnonzero(Sampler(temperature=1.0, top_k=2, seed=0).probabilities(logits)).tolist() == [0, 1, 2]
+
+
+def test_a_token_at_minus_infinity_is_never_drawn() -> None:
+    logits = np.array([-np.inf, 0.0, -np.inf], np.float32)
+    sampler = Sampler(temperature=5.0, seed=0)
+    assert {sampler(logits) for _ in range(50)} == {1}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nan_logits_give_no_token(value: float, temperature: float) -> None:
+    logits = LOGITS.copy()
+    logits[3] = value
+    with pytest.raises(NumericError, match=f"the largest is {value}"):
+        Sampler(temperature, seed=0)(logits)
+    with pytest.raises(NumericError):
+        Sampler(temperature, seed=0).probabilities(logits)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_all_minus_infinity_gives_no_token(temperature: float) -> None:
+    with pytest.raises(NumericError, match="all are -inf"):
+        Sampler(temperature, seed=0)(np.full(5, -np.inf, np.float32))
+
+
+@pytest.mark.parametrize("shape", [(0,), (1, 7)])
+def test_logits_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"expected \[vocab_size\]"):
+        Sampler()(np.zeros(shape, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -0.1}, "temperature -0.1"),
+        ({"temperature": math.nan}, "temperature nan"),
+        ({"temperature": math.inf}, "temperature inf"),
+        ({"temperature": "1"}, "temperature '1'"),
+        ({"temperature": True}, "temperature True"),
+        ({"top_k": -1}, "top_k -1"),
+        ({"top_k": 2.0}, "top_k 2.0"),
+        ({"top_p": 0.0}, "top_p 0.0"),
+        ({"top_p": 1.01}, "top_p 1.01"),
+        ({"top_p": math.nan}, "top_p nan"),
+        ({"seed": -1}, "seed -1"),
+        ({"seed": 1.5}, "seed 1.5"),
+        ({"seed": False}, "seed False"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Sampler(**options)
+
+
+def test_numpy_numbers_are_options_too() -> None:
+    sampler = Sampler(np.float32(0.5), np.int64(3), np.float64(0.9), np.uint8(4))
+    assert sampler(LOGITS) in (0, 2, 4)
+
+
+def test_options_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError):
+        Sampler().temperature = 1.0
+
+
+def largest(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a graph picks: the likeliest ids, the lower first among equals, and their logits."""
+    ids = np.argsort(-logits, kind="stable")[:count]
+    return ids, logits[ids]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.7, "top_k": 1},
+        {"temperature": 0.7, "top_k": 2},
+        {"temperature": 1.3, "top_k": 5},
+        {"temperature": 1.3, "top_k": 7, "top_p": 0.8},
+        {"temperature": 2.0, "top_k": 3, "top_p": 0.05},
+    ],
+)
+@pytest.mark.parametrize("step", [0.0, 0.125], ids=["float32", "ties"])
+def test_candidates_give_the_tokens_that_all_logits_give(options: dict[str, float], step: float) -> None:
+    """Logits of a bfloat16 head have steps of 0.125 between 16 and 32, so that ties are common."""
+    random = np.random.default_rng(1)
+    undecided = 0
+    for seed in range(300):
+        whole, few = Sampler(seed=seed, **options), Sampler(seed=seed, **options)  # type: ignore[arg-type]
+        for _ in range(3):
+            logits = random.normal(0, 2, VOCAB).astype(np.float32)
+            logits = np.round(logits / step).astype(np.float32) * np.float32(step) if step else logits
+            chosen = few.choose(*largest(logits, 8))
+            if chosen is None:
+                undecided += 1
+                assert largest(logits, 8)[1][int(options["top_k"]) - 1] == largest(logits, 8)[1][-1]
+                chosen = few(logits)
+            assert chosen == whole(logits)
+    assert undecided < 500
+    assert step or undecided == 0
+
+
+def test_candidates_that_are_needed() -> None:
+    assert Sampler().candidates == Sampler(0.7, top_k=1).candidates == 1
+    assert Sampler(0.7, top_k=5).candidates == 6
+    assert Sampler(0.7).candidates == Sampler(0.7, top_p=0.9).candidates == 0
+
+
+def test_tie_with_the_last_candidate_is_undecided_and_draws_nothing() -> None:
+    sampler = Sampler(1.0, top_k=2, seed=3)
+    ids = np.array([4, 2, 7])
+    assert sampler.choose(ids, np.array([3.0, 1.0, 1.0], np.float32)) is None
+    again = Sampler(1.0, top_k=2, seed=3)
+    decided = np.array([3.0, 2.5, 1.0], np.float32)
+    assert [sampler.choose(ids, decided) for _ in range(9)] == [again.choose(ids, decided) for _ in range(9)]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 2}])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_candidates_that_are_no_numbers_give_no_token(options: dict[str, float], value: float) -> None:
+    with pytest.raises(NumericError):
+        Sampler(**options).choose(np.array([4, 2, 7]), np.full(3, value, np.float32))  # type: ignore[arg-type]
