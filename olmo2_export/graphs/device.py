@@ -84,7 +84,7 @@ def device_graph(
     """Give a shared-cache graph its weights and its precision.
 
     Args:
-        shared: as `graphs.shared.shared_graph` returns it with the passes `DEVICE`, float32 and without weights; left as
+        shared: as `shared.shared_graph` returns it with the passes `DEVICE`, float32 and without weights; left as
             it is.
         checkpoint: read, and rounded, one tensor at a time when the graph is written.
         config: the model's.

@@ -12,7 +12,7 @@
 | quality               | the rounded form        | the checkpoint in float32, on held-out text      | quality        |
 
 On CUDA the graph runs as itself, as an engine does: bf16, fp16 and fp32 at their gates, and int4, int8 and fp8, in the
-device form, at the gate of kernels. `static_forms` says what the forms are. The exact form finds bugs that rounding hides;
+device form, at the gate of kernels. `static_forms` has the forms. The exact form finds bugs that rounding hides;
 `weights` and `scales` find what both forms agree on because they read it from the same file; the last is what users
 get.
 """
