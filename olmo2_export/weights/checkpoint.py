@@ -24,6 +24,7 @@ from olmo2_export.weights import stored_tensors
 from olmo2_export.weights.hub import INDEX, SINGLE, locate, read_index, refuse_other_formats
 from olmo2_export.weights.stored_tensors import DTYPES, TensorInfo
 from runtimes.errors import CheckpointError, CheckpointNotFoundError, UsageError, first_names
+from runtimes.manifest import SourceKind
 from runtimes.threads import default_threads
 
 logger = logging.getLogger(__name__)
@@ -53,8 +54,7 @@ class Checkpoint:
     folder: Path
     model: str
     """Hub id, `demo`, or the name of the local folder"""
-    kind: str
-    """hub | folder | demo"""
+    kind: SourceKind
     revision: str | None
     """the resolved commit, for kind hub"""
     files: tuple[str, ...]

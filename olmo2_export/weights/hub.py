@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from runtimes.errors import CheckpointError, CheckpointNotFoundError, first_names
+from runtimes.manifest import SourceKind
 
 DEMO = "demo"
 TEXT_FILES = (
@@ -33,7 +34,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def locate(model: str, revision: str | None) -> tuple[Path, str, str]:
+def locate(model: str, revision: str | None) -> tuple[Path, str, SourceKind]:
     """Find a checkpoint and download what is on the Hub: its texts, then the weight files that its index names.
 
     Args:
@@ -41,7 +42,7 @@ def locate(model: str, revision: str | None) -> tuple[Path, str, str]:
         revision: branch, tag or commit; Hub ids only.
 
     Returns:
-        The folder; the Hub id, `demo`, or the folder's name; and hub | folder | demo.
+        The folder; the Hub id, `demo`, or the folder's name; and which of these it is.
 
     Raises:
         CheckpointNotFoundError: no such folder, repository or revision.

@@ -1,7 +1,7 @@
 """Runners on onnxruntime, one per form of KV cache; see `ConcatRunner` for the portable graph.
 
-Its KV cache stays in onnxruntime's memory: the present values of one call are bound as the past of the next, under the
-name `.replace("present.", "past_key_values.")`.
+Its KV cache stays in onnxruntime's memory: the present values of one call are bound as the past of the next. Which
+outputs these are, the manifest says by their role; others than them and the logits are not asked for.
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ class OrtRunner(ABC, Generic[Cache]):
         self.top_k = 0
         self.exclusive = OneThread()
         self._session: ort.InferenceSession | None = session
-        self._outputs = [output.name for output in session.get_outputs()]
+        self._logits = variant.name_of("logits")
+        self._pasts = list(variant.caches)
+        self._outputs = [self._logits, *variant.caches.values()]
         self._cache: Cache | None = None
 
     @property
@@ -196,9 +198,8 @@ class OrtRunner(ABC, Generic[Cache]):
             self._session.run_with_iobinding(binding)
         except RuntimeError as error:
             raise FailedError(f"onnxruntime failed in {self.variant.graph}: {one_line(error)}") from error
-        present: Values = dict(zip(self._outputs, binding.get_outputs(), strict=True))
-        logits: Logits = present.pop("logits").numpy()
-        return logits, {name.replace("present.", "past_key_values."): value for name, value in present.items()}
+        logits, *present = binding.get_outputs()
+        return logits.numpy(), dict(zip(self._pasts, present, strict=True))
 
 
 class ConcatRunner(OrtRunner[ConcatCache]):
@@ -226,7 +227,7 @@ class ConcatRunner(OrtRunner[ConcatCache]):
     def _empty_cache(self, batch_size: int) -> ConcatCache:
         return ConcatCache(
             tokens=(_NOTHING,) * batch_size,
-            values=_zeros(self.variant.kv_cache, batch_size, length=0),
+            values=dict.fromkeys(self._pasts, _zeros(self.variant.kv_cache, batch_size, length=0)),
             mask=np.zeros((batch_size, 0), np.int64),
         )
 
@@ -392,11 +393,10 @@ def _load_checked(
             pending.result()
 
 
-def _zeros(spec: KVCacheSpec, batch_size: int, length: int) -> Values:
-    """Return an empty past of `length` slots. One value serves as all, since nothing is written to inputs."""
+def _zeros(spec: KVCacheSpec, batch_size: int, length: int) -> ort.OrtValue:
+    """Return an empty past of `length` slots; it serves as all of them, since nothing is written to inputs."""
     shape = (batch_size, spec.num_key_value_heads, length, spec.head_dim)
-    zeros = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.dtype(spec.dtype)))
-    return {f"past_key_values.{n}.{kind}": zeros for n in range(spec.num_layers) for kind in ("key", "value")}
+    return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.dtype(spec.dtype)))
 
 
 def _first_slots(values: Values, slots: int) -> Values:

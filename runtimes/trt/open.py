@@ -171,15 +171,14 @@ def check_entry(entry: Engine, graph: Variant, model: ModelSpec, remedy: str) ->
     Raises:
         PackageError: naming what differs.
     """
-    pasts = [spec.name for spec in graph.inputs if spec.name.startswith("past_key_values.")]
-    spec = graph.kv_cache
+    caches, spec = graph.caches, graph.kv_cache
     cache = (model.num_key_value_heads, entry.max_cache_length, model.head_dim)
     sizes = {name: {r.name: r for r in ranges} for name, ranges in entry.profiles.items()}
     wrong = []
-    if entry.aliases != {name.replace("past_key_values.", "present."): name for name in pasts}:
+    if entry.aliases != {present: past for past, present in caches.items()}:
         wrong.append("its alias table is not that of its graph")
-    if len(pasts) != 2 * model.num_hidden_layers or spec.num_layers != model.num_hidden_layers:
-        wrong.append(f"{len(pasts)} caches, the model has {model.num_hidden_layers} layers")
+    if len(caches) != 2 * model.num_hidden_layers or spec.num_layers != model.num_hidden_layers:
+        wrong.append(f"{len(caches)} caches, the model has {model.num_hidden_layers} layers")
     if (spec.num_key_value_heads, spec.max_cache_length, spec.head_dim) != cache:
         wrong.append(f"a KV cache of {spec.num_key_value_heads} x {spec.max_cache_length} x {spec.head_dim}, "
                      f"expected {' x '.join(map(str, cache))}")  # fmt: skip
