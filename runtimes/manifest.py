@@ -271,14 +271,13 @@ def to_document(manifest: Manifest | TrtManifest) -> dict[str, Any]:
 
 
 def load_manifest(package: str | os.PathLike[str]) -> Manifest:
-    """Read and check `<package>/manifest.json`.
+    """Read and check `<package>/manifest.json`; `runtimes.package.open_package` does so for all that a package says.
 
     Raises:
         PackageNotFoundError: no such folder, or no manifest in it.
         IntegrityError: the manifest was changed.
     """
-    path = Path(package) / MANIFEST_NAME
-    return _parse(path, _manifest, _read(Path(package), MANIFEST_NAME))
+    return read_manifest(Path(package))[0]
 
 
 def load_trt_manifest(package: str | os.PathLike[str]) -> TrtManifest | None:
@@ -287,12 +286,27 @@ def load_trt_manifest(package: str | os.PathLike[str]) -> TrtManifest | None:
     Raises:
         IntegrityError: the manifest was changed, or was built from another export than the one in the folder.
     """
-    package = Path(package)
+    return read_trt_manifest(Path(package))
+
+
+def read_manifest(package: Path) -> tuple[Manifest, str]:
+    """Return manifest.json and its checksum, which identifies the whole export; `load_manifest` says what it raises."""
+    document = _read(package, MANIFEST_NAME)
+    return _parse(package / MANIFEST_NAME, _manifest, document), str(document["checksum"])
+
+
+def read_trt_manifest(package: Path, checksum: str | None = None) -> TrtManifest | None:
+    """Return trt/manifest.json; `load_trt_manifest` says what it raises.
+
+    Args:
+        package: the package folder.
+        checksum: of the export that it must be built from; None means the one in the folder.
+    """
     path = package / TRT_FOLDER / MANIFEST_NAME
     if not path.is_file():
         return None
     manifest = _parse(path, _trt_manifest, _read(package, f"{TRT_FOLDER}/{MANIFEST_NAME}"))
-    if manifest.package_checksum != package_checksum(package):
+    if manifest.package_checksum != (checksum or package_checksum(package)):
         raise IntegrityError(
             f"{path}: built from another export than {MANIFEST_NAME} beside it; run: olmo2-export build {package}"
         )
@@ -300,19 +314,18 @@ def load_trt_manifest(package: str | os.PathLike[str]) -> TrtManifest | None:
 
 
 def package_checksum(package: Path) -> str:
-    """Return the checksum of the package's manifest, which identifies the whole export."""
+    """Return the checksum of the package's manifest as it is now, which identifies the whole export."""
     return str(_read(package, MANIFEST_NAME)["checksum"])
 
 
-def read_verdicts(package: Path) -> dict[str, bool]:
-    """Return what parity.json says of this very export: variant -> whether it passed every gate.
+def read_verdicts(package: Path, checksum: str) -> dict[str, bool]:
+    """Return what parity.json says of an export, by its checksum: variant -> whether it passed every gate.
 
     It is a report and no part of the contract: where it is not there, damaged or of another export, it says nothing.
     """
-    path = package / PARITY_NAME
     try:
-        document = read_sealed(path)
-        known = document["package_checksum"] == package_checksum(package)
+        document = read_sealed(package / PARITY_NAME)
+        known = document["package_checksum"] == checksum
         return {str(name): entry["passed"] is True for name, entry in document["variants"].items()} if known else {}
     except (OSError, PackageError, KeyError, TypeError, AttributeError):
         return {}

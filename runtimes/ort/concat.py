@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
 
 from runtimes.errors import BackendError, FailedError, PackageError, UsageError
-from runtimes.manifest import KVCacheSpec, Manifest, ModelSpec, Variant, read_verdicts
+from runtimes.manifest import KVCacheSpec, ModelSpec, Variant
 from runtimes.one_thread import OneThread, one_thread
 from runtimes.ort.device import MAX_COMPILED_ROWS, DeviceRunner, compiled_shapes
 from runtimes.ort.devices import find_device
@@ -27,6 +27,7 @@ from runtimes.ort.session import one_line, open_session
 from runtimes.ort.shared import SharedRunner
 from runtimes.ort.static_session import OrtStaticSession
 from runtimes.ort.versions import check_padded_rows, new_enough, runnable
+from runtimes.package import Package
 from runtimes.runners.runner import (
     Ids,
     Logits,
@@ -266,21 +267,20 @@ def runs_on(variant: Variant, device: str) -> bool:
     return cache.dtype in CACHE_DTYPES[device].get(cache.form, ())
 
 
-def default_variant(package: Path, manifest: Manifest, device: str) -> str | None:
+def default_variant(package: Package, device: str) -> str | None:
     """Return the variant that a device runs where none is named: the fastest that is verified, of those that it runs.
 
     Variants that were made for the device go before others; what parity.json says passed, before what it does not
     know, and that before what it says failed.
 
     Args:
-        package: the package folder, for its parity.json.
-        manifest: of the package.
+        package: which.
         device: cpu, cuda or nv-rtx.
 
     Raises:
         BackendError: a GPU, and no variant for it.
     """
-    made_for = FASTEST[device]
+    made_for, manifest = FASTEST[device], package.manifest
     able = [name for name in made_for if name in manifest.variants]
     if device == "cpu":
         able += [n for n, variant in manifest.variants.items() if n not in made_for and runs_on(variant, device)]
@@ -290,7 +290,7 @@ def default_variant(package: Path, manifest: Manifest, device: str) -> str | Non
             f"device {device}: the package has {', '.join(manifest.variants)}; export it with --variant {made_for[0]}"
         )
     able = [name for name in able if new_enough(manifest.variants[name], ort.__version__)] or able
-    passed = read_verdicts(package)
+    passed = package.verdicts
     ranked = sorted(able, key=lambda name: {True: 0, None: 1, False: 2}[passed.get(name)])  # stable: the fastest first
     for name in able[: able.index(ranked[0])] if ranked else ():
         said = "not verified yet" if passed.get(name) is None else "failed when it was verified"
