@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtimes.errors import IntegrityError, PackageError
+from runtimes.errors import IntegrityError, PackageError, broken_link
 
 FORMAT_VERSION = 4
 """what is written"""
@@ -114,7 +114,7 @@ def check_files(
         if name not in files:
             problems.append(f"{name}: not in the manifest")
         elif not path.is_file():
-            problems.append(f"{name}: missing")
+            problems.append(f"{name}: {broken_link(path) or 'missing'}")
         elif (size := path.stat().st_size) != files[name].size:
             problems.append(f"{name}: {size} bytes, the manifest says {files[name].size}")
         else:
