@@ -38,6 +38,7 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes.errors import FailedError
 from runtimes.manifest import find_variant, load_manifest, load_trt_manifest
+from runtimes.targets import Target, runnable
 
 POINTS = "points"
 """the task that every entry is measured in"""
@@ -64,15 +65,17 @@ class Entry:
         return self.contender.name
 
 
-def our_entry(package: Path, name: str, backend: str, device: str | None) -> Entry:
-    """Return a variant of a package."""
+def our_entry(package: Path, name: str, target: Target) -> Entry:
+    """Return a variant of a package where it runs."""
     variant, files = find_variant(package, name)
     sizes = [files[path].size for path in variant.files]
-    if backend != "ort":
+    if target.needs_engine:
         trt = load_trt_manifest(package)
-        engines = [] if trt is None else [e for e in trt.engines.values() if (e.variant, e.backend) == (name, backend)]
+        engines = (
+            [] if trt is None else [e for e in trt.engines.values() if (e.variant, e.backend) == (name, target.backend)]
+        )
         sizes = [files[engine.plan].size for engine in engines]
-    arguments = (str(package), name, "--backend", backend, *(("--device", device) if device else ()))
+    arguments = (str(package), name, *target.flags)
     contender = Contender(f"ours_{name}", f"ours {name}", Path(sys.executable), "ours", arguments, (POINTS,), _NO_COST)
     return Entry(contender, True, (name,), sum(sizes), package_traffic(package, variant))
 
@@ -233,12 +236,7 @@ def _folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def default_variants(package: Path, backend: str, device: str) -> list[str]:
-    """Return the variants of a package that a backend runs on a device."""
-    if backend == "ort":
-        from runtimes.ort.concat import FASTEST
-
-        wanted = load_manifest(package).variants
-        return [name for name in wanted if (name in FASTEST["cuda"]) == (device != "cpu")]
-    trt = load_trt_manifest(package)
-    return [] if trt is None else [e.variant for e in trt.engines.values() if e.backend == backend]
+def default_variants(package: Path, target: Target) -> list[str]:
+    """Return the variants of a package that are measured where none is named: those made for the target."""
+    names = runnable(load_manifest(package), load_trt_manifest(package), target)
+    return [name for name in names if name in target.variants or target.needs_engine]

@@ -29,9 +29,10 @@ from olmo2_export.views import static_forms as trt_forms
 from olmo2_export.views.static_forms import Lazy
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.stored_names import stored_weight
-from runtimes import Backend, Device
 from runtimes.errors import UsageError
 from runtimes.manifest import Quantization, Variant
+from runtimes.targets import Target
+from runtimes.trt.nvidia import tensorrt_backend
 
 EXACT, ROUNDED = 4.0, 2.0
 """most: error / PyTorch's own, of one operation on the graph's inputs. 4 is the fp32 gate of verify; where rounding to
@@ -77,11 +78,11 @@ def variant_views(
     entry: Variant,
     checkpoint: Checkpoint,
     config: ModelConfig,
-    backend: Backend = "ort",
-    device: Device = "cpu",
+    target: Target,
     opener: Opener | None = None,
 ) -> list[View]:
-    """Return the views of a variant, the sharpest first; arguments as those of `locate`."""
+    """Return the views of a variant where it runs, the sharpest first; the other arguments as those of `locate`."""
+    device = target.device
     graph = load_graph(package / entry.graph)
     static = entry.kv_cache.form == "static"
     quantized = _quantized_weights(graph, config, static=static) if entry.quantization is not None else {}
@@ -89,12 +90,12 @@ def variant_views(
     arithmetic = _ARITHMETIC.get(entry.kv_cache.dtype, "fp32")
     scales = entry.quantization.input_scales if entry.quantization is not None else {}
     rounding = {name: _SCALED[entry.precision](scale) for name, scale in scales.items()}
-    if backend != "ort":
-        made = opener or tensorrt_opener(backend)
+    if target.needs_engine:
+        made = opener or tensorrt_opener(tensorrt_backend(target.backend))
         once = one_call(graph, FIRST_CALL)
         return [View("", once, entry, made, weights, arithmetic, ROUNDED, rounding=rounding, first_call_only=True)]
     made = opener or onnxruntime_opener(package / entry.graph, entry, device)
-    if device != "cpu":
+    if target.on_gpu:
         form = trt_forms.device_form(graph) if static and quantized else graph
         return [View("", form, entry, made, weights, arithmetic, ROUNDED, rounding=rounding)]
     if entry.name == "fp32" or (arithmetic == "fp32" and static):
@@ -132,17 +133,19 @@ def variant_views(
     return views
 
 
-def check_runs(entry: Variant, backend: Backend, device: Device) -> None:
+def check_runs(entry: Variant, target: Target) -> None:
     """Refuse a variant that does not run there.
 
     Raises:
         UsageError: it does not.
     """
     static = entry.kv_cache.form == "static"
-    if backend != "ort" and not static:
-        raise UsageError(f"variant {entry.name}: backend {backend} runs the graphs for TensorRT, trt_*")
-    if backend == "ort" and device != "cpu" and not static and entry.name not in DTYPES:
-        raise UsageError(f"variant {entry.name}: device {device} runs {', '.join(DTYPES)} and trt_*")
+    if static or not target.on_gpu:
+        return
+    if target.needs_engine:
+        raise UsageError(f"variant {entry.name}: backend {target.backend} runs the graphs for TensorRT, trt_*")
+    if entry.name not in DTYPES:
+        raise UsageError(f"variant {entry.name}: device {target.device} runs {', '.join(DTYPES)} and trt_*")
 
 
 def stored_weights(

@@ -18,6 +18,7 @@ from runtimes.errors import BackendError, FailedError, PackageError, ResourceErr
 from runtimes.manifest import Engine, ModelSpec, TrtManifest, Variant, load_manifest, load_trt_manifest
 from runtimes.runners.static import StaticRunner
 from runtimes.sealed import check_files
+from runtimes.targets import find_target, runnable
 from runtimes.trt.jit_cache import JitCache
 from runtimes.trt.nvidia import TensorRT, TensorRTBackend, check_version, load_engine, load_tensorrt
 from runtimes.trt.session import TrtSession, plan_memory
@@ -128,7 +129,9 @@ def find_engine(package: Path, backend: TensorRTBackend, variant: str | None) ->
     """
     manifest = load_trt_manifest(package)
     engines = {e.variant: e for e in manifest.engines.values() if e.backend == backend} if manifest else {}
-    name = min(engines, default=None) if variant is None else variant
+    name = variant
+    if name is None:
+        name = next(iter(runnable(load_manifest(package), manifest, find_target(backend))), None)
     if manifest is None or name not in engines:
         there = f"it has those of {', '.join(sorted(engines))}" if engines else "it has none"
         wanted = "" if variant is None else f" of variant {variant!r}"
