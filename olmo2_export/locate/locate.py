@@ -32,6 +32,7 @@ import torch
 from tqdm import tqdm
 
 from olmo2_export.config import ModelConfig
+from olmo2_export.dtypes import float_dtype
 from olmo2_export.locate.explain import relative_error
 from olmo2_export.locate.layer_checks import (
     GATED,
@@ -71,7 +72,6 @@ GROWN = 4.0
 """most: error / PyTorch's own, of errors that have come through all layers"""
 IN_ORDER = 0.3
 """RMS error of a sum of n products in float32, one after the other: this x 2^-24 x sqrt(n) of the sum's RMS"""
-_FLOOR = {"fp32": 2.0**-24, "bf16": 2.0**-9, "fp16": 2.0**-12}
 _SEED = 0
 
 __all__ = ["Location", "TensorParity", "format_location", "locate"]
@@ -175,9 +175,19 @@ def _all_variants(package: Path, target: Target) -> list[str]:
     if not target.needs_engine:
         graphs = [*(runnable(manifest, trt, target) if target.on_gpu else manifest.variants), *graphs]
     if not graphs:
-        way_out = "build a graph for it" if target.needs_engine else f"export it with --variant {target.variants[0]}"
+        way_out = (
+            f"run: olmo2-export build {package}"
+            if target.needs_engine
+            else f"export it with --variant {target.variants[0]}"
+        )
         raise VariantNotFoundError(f"{package}: no variant for {target.backend} on {target.device}; {way_out}")
     return graphs
+
+
+def _floor(precision: str) -> float:
+    """Return the error that is none: in 16 bits half the unit roundoff, in float32 all of it, as sums have."""
+    roundoff = float_dtype(precision).roundoff
+    return roundoff if precision == "fp32" else roundoff / 2
 
 
 class _Locator:
@@ -243,7 +253,7 @@ class _Locator:
             units *= 4
         elif parity.operation == LINEAR and self._in_order:
             units *= IN_ORDER * math.sqrt(self._products(parity.name))
-        return max(self._view.factor * max(parity.expected, _FLOOR[self._view.precision]), units * _FLOOR["fp32"])
+        return max(self._view.factor * max(parity.expected, _floor(self._view.precision)), units * _floor("fp32"))
 
     def _products(self, name: str) -> int:
         """Return how many products a linear adds for one of its outputs."""
@@ -268,9 +278,9 @@ class _Locator:
 
     def _grown(self, growth: Sequence[TensorParity]) -> tuple[TensorParity, list[TensorParity], str] | None:
         """Return the first depth at which errors that are small by themselves have added up."""
-        floor = _FLOOR[self._view.precision]
+        floor = _floor(self._view.precision)
         if self._in_order:
-            floor = max(floor, IN_ORDER * _FLOOR["fp32"] * math.sqrt(self._config.hidden_size))
+            floor = max(floor, IN_ORDER * _floor("fp32") * math.sqrt(self._config.hidden_size))
         for parity in growth:
             if not parity.relative <= GROWN * max(parity.expected, floor):
                 text = f"{self._label()}each operation is right on its own inputs, but up to {parity.name} errors"

@@ -35,7 +35,7 @@ from olmo2_export.package.trt_variants import default_text
 from olmo2_export.quantize.static import static_input_scales
 from olmo2_export.quantize.sweep import reference_logits
 from olmo2_export.stored_graph import load_graph
-from olmo2_export.truth.reference import Rounding, fp8_scaled, int8_scaled, open_reference
+from olmo2_export.truth.reference import SCALED, open_reference
 from olmo2_export.verify.measure import LONGEST, QUALITY_LENGTH, Truth, ask_pytorch, feed, measure_runner, with_quality
 from olmo2_export.verify.weight_checks import check_linears, check_rounded
 from olmo2_export.views.static_forms import (
@@ -62,7 +62,6 @@ from runtimes.targets import find_target
 
 Form = Callable[[ir.Model], ir.Model]
 
-_SCALED: dict[str, Callable[[float], Rounding]] = {"int8": int8_scaled, "fp8": fp8_scaled}
 _ENGINE = dataclasses.replace(KERNELS, near_tie=GATES["bf16"].near_tie)
 _CALIBRATION_RATIO = 1.15  # two steps of clipping; the same tokens, summed in another order, seldom give one
 _AS_IS = ("fp32", "fp16")  # precisions that the CPU provider has
@@ -118,7 +117,7 @@ def measure_static(
             cases = _labelled("exact", runner, stored, stored.own["fp32"], GATES["fp32"])
         return dataclasses.replace(report, cases=(*report.cases, *cases), checks=tuple(checks))
     scales = entry.quantization.input_scales if entry.quantization else {}
-    rounding = {tensor: _SCALED[entry.precision](scale) for tensor, scale in scales.items()}
+    rounding = {tensor: SCALED[entry.precision](scale) for tensor, scale in scales.items()}
     with open_reference(checkpoint, "bf16", weights, rounding) as reference:
         own = reference.logits(stored.sequences, stored.positions)
     checks += [

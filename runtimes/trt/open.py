@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import runtimes.trt.cuda as cuda
+from runtimes.dtypes import tensorrt_dtype
 from runtimes.errors import BackendError, FailedError, PackageError, ResourceError, VariantNotFoundError, first_names
 from runtimes.manifest import Engine, ModelSpec, TrtManifest, Variant, load_manifest, load_trt_manifest
 from runtimes.runners.static import StaticRunner
@@ -33,7 +34,6 @@ _PORTABLE_FROM = {"fp32": 8.0, "fp16": 8.0, "bf16": 8.0, "int4": 8.0, "int8": 8.
 _HEADROOM = 256_000_000
 """bytes of the GPU's memory, or a twentieth of it if that is more: left free when weights are streamed, for contexts,
 kernels and what other programs take meanwhile"""
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
 _PHASES = ("decode", "prefill")
 
 
@@ -214,7 +214,7 @@ def check_engine(tensorrt: TensorRT, engine: Any, entry: Engine, graph: Variant,
         shape = tuple(-1 if isinstance(d, str) else d for d in tensor.shape)
         found = (
             engine.get_tensor_mode(name).name,
-            _DTYPES.get(engine.get_tensor_dtype(name).name, engine.get_tensor_dtype(name).name),
+            tensorrt_dtype(engine.get_tensor_dtype(name).name),
             tuple(engine.get_tensor_shape(name)),
         )
         if found != (mode, tensor.dtype, shape):

@@ -416,7 +416,7 @@ def test_what_cannot_be_located_in_is_refused(tiny_package: Path, checkpoint: Ch
     other = open_checkpoint(str(make_checkpoint(tmp_path / "other", num_hidden_layers=2)))
     with pytest.raises(ConfigError, match="not of the reference's shape"):
         locate(tiny_package, other, "fp32")
-    with pytest.raises(VariantNotFoundError, match="no variant for trt on cpu"):
+    with pytest.raises(VariantNotFoundError, match="no variant for trt on cuda; run: olmo2-export build"):
         locate_all(tiny_package, checkpoint, backend="trt")
     short = with_trt_graph(tiny_package, tmp_path / "short", TrtOptions("fp32", 12))
     with pytest.raises(PackageError, match="a cache of 12 tokens; --locate needs 16"):
