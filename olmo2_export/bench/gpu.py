@@ -21,6 +21,7 @@ from olmo2_export.bench.claims import Claim, Quantity, claims_table, judge, samp
 from olmo2_export.bench.contenders import Contender, Workshop
 from olmo2_export.bench.machine import BANDWIDTH, device_limits
 from olmo2_export.bench.turns import take_turns
+from olmo2_export.catalog import find, static_row
 from runtimes.errors import UsageError, VariantNotFoundError
 from runtimes.manifest import find_variant, load_manifest
 from runtimes.targets import backends, find_target
@@ -145,7 +146,7 @@ def _backend_and_variant(text: str) -> tuple[str, str]:
     if backend not in backends() or not name:
         *others, last = [f"{b}:{'PRECISION' if b in backends(engines=True) else 'VARIANT'}" for b in backends()]
         raise UsageError(f"contender {text!r}: expected {', '.join(others)} or {last}")
-    return backend, f"trt_{name}" if find_target(backend).needs_engine else name
+    return backend, static_row(name).name if find_target(backend).needs_engine else name
 
 
 def _has(package: Path, variant: str) -> bool:
@@ -180,7 +181,7 @@ def contenders(
         if package is None and not target.needs_engine:
             package, made = workshop.package("gpu", workshop.checkpoint("olmo2"), variant)
         elif package is None:
-            package, made = workshop.engine(workshop.checkpoint("olmo2"), variant.removeprefix("trt_"), backend)
+            package, made = workshop.engine(workshop.checkpoint("olmo2"), find(variant).weights.precision, backend)
         arguments = (str(package), variant, *target.flags)
         found.append(Contender(key, f"ours, {text}", Path(sys.executable), "ours", arguments, TASKS, made))
     if baseline:

@@ -28,12 +28,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from olmo2_export.atomic import locked, replace_folder
+from olmo2_export.catalog import Precision
 from olmo2_export.engine.compiler import CompileRequest, CompileResult
 from olmo2_export.engine.options import EngineOptions, gpu_at_hand, settle
 from olmo2_export.engine.plan import count_kernels
 from olmo2_export.engine.process import run_worker
 from olmo2_export.engine.refitter import RefitRequest
-from olmo2_export.graphs.static import Precision
 from olmo2_export.package.trt_variants import TrtOptions, check_trt_options, write_trt_variant
 from runtimes.errors import (
     EngineBuildError,

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+import olmo2_export.catalog as catalog
 from olmo2_export.atomic import can_write, write_file
-from olmo2_export.graphs.device import DTYPES
 from olmo2_export.measure.parity import GATES, CaseResult, ParityReport
 from olmo2_export.verify.device import measure_device
 from olmo2_export.verify.feeds import MIN_CAPACITY
@@ -101,12 +101,12 @@ def verify(
         reports = []
         for name, entry in entries.items():
             own = truth if entry.quantization is None else None
-            if name in DTYPES:
+            if catalog.is_for_devices(name):
                 reports.append(measure_device(package, name, checkpoint, own, device, longest))
             elif entry.kv_cache.form == "static" and device != "nv-rtx":
                 reports.append(measure_static(package, name, checkpoint, own, backend, device, longest))
             elif target.on_gpu and not target.needs_engine:
-                raise UsageError(f"variant {name}: verify has {', '.join(DTYPES)} for device {device}")
+                raise UsageError(f"variant {name}: verify has {', '.join(catalog.names('device'))} for device {device}")
             elif entry.quantization is not None:
                 reports.append(measure_quantized(package, name, checkpoint, longest))
             else:
