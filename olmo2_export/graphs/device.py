@@ -35,10 +35,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
+from typing import cast
 
 import onnx_ir as ir
 
 from olmo2_export.config import ModelConfig
+from olmo2_export.dtypes import dtype_name
 from olmo2_export.fp16.values import Wide, operations
 from olmo2_export.fuse import check_op_counts
 from olmo2_export.fuse.drop_unused import drop_unused
@@ -59,11 +61,6 @@ from runtimes.manifest import Dtype, KVCacheSpec, ModelSpec, TensorSpec
 
 TOP_K = 1
 """candidates that the graph picks: what greedy decoding needs"""
-
-DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "q4f16": ir.DataType.FLOAT16}
-"""variant -> dtype of activations and cache"""
-
-DTYPE_NAMES: dict[ir.DataType, Dtype] = {ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
 
 
 def device_outputs(model: ModelSpec, cache: KVCacheSpec) -> tuple[TensorSpec, ...]:
@@ -149,4 +146,4 @@ def expected_op_counts(model: ModelSpec, *, quantized: bool) -> dict[str, int]:
 
 def cache_of(cache: KVCacheSpec, dtype: ir.DataType) -> KVCacheSpec:
     """Return the cache's description in another dtype."""
-    return dataclasses.replace(cache, dtype=DTYPE_NAMES[dtype])
+    return dataclasses.replace(cache, dtype=cast(Dtype, dtype_name(dtype)))

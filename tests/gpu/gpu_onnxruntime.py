@@ -16,9 +16,9 @@ import torch
 from support.checkpoints import make_checkpoint
 from transformers import Olmo2ForCausalLM
 
+from olmo2_export.catalog import Precision
 from olmo2_export.engine.build import build
 from olmo2_export.engine.options import EngineOptions
-from olmo2_export.graphs.static import Precision
 from olmo2_export.package.export import export
 from olmo2_export.verify.verify import verify
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint

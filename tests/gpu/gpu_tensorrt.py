@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints import make_checkpoint
 from transformers import Olmo2ForCausalLM
 
+from olmo2_export.catalog import Precision
 from olmo2_export.debug.debug import compare_variant
 from olmo2_export.engine.build import build, refit
 from olmo2_export.engine.options import EngineOptions
-from olmo2_export.graphs.static import Precision
 from olmo2_export.package.export import export
 from olmo2_export.verify.verify import verify
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from support.checkpoints import make_checkpoint
 
+from olmo2_export.catalog import Precision, precisions
 from olmo2_export.engine.build import build
 from olmo2_export.engine.options import EngineOptions
 from olmo2_export.engine.plan import Kernel, count_kernels, materialized_weights, read_kernels, reads_cache_in_place
-from olmo2_export.graphs.static import PRECISIONS, Precision
 from olmo2_export.package.export import export
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes.errors import EngineBuildError
@@ -76,7 +76,7 @@ def check_decode(kernels: list[Kernel], layers: int, *, products: int = 4, write
     assert len(set(first.values())) == products * layers + 1  # and the head
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", precisions())
 def test_kernels_of_every_precision_and_head_layout(
     package: tuple[str, Path], precision: Precision, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -15,8 +15,8 @@ import pytest
 from support.cases import assert_full_matrix, large
 from support.rebuilt_packages import rebuilt_trt, with_trt_graph
 
+from olmo2_export.catalog import Precision
 from olmo2_export.config import ModelConfig
-from olmo2_export.graphs.static import Precision
 from olmo2_export.measure.parity import GATES, Check, ParityReport
 from olmo2_export.package.trt_variants import TrtOptions
 from olmo2_export.verify import feeds, measure
