@@ -25,7 +25,8 @@ override MODEL    := $(value MODEL)
 override REVISION := $(value REVISION)
 override OUT      := $(value OUT)
 override PROMPT   := $(value PROMPT)
-export MODEL REVISION OUT PROMPT
+override ROW      := $(value ROW)
+export MODEL REVISION OUT PROMPT ROW
 DEFAULT_OUT   := : "$${OUT:=packages/$$(basename "$$MODEL")}";
 REVISION_FLAG := $${REVISION:+--revision "$$REVISION"}
 
@@ -98,7 +99,7 @@ test-oldest: ## an export and its verification with the oldest versions of const
 	$(VENV)-oldest/bin/olmo2-export verify build/oldest --reference demo --longest 256
 
 gpu-test: $(VENV)-gpu/.installed ## the rows of tests/gpu/CHECKLIST.md that this machine's GPU allows; skips say why
-	$(VENV)-gpu/bin/python -m pytest -q -o filterwarnings=default --tb=short --show-capture=no tests/gpu/gpu_*.py $(if $(ROW),-k '$(ROW)')
+	$(VENV)-gpu/bin/python -m pytest -q -o filterwarnings=default --tb=short --show-capture=no tests/gpu/gpu_*.py $${ROW:+-k "$$ROW"}
 
 # A venv of its own, with full TensorRT if TENSORRT=1: onnxruntime-gpu takes the place of onnxruntime. torch brings CUDA, unless pip is told otherwise.
 $(VENV)-gpu/.installed: pyproject.toml constraints.txt

@@ -22,13 +22,11 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from runtimes.errors import UsageError, VariantNotFoundError
+from runtimes.manifest import CacheForm, Dtype, Precision
 
 Graph: TypeAlias = Literal["portable", "blocks", "device", "static"]
 """portable: standard operators. blocks: a shared cache and quantised weights, float32 between. device: a shared cache,
 all of it in 16 bits. static: what TensorRT compiles"""
-
-Precision: TypeAlias = Literal["bf16", "fp16", "fp32", "int4", "int8", "fp8"]
-"""of the weights of a graph for TensorRT, as `build --precision` takes it"""
 
 BLOCK_SIZES = (32, 64, 128)
 
@@ -115,8 +113,8 @@ _FP8_W8A8: Gates = (QualityGate(0.0025, 0.02, 0.96, 0.004), QualityGate(0.008, N
 class WeightFormat:
     """One way to store the weights of a variant."""
 
-    precision: str
-    """as the manifest says it: fp32, fp16, bf16, int8, int4, fp8"""
+    precision: Precision
+    """as the manifest says it"""
     bits: int
     """of a code"""
     layout: Literal["plain", "blocks", "channel"]
@@ -196,9 +194,9 @@ class KVCacheFormat:
     """One way to store keys and values."""
 
     name: str
-    bits: int | None
+    bits: Literal[8, 4] | None
     """None: it is not quantised"""
-    dtype: str
+    dtype: Dtype
 
 
 KV_CACHES = (
@@ -233,9 +231,9 @@ class VariantRow:
     graph: Graph
     targets: tuple[str, ...]
     """of `runtimes.targets`: those that it is made for"""
-    form: Literal["concat", "shared", "static"]
-    """of the KV cache; see `runtimes.manifest.KVCacheSpec`"""
-    dtype: str
+    form: CacheForm
+    """of the KV cache"""
+    dtype: Dtype
     """of activations, and of a KV cache that is not quantised"""
     weights: WeightFormat
     colour: str
@@ -260,6 +258,16 @@ class VariantRow:
             case _:
                 return f"onnx/model_{self.name}.onnx"
 
+
+_STATIC: tuple[tuple[WeightFormat, Dtype, str], ...] = (
+    (BFLOAT16, "bfloat16", "#c774e8"),
+    (FLOAT16, "float16", "#ef6f9b"),
+    (FLOAT32, "float32", "#3fa7d6"),
+    (TRT_INT4, "bfloat16", "#f2a13c"),
+    (TRT_INT8, "bfloat16", "#4fbf7b"),
+    (TRT_FP8, "bfloat16", "#5bb8b0"),
+)
+"""weights, activations and colour of the graphs for TensorRT"""
 
 VARIANTS: tuple[VariantRow, ...] = (
     VariantRow(
@@ -340,14 +348,7 @@ VARIANTS: tuple[VariantRow, ...] = (
             weights=weights,
             colour=colour,
         )
-        for weights, dtype, colour in (
-            (BFLOAT16, "bfloat16", "#c774e8"),
-            (FLOAT16, "float16", "#ef6f9b"),
-            (FLOAT32, "float32", "#3fa7d6"),
-            (TRT_INT4, "bfloat16", "#f2a13c"),
-            (TRT_INT8, "bfloat16", "#4fbf7b"),
-            (TRT_FP8, "bfloat16", "#5bb8b0"),
-        )
+        for weights, dtype, colour in _STATIC
     ),
 )
 """in the order in which they are explained"""
@@ -386,7 +387,7 @@ def is_for_devices(name: str) -> bool:
     return row is not None and row.graph == "device"
 
 
-def precisions() -> tuple[str, ...]:
+def precisions() -> tuple[Precision, ...]:
     """Return what `build` makes graphs for TensorRT in."""
     return tuple(row.weights.precision for row in VARIANTS if row.graph == "static")
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import runtimes.telemetry  # noqa: F401  # before any onnxruntime: every import of runtimes.x comes through here first
 from runtimes.errors import (
@@ -26,9 +25,8 @@ from runtimes.errors import (
     VariantNotFoundError,
 )
 from runtimes.integers import as_integer
-from runtimes.manifest import find_variant, load_manifest
+from runtimes.package import AnyPackage, Package, open_package
 from runtimes.runners.runner import Runner
-from runtimes.sealed import check_files
 from runtimes.targets import Backend, Device, find_target
 from runtimes.threads import default_threads
 
@@ -41,11 +39,13 @@ __all__ = [
     "IntegrityError",
     "NumericError",
     "Olmo2ExportError",
+    "Package",
     "PackageError",
     "PackageNotFoundError",
     "Runner",
     "UsageError",
     "VariantNotFoundError",
+    "open_package",
     "open_runner",
 ]
 
@@ -53,7 +53,7 @@ _MOST_THREADS_PER_CPU = 4  # a hundred thousand stop the machine
 
 
 def open_runner(
-    package: str | os.PathLike[str],
+    package: AnyPackage,
     *,
     variant: str | None = None,
     backend: Backend = "ort",
@@ -64,7 +64,7 @@ def open_runner(
     """Open one graph of a package; close it, or use it in a `with`.
 
     Args:
-        package: the package folder.
+        package: the package folder, or one that is open: its files are then hashed once for all its runners.
         variant: which; None means the fastest verified one that the device runs: of those that parity.json says passed,
             the first of q4, q8, fp32 on a CPU, or of bf16, fp16, q4f16 on another device of ort; of those not verified
             yet, if none is; one that failed only where there is no other. With a TensorRT backend the first by name
@@ -90,7 +90,6 @@ def open_runner(
     count = as_integer(threads)
     if threads is not None and (count is None or not 1 <= count <= most):
         raise UsageError(f"threads {threads!r}: expected an integer from 1 to {most}, {_MOST_THREADS_PER_CPU} a CPU")
-    folder = Path(package)
     target = find_target(backend, device)
     if threads is not None and not target.takes_threads:
         raise UsageError(f"threads {threads}: backend {backend} runs on the GPU; leave them out")
@@ -102,14 +101,14 @@ def open_runner(
                 raise BackendError(
                     f"backend ort: onnxruntime cannot be imported ({error}); {target.install}"
                 ) from error
-            manifest = load_manifest(folder)
-            chosen, files = find_variant(folder, variant or default_variant(folder, manifest, target.device))
-            check_files(folder, files, chosen.files, hashes=False)
+            opened = open_package(package)
+            chosen = opened.variant(variant or default_variant(opened, target.device))
+            opened.check(chosen.files, hashes=False)
 
             def check(names: Sequence[str]) -> None:
-                check_files(folder, files, names, hashes=check_hashes)
+                opened.check(names, hashes=check_hashes)
 
-            return open_ort(folder, chosen, manifest.model, count or default_threads(), check, target.device)
+            return open_ort(opened.folder, chosen, opened.model, count or default_threads(), check, target.device)
         case "trt_rtx" | "trt":
             try:
                 from runtimes.trt.open import open_trt
@@ -117,4 +116,4 @@ def open_runner(
                 raise BackendError(
                     f"backend {backend}: cuda-bindings cannot be imported ({error}); {target.install}"
                 ) from error
-            return open_trt(folder, target.backend, variant, check_hashes=check_hashes)
+            return open_trt(open_package(package), target.backend, variant, check_hashes=check_hashes)

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from runtimes.command import run_command
 from runtimes.trt.nvidia import TensorRT, load_tensorrt, tensorrt_backend
 
 
@@ -43,4 +44,6 @@ def parses(tensorrt: TensorRT, graph: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(
+        run_command("polygraphy_tool", lambda: main(sys.argv[1:]), debug=True)
+    )  # read by `debug.py`, not by people

@@ -28,7 +28,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from olmo2_export.atomic import locked, replace_folder
-from olmo2_export.catalog import Precision
 from olmo2_export.engine.compiler import CompileRequest, CompileResult
 from olmo2_export.engine.options import EngineOptions, gpu_at_hand, settle
 from olmo2_export.engine.plan import count_kernels
@@ -49,6 +48,7 @@ from runtimes.manifest import (
     Engine,
     Manifest,
     ModelSpec,
+    Precision,
     ProfileRange,
     TrtManifest,
     Variant,
@@ -356,8 +356,7 @@ def _expected_layers(model: ModelSpec) -> dict[str, int]:
 
 def _checked_aliases(variant: Variant, result: CompileResult) -> dict[str, str]:
     """Return present -> past, which must be exactly the caches of the graph."""
-    pasts = [spec.name for spec in variant.inputs if spec.name.startswith("past_key_values.")]
-    expected = {name.replace("past_key_values.", "present."): name for name in pasts}
+    expected = {present: past for past, present in variant.caches.items()}
     if result.aliases != expected:
         raise EngineBuildError(f"TensorRT updates {result.aliases} in place, expected {expected}")
     return expected

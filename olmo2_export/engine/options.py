@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from olmo2_export.catalog import Precision, precisions, static_row
+from olmo2_export.catalog import precisions, static_row
 from runtimes.errors import BackendError, UsageError
-from runtimes.manifest import ModelSpec
+from runtimes.manifest import EngineFlag, ModelSpec, Precision
 from runtimes.trt.nvidia import RTX_CAPABILITIES, TensorRTBackend, check_installed
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class Settled:
     max_batch_size: int
     max_cache_length: int
     prefill_chunk: int
-    flags: tuple[str, ...]
+    flags: tuple[EngineFlag, ...]
     """portable, refit, weight_streaming: those that were asked for"""
 
 
@@ -260,6 +260,10 @@ def gpu_at_hand(backend: TensorRTBackend) -> str:
         raise BackendError(f"no GPU to ask ({error}); {remedy}") from error
 
 
-def _flags(options: EngineOptions) -> tuple[str, ...]:
-    flags = {"portable": options.portable, "refit": options.refit, "weight_streaming": options.weight_streaming}
+def _flags(options: EngineOptions) -> tuple[EngineFlag, ...]:
+    flags: dict[EngineFlag, bool] = {
+        "portable": options.portable,
+        "refit": options.refit,
+        "weight_streaming": options.weight_streaming,
+    }
     return tuple(name for name, asked in flags.items() if asked)

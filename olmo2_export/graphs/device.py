@@ -33,13 +33,11 @@ operator here: GroupQueryAttention with queries, keys and values apart, MatMulNB
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection
 
 import onnx_ir as ir
 
 from olmo2_export.config import ModelConfig
-from olmo2_export.dtypes import dtype_name
 from olmo2_export.fp16.values import Wide, operations
 from olmo2_export.fuse import check_op_counts
 from olmo2_export.fuse.drop_unused import drop_unused
@@ -66,7 +64,8 @@ def device_outputs(model: ModelSpec, cache: KVCacheSpec) -> tuple[TensorSpec, ..
     """Return the outputs of the graph, in order."""
     logits, *present = shared_outputs(model, cache)
     shape = (*logits.shape[:-1], TOP_K)
-    return (logits, TensorSpec("top_ids", "int64", shape), TensorSpec("top_logits", "float32", shape), *present)
+    ids = TensorSpec("top_ids", "int64", shape, "candidate_ids")
+    return (logits, ids, TensorSpec("top_logits", "float32", shape, "candidate_logits"), *present)
 
 
 def device_graph(
@@ -140,8 +139,3 @@ def expected_op_counts(model: ModelSpec, *, quantized: bool) -> dict[str, int]:
         "com.microsoft::GroupQueryAttention": layers,
         "Sigmoid": layers,
     }
-
-
-def cache_of(cache: KVCacheSpec, dtype: ir.DataType) -> KVCacheSpec:
-    """Return the cache's description in another dtype."""
-    return dataclasses.replace(cache, dtype=dtype_name(dtype))

@@ -22,7 +22,7 @@ from olmo2_export.measure.parity import QUALITY, Check, Gate, PerplexityChange, 
 from olmo2_export.tokenizer_file import load_tokenizer
 from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes.errors import PackageError
-from runtimes.manifest import Quality, Variant
+from runtimes.manifest import Quality, TokensFrom, Variant
 from runtimes.runners.runner import Logits, TokenIds
 
 SEED = 0
@@ -99,7 +99,7 @@ def broken_limits(quality: Quality, limits: QualityGate) -> list[str]:
 
 def quality_tokens(
     checkpoint: Checkpoint, config: ModelConfig, *, length: int | None = None, most: int | None = None
-) -> tuple[list[np.ndarray], str]:
+) -> tuple[list[np.ndarray], TokensFrom]:
     """Return the token sequences that quality is measured on, and where they come from.
 
     Args:
@@ -145,7 +145,7 @@ def measure_quality(
     runner: Measured,
     sequences: Sequence[np.ndarray],
     reference: Iterable[np.ndarray],
-    tokens_from: str,
+    tokens_from: TokensFrom,
     *,
     alternate: bool = False,
 ) -> Measurement:

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from olmo2_export.catalog import Precision, listed, precisions, static_row
+from olmo2_export.catalog import listed, precisions, static_row
 from olmo2_export.config import ModelConfig
 from olmo2_export.fp16.safety import measure_safety, refuse_overflow
 from olmo2_export.fuse import check_op_counts
@@ -16,7 +16,7 @@ from olmo2_export.package.variants import BUNDLED_TEXT, SPOOL
 from olmo2_export.quantize.static import StaticWeights, check_recipe, static_weights, uses_calibration
 from olmo2_export.weights.package_weights import PackageWeights
 from runtimes.errors import UsageError
-from runtimes.manifest import Manifest, Quantization, Variant
+from runtimes.manifest import Manifest, Precision, Quantization, Variant
 from runtimes.sealed import hash_file
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -39,12 +40,15 @@ from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.stored_names import EMBEDDING, weight_shapes
 from runtimes.errors import ConfigError, FusionError, UsageError
 from runtimes.manifest import (
+    CacheForm,
+    Dtype,
     KVCacheQuantization,
     KVCacheSpec,
     PrefillGraph,
     Quality,
     Quantization,
     QuantizedTensor,
+    TokensFrom,
     Variant,
 )
 from runtimes.ort.concat import open_ort
@@ -181,7 +185,7 @@ class VariantWriter:
             return _trace_once(self._config)
 
     @cached_property
-    def _reference(self) -> tuple[list[np.ndarray], str, list[np.ndarray]]:
+    def _reference(self) -> tuple[list[np.ndarray], TokensFrom, list[np.ndarray]]:
         """The sequences for measuring quality, their origin, and PyTorch's logits."""
         sequences, origin = quality_tokens(self._checkpoint, self._config)
         with tqdm(total=1, desc="reference logits", bar_format="{desc} {elapsed}", leave=False):
@@ -312,7 +316,7 @@ class VariantWriter:
         with open_ort(self._staging, variant, self._config.spec, None) as runner:
             return measure_quality(runner, sequences, reference, origin).quality
 
-    def _cache_spec(self, form: str, dtype: str) -> KVCacheSpec:
+    def _cache_spec(self, form: CacheForm, dtype: Dtype) -> KVCacheSpec:
         return KVCacheSpec(
             form=form,
             dtype=dtype,
@@ -322,7 +326,7 @@ class VariantWriter:
             max_cache_length=self._config.max_position_embeddings,
         )
 
-    def _quantize_cache(self, shared: ir.Model, bits: int) -> KVCacheQuantization:
+    def _quantize_cache(self, shared: ir.Model, bits: Literal[8, 4]) -> KVCacheQuantization:
         """Calibrate the cache and rewrite the graph in place."""
         sequences = self._calibration()
         with tqdm(total=1, desc="calibrating the KV cache", bar_format="{desc} {elapsed}", leave=False):
