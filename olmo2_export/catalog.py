@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from runtimes.errors import UsageError, VariantNotFoundError
-from runtimes.manifest import Dtype, Precision
+from runtimes.manifest import CacheForm, Dtype, Precision
 
 Graph: TypeAlias = Literal["portable", "blocks", "device", "static"]
 """portable: standard operators. blocks: a shared cache and quantised weights, float32 between. device: a shared cache,
@@ -114,7 +114,7 @@ class WeightFormat:
     """One way to store the weights of a variant."""
 
     precision: Precision
-    """as the manifest says it: fp32, fp16, bf16, int8, int4, fp8"""
+    """as the manifest says it"""
     bits: int
     """of a code"""
     layout: Literal["plain", "blocks", "channel"]
@@ -231,8 +231,8 @@ class VariantRow:
     graph: Graph
     targets: tuple[str, ...]
     """of `runtimes.targets`: those that it is made for"""
-    form: Literal["concat", "shared", "static"]
-    """of the KV cache; see `runtimes.manifest.KVCacheSpec`"""
+    form: CacheForm
+    """of the KV cache"""
     dtype: Dtype
     """of activations, and of a KV cache that is not quantised"""
     weights: WeightFormat
@@ -267,7 +267,7 @@ _STATIC: tuple[tuple[WeightFormat, Dtype, str], ...] = (
     (TRT_INT8, "bfloat16", "#4fbf7b"),
     (TRT_FP8, "bfloat16", "#5bb8b0"),
 )
-"""of the variants for TensorRT: weights, activations and cache, colour"""
+"""weights, activations and colour of the graphs for TensorRT"""
 
 VARIANTS: tuple[VariantRow, ...] = (
     VariantRow(
@@ -387,7 +387,7 @@ def is_for_devices(name: str) -> bool:
     return row is not None and row.graph == "device"
 
 
-def precisions() -> tuple[str, ...]:
+def precisions() -> tuple[Precision, ...]:
     """Return what `build` makes graphs for TensorRT in."""
     return tuple(row.weights.precision for row in VARIANTS if row.graph == "static")
 

@@ -11,7 +11,7 @@ from runtimes.errors import PackageError
 
 
 @dataclass(frozen=True)
-class FloatDtype:
+class FloatRow:
     """One dtype that numbers are rounded to."""
 
     name: str
@@ -37,13 +37,13 @@ class FloatDtype:
         return torch.finfo(self.torch).max
 
 
-FLOATS: tuple[FloatDtype, ...] = (
-    FloatDtype("float64", "fp64", ir.DataType.DOUBLE, torch.float64, 2.0**-53, "F64", 0x7FF << 52),
-    FloatDtype("float32", "fp32", ir.DataType.FLOAT, torch.float32, 2.0**-24, "F32", 0x7F800000),
-    FloatDtype("float16", "fp16", ir.DataType.FLOAT16, torch.float16, 2.0**-11, "F16", 0x7C00),
-    FloatDtype("bfloat16", "bf16", ir.DataType.BFLOAT16, torch.bfloat16, 2.0**-8, "BF16", 0x7F80),
-    FloatDtype("float8e4m3fn", "fp8", ir.DataType.FLOAT8E4M3FN, torch.float8_e4m3fn, 2.0**-4, "F8_E4M3", 0x7F),
-    FloatDtype("float8e5m2", "fp8_e5m2", ir.DataType.FLOAT8E5M2, torch.float8_e5m2, 2.0**-3, "F8_E5M2", 0x7C),
+FLOATS: tuple[FloatRow, ...] = (
+    FloatRow("float64", "fp64", ir.DataType.DOUBLE, torch.float64, 2.0**-53, "F64", 0x7FF << 52),
+    FloatRow("float32", "fp32", ir.DataType.FLOAT, torch.float32, 2.0**-24, "F32", 0x7F800000),
+    FloatRow("float16", "fp16", ir.DataType.FLOAT16, torch.float16, 2.0**-11, "F16", 0x7C00),
+    FloatRow("bfloat16", "bf16", ir.DataType.BFLOAT16, torch.bfloat16, 2.0**-8, "BF16", 0x7F80),
+    FloatRow("float8e4m3fn", "fp8", ir.DataType.FLOAT8E4M3FN, torch.float8_e4m3fn, 2.0**-4, "F8_E4M3", 0x7F),
+    FloatRow("float8e5m2", "fp8_e5m2", ir.DataType.FLOAT8E5M2, torch.float8_e5m2, 2.0**-3, "F8_E5M2", 0x7C),
 )
 
 STORED: tuple[str, ...] = tuple(row.safetensors for row in FLOATS)
@@ -53,7 +53,7 @@ HALVES: dict[ir.DataType, torch.dtype] = {row.ir: row.torch for row in FLOATS if
 """the dtypes of 16 bits, in which a CPU does not compute"""
 
 
-def float_dtype(name: str) -> FloatDtype:
+def float_dtype(name: str) -> FloatRow:
     """Return a row by the manifest's name, or the short one of its precision.
 
     Raises:
@@ -91,6 +91,6 @@ def ir_dtype(name: str) -> ir.DataType:
     return found
 
 
-def stored_dtype(name: str) -> FloatDtype | None:
+def stored_dtype(name: str) -> FloatRow | None:
     """Return the dtype of a weight that safetensors names; None: weights cannot have it."""
     return next((row for row in FLOATS if row.safetensors == name), None)

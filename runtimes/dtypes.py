@@ -14,7 +14,7 @@ from runtimes.errors import PackageError
 
 
 @dataclass(frozen=True)
-class Dtype:
+class DtypeRow:
     """One dtype."""
 
     name: str
@@ -39,22 +39,22 @@ class Dtype:
         return np.dtype(f"uint{self.bits}")
 
 
-DTYPES: tuple[Dtype, ...] = (
-    Dtype("float64", 64, 11, "float64"),
-    Dtype("float32", 32, 1, "float32", "FLOAT"),
-    Dtype("float16", 16, 10, "float16", "HALF"),
-    Dtype("bfloat16", 16, 16, "uint16", "BF16"),
-    Dtype("float8e4m3fn", 8, 17, "uint8"),
-    Dtype("float8e5m2", 8, 19, "uint8"),
-    Dtype("int64", 64, 7, "int64", "INT64"),
-    Dtype("int32", 32, 6, "int32"),
-    Dtype("int8", 8, 3, "int8"),
-    Dtype("uint8", 8, 2, "uint8"),
-    Dtype("int4", 4, 22, "uint8"),
+DTYPES: tuple[DtypeRow, ...] = (
+    DtypeRow("float64", 64, 11, "float64"),
+    DtypeRow("float32", 32, 1, "float32", "FLOAT"),
+    DtypeRow("float16", 16, 10, "float16", "HALF"),
+    DtypeRow("bfloat16", 16, 16, "uint16", "BF16"),
+    DtypeRow("float8e4m3fn", 8, 17, "uint8"),
+    DtypeRow("float8e5m2", 8, 19, "uint8"),
+    DtypeRow("int64", 64, 7, "int64", "INT64"),
+    DtypeRow("int32", 32, 6, "int32"),
+    DtypeRow("int8", 8, 3, "int8"),
+    DtypeRow("uint8", 8, 2, "uint8"),
+    DtypeRow("int4", 4, 22, "uint8"),
 )
 
 
-def find_dtype(name: str) -> Dtype:
+def find_dtype(name: str) -> DtypeRow:
     """Return the row of a dtype.
 
     Raises:

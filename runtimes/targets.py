@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from runtimes.errors import BackendError, UsageError
-from runtimes.manifest import Manifest, TrtManifest, Variant
+from runtimes.manifest import Variant
+from runtimes.package import Package
 
 Backend: TypeAlias = Literal["ort", "trt_rtx", "trt"]
 """what runs a graph: onnxruntime, or an engine on TensorRT for RTX or on full TensorRT"""
@@ -183,12 +184,11 @@ def runs(variant: Variant, target: Target) -> bool:
     return variant.kv_cache.dtype in target.caches.get(variant.kv_cache.form, ())
 
 
-def runnable(manifest: Manifest, trt: TrtManifest | None, target: Target) -> list[str]:
+def runnable(package: Package, target: Target) -> list[str]:
     """Return the variants that a target is given where none is named, the best first.
 
     Args:
-        manifest: of the package.
-        trt: likewise of its TensorRT graphs and engines; None: it has none.
+        package: whose; what it says of TensorRT is read for a target with engines alone.
         target: where they shall run.
 
     Returns:
@@ -197,10 +197,10 @@ def runnable(manifest: Manifest, trt: TrtManifest | None, target: Target) -> lis
     """
     names: list[str]
     if target.needs_engine:
-        engines = trt.engines.values() if trt is not None else ()
+        engines = package.trt.engines.values() if package.trt is not None else ()
         names = sorted({engine.variant for engine in engines if engine.backend == target.backend})
     else:
-        names = [name for name, variant in manifest.variants.items() if runs(variant, target)]
+        names = [name for name, variant in package.manifest.variants.items() if runs(variant, target)]
     best = [name for name in target.variants if name in names]
     return [*best, *(name for name in names if name not in best and target.takes_others)]
 

@@ -38,7 +38,8 @@ from olmo2_export.catalog import known, like_peer
 from olmo2_export.config import ModelConfig
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes.errors import FailedError
-from runtimes.manifest import find_variant, load_manifest, load_trt_manifest
+from runtimes.manifest import find_variant, load_trt_manifest
+from runtimes.package import open_package
 from runtimes.targets import Target, runnable
 
 POINTS = "points"
@@ -239,5 +240,5 @@ def _folder_bytes(folder: Path) -> int:
 
 def default_variants(package: Path, target: Target) -> list[str]:
     """Return the variants of a package that are measured where none is named: those made for the target."""
-    names = runnable(load_manifest(package), load_trt_manifest(package), target)
+    names = runnable(open_package(package), target)
     return [name for name in names if name in target.variants or target.needs_engine]

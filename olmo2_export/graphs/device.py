@@ -33,14 +33,11 @@ operator here: GroupQueryAttention with queries, keys and values apart, MatMulNB
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection
-from typing import cast
 
 import onnx_ir as ir
 
 from olmo2_export.config import ModelConfig
-from olmo2_export.dtypes import dtype_name
 from olmo2_export.fp16.values import Wide, operations
 from olmo2_export.fuse import check_op_counts
 from olmo2_export.fuse.drop_unused import drop_unused
@@ -57,7 +54,7 @@ from olmo2_export.graphs.shared import attach_blocks, shared_outputs
 from olmo2_export.quantize.recipes import QuantizedWeights
 from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes.errors import FusionError
-from runtimes.manifest import Dtype, KVCacheSpec, ModelSpec, TensorSpec
+from runtimes.manifest import KVCacheSpec, ModelSpec, TensorSpec
 
 TOP_K = 1
 """candidates that the graph picks: what greedy decoding needs"""
@@ -142,8 +139,3 @@ def expected_op_counts(model: ModelSpec, *, quantized: bool) -> dict[str, int]:
         "com.microsoft::GroupQueryAttention": layers,
         "Sigmoid": layers,
     }
-
-
-def cache_of(cache: KVCacheSpec, dtype: ir.DataType) -> KVCacheSpec:
-    """Return the cache's description in another dtype."""
-    return dataclasses.replace(cache, dtype=cast(Dtype, dtype_name(dtype)))

@@ -60,7 +60,8 @@ from olmo2_export.truth.torch_layers import TorchModel
 from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes import Backend, Device
 from runtimes.errors import ConfigError, PackageError, VariantNotFoundError
-from runtimes.manifest import find_variant, load_manifest, load_trt_manifest
+from runtimes.manifest import find_variant, load_manifest
+from runtimes.package import open_package
 from runtimes.sealed import check_files
 from runtimes.targets import Target, find_target, runnable
 
@@ -170,10 +171,10 @@ def _all_variants(package: Path, target: Target) -> list[str]:
     Raises:
         VariantNotFoundError: there is nothing.
     """
-    manifest, trt = load_manifest(package), load_trt_manifest(package)
-    graphs = list(trt.variants) if trt is not None else []
+    opened = open_package(package)
+    graphs = list(opened.trt.variants) if opened.trt is not None else []
     if not target.needs_engine:
-        graphs = [*(runnable(manifest, trt, target) if target.on_gpu else manifest.variants), *graphs]
+        graphs = [*(runnable(opened, target) if target.on_gpu else opened.manifest.variants), *graphs]
     if not graphs:
         way_out = (
             f"run: olmo2-export build {package}"

@@ -27,13 +27,12 @@ from runtimes import Backend, Device, open_runner
 from runtimes.errors import PackageError, UsageError, VariantNotFoundError
 from runtimes.manifest import (
     PARITY_NAME,
-    Manifest,
     find_variant,
     load_manifest,
-    load_trt_manifest,
     package_checksum,
 )
 from runtimes.ort.devices import find_device
+from runtimes.package import open_package
 from runtimes.sealed import FORMAT_VERSION, check_files, read_sealed, seal
 from runtimes.targets import Target, find_target, runnable
 
@@ -85,7 +84,7 @@ def verify(
     device = target.device
     if target.on_gpu and not target.needs_engine:
         find_device(device)  # before PyTorch is asked
-    names = list(dict.fromkeys(variants)) or _all_variants(package, manifest, target)
+    names = list(dict.fromkeys(variants)) or _all_variants(package, target)
     entries = {name: find_variant(package, name)[0] for name in names}
     if target.needs_engine:
         open_runner(package, variant=names[0], backend=backend).close()  # likewise
@@ -103,7 +102,7 @@ def verify(
             own = truth if entry.quantization is None else None
             if catalog.is_for_devices(name):
                 reports.append(measure_device(package, name, checkpoint, own, device, longest))
-            elif entry.kv_cache.form == "static" and device != "nv-rtx":
+            elif entry.kv_cache.form == "static" and "static" in target.caches:
                 reports.append(measure_static(package, name, checkpoint, own, backend, device, longest))
             elif target.on_gpu and not target.needs_engine:
                 raise UsageError(f"variant {name}: verify has {', '.join(catalog.names('device'))} for device {device}")
@@ -141,16 +140,16 @@ def _report_path(package: Path, out: Path | None) -> Path | None:
     return None
 
 
-def _all_variants(package: Path, manifest: Manifest, target: Target) -> list[str]:
+def _all_variants(package: Path, target: Target) -> list[str]:
     """Return what can be verified there: on a CPU every graph, in a form that it runs.
 
     Raises:
         VariantNotFoundError: there is nothing.
     """
-    trt = load_trt_manifest(package)
+    opened = open_package(package)
     if not target.on_gpu:
-        return [*manifest.variants, *(trt.variants if trt is not None else ())]
-    names = runnable(manifest, trt, target)
+        return [*opened.manifest.variants, *(opened.trt.variants if opened.trt is not None else ())]
+    names = runnable(opened, target)
     if not names and target.needs_engine:
         raise VariantNotFoundError(
             f"{package}: no engine for {target.backend}; run: olmo2-export build {package} --backend {target.backend}"

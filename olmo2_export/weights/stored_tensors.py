@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from olmo2_export.dtypes import STORED, FloatDtype, stored_dtype
+from olmo2_export.dtypes import STORED, FloatRow, stored_dtype
 from runtimes.errors import CheckpointError
 
 _MAX_HEADER = 16 << 20
@@ -116,7 +116,7 @@ def _tensor_info(entry: Any, file: str, data: int) -> TensorInfo:
     return TensorInfo(file, dtype, shape, data + begin, end - begin)
 
 
-def _of_weights(info: TensorInfo) -> FloatDtype:
+def _of_weights(info: TensorInfo) -> FloatRow:
     found = stored_dtype(info.dtype)
     if found is None:
         raise CheckpointError(f"{info.file}: a tensor of dtype {info.dtype}, expected {', '.join(STORED)}")
@@ -186,10 +186,7 @@ def count_non_finite(path: Path, info: TensorInfo) -> int:
 
 def all_zero(path: Path, info: TensorInfo) -> bool:
     """Tell whether every number of a tensor is 0 or -0."""
-    found = stored_dtype(info.dtype)
-    if found is None:
-        return False
-    width = found.size
+    width = _of_weights(info).size
     sign = np.zeros(width, np.uint8)
     sign[-1] = 0x80  # little-endian
     return not any((piece.reshape(-1, width) & ~sign).any() for piece in _pieces(path, info))

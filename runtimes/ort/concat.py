@@ -257,7 +257,7 @@ def default_variant(package: Package, device: str) -> str | None:
         BackendError: a GPU, and no variant for it.
     """
     target, manifest = find_target("ort", device), package.manifest
-    able = runnable(manifest, None, target)
+    able = runnable(package, target)
     if not able and not target.takes_others:
         raise BackendError(
             f"device {device}: the package has {', '.join(manifest.variants)}; "

@@ -130,7 +130,7 @@ def find_engine(package: Package, backend: TensorRTBackend, variant: str | None)
     engines = {e.variant: e for e in manifest.engines.values() if e.backend == backend} if manifest else {}
     name = variant
     if name is None:
-        name = next(iter(runnable(package.manifest, manifest, find_target(backend))), None)
+        name = next(iter(runnable(package, find_target(backend))), None)
     if manifest is None or name not in engines:
         there = f"it has those of {', '.join(sorted(engines))}" if engines else "it has none"
         wanted = "" if variant is None else f" of variant {variant!r}"

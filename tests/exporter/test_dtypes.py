@@ -9,19 +9,19 @@ import torch
 from olmo2_export.dtypes import (
     FLOATS,
     HALVES,
-    FloatDtype,
+    FloatRow,
     dtype_name,
     float_dtype,
     ir_dtype,
     stored_dtype,
     torch_dtype,
 )
-from runtimes.dtypes import DTYPES, Dtype, find_dtype, tensorrt_dtype
+from runtimes.dtypes import DTYPES, DtypeRow, find_dtype, tensorrt_dtype
 from runtimes.errors import PackageError
 
 
 @pytest.mark.parametrize("row", DTYPES, ids=lambda row: row.name)
-def test_a_row_of_the_runners_is_what_onnx_says(row: Dtype) -> None:
+def test_a_row_of_the_runners_is_what_onnx_says(row: DtypeRow) -> None:
     dtype = ir_dtype(row.name)
     assert (int(dtype), dtype.bitwidth) == (row.onnx, row.bits)
     assert dtype_name(dtype) == row.name
@@ -35,7 +35,7 @@ def test_a_row_of_the_runners_is_what_onnx_says(row: Dtype) -> None:
 
 
 @pytest.mark.parametrize("row", FLOATS, ids=lambda row: row.name)
-def test_a_row_of_the_exporter_is_what_pytorch_says(row: FloatDtype) -> None:
+def test_a_row_of_the_exporter_is_what_pytorch_says(row: FloatRow) -> None:
     assert row.torch.itemsize == row.size == find_dtype(row.name).size
     info = torch.finfo(row.torch)
     assert row.roundoff == info.eps / 2

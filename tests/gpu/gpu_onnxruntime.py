@@ -16,7 +16,6 @@ import torch
 from support.checkpoints import make_checkpoint
 from transformers import Olmo2ForCausalLM
 
-from olmo2_export.catalog import Precision
 from olmo2_export.engine.build import build
 from olmo2_export.engine.options import EngineOptions
 from olmo2_export.package.export import export
@@ -24,6 +23,7 @@ from olmo2_export.verify.verify import verify
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
 from runtimes import open_runner
 from runtimes.generation.generate import generate_tokens
+from runtimes.manifest import Precision
 from runtimes.text.sampling import Sampler
 
 Record = Callable[[str, object], None]

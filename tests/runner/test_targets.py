@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tomllib
 from pathlib import Path
-from typing import Any, get_args
+from types import SimpleNamespace
+from typing import Any, cast, get_args
 
 import pytest
 
@@ -13,7 +13,8 @@ import runtimes.targets as targets
 from runtimes import open_runner
 from runtimes.cli import parse_args
 from runtimes.errors import BackendError, UsageError
-from runtimes.manifest import KVCacheSpec, Manifest, TrtManifest, Variant
+from runtimes.manifest import KVCacheSpec, Variant
+from runtimes.package import Package
 from runtimes.targets import TARGETS, Backend, Device, Target, backends, devices, find_target, runnable, runs
 from runtimes.trt.nvidia import TensorRTBackend
 
@@ -35,17 +36,14 @@ GRAPHS = {
 }
 
 
-def package(*names: str, graphs: dict[str, tuple[str, str]] = GRAPHS) -> Manifest:
-    manifest: Any = dataclasses.make_dataclass("Part", ["variants"])
-    found: Manifest = manifest({name: variant(name, *graphs[name]) for name in names})
-    return found
-
-
-def engines(*pairs: tuple[str, str]) -> TrtManifest:
-    engine = dataclasses.make_dataclass("Engine", ["variant", "backend"])
-    manifest: Any = dataclasses.make_dataclass("Part", ["engines"])
-    found: TrtManifest = manifest({f"{backend}_{name}": engine(name, backend) for name, backend in pairs})
-    return found
+def package(
+    *names: str, graphs: dict[str, tuple[str, str]] = GRAPHS, engines: tuple[tuple[str, str], ...] = ()
+) -> Package:
+    """A package of these variants, and of engines: variant and backend of each."""
+    found = [SimpleNamespace(variant=name, backend=backend) for name, backend in engines]
+    trt = SimpleNamespace(engines=dict(enumerate(found))) if engines else None
+    manifest = SimpleNamespace(variants={name: variant(name, *graphs[name]) for name in names})
+    return cast("Package", SimpleNamespace(manifest=manifest, trt=trt))
 
 
 def test_the_rows_are_the_closed_sets() -> None:
@@ -115,18 +113,18 @@ def test_a_graph_runs_where_its_cache_does() -> None:
 
 def test_the_best_of_a_package_comes_first() -> None:
     whole = package(*GRAPHS)
-    assert runnable(whole, None, find_target("ort")) == ["q4", "q8", "fp32", "fp16", "q4f16"]
-    assert runnable(whole, None, find_target("ort", "cuda")) == ["bf16", "fp16", "q4f16"]  # fp32 runs, but is slow
-    assert runnable(whole, None, find_target("ort", "nv-rtx")) == ["bf16", "fp16", "q4f16"]
-    assert runnable(package("fp32", "q4"), None, find_target("ort", "cuda")) == []
-    assert runnable(package("bf16"), None, find_target("ort")) == []
+    assert runnable(whole, find_target("ort")) == ["q4", "q8", "fp32", "fp16", "q4f16"]
+    assert runnable(whole, find_target("ort", "cuda")) == ["bf16", "fp16", "q4f16"]  # fp32 runs, but is slow
+    assert runnable(whole, find_target("ort", "nv-rtx")) == ["bf16", "fp16", "q4f16"]
+    assert runnable(package("fp32", "q4"), find_target("ort", "cuda")) == []
+    assert runnable(package("bf16"), find_target("ort")) == []
 
 
 def test_of_engines_those_of_the_backend_are_taken_by_name() -> None:
-    both = engines(("trt_int4", "trt"), ("trt_fp16", "trt"), ("trt_bf16", "trt_rtx"))
-    assert runnable(package("fp32"), both, find_target("trt")) == ["trt_fp16", "trt_int4"]
-    assert runnable(package("fp32"), both, find_target("trt_rtx")) == ["trt_bf16"]
-    assert runnable(package("fp32"), None, find_target("trt")) == []
+    both = package("fp32", engines=(("trt_int4", "trt"), ("trt_fp16", "trt"), ("trt_bf16", "trt_rtx")))
+    assert runnable(both, find_target("trt")) == ["trt_fp16", "trt_int4"]
+    assert runnable(both, find_target("trt_rtx")) == ["trt_bf16"]
+    assert runnable(package("fp32"), find_target("trt")) == []
 
 
 @pytest.fixture
@@ -143,7 +141,7 @@ def test_a_new_row_is_offered_and_chosen(npu: Target, capsys: pytest.CaptureFixt
     assert backends() == ("ort", "trt_rtx", "trt", "npu")
     assert find_target("npu") == find_target("npu", "npu") == npu
     graphs = GRAPHS | {"q2": ("shared", "int8"), "q3": ("shared", "int8")}
-    assert runnable(package("q3", "q4", "fp32", "q2", graphs=graphs), None, npu) == ["q2", "q4"]
+    assert runnable(package("q3", "q4", "fp32", "q2", graphs=graphs), npu) == ["q2", "q4"]
     with pytest.raises(SystemExit):
         parse_args(["generate", "--help"])
     said = " ".join(capsys.readouterr().out.split())

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 from support.checkpoints import make_checkpoint
 
-from olmo2_export.catalog import Precision, precisions
+from olmo2_export.catalog import precisions
 from olmo2_export.engine.build import build
 from olmo2_export.engine.options import EngineOptions
 from olmo2_export.engine.plan import Kernel, count_kernels, materialized_weights, read_kernels, reads_cache_in_place
 from olmo2_export.package.export import export
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes.errors import EngineBuildError
+from runtimes.manifest import Precision
 
 # An even vocabulary, and rows of more than one block of 128: else int4 weights are dequantised apart.
 SHAPES: dict[str, dict[str, Any]] = {

@@ -16,7 +16,7 @@ import torch
 from support.checkpoints import make_checkpoint
 from transformers import Olmo2ForCausalLM
 
-from olmo2_export.catalog import Precision, precisions
+from olmo2_export.catalog import precisions
 from olmo2_export.config import ModelConfig
 from olmo2_export.fuse import TENSORRT, apply, op_counts
 from olmo2_export.fuse.drop_unused import drop_unused
@@ -36,7 +36,7 @@ from olmo2_export.graphs.static import load_static_graph, static_graph
 from olmo2_export.graphs.trace import trace
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes.errors import FailedError, FusionError
-from runtimes.manifest import load_manifest
+from runtimes.manifest import Precision, load_manifest
 
 # max abs difference of logits of order 3 from transformers' float32. Both add the same few hundred products in float32,
 # in another order; measured up to 6e-6. A wrong mask, slot or position gives more than 1e-2.

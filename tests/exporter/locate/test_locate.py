@@ -16,7 +16,7 @@ import torch
 from support.checkpoints import make_checkpoint
 from support.rebuilt_packages import rebuilt, rebuilt_trt, with_trt_graph
 
-from olmo2_export.catalog import Precision, precisions
+from olmo2_export.catalog import precisions
 from olmo2_export.cli import main
 from olmo2_export.debug.debug import onnxruntime_runner
 from olmo2_export.locate import locate as locate_module
@@ -31,7 +31,7 @@ from olmo2_export.truth.torch_layers import TorchModel
 from olmo2_export.views.static_forms import rounded_form
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
 from runtimes.errors import ConfigError, PackageError, UsageError, VariantNotFoundError
-from runtimes.manifest import find_variant
+from runtimes.manifest import Precision, find_variant
 from runtimes.ort.devices import Device, find_device
 
 CAPACITY = 64
