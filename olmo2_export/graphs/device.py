@@ -33,7 +33,6 @@ operator here: GroupQueryAttention with queries, keys and values apart, MatMulNB
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection
 
 import onnx_ir as ir
@@ -145,8 +144,3 @@ def expected_op_counts(model: ModelSpec, *, quantized: bool) -> dict[str, int]:
         "com.microsoft::GroupQueryAttention": layers,
         "Sigmoid": layers,
     }
-
-
-def cache_of(cache: KVCacheSpec, dtype: ir.DataType) -> KVCacheSpec:
-    """Return the cache's description in another dtype."""
-    return dataclasses.replace(cache, dtype=DTYPE_NAMES[dtype])
