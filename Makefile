@@ -53,8 +53,12 @@ export: $(STAMP) ## MODEL -> package, parity, TensorRT engine, and a sample of t
 	then printf '\n%s' "$$PROMPT"; $(BIN)/olmo2-run generate "$$OUT" --prompt "$$PROMPT" --max-new-tokens 80 --temperature 0.7 --seed 1 --stats; \
 	else printf '%s has no tokenizer.json: no sample of text\n' "$$MODEL"; fi
 
+# A process per CPU, each test file in one of them; then what asserts time, memory, locks, signals or kills, by itself.
+# Both read the packages that the first has made.
 test: $(STAMP) ## the tests
-	$(BIN)/python -m pytest
+	rm -rf build/shared
+	$(BIN)/python -m pytest --shared build/shared --durations 25 -m 'not alone' -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest --shared build/shared --durations 25 -m alone
 
 check: $(STAMP) format lint types test ## format, lint, types and tests: what CI runs
 
