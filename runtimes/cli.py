@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TypedDict
 
-from runtimes import Backend, Device, open_runner
+from runtimes import Backend, Device, open_package, open_runner
 from runtimes.command import Parser, run_command
 from runtimes.generation.generate import Generation, encode_prompt, generate
 from runtimes.speculate.speculation import Drafter, DraftModel, PromptLookup
@@ -108,7 +108,8 @@ def run(args: argparse.Namespace) -> None:
     """
     sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
     check_hashes = not args.skip_hash_check
-    tokenizer = Tokenizer.from_package(args.package, check_hashes=check_hashes)
+    package = open_package(args.package)
+    tokenizer = Tokenizer.from_package(package, check_hashes=check_hashes)
     prompt = _read_stdin() if args.prompt == "-" else plain_lines(args.prompt.removesuffix("\r"))  # $(cat) ate the LF
     prompt_ids = encode_prompt(tokenizer, prompt, parse_special=args.special_tokens)
     if not args.special_tokens and (found := tokenizer.special_in(prompt)):
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
         "threads": args.threads,
     }
     with ExitStack() as stack:
-        runner = stack.enter_context(open_runner(args.package, variant=args.variant, **options))
+        runner = stack.enter_context(open_runner(package, variant=args.variant, **options))
         drafter: Drafter | None = PromptLookup() if args.speculate == "lookup" else None
         if args.draft is not None:
             drafter = DraftModel(stack.enter_context(open_runner(args.draft, **options)))
