@@ -14,8 +14,9 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from runtimes.errors import ContextLengthError, InputError
 from runtimes.integers import as_integer
-from runtimes.runners.runner import HeldText, Runner, check_rows, common_prefix
+from runtimes.runners.runner import HeldText, Logits, Runner, check_rows, common_prefix
 from runtimes.speculate.speculation import Drafter, Speculation, speculate_tokens
+from runtimes.text.logit_rules import Penalties
 from runtimes.text.sampling import Sampler
 from runtimes.text.tokenizer import Tokenizer
 
@@ -91,6 +92,7 @@ def generate_tokens(
     max_new_tokens: int | None = None,
     speculate: Drafter | None = None,
     eos_token_ids: Collection[int] = (),
+    penalties: Penalties | None = None,
 ) -> Generator[int, None, None]:
     """Append a prompt to what the runner holds and sample new ids, forever or until the limit.
 
@@ -104,6 +106,7 @@ def generate_tokens(
         max_new_tokens: None means as many as fit.
         speculate: guesses ids, which are checked several at a time; the ids have the same distribution as without.
         eos_token_ids: nothing after them is guessed; they do not end the iterator.
+        penalties: change the logits before the sampler; they count the prompt's ids and every id that is sampled.
 
     Returns:
         An iterator of ids; the model runs when it is advanced.
@@ -119,7 +122,10 @@ def generate_tokens(
         raise InputError("expected at least one prompt id, found none")
     used = len(prompt_ids) + sum(runner.cache_lengths)
     limit = _new_token_limit(runner, used, max_new_tokens)
-    return _sample(runner, prompt_ids, sampler, limit, _speculation(runner, speculate), eos_token_ids)
+    if penalties is not None:
+        penalties.begin(prompt_ids)
+    draw = _Draw(sampler, penalties)
+    return _sample(runner, prompt_ids, draw, limit, _speculation(runner, speculate), eos_token_ids)
 
 
 def stream_text(
@@ -163,6 +169,7 @@ def generate(
     on_text: Callable[[str], object] | None = None,
     speculate: Drafter | None = None,
     parse_special: bool = False,
+    penalties: Penalties | None = None,
 ) -> Generation:
     """Generate the continuation of one prompt.
 
@@ -180,6 +187,7 @@ def generate(
         on_text: called with each piece of text as soon as it is there.
         speculate: guesses ids, which are checked several at a time; the text has the same distribution as without.
         parse_special: names of special tokens in the prompt are these tokens; see `Tokenizer.encode`.
+        penalties: change the logits before the sampler; they count the prompt's ids and every id that is sampled.
 
     Raises:
         InputError, ContextLengthError, UsageError: as `encode_prompt`, `generate_tokens` and `stream_text`, or another
@@ -210,7 +218,9 @@ def generate(
     def recorded() -> Generator[int, None, None]:
         nonlocal reused
         reused = _keep_common_prefix(runner, prompt_ids)
-        with closing(_sample(runner, prompt_ids[reused:], sampler, limit, speculation, ends)) as ids:
+        if penalties is not None:
+            penalties.begin(prompt_ids)
+        with closing(_sample(runner, prompt_ids[reused:], _Draw(sampler, penalties), limit, speculation, ends)) as ids:
             for token_id in ids:
                 times.append(time.perf_counter())
                 sampled.append(token_id)
@@ -272,23 +282,44 @@ def _keep_common_prefix(runner: Runner, prompt_ids: Sequence[int]) -> int:
     return kept
 
 
+@dataclass(frozen=True)
+class _Draw:
+    """A sampler behind the penalties of its text."""
+
+    sampler: Sampler
+    penalties: Penalties | None
+
+    @property
+    def candidates(self) -> int:
+        """As of `Sampler`; 0 with penalties, which may bring any token among the likeliest."""
+        return 0 if self.penalties else self.sampler.candidates
+
+    def __call__(self, logits: Logits) -> int:
+        if self.penalties is None:
+            return self.sampler(logits)
+        self.penalties.apply(logits)
+        token_id = self.sampler(logits)
+        self.penalties.push(token_id)
+        return token_id
+
+
 def _sample(
     runner: Runner,
     prompt_ids: Sequence[int],
-    sampler: Sampler,
+    draw: _Draw,
     limit: int,
     speculation: Speculation | None,
     eos_token_ids: Collection[int],
 ) -> Generator[int, None, None]:
     """Return the iterator of ids; what the runner holds now, not when it is first advanced, is what they continue."""
-    return _continue(runner, HeldText(runner), prompt_ids, sampler, limit, speculation, eos_token_ids)
+    return _continue(runner, HeldText(runner), prompt_ids, draw, limit, speculation, eos_token_ids)
 
 
 def _continue(
     runner: Runner,
     text: HeldText,
     prompt_ids: Sequence[int],
-    sampler: Sampler,
+    draw: _Draw,
     limit: int,
     speculation: Speculation | None,
     eos_token_ids: Collection[int],
@@ -296,14 +327,14 @@ def _continue(
     if limit == 0:
         return
     with text.step():
-        token_id = sampler(runner.prefill([prompt_ids])[0][-1])
+        token_id = draw(runner.prefill([prompt_ids])[0][-1])
     yield token_id
     if speculation is not None:
         yield from speculate_tokens(
             runner,
             token_id,
             limit - 1,
-            sampler=sampler,
+            sampler=draw,
             speculation=speculation,
             eos_token_ids=eos_token_ids,
             text=text,
@@ -311,19 +342,19 @@ def _continue(
         return
     for _ in range(limit - 1):
         with text.step():
-            token_id = _next(runner, sampler, token_id)
+            token_id = _next(runner, draw, token_id)
         yield token_id
 
 
-def _next(runner: Runner, sampler: Sampler, token_id: int) -> int:
+def _next(runner: Runner, draw: _Draw, token_id: int) -> int:
     """Append an id to the only row and sample the next, from candidates that the graph picked where these will do."""
-    if 0 < sampler.candidates <= runner.top_k:
+    if 0 < draw.candidates <= runner.top_k:
         ids, logits = runner.decode_top([token_id])
-        chosen = sampler.choose(ids[0], logits[0])
+        chosen = draw.sampler.choose(ids[0], logits[0])
         if chosen is not None:
             return chosen
         runner.truncate([runner.cache_lengths[0] - 1])  # undecided: compute it again, for all logits
-    return sampler(runner.decode([token_id])[0])
+    return draw(runner.decode([token_id])[0])
 
 
 def _pieces(

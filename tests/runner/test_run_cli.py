@@ -20,6 +20,7 @@ from runtimes.cli import main, parse_args
 from runtimes.generation.generate import generate
 from runtimes.manifest import package_checksum
 from runtimes.sealed import FORMAT_VERSION, seal
+from runtimes.text.logit_rules import Penalties
 from runtimes.text.sampling import Sampler
 from runtimes.text.tokenizer import Tokenizer
 
@@ -97,6 +98,32 @@ def test_sampling_flags_are_used(demo_package: Path, capsys: pytest.CaptureFixtu
     with open_runner(demo_package) as runner:
         same = generate(runner, tokenizer, PROMPT, sampler=Sampler(1.2, 50, 0.9, 5), max_new_tokens=16).text
         other = generate(runner, tokenizer, PROMPT, sampler=Sampler(1.2, 50, 0.9, 6), max_new_tokens=16).text
+    assert capsys.readouterr().out == same + "\n" != other + "\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "min_p", "penalties"),
+    [
+        (["--min-p", "0.4"], 0.4, None),
+        (["--repetition-penalty", "1.5"], 0.0, Penalties(repetition=1.5)),
+        (["--presence-penalty", "2"], 0.0, Penalties(presence=2.0)),
+        (["--frequency-penalty", "1.5"], 0.0, Penalties(frequency=1.5)),
+    ],
+)
+def test_min_p_and_penalties_are_used(
+    demo_package: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    min_p: float,
+    penalties: Penalties | None,
+) -> None:
+    usual = ["--temperature", "1.4", "--seed", "5", "--max-new-tokens", "24"]
+    assert main(["generate", str(demo_package), "--prompt", PROMPT, *usual, *flags]) == 0
+    tokenizer = Tokenizer.from_package(demo_package)
+    with open_runner(demo_package) as runner:
+        sampler = Sampler(1.4, seed=5, min_p=min_p)
+        same = generate(runner, tokenizer, PROMPT, sampler=sampler, max_new_tokens=24, penalties=penalties).text
+        other = generate(runner, tokenizer, PROMPT, sampler=Sampler(1.4, seed=5), max_new_tokens=24).text
     assert capsys.readouterr().out == same + "\n" != other + "\n"
 
 
@@ -332,6 +359,8 @@ def test_default_length_gives_way_to_the_context_and_an_asked_one_does_not(
         (["--temperature", "nan"], "temperature nan"),
         (["--top-k", "-3"], "top_k -3"),
         (["--top-p", "0"], "top_p 0.0"),
+        (["--min-p", "2"], "min_p 2.0"),
+        (["--repetition-penalty", "0"], "repetition penalty 0.0"),
         (["--seed", "-1"], "seed -1"),
         (["--stop", ""], "none of them empty"),
         (["--backend", "cuda"], "backend 'cuda': there is ort, trt_rtx, trt"),

@@ -17,6 +17,7 @@ from runtimes.generation.generate import Generation, Piece, _Held, generate, gen
 from runtimes.one_thread import OneThread
 from runtimes.runners.runner import Runner
 from runtimes.speculate.speculation import DraftModel, PromptLookup
+from runtimes.text.logit_rules import Penalties
 from runtimes.text.sampling import Sampler
 from runtimes.text.tokenizer import Tokenizer
 
@@ -456,6 +457,32 @@ def test_same_seed_gives_the_same_text(demo_package: Path, tokenizer: Tokenizer)
 
         assert text(1) == text(1)
         assert text(1) != text(2)
+
+
+def test_penalties_are_those_of_transformers_with_and_without_speculation(
+    demo_runner: Runner, tokenizer: Tokenizer
+) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    import olmo2_export.demo
+
+    model = AutoModelForCausalLM.from_pretrained(Path(olmo2_export.demo.__file__).parent)
+    prompt_ids = tokenizer.encode("And it came to pass, that it came to pass")
+    plain, expected = (
+        model.generate(torch.tensor([prompt_ids]), max_new_tokens=24, do_sample=False, repetition_penalty=penalty)[0]
+        for penalty in (1.0, 1.2)
+    )
+    assert not torch.equal(plain, expected)
+    wanted = expected[len(prompt_ids) :].tolist()
+    options: dict[str, Any] = {"sampler": GREEDY, "max_new_tokens": 24, "penalties": Penalties(repetition=1.2)}
+    assert list(fresh(demo_runner, tokenizer, prompt_ids, **options).token_ids) == wanted
+    assert list(fresh(demo_runner, tokenizer, prompt_ids, **options, speculate=PromptLookup()).token_ids) == wanted
+    candidates: Any = CandidateRunner(demo_runner, 1, 1e-6)
+    assert list(fresh(candidates, tokenizer, prompt_ids, **options).token_ids) == wanted
+    assert "decode_top" not in candidates.calls  # a penalty may bring up what the graph did not pick
+    demo_runner.reset()
+    assert list(generate_tokens(demo_runner, prompt_ids, **options)) == wanted
 
 
 class CandidateRunner:
