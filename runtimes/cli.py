@@ -173,7 +173,7 @@ def run(args: argparse.Namespace) -> None:
             prompt_ids,
             sampler=sampler,
             max_new_tokens=new,
-            stop=[plain_lines(stop) for stop in args.stop],
+            stop=[form for stop in args.stop for form in dict.fromkeys((stop, plain_lines(stop)))],  # as CR LF, too
             on_text=_write,
             speculate=drafter,
             penalties=None if penalties == Penalties() else penalties,

@@ -7,30 +7,18 @@ prefill and one sampling.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
 
 from runtimes.errors import ContextLengthError, InputError
+from runtimes.generation.text_state import FinishReason, Piece, TextState
 from runtimes.integers import as_integer
 from runtimes.runners.runner import HeldText, Logits, Runner, check_rows, common_prefix
 from runtimes.speculate.speculation import Drafter, Speculation, speculate_tokens
 from runtimes.text.logit_rules import Penalties
 from runtimes.text.sampling import Sampler
 from runtimes.text.tokenizer import Tokenizer
-
-FinishReason: TypeAlias = Literal["eos", "stop", "length"]
-"""an end-of-sequence token, a stop string, or as many tokens as were asked for or fit"""
-
-
-class Piece(NamedTuple):
-    """A piece of generated text."""
-
-    text: str
-    """whole characters; empty only in the last piece"""
-    finish_reason: FinishReason | None
-    """set in the last piece"""
 
 
 @dataclass(frozen=True)
@@ -137,8 +125,7 @@ def stream_text(
 ) -> Iterator[Piece]:
     """Turn ids into text as they come; ask for no id after the end of the text.
 
-    Text that could be the beginning of a stop string is held back until it is decided, so no part of one is given out.
-    Special tokens give no text; a stop string that holds the name of one is found where the token is.
+    See `TextState` for what is held back, and where a text ends.
 
     Args:
         tokenizer: of the package.
@@ -150,11 +137,21 @@ def stream_text(
         An iterator of pieces; the last one, and only it, has a finish_reason.
 
     Raises:
-        InputError: stop is a single string, or holds an empty one. At once.
+        InputError: as `TextState`, at once.
     """
-    if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
-        raise InputError(f"stop {stop!r}: expected a list of strings, none of them empty")
-    return _pieces(tokenizer, token_ids, stop, tokenizer.eos_token_ids if eos_token_ids is None else eos_token_ids)
+    return _pieces(TextState(tokenizer, stop=stop, eos_token_ids=eos_token_ids), token_ids)
+
+
+def _pieces(state: TextState, token_ids: Iterable[int]) -> Iterator[Piece]:
+    for token_id in token_ids:
+        text = state.push(token_id)
+        if state.finish_reason is not None:
+            yield Piece(text, state.finish_reason)
+            return
+        if text:
+            yield Piece(text, None)
+    text = state.finish()
+    yield Piece(text, state.finish_reason)
 
 
 def generate(
@@ -355,102 +352,3 @@ def _next(runner: Runner, draw: _Draw, token_id: int) -> int:
             return chosen
         runner.truncate([runner.cache_lengths[0] - 1])  # undecided: compute it again, for all logits
     return draw(runner.decode([token_id])[0])
-
-
-def _pieces(
-    tokenizer: Tokenizer, token_ids: Iterable[int], stop: Sequence[str], eos_token_ids: Collection[int]
-) -> Iterator[Piece]:
-    stream = tokenizer.stream()
-    held = _Held(stop, tokenizer.special_tokens)
-    reason: FinishReason = "length"
-    for token_id in token_ids:
-        if token_id in eos_token_ids:
-            reason = "eos"
-            break
-        held.push(stream.push(token_id), held.hidden(token_id))
-        if held.stopped is not None:
-            yield Piece(held.stopped, "stop")
-            return
-        if free := held.free():
-            yield Piece(free, None)
-    held.push(stream.flush())
-    yield Piece(held.text, reason) if held.stopped is None else Piece(held.stopped, "stop")
-
-
-class _Held:
-    """Text that is not given out yet, and the names of special tokens in it, which are never given out.
-
-    Stop strings are looked for in the text, as it is given out; those that hold the name of a special token in the text
-    with these names in their places.
-    """
-
-    def __init__(self, stop: Sequence[str], special_tokens: Mapping[int, str]) -> None:
-        self._stop = stop
-        self._stop_with_names = [s for s in stop if any(name in s for name in special_tokens.values())]
-        self._names = special_tokens if self._stop_with_names else {}
-        self._parts: list[tuple[str, bool]] = []  # (text, whether it is given out)
-        self.stopped: str | None = None
-        """the text in front of the first stop string that is complete"""
-
-    @property
-    def text(self) -> str:
-        """What would be given out."""
-        return "".join(text for text, shown in self._parts if shown)
-
-    def hidden(self, token_id: int) -> str:
-        """Return the name of a special token, where a stop string holds any."""
-        return self._names.get(token_id, "")
-
-    def push(self, text: str, hidden: str = "") -> None:
-        """Add what a token gives, and its name if it is special."""
-        self._parts += [part for part in ((text, True), (hidden, False)) if part[0]]
-        cuts = [cut for cut in (_find_stop(self.text, self._stop), self._find_with_names()) if cut is not None]
-        if cuts:
-            self.stopped = self.text[: min(cuts)]
-
-    def free(self) -> str:
-        """Drop and return the text that can be no part of a stop string."""
-        text, names = self.text, self._with_names()
-        kept = len(names) - _undecided(names, self._stop_with_names)
-        count = min(len(text) - _undecided(text, self._stop), self._shown(kept))
-        free, left = text[:count], count
-        while self._parts:  # what is given out, and the names in front that can be no part of a stop string
-            part, shown = self._parts[0]
-            gone = min(left, len(part)) if shown else len(part)
-            if not gone or (not shown and not left and gone > kept):
-                break
-            self._parts[:1] = [(part[gone:], True)] if gone < len(part) else []
-            left -= gone if shown else 0
-            kept -= gone
-        return free
-
-    def _with_names(self) -> str:
-        return "".join(text for text, _ in self._parts) if self._stop_with_names else ""
-
-    def _find_with_names(self) -> int | None:
-        cut = _find_stop(self._with_names(), self._stop_with_names)
-        return None if cut is None else self._shown(cut)
-
-    def _shown(self, length: int) -> int:
-        """Return how many characters are given out of the first `length` with names; all where there are no names."""
-        if not self._stop_with_names:
-            return len(self.text)
-        count = 0
-        for text, shown in self._parts:
-            part = min(length, len(text))
-            count += part if shown else 0
-            length -= part
-        return count
-
-
-def _find_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Return where the stop string begins that is complete first; the longest, if several end there."""
-    ends = [(at + len(s), at) for s in stop if (at := text.find(s)) >= 0]
-    return min(ends)[1] if ends else None
-
-
-def _undecided(text: str, stop: Sequence[str]) -> int:
-    """Return the length of the longest end of `text` that could become a stop string."""
-    longest = max((len(s) for s in stop), default=1) - 1
-    sizes = range(min(longest, len(text)), 0, -1)
-    return next((n for n in sizes if any(s.startswith(text[-n:]) for s in stop)), 0)

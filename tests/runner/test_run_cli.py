@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import pytest
 import runtimes
 from runtimes import cli, open_runner
 from runtimes.cli import main, parse_args
-from runtimes.generation.generate import generate
+from runtimes.generation.generate import generate, stream_text
 from runtimes.manifest import package_checksum
 from runtimes.sealed import FORMAT_VERSION, seal
 from runtimes.text.logit_rules import Penalties
@@ -180,7 +181,25 @@ def test_a_stop_string_of_windows_ends_at_a_line_of_any(demo_package: Path, monk
 
     monkeypatch.setattr(cli, "generate", spy)
     assert main(["generate", str(demo_package), "--prompt", "x", "--stop", "\r\nUser:", "--stop", "\r"]) == 0
-    assert seen == ["\nUser:", "\n"]
+    assert seen == ["\r\nUser:", "\nUser:", "\r", "\n"]
+
+
+@pytest.mark.parametrize("stop", ["\r\n", "\r\nUser:"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_no_half_of_a_line_end_is_given_out(
+    demo_package: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stop: str, end: str
+) -> None:
+    """Where the model ends its lines as the stop string does, and where it does not."""
+    tokenizer = Tokenizer.from_package(demo_package)
+    text = f"Yes{end}User: no"
+
+    def scripted(*_: object, stop: list[str], on_text: Callable[[str], object], **__: object) -> None:
+        for piece in stream_text(tokenizer, tokenizer.encode(text), stop=stop):
+            on_text(piece.text)
+
+    monkeypatch.setattr(cli, "generate", scripted)
+    assert main(["generate", str(demo_package), "--prompt", "x", "--stop", stop]) == 0
+    assert capsys.readouterr().out == "Yes\n"
 
 
 def test_a_special_token_in_a_prompt_is_text_and_said_or_the_token(demo_package: Path) -> None:
