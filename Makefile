@@ -25,7 +25,8 @@ override MODEL    := $(value MODEL)
 override REVISION := $(value REVISION)
 override OUT      := $(value OUT)
 override PROMPT   := $(value PROMPT)
-export MODEL REVISION OUT PROMPT
+override ROW      := $(value ROW)
+export MODEL REVISION OUT PROMPT ROW
 DEFAULT_OUT   := : "$${OUT:=packages/$$(basename "$$MODEL")}";
 REVISION_FLAG := $${REVISION:+--revision "$$REVISION"}
 
@@ -52,8 +53,12 @@ export: $(STAMP) ## MODEL -> package, parity, TensorRT engine, and a sample of t
 	then printf '\n%s' "$$PROMPT"; $(BIN)/olmo2-run generate "$$OUT" --prompt "$$PROMPT" --max-new-tokens 80 --temperature 0.7 --seed 1 --stats; \
 	else printf '%s has no tokenizer.json: no sample of text\n' "$$MODEL"; fi
 
+# A process per CPU, each test file in one of them; then what asserts time, memory, locks, signals or kills, by itself.
+# Both read the packages that the first has made.
 test: $(STAMP) ## the tests
-	$(BIN)/python -m pytest
+	rm -rf build/shared
+	$(BIN)/python -m pytest --shared build/shared --durations 25 -m 'not alone' -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest --shared build/shared --durations 25 -m alone
 
 check: $(STAMP) format lint types docs test ## format, lint, types, docs and tests: what CI runs
 
@@ -106,7 +111,7 @@ test-oldest: ## an export and its verification with the oldest versions of const
 	$(VENV)-oldest/bin/olmo2-export verify build/oldest --reference demo --longest 256
 
 gpu-test: $(VENV)-gpu/.installed ## the rows of tests/gpu/CHECKLIST.md that this machine's GPU allows; skips say why
-	$(VENV)-gpu/bin/python -m pytest -q -o filterwarnings=default --tb=short --show-capture=no tests/gpu/gpu_*.py $(if $(ROW),-k '$(ROW)')
+	$(VENV)-gpu/bin/python -m pytest -q -o filterwarnings=default --tb=short --show-capture=no tests/gpu/gpu_*.py $${ROW:+-k "$$ROW"}
 
 # A venv of its own, with full TensorRT if TENSORRT=1: onnxruntime-gpu takes the place of onnxruntime. torch brings CUDA, unless pip is told otherwise.
 $(VENV)-gpu/.installed: pyproject.toml constraints.txt

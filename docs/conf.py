@@ -10,7 +10,7 @@ from pathlib import Path
 from pygments.lexers.special import TextLexer
 from sphinx.application import Sphinx
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 project = "olmo2-export"
@@ -24,7 +24,7 @@ apidoc_modules = [
     {
         "path": ROOT / package,
         "destination": f"api/{package}",
-        "exclude_patterns": ["**/__main__.py", "**/bench/workers/*"],  # the workers import the peers
+        "exclude_patterns": [str(ROOT / "*/__main__.py"), str(ROOT / "*/bench/workers*")],  # the workers import the peers
         "separate_modules": True,
         "module_first": True,
     }
@@ -47,7 +47,7 @@ html_static_path = ["static"]
 html_css_files = ["wide.css"]
 html_show_sourcelink = False
 html_copy_source = False
-exclude_patterns = ["static"]
+exclude_patterns = ["static", "api/*/modules.rst"]
 
 
 _COLON = "\ue000"

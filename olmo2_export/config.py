@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from runtimes.errors import ConfigError
+from runtimes.errors import ConfigError, broken_link
 from runtimes.manifest import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,8 @@ _MAX_VOCABULARY = 1 << 24
 _MAX_CONTEXT = 1 << 22
 _DEFAULT_CONTEXT, _DEFAULT_THETA = 2048, 10_000.0
 
+LFS_POINTER = "version https://git-lfs"
+"""how a file begins that git did not replace by its contents"""
 TOKEN_ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # Fields that do not change the logits.
@@ -294,6 +296,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
+        if text.startswith(LFS_POINTER):
+            raise ConfigError(f"{path}: a Git LFS pointer: run 'git lfs pull', or download the file itself")
         if text.startswith("\ufeff"):
             raise ConfigError(f"{path}: begins with a byte order mark; save it as UTF-8 without one")
         raw = json.loads(text)
@@ -301,6 +305,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except ConfigError:
         raise
     except (OSError, ValueError, RecursionError) as error:
+        if lost := broken_link(path):
+            raise ConfigError(f"{path}: {lost}") from error
         reason = error.strerror if isinstance(error, OSError) else type(error).__name__
         raise ConfigError(f"{path}: not a readable JSON file ({reason})") from error
     if not isinstance(raw, dict):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tokenizers
 
-from olmo2_export.config import ModelConfig
+from olmo2_export.config import LFS_POINTER, ModelConfig
 from runtimes.errors import CheckpointError, first_names
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,11 @@ def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
     except BaseException as error:  # a bad regex panics: a BaseException of a module that cannot be imported
         if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
             raise
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER.encode():
+                raise CheckpointError(
+                    f"{path}: a Git LFS pointer: run 'git lfs pull', or download the file itself"
+                ) from error
         raise CheckpointError(f"{path}: does not work: {_first_line(error)}; get the file again") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -78,7 +83,8 @@ def tested_tokenizer(path: Path, config: ModelConfig) -> tokenizers.Tokenizer | 
         )
     if back < _LEAST * tried:
         raise CheckpointError(
-            f"{path}: only {back} of {tried} of its own tokens become text and tokens again; wrong tokenizer?"
+            f"{path}: only {back} of {tried} of its own tokens become text and tokens again; "
+            + ("wrong tokenizer?" if tokenizer.decoder else "it has no decoder: get the file again")
         )
     if beyond:
         names = [repr(tokenizer.id_to_token(i)) for i in beyond]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 import runtimes.telemetry  # noqa: F401  # before any onnxruntime: every import of runtimes.x comes through here first
@@ -27,9 +26,8 @@ from runtimes.errors import (
     VariantNotFoundError,
 )
 from runtimes.integers import as_integer
-from runtimes.manifest import find_variant, load_manifest
+from runtimes.package import AnyPackage, Package, open_package
 from runtimes.runners.runner import Runner
-from runtimes.sealed import check_files
 from runtimes.threads import default_threads
 
 __all__ = [
@@ -41,11 +39,13 @@ __all__ = [
     "IntegrityError",
     "NumericError",
     "Olmo2ExportError",
+    "Package",
     "PackageError",
     "PackageNotFoundError",
     "Runner",
     "UsageError",
     "VariantNotFoundError",
+    "open_package",
     "open_runner",
 ]
 
@@ -60,7 +60,7 @@ _MOST_THREADS_PER_CPU = 4  # a hundred thousand stop the machine
 
 
 def open_runner(
-    package: str | os.PathLike[str],
+    package: AnyPackage,
     *,
     variant: str | None = None,
     backend: Backend = "ort",
@@ -71,7 +71,7 @@ def open_runner(
     """Open one graph of a package; close it, or use it in a `with`.
 
     Args:
-        package: the package folder.
+        package: the package folder, or one that is open: its files are then hashed once for all its runners.
         variant: which; None means the fastest verified one that the device runs: of those that parity.json says passed,
             the first of q4, q8, fp32 on a CPU, or of bf16, fp16, q4f16 on another device of ort; of those not verified
             yet, if none is; one that failed only where there is no other. With a TensorRT backend the first by name
@@ -97,7 +97,6 @@ def open_runner(
     count = as_integer(threads)
     if threads is not None and (count is None or not 1 <= count <= most):
         raise UsageError(f"threads {threads!r}: expected an integer from 1 to {most}, {_MOST_THREADS_PER_CPU} a CPU")
-    folder = Path(package)
     if device is not None and device not in get_args(Device):
         raise BackendError(f"device {device!r}: there is {', '.join(get_args(Device))}")
     match backend:
@@ -109,14 +108,14 @@ def open_runner(
                     f"backend ort: onnxruntime cannot be imported ({error}); pip install 'olmo2-export[cpu]'"
                 ) from error
             device = device or "cpu"
-            manifest = load_manifest(folder)
-            chosen, files = find_variant(folder, variant or default_variant(folder, manifest, device))
-            check_files(folder, files, chosen.files, hashes=False)
+            opened = open_package(package)
+            chosen = opened.variant(variant or default_variant(opened, device))
+            opened.check(chosen.files, hashes=False)
 
             def check(names: Sequence[str]) -> None:
-                check_files(folder, files, names, hashes=check_hashes)
+                opened.check(names, hashes=check_hashes)
 
-            return open_ort(folder, chosen, manifest.model, count or default_threads(), check, device)
+            return open_ort(opened.folder, chosen, opened.model, count or default_threads(), check, device)
         case "trt_rtx" | "trt":
             if device not in (None, "cuda"):
                 raise UsageError(f"device {device}: backend {backend} runs on the GPU, as device cuda; leave it out")
@@ -129,6 +128,6 @@ def open_runner(
                     f"backend {backend}: cuda-bindings cannot be imported ({error}); "
                     f"pip install 'olmo2-export[{_EXTRAS[backend]}]'"
                 ) from error
-            return open_trt(folder, backend, variant, check_hashes=check_hashes)
+            return open_trt(open_package(package), backend, variant, check_hashes=check_hashes)
         case _:
             raise BackendError(f"backend {backend!r}: there is {', '.join(get_args(Backend))}")

@@ -1,8 +1,4 @@
-"""`olmo2-run`: run a package from the command line.
-
-Exit codes: 0 done; 1 it ran but failed; 2 bad usage or input; 130 interrupted; 141 the reader of stdout went away;
-143 terminated.
-"""
+"""`olmo2-run`: run a package from the command line; exit codes as in `command.py`."""
 
 from __future__ import annotations
 
@@ -10,15 +6,13 @@ import argparse
 import io
 import logging
 import sys
-import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import NoReturn, TypedDict
+from typing import TypedDict
 
 from runtimes import Backend, Device, open_runner
-from runtimes.errors import DISK_FULL, FailedError, Olmo2ExportError, UsageError
+from runtimes.command import Parser, run_command
 from runtimes.generation.generate import Generation, encode_prompt, generate
-from runtimes.signals import BROKEN_PIPE_EXIT, Interrupted, interruptible
 from runtimes.speculate.speculation import Drafter, DraftModel, PromptLookup
 from runtimes.text.plain_text import plain_lines, plain_text
 from runtimes.text.sampling import Sampler
@@ -38,18 +32,13 @@ class _Options(TypedDict):
     threads: int | None
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see {self.prog} --help")
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line.
 
     Raises:
         UsageError: it makes no sense.
     """
-    parser = _Parser(prog="olmo2-run", description="Run a package written by olmo2-export.", allow_abbrev=False)
+    parser = Parser(prog="olmo2-run", description="Run a package written by olmo2-export.", allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     verb = verbs.add_parser(
         "generate",
@@ -160,25 +149,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the text
-    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # on stderr: what a GPU's memory is used for
-    try:
-        with interruptible():
-            run(parse_args(argv))
-    except Interrupted as interruption:
-        return interruption.exit_code
-    except BrokenPipeError:
-        return BROKEN_PIPE_EXIT
-    except Olmo2ExportError as error:
-        return _report(str(error), error.exit_code, debug)
-    except OSError as error:  # a file that cannot be read
-        code = FailedError.exit_code if error.errno in DISK_FULL else Olmo2ExportError.exit_code
-        return _report(str(error), code, debug)
-    except MemoryError:
-        return _report("out of memory; use a smaller model or a shorter prompt", FailedError.exit_code, debug)
-    except Exception as error:  # the last resort: a user gets one line, and --debug the rest
-        return _report(f"internal error: {type(error).__name__}: {error}; run with --debug and report it", 1, debug)
-    return 0
+    return run_command(
+        "olmo2-run",
+        lambda: run(parse_args(argv)),
+        debug="--debug" in (sys.argv[1:] if argv is None else argv),
+        more_memory="use a smaller model or a shorter prompt",
+    )
 
 
 def _read_stdin() -> str:
@@ -201,10 +178,3 @@ def _stats(result: Generation) -> str:
             f"finish reason {result.finish_reason}",
         ]
     )
-
-
-def _report(message: str, exit_code: int, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    sys.stderr.write(f"olmo2-run: error: {' '.join(message.splitlines())}\n")
-    return exit_code

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable
+from pathlib import Path
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 """the errno of a resource that ran out, not of bad input"""
@@ -100,6 +101,12 @@ class NumericError(FailedError, ArithmeticError):
 
 class ResourceError(FailedError, OSError):
     """The disk is full, or another process holds the folder."""
+
+
+def broken_link(path: Path) -> str:
+    """Return that a path is a link which leads nowhere, for use in messages; empty if it is none."""
+    broken = path.is_symlink() and not path.exists()
+    return f"a link to {path.readlink()}, which is not there; is its disk mounted?" if broken else ""
 
 
 def first_names(names: Iterable[str], limit: int = 5) -> str:

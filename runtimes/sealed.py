@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtimes.errors import IntegrityError, PackageError
+from runtimes.errors import IntegrityError, PackageError, broken_link
 
 FORMAT_VERSION = 4
 """what is written"""
 READABLE_VERSIONS = (3, 4)
-"""what is read: format 3 does not say which onnxruntime a graph needs"""
+"""what is read: format 3 does not say which onnxruntime a graph needs, nor the roles of its inputs and outputs"""
 
 _HASH_CHUNK = 1 << 20
 
@@ -91,6 +91,7 @@ def check_files(
     *,
     hashes: bool = True,
     remedy: str = "export the package again",
+    hashed: Callable[[Path, Iterable[str]], Mapping[str, FileEntry]] = hash_files,
 ) -> None:
     """Compare files with what the manifest says of them: presence and size first, then sha256.
 
@@ -100,6 +101,7 @@ def check_files(
         names: which of them; None means all.
         hashes: False stops after presence and size, without reading the files.
         remedy: what the message tells the user to do.
+        hashed: reads files of the folder and returns their entries; `hash_files`, or what remembers them.
 
     Raises:
         IntegrityError: naming every file that differs.
@@ -112,12 +114,12 @@ def check_files(
         if name not in files:
             problems.append(f"{name}: not in the manifest")
         elif not path.is_file():
-            problems.append(f"{name}: missing")
+            problems.append(f"{name}: {broken_link(path) or 'missing'}")
         elif (size := path.stat().st_size) != files[name].size:
             problems.append(f"{name}: {size} bytes, the manifest says {files[name].size}")
         else:
             to_hash.append(name)
-    for name, entry in hash_files(package, to_hash if hashes else ()).items():
+    for name, entry in hashed(package, to_hash if hashes else ()).items():
         if entry.sha256 != files[name].sha256:
             problems.append(f"{name}: sha256 {entry.sha256[:12]}..., the manifest says {files[name].sha256[:12]}...")
     if problems:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
+from runtimes.command import run_command
 from runtimes.trt.nvidia import TensorRT, TensorRTBackend, load_tensorrt
 
 
@@ -44,4 +45,6 @@ def parses(tensorrt: TensorRT, graph: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(
+        run_command("polygraphy_tool", lambda: main(sys.argv[1:]), debug=True)
+    )  # read by `debug.py`, not by people

@@ -356,8 +356,7 @@ def _expected_layers(model: ModelSpec) -> dict[str, int]:
 
 def _checked_aliases(variant: Variant, result: CompileResult) -> dict[str, str]:
     """Return present -> past, which must be exactly the caches of the graph."""
-    pasts = [spec.name for spec in variant.inputs if spec.name.startswith("past_key_values.")]
-    expected = {name.replace("past_key_values.", "present."): name for name in pasts}
+    expected = {present: past for past, present in variant.caches.items()}
     if result.aliases != expected:
         raise EngineBuildError(f"TensorRT updates {result.aliases} in place, expected {expected}")
     return expected

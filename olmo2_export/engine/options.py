@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 from olmo2_export.graphs.static import PRECISIONS, Precision
 from runtimes.errors import BackendError, UsageError
-from runtimes.manifest import ModelSpec
+from runtimes.manifest import EngineFlag, ModelSpec
 from runtimes.trt.nvidia import RTX_CAPABILITIES, TensorRTBackend, check_installed
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Settled:
     max_batch_size: int
     max_cache_length: int
     prefill_chunk: int
-    flags: tuple[str, ...]
+    flags: tuple[EngineFlag, ...]
     """portable, refit, weight_streaming: those that were asked for"""
 
 
@@ -261,6 +261,10 @@ def gpu_at_hand(backend: TensorRTBackend) -> str:
         raise BackendError(f"no GPU to ask ({error}); {remedy}") from error
 
 
-def _flags(options: EngineOptions) -> tuple[str, ...]:
-    flags = {"portable": options.portable, "refit": options.refit, "weight_streaming": options.weight_streaming}
+def _flags(options: EngineOptions) -> tuple[EngineFlag, ...]:
+    flags: dict[EngineFlag, bool] = {
+        "portable": options.portable,
+        "refit": options.refit,
+        "weight_streaming": options.weight_streaming,
+    }
     return tuple(name for name, asked in flags.items() if asked)

@@ -32,7 +32,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # typ
 from tqdm import tqdm
 
 from runtimes import Backend, Device, open_runner
-from runtimes.errors import ContextLengthError, InputError, Olmo2ExportError, UsageError
+from runtimes.command import run_command
+from runtimes.errors import ContextLengthError, InputError, UsageError
 from runtimes.generation.generate import generate
 from runtimes.manifest import package_checksum
 from runtimes.ort.devices import available_providers
@@ -269,12 +270,9 @@ def _score(logits: Logits, targets: Sequence[int]) -> tuple[float, bool]:
 
 def main() -> int:
     """Run lm-eval's command line, in which this model is known; return the exit code."""
-    try:
-        cli_evaluate()
-    except Olmo2ExportError as error:
-        sys.stderr.write(f"lm_eval_adapter: error: {error}\n")
-        return error.exit_code
-    return 0
+    return run_command(
+        "lm_eval_adapter", cli_evaluate, debug="DEBUG" in sys.argv, debug_option="--verbosity DEBUG", extra="eval"
+    )
 
 
 if __name__ == "__main__":

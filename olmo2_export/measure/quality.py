@@ -19,7 +19,7 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.measure.parity import QUALITY, Check, Gate, PerplexityChange, kl_divergence, perplexity_change
 from olmo2_export.tokenizer_file import load_tokenizer
 from olmo2_export.weights.checkpoint import Checkpoint
-from runtimes.manifest import Quality, Variant
+from runtimes.manifest import Quality, TokensFrom, Variant
 from runtimes.runners.runner import Logits, TokenIds
 
 SEED = 0
@@ -119,7 +119,7 @@ def broken_limits(quality: Quality, limits: QualityGate) -> list[str]:
 
 def quality_tokens(
     checkpoint: Checkpoint, config: ModelConfig, *, length: int | None = None, most: int | None = None
-) -> tuple[list[np.ndarray], str]:
+) -> tuple[list[np.ndarray], TokensFrom]:
     """Return the token sequences that quality is measured on, and where they come from.
 
     Args:
@@ -165,7 +165,7 @@ def measure_quality(
     runner: Measured,
     sequences: Sequence[np.ndarray],
     reference: Iterable[np.ndarray],
-    tokens_from: str,
+    tokens_from: TokensFrom,
     *,
     alternate: bool = False,
 ) -> Measurement:

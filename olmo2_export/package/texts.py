@@ -15,12 +15,12 @@ from typing import Any
 
 import tokenizers
 
-from olmo2_export.config import TOKEN_ID_FIELDS, ModelConfig, check_token_ids, read_json_object, token_ids
+from olmo2_export.config import LFS_POINTER, TOKEN_ID_FIELDS, ModelConfig, check_token_ids, read_json_object, token_ids
 from olmo2_export.graphs.device import DTYPES
 from olmo2_export.package.variants import VARIANTS
 from olmo2_export.tokenizer_file import tested_tokenizer
 from olmo2_export.weights.hub import TEMPLATES, TEXT_FILES
-from runtimes.errors import ConfigError
+from runtimes.errors import CheckpointError, ConfigError, broken_link
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,11 @@ def write_texts(folder: Path, config: ModelConfig, staging: Path, variants: Sequ
 
 
 def _texts(folder: Path) -> Iterator[Path]:
-    yield from (folder / name for name in TEXT_FILES if (folder / name).is_file())
+    for path in (folder / name for name in TEXT_FILES):
+        if lost := broken_link(path):
+            raise CheckpointError(f"{path}: {lost}")
+        if path.is_file():
+            yield path
     yield from sorted(path for path in (folder / TEMPLATES).glob("*.jinja") if path.is_file())
 
 
@@ -75,8 +79,10 @@ def _generation_config(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     text = path.read_bytes()
+    if text.startswith(LFS_POINTER.encode()):
+        read_json_object(path)  # says so
     try:
-        json.loads(text)
+        json.loads(text.decode())
     except (ValueError, RecursionError):  # an empty file, a comma too many
         logger.warning("%s: not valid JSON, left out, as in transformers; config.json says the special tokens", path)
         return None
@@ -85,7 +91,7 @@ def _generation_config(path: Path) -> dict[str, Any] | None:
     for name in TOKEN_ID_FIELDS:
         check_token_ids(generation, name, problems)
     if problems:
-        raise ConfigError(f"{path}: {'; '.join(problems)}")
+        raise ConfigError(f"{path}: expected other values: {'; '.join(problems)}; correct them, or leave them out")
     return generation
 
 
@@ -101,7 +107,11 @@ def _in_vocabulary(raw: Mapping[str, Any], name: str, config: ModelConfig) -> li
 def _compare_ends(folder: Path, tokenizer: tokenizers.Tokenizer, ends: Sequence[int]) -> None:
     """Warn where the tokenizer's own end of a text is none of the ids that end one."""
     path = folder / "tokenizer_config.json"
-    token = read_json_object(path).get("eos_token") if path.is_file() else None
+    try:
+        token = read_json_object(path).get("eos_token") if path.is_file() else None
+    except ConfigError as error:  # what reads it fails, as transformers; the graphs and tokenizer.json do not need it
+        logger.warning("%s; it is copied as it is", error)
+        return
     text = token.get("content") if isinstance(token, dict) else token
     own = tokenizer.token_to_id(text) if isinstance(text, str) else None
     if own is not None and own not in ends:

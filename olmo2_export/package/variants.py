@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -46,8 +47,11 @@ from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.stored_names import EMBEDDING, weight_shapes
 from runtimes.errors import ConfigError, FusionError, UsageError
 from runtimes.manifest import (
+    CacheForm,
+    Dtype,
     KVCacheQuantization,
     KVCacheSpec,
+    Precision,
     PrefillGraph,
     Quality,
     Quantization,
@@ -66,7 +70,7 @@ VARIANTS = {"fp32": "onnx/model.onnx"} | {name: f"onnx/model_{name}.onnx" for na
 PREFILL_MIN_ROWS = 8
 """tokens in a step from which the int8 graph is faster than the one of 4 bits"""
 
-KV_CACHES = {"fp32": None, "int8": 8, "int4": 4}
+KV_CACHES: dict[str, Literal[8, 4] | None] = {"fp32": None, "int8": 8, "int4": 4}
 """KV caches that can be exported, and their bits"""
 
 SPOOL = ".spool"
@@ -101,9 +105,9 @@ DEFAULTS = {
 
 _HEAD_DIM_STEP = 16
 _MOST_BITS = 32
-_PRECISIONS = {"q4": "int4", "q8": "int8", "q4f16": "int4"}
+_PRECISIONS: dict[str, Precision] = {"fp16": "fp16", "bf16": "bf16", "q4": "int4", "q8": "int8", "q4f16": "int4"}
 _FOR_CPUS = {"q4", "q8"}  # with a quantised cache and a prefill graph, if they are wanted
-_KV_DTYPES = {None: "float32", 8: "int8", 4: "uint8"}
+_KV_DTYPES: dict[int | None, Dtype] = {None: "float32", 8: "int8", 4: "uint8"}
 
 
 @dataclass(frozen=True)
@@ -269,7 +273,7 @@ class VariantWriter:
         rounding.check()
         variant = Variant(
             name=name,
-            precision=_PRECISIONS.get(name, name),
+            precision=_PRECISIONS[name],
             graph=graph,
             data=(f"{graph}_data",),
             opset=OPSET,
@@ -332,7 +336,7 @@ class VariantWriter:
         with open_ort(self._staging, variant, self._config.spec, None) as runner:
             return measure_quality(runner, sequences, reference, origin).quality
 
-    def _cache_spec(self, form: str, dtype: str) -> KVCacheSpec:
+    def _cache_spec(self, form: CacheForm, dtype: Dtype) -> KVCacheSpec:
         return KVCacheSpec(
             form=form,
             dtype=dtype,
@@ -342,7 +346,7 @@ class VariantWriter:
             max_cache_length=self._config.max_position_embeddings,
         )
 
-    def _quantize_cache(self, shared: ir.Model, bits: int) -> KVCacheQuantization:
+    def _quantize_cache(self, shared: ir.Model, bits: Literal[8, 4]) -> KVCacheQuantization:
         """Calibrate the cache and rewrite the graph in place."""
         sequences = self._calibration()
         with tqdm(total=1, desc="calibrating the KV cache", bar_format="{desc} {elapsed}", leave=False):

@@ -20,7 +20,7 @@ from olmo2_export.fuse import op_counts
 from olmo2_export.stored_graph import load_graph
 from olmo2_export.weights.stored_names import EMBEDDING, HEAD, weight_shapes
 from runtimes.errors import PackageError
-from runtimes.manifest import KVCacheSpec, Manifest, Quantization, TensorSpec, Variant
+from runtimes.manifest import KVCacheSpec, Manifest, Quantization, Role, TensorSpec, Variant
 
 LARGEST = 8
 """rows in the list of the largest tensors"""
@@ -29,16 +29,18 @@ _PARTS = re.compile(r"\.(packed|scales|zero_points|int8|channel_scales|codes|deq
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8, "int4": 4}
 
-_MEANINGS = {
-    "input_ids": "token ids of the new tokens",
+_MEANINGS: dict[Role, str] = {
+    "token_ids": "token ids of the new tokens",
     "attention_mask": "1 for a token, cached or new; 0 for padding",
     "position_ids": "place of each new token in its sequence",
-    "num_logits_to_keep": "last rows that get logits; 0, the default: all",
+    "logit_count": "last rows that get logits; 0, the default: all",
     "write_indices": "cache slot of each row's first new token",
     "logit_index": "the new token of each row that gets logits",
     "logits": "scores of the next token, before softmax",
-    "top_ids": "the likeliest next tokens, best first",
-    "top_logits": "their scores",
+    "candidate_ids": "the likeliest next tokens, best first",
+    "candidate_logits": "their scores",
+    "score": "of the whole sequence",
+    "hidden_state": "vectors of the new tokens",
 }
 _CACHE = re.compile(r"(past_key_values|present)\.(\d+)\.(key|value)")
 
@@ -209,7 +211,7 @@ def _io(direction: str, specs: Iterable[TensorSpec]) -> list[IoRow]:
             what = "keys" if cache[3] == "key" else "values"
             meaning = f"{what} of each layer{', new ones included' if cache[1] == 'present' else ' so far'}"
         else:
-            meaning = _MEANINGS.get(spec.name, "")
+            meaning = _MEANINGS.get(spec.role, "")
         key = (name, spec.dtype, spec.shape)
         count = rows[key].count + 1 if key in rows else 1
         rows[key] = IoRow(direction, name, spec.dtype, spec.shape, count, meaning)

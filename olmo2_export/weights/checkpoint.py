@@ -23,7 +23,8 @@ from tqdm import tqdm
 from olmo2_export.weights import stored_tensors
 from olmo2_export.weights.hub import INDEX, SINGLE, locate, read_index, refuse_other_formats
 from olmo2_export.weights.stored_tensors import DTYPES, TensorInfo
-from runtimes.errors import CheckpointError, CheckpointNotFoundError, UsageError, first_names
+from runtimes.errors import CheckpointError, CheckpointNotFoundError, UsageError, broken_link, first_names
+from runtimes.manifest import SourceKind
 from runtimes.threads import default_threads
 
 logger = logging.getLogger(__name__)
@@ -53,8 +54,7 @@ class Checkpoint:
     folder: Path
     model: str
     """Hub id, `demo`, or the name of the local folder"""
-    kind: str
-    """hub | folder | demo"""
+    kind: SourceKind
     revision: str | None
     """the resolved commit, for kind hub"""
     files: tuple[str, ...]
@@ -154,7 +154,10 @@ class Checkpoint:
                     problems.append(f"{name}: {count} NaN or Inf of {of}")
         for name, target in aliases.items():
             if name in self.tensors and target in readable and not self._equal(name, target):
-                problems.append(f"{name}: tied to {target} by config.json, but not equal to it")
+                problems.append(
+                    f"{name}: tied to {target} by config.json, but not equal to it; if it was "
+                    "trained on its own, say tie_word_embeddings: false in config.json"
+                )
         if problems:
             raise CheckpointError(f"{self.folder}: {'; '.join(problems)}")
 
@@ -219,8 +222,8 @@ def _check_is_file(path: Path) -> None:
         return
     if path.exists():
         raise CheckpointError(f"{path}: not a file")
-    if path.is_symlink():
-        raise CheckpointNotFoundError(f"{path}: a link to {path.readlink()}, which is not there; is its disk mounted?")
+    if lost := broken_link(path):
+        raise CheckpointNotFoundError(f"{path}: {lost}")
     raise CheckpointNotFoundError(f"{path.parent}: the index names {path.name}, which is not there; download it")
 
 

@@ -6,13 +6,15 @@ import glob
 import json
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from runtimes.errors import CheckpointError, CheckpointNotFoundError, first_names
+from olmo2_export.config import LFS_POINTER
+from runtimes.errors import CheckpointError, CheckpointNotFoundError, broken_link, first_names
+from runtimes.manifest import SourceKind
 
 DEMO = "demo"
 TEXT_FILES = (
@@ -33,7 +35,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def locate(model: str, revision: str | None) -> tuple[Path, str, str]:
+def locate(model: str, revision: str | None) -> tuple[Path, str, SourceKind]:
     """Find a checkpoint and download what is on the Hub: its texts, then the weight files that its index names.
 
     Args:
@@ -41,7 +43,7 @@ def locate(model: str, revision: str | None) -> tuple[Path, str, str]:
         revision: branch, tag or commit; Hub ids only.
 
     Returns:
-        The folder; the Hub id, `demo`, or the folder's name; and hub | folder | demo.
+        The folder; the Hub id, `demo`, or the folder's name; and which of these it is.
 
     Raises:
         CheckpointNotFoundError: no such folder, repository or revision.
@@ -53,8 +55,8 @@ def locate(model: str, revision: str | None) -> tuple[Path, str, str]:
         return path, path.resolve().name, "folder"
     if path.exists():
         raise CheckpointNotFoundError(f"{path}: a file; MODEL is a folder, a Hub id (owner/name) or '{DEMO}'")
-    if path.is_symlink():
-        raise CheckpointNotFoundError(f"{path}: a link to {path.readlink()}, which is not there; is its disk mounted?")
+    if lost := broken_link(path):
+        raise CheckpointNotFoundError(f"{path}: {lost}")
     if not _HUB_ID.fullmatch(model):
         raise CheckpointNotFoundError(f"{model}: no such folder, and not a Hub id (owner/name) or '{DEMO}'")
     folder = _download(model, revision, _TEXTS)
@@ -84,14 +86,26 @@ def read_index(path: Path) -> dict[str, str]:
         CheckpointError: not an index, or a file that lies elsewhere.
     """
     try:
-        weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        text = path.read_text(encoding="utf-8")
+        if text.startswith(LFS_POINTER):
+            raise CheckpointError(f"{path}: a Git LFS pointer: run 'git lfs pull', or download the file itself")
+        weight_map: dict[str, str] = json.loads(text)["weight_map"]
         names = set(weight_map.values())
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path}: {broken_link(path) or error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: no valid weight_map ({type(error).__name__}); download it again") from error
-    bad = sorted(str(n) for n in names if not isinstance(n, str) or Path(n).name != n or not n.endswith(".safetensors"))
+    bad = sorted(str(n) for n in names if not isinstance(n, str) or not _is_shard(n))
     if bad:
         raise CheckpointError(f"{path}: {first_names(bad)}: a shard is a .safetensors file in the same folder")
-    return weight_map
+    return {tensor: PurePosixPath(name).as_posix() for tensor, name in weight_map.items()}
+
+
+def _is_shard(name: str) -> bool:
+    path = PurePosixPath(name)  # ./x.safetensors is x.safetensors
+    return path.as_posix() == Path(name).name and path.suffix == ".safetensors"
 
 
 def refuse_other_formats(folder: Path) -> None:
@@ -102,6 +116,8 @@ def refuse_other_formats(folder: Path) -> None:
     """
     weights = any((folder / name).exists() or (folder / name).is_symlink() for name in (SINGLE, INDEX))
     config = (folder / "config.json").is_file()
+    if lost := broken_link(folder / "config.json"):
+        raise CheckpointNotFoundError(f"{folder}/config.json: {lost}")
     if weights and config:
         return
     if found := next((said for shows, said in _OTHERS if shows(folder)), None):

@@ -92,14 +92,16 @@ def read_header(path: Path, name: str) -> dict[str, TensorInfo]:
     with path.open("rb") as file:
         start = file.read(9)
         length = struct.unpack("<Q", start[:8])[0] if len(start) == 9 else 0
-        if start[8:] != b"{":
+        if start[8:] not in (b"{", b" ", b"\t", b"\r", b"\n"):  # space before an object is JSON too
             for magic, hint in _FOREIGN.items():
                 if start.startswith(magic):
                     raise CheckpointError(f"{path}: not safetensors but {hint}")
         if not 2 <= length <= size - 8:
             raise CheckpointError(f"{path}: truncated, or not safetensors ({size} bytes); download it again")
         if length > _MAX_HEADER:
-            raise CheckpointError(f"{path}: a header of {length} bytes, the limit is {_MAX_HEADER}")
+            raise CheckpointError(
+                f"{path}: a header of {length} bytes, the limit is {_MAX_HEADER}; save it again without metadata"
+            )
         blob = start[8:] + file.read(length - 1)
     try:
         header: dict[str, Any] = json.loads(blob, object_pairs_hook=_no_duplicates)
@@ -197,8 +199,11 @@ def count_non_finite(path: Path, info: TensorInfo) -> int:
 
 
 def all_zero(path: Path, info: TensorInfo) -> bool:
-    """Tell whether every bit of a tensor is 0."""
-    return not any(piece.any() for piece in _pieces(path, info))
+    """Tell whether every number of a tensor is 0 or -0."""
+    width = DTYPES[info.dtype].width
+    sign = np.zeros(width, np.uint8)
+    sign[-1] = 0x80  # little-endian
+    return not any((piece.reshape(-1, width) & ~sign).any() for piece in _pieces(path, info))
 
 
 def same_bytes(path: Path, info: TensorInfo, other_path: Path, other: TensorInfo) -> bool:

@@ -1,7 +1,7 @@
 """Runners on onnxruntime, one per form of KV cache; see `ConcatRunner` for the portable graph.
 
-Its KV cache stays in onnxruntime's memory: the present values of one call are bound as the past of the next, under the
-name `.replace("present.", "past_key_values.")`.
+Its KV cache stays in onnxruntime's memory: the present values of one call are bound as the past of the next. Which
+outputs these are, the manifest says by their role; others than them and the logits are not asked for.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
 
 from runtimes.errors import BackendError, FailedError, PackageError, UsageError
-from runtimes.manifest import KVCacheSpec, Manifest, ModelSpec, Variant, read_verdicts
+from runtimes.manifest import KVCacheSpec, ModelSpec, Variant
 from runtimes.one_thread import OneThread, one_thread
 from runtimes.ort.device import MAX_COMPILED_ROWS, DeviceRunner, compiled_shapes
 from runtimes.ort.devices import find_device
@@ -27,6 +27,7 @@ from runtimes.ort.session import one_line, open_session
 from runtimes.ort.shared import SharedRunner
 from runtimes.ort.static_session import OrtStaticSession
 from runtimes.ort.versions import check_padded_rows, new_enough, runnable
+from runtimes.package import Package
 from runtimes.runners.runner import (
     Ids,
     Logits,
@@ -110,7 +111,9 @@ class OrtRunner(ABC, Generic[Cache]):
         self.top_k = 0
         self.exclusive = OneThread()
         self._session: ort.InferenceSession | None = session
-        self._outputs = [output.name for output in session.get_outputs()]
+        self._logits = variant.name_of("logits")
+        self._pasts = list(variant.caches)
+        self._outputs = [self._logits, *variant.caches.values()]
         self._cache: Cache | None = None
 
     @property
@@ -195,9 +198,8 @@ class OrtRunner(ABC, Generic[Cache]):
             self._session.run_with_iobinding(binding)
         except RuntimeError as error:
             raise FailedError(f"onnxruntime failed in {self.variant.graph}: {one_line(error)}") from error
-        present: Values = dict(zip(self._outputs, binding.get_outputs(), strict=True))
-        logits: Logits = present.pop("logits").numpy()
-        return logits, {name.replace("present.", "past_key_values."): value for name, value in present.items()}
+        logits, *present = binding.get_outputs()
+        return logits.numpy(), dict(zip(self._pasts, present, strict=True))
 
 
 class ConcatRunner(OrtRunner[ConcatCache]):
@@ -225,7 +227,7 @@ class ConcatRunner(OrtRunner[ConcatCache]):
     def _empty_cache(self, batch_size: int) -> ConcatCache:
         return ConcatCache(
             tokens=(_NOTHING,) * batch_size,
-            values=_zeros(self.variant.kv_cache, batch_size, length=0),
+            values=dict.fromkeys(self._pasts, _zeros(self.variant.kv_cache, batch_size, length=0)),
             mask=np.zeros((batch_size, 0), np.int64),
         )
 
@@ -266,21 +268,20 @@ def runs_on(variant: Variant, device: str) -> bool:
     return cache.dtype in CACHE_DTYPES[device].get(cache.form, ())
 
 
-def default_variant(package: Path, manifest: Manifest, device: str) -> str | None:
+def default_variant(package: Package, device: str) -> str | None:
     """Return the variant that a device runs where none is named: the fastest that is verified, of those that it runs.
 
     Variants that were made for the device go before others; what parity.json says passed, before what it does not
     know, and that before what it says failed.
 
     Args:
-        package: the package folder, for its parity.json.
-        manifest: of the package.
+        package: which.
         device: cpu, cuda or nv-rtx.
 
     Raises:
         BackendError: a GPU, and no variant for it.
     """
-    made_for = FASTEST[device]
+    made_for, manifest = FASTEST[device], package.manifest
     able = [name for name in made_for if name in manifest.variants]
     if device == "cpu":
         able += [n for n, variant in manifest.variants.items() if n not in made_for and runs_on(variant, device)]
@@ -290,7 +291,7 @@ def default_variant(package: Path, manifest: Manifest, device: str) -> str | Non
             f"device {device}: the package has {', '.join(manifest.variants)}; export it with --variant {made_for[0]}"
         )
     able = [name for name in able if new_enough(manifest.variants[name], ort.__version__)] or able
-    passed = read_verdicts(package)
+    passed = package.verdicts
     ranked = sorted(able, key=lambda name: {True: 0, None: 1, False: 2}[passed.get(name)])  # stable: the fastest first
     for name in able[: able.index(ranked[0])] if ranked else ():
         said = "not verified yet" if passed.get(name) is None else "failed when it was verified"
@@ -392,11 +393,10 @@ def _load_checked(
             pending.result()
 
 
-def _zeros(spec: KVCacheSpec, batch_size: int, length: int) -> Values:
-    """Return an empty past of `length` slots. One value serves as all, since nothing is written to inputs."""
+def _zeros(spec: KVCacheSpec, batch_size: int, length: int) -> ort.OrtValue:
+    """Return an empty past of `length` slots; it serves as all of them, since nothing is written to inputs."""
     shape = (batch_size, spec.num_key_value_heads, length, spec.head_dim)
-    zeros = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.dtype(spec.dtype)))
-    return {f"past_key_values.{n}.{kind}": zeros for n in range(spec.num_layers) for kind in ("key", "value")}
+    return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.dtype(spec.dtype)))
 
 
 def _first_slots(values: Values, slots: int) -> Values:

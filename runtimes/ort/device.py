@@ -130,7 +130,7 @@ class DeviceRunner(SharedRunner):
         """Allocate and bind a step of so many rows; the first run of its id captures it."""
         input_ids = self._memory.allocate((rows, 1), _INT64)
         mask = self._memory.allocate((rows, self.max_cache_length), _INT64)
-        names = ("logits", "top_ids", "top_logits") if self.top_k else ("logits",)
+        names = (self._logits, *self._candidates)
         outputs = {
             name: self._memory.allocate(array.shape, array.dtype)
             for name, array in self._outputs(rows, 1, names).items()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,8 +19,7 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from runtimes.errors import InputError, PackageError
-from runtimes.manifest import load_manifest
-from runtimes.sealed import check_files
+from runtimes.package import AnyPackage, open_package
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +44,11 @@ class Tokenizer:
     pad_token_id: int | None = None
 
     @classmethod
-    def from_package(cls, package: str | os.PathLike[str], *, check_hashes: bool = True) -> Tokenizer:
+    def from_package(cls, package: AnyPackage, *, check_hashes: bool = True) -> Tokenizer:
         """Read the tokenizer of a package.
 
         Args:
-            package: the package folder.
+            package: the package folder, or one that is open.
             check_hashes: compare the files with the manifest first.
 
         Raises:
@@ -58,12 +56,12 @@ class Tokenizer:
             IntegrityError: a file is not the one that was exported.
             PackageError: the package has no tokenizer, or a file cannot be read.
         """
-        folder = Path(package)
-        files = load_manifest(folder).files
+        opened = open_package(package)
+        folder, files = opened.folder, opened.manifest.files
         if _TOKENIZER not in files:
             raise PackageError(f"{folder}: no {_TOKENIZER}; add it to the checkpoint and export the package again")
         if check_hashes:
-            check_files(folder, files, [name for name in (_TOKENIZER, _TOKENIZER_CONFIG, *_CONFIGS) if name in files])
+            opened.check([name for name in (_TOKENIZER, _TOKENIZER_CONFIG, *_CONFIGS) if name in files])
         tokenizer = cls.from_folder(folder)
         tokenizer._name_other_ends(folder)
         return tokenizer

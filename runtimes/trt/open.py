@@ -15,9 +15,9 @@ from typing import Any
 
 import runtimes.trt.cuda as cuda
 from runtimes.errors import BackendError, FailedError, PackageError, ResourceError, VariantNotFoundError, first_names
-from runtimes.manifest import Engine, ModelSpec, TrtManifest, Variant, load_manifest, load_trt_manifest
+from runtimes.manifest import Engine, ModelSpec, TrtManifest, Variant
+from runtimes.package import Package
 from runtimes.runners.static import StaticRunner
-from runtimes.sealed import check_files
 from runtimes.trt.jit_cache import JitCache
 from runtimes.trt.nvidia import TensorRT, TensorRTBackend, check_version, load_engine, load_tensorrt
 from runtimes.trt.session import TrtSession, plan_memory
@@ -76,37 +76,36 @@ class MemoryBudget:
             )
 
 
-def open_trt(package: Path, backend: TensorRTBackend, variant: str | None, *, check_hashes: bool) -> StaticRunner:
+def open_trt(package: Package, backend: TensorRTBackend, variant: str | None, *, check_hashes: bool) -> StaticRunner:
     """Load an engine of a package onto the GPU.
 
     Args:
-        package: the package folder.
+        package: which.
         backend: trt_rtx or trt.
         variant: of the graph that the engine was compiled from; None means the first by name that has one.
         check_hashes: compare the sha256 of graph and plan with the manifest; without it only presence and size.
 
     Raises:
-        PackageNotFoundError: no such package.
         VariantNotFoundError: there is no such engine for this backend; the message has the command that builds one.
         IntegrityError, PackageError: a file, or the engine, is not what the manifest says.
         BackendError: no library, no GPU, or others than the engine was built for.
         ResourceError: the GPU's memory does not hold it.
         FailedError: TensorRT or CUDA failed.
     """
-    model = load_manifest(package).model
+    model, folder = package.model, package.folder
     entry, graph, manifest = find_engine(package, backend, variant)
-    remedy = f"build it again: {_command(package, entry)}"
-    check_files(package, manifest.files, [entry.plan, graph.graph], hashes=check_hashes, remedy=remedy)
+    remedy = f"build it again: {_command(folder, entry)}"
+    package.check([entry.plan, graph.graph], hashes=check_hashes, remedy=remedy)
     check_entry(entry, graph, model, remedy)
     portable = PORTABLE in entry.flags
     tensorrt = load_tensorrt(backend, portable=portable)
     check_version(tensorrt, entry.backend_version, portable=portable)
     gpu = cuda.find_gpu()
-    check_capability(gpu, entry, package)
+    check_capability(gpu, entry, folder)
     streaming = WEIGHT_STREAMING in entry.flags
     budget = _budget(entry, graph, manifest.files[entry.plan].size)
     budget.check(gpu.free_bytes, loaded=False, streaming=streaming)
-    runtime, engine = _load(tensorrt, package / entry.plan, portable=portable)
+    runtime, engine = _load(tensorrt, folder / entry.plan, portable=portable)
     check_engine(tensorrt, engine, entry, graph, remedy)
     if streaming:
         _stream_weights(engine, budget, gpu.total_bytes)
@@ -115,18 +114,18 @@ def open_trt(package: Path, backend: TensorRTBackend, variant: str | None, *, ch
     logger.info("%s on %s, GPU memory: %s; %s of %s are free", entry.name, gpu.name, budget, _mb(free),
                 _mb(gpu.total_bytes))  # fmt: skip
     budget.check(free, loaded=True, streaming=streaming)
-    jit_cache = JitCache(package / entry.plan, manifest.files[entry.plan].sha256, gpu.compute_capability)
+    jit_cache = JitCache(folder / entry.plan, manifest.files[entry.plan].sha256, gpu.compute_capability)
     return StaticRunner(TrtSession(tensorrt, runtime, engine, entry, graph, jit_cache), graph, model)
 
 
-def find_engine(package: Path, backend: TensorRTBackend, variant: str | None) -> tuple[Engine, Variant, TrtManifest]:
+def find_engine(package: Package, backend: TensorRTBackend, variant: str | None) -> tuple[Engine, Variant, TrtManifest]:
     """Return an engine of a package, the graph it was compiled from, and the manifest that vouches for both.
 
     Raises:
         VariantNotFoundError: there is none; the message has the command that builds it.
         IntegrityError, PackageError: the manifest was changed.
     """
-    manifest = load_trt_manifest(package)
+    manifest, folder = package.trt, package.folder
     engines = {e.variant: e for e in manifest.engines.values() if e.backend == backend} if manifest else {}
     name = min(engines, default=None) if variant is None else variant
     if manifest is None or name not in engines:
@@ -134,13 +133,13 @@ def find_engine(package: Path, backend: TensorRTBackend, variant: str | None) ->
         wanted = "" if variant is None else f" of variant {variant!r}"
         precision = f" --precision {variant.removeprefix('trt_')}" if variant and variant.startswith("trt_") else ""
         raise VariantNotFoundError(
-            f"{package}: no engine{wanted} for backend {backend}, {there}; "
-            f"run: olmo2-export build {shlex.quote(str(package))} --backend {backend}{precision}"
+            f"{folder}: no engine{wanted} for backend {backend}, {there}; "
+            f"run: olmo2-export build {shlex.quote(str(folder))} --backend {backend}{precision}"
         )
     entry = engines[name]
     if name not in manifest.variants:
-        raise PackageError(f"{package}: engine {entry.name} is of variant {name}, which the manifest has not; "
-                           f"build it again: {_command(package, entry)}")  # fmt: skip
+        raise PackageError(f"{folder}: engine {entry.name} is of variant {name}, which the manifest has not; "
+                           f"build it again: {_command(folder, entry)}")  # fmt: skip
     return entry, manifest.variants[name], manifest
 
 
@@ -172,15 +171,14 @@ def check_entry(entry: Engine, graph: Variant, model: ModelSpec, remedy: str) ->
     Raises:
         PackageError: naming what differs.
     """
-    pasts = [spec.name for spec in graph.inputs if spec.name.startswith("past_key_values.")]
-    spec = graph.kv_cache
+    caches, spec = graph.caches, graph.kv_cache
     cache = (model.num_key_value_heads, entry.max_cache_length, model.head_dim)
     sizes = {name: {r.name: r for r in ranges} for name, ranges in entry.profiles.items()}
     wrong = []
-    if entry.aliases != {name.replace("past_key_values.", "present."): name for name in pasts}:
+    if entry.aliases != {present: past for past, present in caches.items()}:
         wrong.append("its alias table is not that of its graph")
-    if len(pasts) != 2 * model.num_hidden_layers or spec.num_layers != model.num_hidden_layers:
-        wrong.append(f"{len(pasts)} caches, the model has {model.num_hidden_layers} layers")
+    if len(caches) != 2 * model.num_hidden_layers or spec.num_layers != model.num_hidden_layers:
+        wrong.append(f"{len(caches)} caches, the model has {model.num_hidden_layers} layers")
     if (spec.num_key_value_heads, spec.max_cache_length, spec.head_dim) != cache:
         wrong.append(f"a KV cache of {spec.num_key_value_heads} x {spec.max_cache_length} x {spec.head_dim}, "
                      f"expected {' x '.join(map(str, cache))}")  # fmt: skip

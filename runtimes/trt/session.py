@@ -60,7 +60,7 @@ def plan_memory(engine: Engine, variant: Variant) -> Sizes:
     for kind, tensors in (("inputs", variant.inputs), ("outputs", variant.outputs)):
         end = 0
         # Those of a fixed size first, so that what a call copies is one piece.
-        for tensor in sorted(_flat(tensors), key=lambda t: (t.name in ("input_ids", "logits"), t.name)):
+        for tensor in sorted(_flat(tensors), key=lambda t: (t.role in ("token_ids", "logits"), t.name)):
             sizes = {"batch_size": batch, "sequence_length": engine.prefill_chunk}
             count = prod(sizes[d] if isinstance(d, str) else d for d in tensor.shape)
             offsets[kind][tensor.name] = end
@@ -82,7 +82,7 @@ def plan_memory(engine: Engine, variant: Variant) -> Sizes:
 
 def _flat(tensors: Iterable[TensorSpec]) -> list[TensorSpec]:
     """Return those that are not part of the KV cache."""
-    return [t for t in tensors if not t.name.startswith(("past_key_values.", "present."))]
+    return [t for t in tensors if t.role not in ("past", "present")]
 
 
 def _aligned(size: int) -> int:

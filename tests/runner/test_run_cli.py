@@ -454,6 +454,7 @@ def start_endless(package: Path) -> subprocess.Popen[bytes]:
     return start("generate", package, "--prompt", PROMPT, "--max-new-tokens", "1000", "--skip-hash-check")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_interrupt_ends_quietly(endless_package: Path, name: str, code: int) -> None:
     process = start_endless(endless_package)
@@ -464,6 +465,7 @@ def test_interrupt_ends_quietly(endless_package: Path, name: str, code: int) -> 
     assert process.returncode == code
 
 
+@pytest.mark.alone
 def test_reader_that_goes_away_is_no_error(endless_package: Path) -> None:
     process = start_endless(endless_package)
     assert process.stdout is not None

@@ -47,6 +47,7 @@ def document_of(out: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.alone
 def test_a_package_alone(tiny_package: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "bench.json"
     flags = ["--variant", "fp32", "--backend", "ort", "--device", "cpu", "--repeats", "1", "--out", str(out)]

@@ -25,7 +25,6 @@ from support.static_model import write_package
 from olmo2_export import atomic
 from olmo2_export.atomic import replace_folder
 from olmo2_export.package.export import export
-from olmo2_export.package.export import export as package_module
 from olmo2_export.summary.text import summarize
 from olmo2_export.verify.verify import verify
 from olmo2_export.weights.checkpoint import open_checkpoint
@@ -203,7 +202,8 @@ def tokenizer(vocab: dict[str, int], kind: str = "BPE", **more: object) -> str:
     [
         ("{}", "does not work"),
         (tokenizer({character: 5000 + n for n, character in enumerate("abcdef")}), "no id below 131"),
-        (tokenizer({"un": 0, "do": 1}, kind="WordPiece", unk_token="[UNK]"), "wrong tokenizer|does not work"),
+        (tokenizer({"un": 0, "do": 1}, kind="WordPiece", unk_token="[UNK]"), "wrong tokenizer|not work|no decoder"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n", "a Git LFS pointer"),
     ],
 )
 def test_a_broken_tokenizer_fails_the_export(tiny_checkpoint: Path, tmp_path: Path, content: str, said: str) -> None:
@@ -217,7 +217,8 @@ def test_a_broken_tokenizer_fails_the_export(tiny_checkpoint: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
-        ("generation_config.json", {"eos_token_id": "x"}, r"generation_config\.json: eos_token_id 'x'"),
+        ("generation_config.json", {"eos_token_id": "x"}, r"generation_config\.json: expected .*: eos_token_id 'x'"),
+        ("generation_config.json", {"bos_token_id": "257"}, r"bos_token_id '257' \(a token id\); correct them"),
         ("generation_config.json", {"eos_token_id": [1, "x"]}, r"eos_token_id \[1, 'x'\]"),
         ("config.json", {"transformers.js_config": "x"}, r"transformers\.js_config is no object"),
     ],
@@ -277,6 +278,7 @@ def end_of_text(folder: Path) -> tuple[object, list[int]]:
         ({}, [7, 8], [7, 8]),
         ("", 7, 7),
         ('{"eos_token_id": 5,}', 7, 7),
+        ('\ufeff{"eos_token_id": 5}', 7, 7),
         (None, 7, 7),
     ],
 )
@@ -324,6 +326,40 @@ def test_an_end_that_the_tokenizer_says_and_nothing_else_is_named(
         assert ("eos_token 'b' is id 1, but what ends a text is 130" in caplog.text) == said
 
 
+@pytest.mark.parametrize("text", ["", '{"eos_token": "b",}', '\ufeff{"eos_token": "b"}'])
+def test_a_damaged_tokenizer_config_is_named_and_copied(
+    tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "c"))
+    (folder / "tokenizer.json").write_text(tokenizer({chr(97 + n): n for n in range(26)}))
+    (folder / "tokenizer_config.json").write_text(text)
+    export(open_checkpoint(str(folder)), tmp_path / "out")
+    assert "tokenizer_config.json" in caplog.text
+    assert "it is copied as it is" in caplog.text
+    assert (tmp_path / "out" / "tokenizer_config.json").read_text() == text
+    assert Tokenizer.from_package(tmp_path / "out").encode("ab") == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "config.json"])
+def test_a_text_whose_link_leads_nowhere_is_not_taken_for_missing(
+    tiny_checkpoint: Path, tmp_path: Path, name: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "c"))
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "disk" / name)
+    with pytest.raises(CheckpointError, match=rf"{name}: a link to .*/disk/{name}, which is not there; is its disk"):
+        export(open_checkpoint(str(folder)), tmp_path / "out")
+
+
+def test_weights_of_a_package_whose_link_leads_nowhere(tiny_package: Path, tmp_path: Path) -> None:
+    package = Path(shutil.copytree(tiny_package, tmp_path / "p"))
+    data = package / "onnx" / "model.onnx_data"
+    data.unlink()
+    data.symlink_to(tmp_path / "disk" / "data")
+    with pytest.raises(IntegrityError, match=r"model\.onnx_data: a link to .*/disk/data, which is not there"):
+        check_files(package, load_manifest(package).files)
+
+
 def test_what_the_package_does_not_need_is_left_out_of_its_config(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "c"))
     config = json.loads((folder / "config.json").read_text())
@@ -350,7 +386,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
 ) -> None:
     out = Path(shutil.copytree(tiny_package, tmp_path / "out"))
     usage = namedtuple("usage", "total used free")  # as shutil's
-    monkeypatch.setattr(package_module.shutil, "disk_usage", lambda _: usage(10**6, 5 * 10**5, 5 * 10**5))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 5 * 10**5, 5 * 10**5))
     with pytest.raises(ResourceError, match=r"needs [\d,]+ bytes, 500,000 are free") as caught:
         export(open_checkpoint(str(tiny_checkpoint)), out, force=True)
     assert caught.value.exit_code == 1
@@ -371,7 +407,7 @@ def test_a_disk_that_fills_up_while_writing(
         pytest.skip(f"cannot mount here: {mounted.stderr.decode().strip()}")
     try:
         usage = namedtuple("usage", "total used free")
-        monkeypatch.setattr(package_module.shutil, "disk_usage", lambda _: usage(10**9, 0, 10**9))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, 10**9))
         with pytest.raises(ResourceError, match="writing failed"):
             export(open_checkpoint(str(tiny_checkpoint)), disk / "out")
         assert list(disk.iterdir()) == []
@@ -379,6 +415,7 @@ def test_a_disk_that_fills_up_while_writing(
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.alone
 def test_a_second_writer_is_kept_out(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with replace_folder(tmp_path / "out", force=False) as staging:
         (staging / "manifest.json").write_text("{}")
@@ -411,6 +448,7 @@ def test_the_swap_replaces_everything(tmp_path: Path, exchange_works: bool, monk
     assert leftovers(tmp_path / "out") == []
 
 
+@pytest.mark.alone
 def test_killed_exports_leave_the_old_package_and_no_debris(
     tiny_checkpoint: Path, tiny_package: Path, tmp_path: Path
 ) -> None:
@@ -436,6 +474,7 @@ def test_killed_exports_leave_the_old_package_and_no_debris(
     assert leftovers(out) == []
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_export_cleans_up(
     tmp_path: Path, number: signal.Signals, code: int, tiny_checkpoint: Path
@@ -552,6 +591,7 @@ def test_a_folder_without_manifest_is_no_package(tmp_path: Path) -> None:
             load_manifest(place)
 
 
+@pytest.mark.alone
 def test_the_lock_is_the_kernels_and_dies_with_its_process(tmp_path: Path) -> None:
     with replace_folder(tmp_path / "out", force=False):
         with (tmp_path / ".out.lock").open() as handle, pytest.raises(BlockingIOError):

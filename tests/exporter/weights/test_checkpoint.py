@@ -326,6 +326,8 @@ def test_a_header_that_begins_as_a_pickle_does_is_safetensors(folder: Path, leng
     path.write_bytes(struct.pack("<Q", padded) + whole[8 : 8 + size].ljust(padded) + whole[8 + size :])
     assert path.read_bytes()[0] == 0x80
     check(folder)
+    path.write_bytes(struct.pack("<Q", padded) + whole[8 : 8 + size].rjust(padded) + whole[8 + size :])
+    check(folder)
     for protocol in (2, 3, 4, 5):
         path.write_bytes(pickle.dumps({"a": list(range(5000))}, protocol=protocol))
         with pytest.raises(CheckpointError, match="a pickle"):
@@ -368,6 +370,7 @@ def test_rows_are_the_tensor(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert [len(block) for block in checkpoint.rows("lm_head.weight")] == [13] * 10 + [1]
 
 
+@pytest.mark.alone
 def test_a_file_larger_than_memory_is_checked_in_little_memory(tmp_path: Path) -> None:
     """A hole of a file: 64 GB that take no disk; what would map or hold it fails under this limit of address space."""
     size = 64 << 30
@@ -398,6 +401,40 @@ def test_shards_outside_the_folder_are_refused(folder: Path, name: str) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
     with pytest.raises(CheckpointError, match=r"a shard is a \.safetensors file in the same folder"):
         open_checkpoint(str(folder))
+
+
+def test_an_index_may_say_that_its_files_are_here(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "c", shards=3)
+    index = folder / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    named = {tensor: f"./{file}" for tensor, file in document["weight_map"].items()}
+    index.write_text(json.dumps(document | {"weight_map": named}))
+    assert len(open_checkpoint(str(folder)).files) >= 3
+    check(folder)
+
+
+def test_an_index_that_cannot_be_read_is_one_error(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    index.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
+    with pytest.raises(CheckpointError, match="a Git LFS pointer"):
+        open_checkpoint(str(folder))
+    index.unlink()
+    index.symlink_to(tmp_path / "disk" / "index")
+    with pytest.raises(CheckpointError, match=r"index\.json: a link to .*/disk/index, which is not there"):
+        open_checkpoint(str(folder))
+    index.unlink()
+    index.mkdir()
+    with pytest.raises(CheckpointError, match=r"index\.json: Is a directory"):
+        open_checkpoint(str(folder))
+
+
+def test_biases_of_minus_zero_change_nothing(folder: Path) -> None:
+    edit(folder, lambda weights: weights.update({"model.layers.0.mlp.up_proj.bias": torch.full((160,), -0.0)}))
+    check(folder)
+    edit(folder, lambda weights: weights.update({"model.layers.0.mlp.up_proj.bias": torch.full((160,), 1e-45)}))
+    with pytest.raises(CheckpointError, match="biases"):
+        check(folder)
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])

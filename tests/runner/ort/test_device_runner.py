@@ -26,6 +26,7 @@ from runtimes.ort.concat import default_variant
 from runtimes.ort.device import DeviceRunner, compiled_shapes
 from runtimes.ort.devices import PROVIDERS, Device, GpuMemory, find_device
 from runtimes.ort.session import open_session
+from runtimes.package import Package
 
 CONTEXT = 256
 RNG = np.random.default_rng(0)
@@ -289,7 +290,7 @@ def test_the_default_variant_of_a_device(package: Path) -> None:
         return dataclasses.replace(manifest, variants=dict.fromkeys(names, entry))
 
     def default(device: str, *names: str) -> str | None:
-        return default_variant(package, with_variants(*names), device)
+        return default_variant(Package(package, with_variants(*names), "checksum"), device)
 
     assert default("cpu", "fp32", "q4f16", "bf16", "fp16") == "fp32"
     assert default("cpu", "fp32", "q8", "q4", "bf16") == "q4"
@@ -306,14 +307,18 @@ def test_a_variant_for_gpus_is_the_default_of_no_cpu(package: Path) -> None:
     entry = manifest.variants["fp16"]
     bf16 = dataclasses.replace(entry, kv_cache=dataclasses.replace(entry.kv_cache, dtype="bfloat16"))
     both = dataclasses.replace(manifest, variants={"bf16": bf16, "fp16": entry})
-    assert default_variant(package, both, "cpu") == "fp16"  # which a CPU runs
-    assert default_variant(package, dataclasses.replace(manifest, variants={"bf16": bf16}), "cpu") == "bf16"
+    alone = dataclasses.replace(manifest, variants={"bf16": bf16})
+    assert default_variant(Package(package, both, "checksum"), "cpu") == "fp16"  # which a CPU runs
+    assert default_variant(Package(package, alone, "checksum"), "cpu") == "bf16"
 
 
 def test_a_variant_that_needs_a_newer_onnxruntime_is_passed_over(package: Path) -> None:
     manifest = load_manifest(package)
     entry = manifest.variants["fp16"]
     newer = dataclasses.replace(entry, min_onnxruntime="99.1")
-    variants = {"q4": newer, "fp32": dataclasses.replace(entry, min_onnxruntime="1.23")}
-    assert default_variant(package, dataclasses.replace(manifest, variants=variants), "cpu") == "fp32"
-    assert default_variant(package, dataclasses.replace(manifest, variants={"q4": newer}), "cpu") == "q4"
+    both = dataclasses.replace(
+        manifest, variants={"q4": newer, "fp32": dataclasses.replace(entry, min_onnxruntime="1.23")}
+    )
+    alone = dataclasses.replace(manifest, variants={"q4": newer})
+    assert default_variant(Package(package, both, "checksum"), "cpu") == "fp32"
+    assert default_variant(Package(package, alone, "checksum"), "cpu") == "q4"

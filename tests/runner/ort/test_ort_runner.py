@@ -29,7 +29,7 @@ from runtimes.errors import (
 )
 from runtimes.manifest import MANIFEST_NAME, load_manifest
 from runtimes.ort.concat import OrtRunner
-from runtimes.sealed import read_sealed, seal
+from runtimes.sealed import hash_file, read_sealed, seal
 
 VOCAB, CONTEXT = 131, 256
 # float32 on both sides, products summed in another order: 5e-6 measured on logits of size 1 to 4.
@@ -357,6 +357,30 @@ def test_ids_that_are_none_are_refused_and_nothing_changes(runner: OrtRunner, ro
     with pytest.raises(InputError, match=message):
         runner.prefill(rows)
     assert runner.cache_lengths == ()
+
+
+def test_an_output_that_is_neither_logits_nor_cache_changes_nothing(
+    copy: Path, sequences: list[np.ndarray], reference: list[np.ndarray]
+) -> None:
+    """A graph with one output more, hidden states: they are no part of the cache, and are not fed back as such."""
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.load(copy / "onnx/model.onnx", load_external_data=False)
+    (embed,) = (node for node in graph.graph.node if "model.embed_tokens.weight" in node.input)
+    graph.graph.node.append(onnx.helper.make_node("Identity", [embed.output[0]], ["hidden"]))
+    shape = ["batch_size", "sequence_length", 96]
+    graph.graph.output.append(onnx.helper.make_tensor_value_info("hidden", onnx.TensorProto.FLOAT, shape))
+    onnx.save(graph, copy / "onnx/model.onnx")
+
+    def change(manifest: dict[str, Any]) -> None:
+        spec = {"name": "hidden", "dtype": "float32", "shape": shape, "role": "hidden_state"}
+        manifest["variants"]["fp32"]["outputs"].append(spec)
+        manifest["files"]["onnx/model.onnx"] = vars(hash_file(copy / "onnx/model.onnx"))
+
+    edit_manifest(copy, change)
+    with open_runner(copy) as runner:
+        runner.prefill([ids[:-1] for ids in sequences])
+        logits = runner.decode([int(ids[-1]) for ids in sequences])
+    close(logits, np.stack([expected[-1] for expected in reference]))
 
 
 def test_another_number_of_rows_is_refused(

@@ -1,0 +1,154 @@
+"""A package folder, opened once: what its manifests say, and which of its files were read and found to be right.
+
+    package = open_package("packages/olmo2-1b")
+    variant = package.variant("q4")
+    package.check(variant.files)
+
+Whoever needs a package takes a `Package`, or takes a path and opens it first; nobody opens it twice.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TypeAlias
+
+from runtimes.errors import VariantNotFoundError
+from runtimes.manifest import (
+    Manifest,
+    ModelSpec,
+    TrtManifest,
+    Variant,
+    read_manifest,
+    read_trt_manifest,
+    read_verdicts,
+)
+from runtimes.sealed import FileEntry, check_files, hash_files
+
+_Identity: TypeAlias = tuple[int, int, int, int, int]
+
+
+class Package:
+    """What a package folder said when it was opened; made by `open_package`.
+
+    The TensorRT manifest and parity.json are read when they are first asked for, so that damage there stops nobody who
+    does not need them. A file is hashed when it is first checked, and again only where it is another one since.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, checksum: str) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.checksum = checksum
+        """of manifest.json, which identifies the whole export"""
+        self._hashed: dict[str, tuple[_Identity, FileEntry]] = {}
+
+    def __repr__(self) -> str:
+        return f"Package({str(self.folder)!r})"
+
+    @property
+    def model(self) -> ModelSpec:
+        """The shape of the model."""
+        return self.manifest.model
+
+    @cached_property
+    def trt(self) -> TrtManifest | None:
+        """The TensorRT graphs and engines; None if nothing was built.
+
+        Raises:
+            IntegrityError: the manifest was changed, or was built from another export than this one.
+        """
+        return read_trt_manifest(self.folder, self.checksum)
+
+    @cached_property
+    def verdicts(self) -> Mapping[str, bool]:
+        """Variant -> whether it passed every gate, as parity.json says of this very export; {} where it says nothing.
+
+        It is a report and no part of the contract.
+        """
+        return read_verdicts(self.folder, self.checksum)
+
+    def variant(self, name: str | None = None) -> Variant:
+        """Return a variant, of the export or of the TensorRT graphs.
+
+        Args:
+            name: None means the only or first one of the export.
+
+        Raises:
+            VariantNotFoundError: naming the variants there are.
+            IntegrityError: it is none of the export's, and the TensorRT manifest was changed.
+        """
+        own = self.manifest.variants
+        if name is None:
+            name = next(iter(own), "")
+        if name in own:
+            return own[name]
+        built = self.trt.variants if self.trt is not None else {}
+        if name in built:
+            return built[name]
+        raise VariantNotFoundError(f"{self.folder}: no variant {name!r}; it has {', '.join([*own, *built]) or 'none'}")
+
+    def files_of(self, variant: Variant) -> Mapping[str, FileEntry]:
+        """Return the table that vouches for a variant's files: path in the package -> what it must be."""
+        if variant.name in self.manifest.variants or self.trt is None:
+            return self.manifest.files
+        return self.trt.files
+
+    def check(
+        self,
+        names: Iterable[str] | None = None,
+        *,
+        hashes: bool = True,
+        remedy: str = "export the package again",
+    ) -> None:
+        """Compare files with what the manifests say of them: presence and size first, then sha256.
+
+        Args:
+            names: paths in the package, of either manifest; None means all of the export's, without trt/.
+            hashes: False stops after presence and size, without reading the files.
+            remedy: what the message tells the user to do.
+
+        Raises:
+            IntegrityError: naming every file that differs.
+        """
+        names = list(self.manifest.files if names is None else names)
+        files: Mapping[str, FileEntry] = self.manifest.files
+        if any(name not in files for name in names) and self.trt is not None:
+            files = {**self.trt.files, **files}
+        check_files(self.folder, files, names, hashes=hashes, remedy=remedy, hashed=self._hash)
+
+    def _hash(self, folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
+        """Return the entries of files, read where they were not or are others since; two threads may both read one."""
+        before = {name: _identity(folder / name) for name in names}
+        known = {name: self._hashed[name] for name in before if name in self._hashed}
+        found = {name: entry for name, (identity, entry) in known.items() if identity == before[name]}
+        for name, entry in hash_files(folder, [name for name in before if name not in found]).items():
+            found[name] = entry
+            if _identity(folder / name) == before[name]:  # else it was written to meanwhile, and is not remembered
+                self._hashed[name] = before[name], entry
+        return found
+
+
+AnyPackage: TypeAlias = str | os.PathLike[str] | Package
+"""a package folder, or one that is open"""
+
+
+def open_package(package: AnyPackage) -> Package:
+    """Open a package folder: read and check its manifest; one that is open is returned as it is.
+
+    Raises:
+        PackageNotFoundError: no such folder, or no manifest in it.
+        IntegrityError: the manifest was changed.
+        PackageError: it is of a version that is not read, or damaged otherwise.
+    """
+    if isinstance(package, Package):
+        return package
+    folder = Path(package)
+    return Package(folder, *read_manifest(folder))
+
+
+def _identity(path: Path) -> _Identity:
+    """Return what differs once a file is another one or was written to; of a link, what it leads to."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
