@@ -24,7 +24,8 @@ apidoc_modules = [
     {
         "path": ROOT / package,
         "destination": f"api/{package}",
-        "exclude_patterns": [str(ROOT / "*/__main__.py"), str(ROOT / "*/bench/workers*")],  # the workers import the peers
+        # the workers import the peers
+        "exclude_patterns": [str(ROOT / "*/__main__.py"), str(ROOT / "*/bench/workers*")],
         "separate_modules": True,
         "module_first": True,
     }

@@ -101,7 +101,7 @@ DEFAULTS = {
     "q8": Default("search", Q8, Q8, Q8, size_budget=8.5, rounded_blocks=("mlp.down_proj",)),
     "q4f16": Default("search", Q4, None, Q4_EMBEDDING, size_budget=4.8),
 }
-"""block 128 because the kernels read it fastest; see the README for what each choice costs"""
+"""block 128 because the kernels read it fastest; see docs/variants.md for what each choice costs"""
 
 _HEAD_DIM_STEP = 16
 _MOST_BITS = 32
