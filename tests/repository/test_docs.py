@@ -223,7 +223,7 @@ def test_every_verb_and_every_flag_is_in_the_docs(called: str, help_of: Callable
         assert verb in sections, f"docs/commands.md has no section for {called} {verb}"
         usage = next(re.finditer(r"```text\n(.*?)```", sections[verb], re.S))[1]
         assert usage.startswith(f"{called} {verb} "), usage
-        declared = set(re.findall(r"^  (--[a-z][a-z0-9-]*)", help_of(called, verb), re.M))  # not those in the words beside
+        declared = set(re.findall(r"^  (--[a-z][a-z0-9-]*)", help_of(called, verb), re.M))
         assert flags(usage) == declared - {"--debug"}, f"docs/commands.md, {verb}"
 
 
