@@ -14,6 +14,7 @@ from runtimes import Backend, Device, open_runner
 from runtimes.command import Parser, run_command
 from runtimes.generation.generate import Generation, encode_prompt, generate
 from runtimes.speculate.speculation import Drafter, DraftModel, PromptLookup
+from runtimes.targets import describe_backends, describe_devices
 from runtimes.text.plain_text import plain_lines, plain_text
 from runtimes.text.sampling import Sampler
 from runtimes.text.tokenizer import Tokenizer
@@ -74,12 +75,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--backend",
         default="ort",
         metavar="B",
-        help="ort: onnxruntime (default); trt_rtx, trt: an engine made by olmo2-export build, on TensorRT for RTX or "
-        "full TensorRT",
+        help=f"{describe_backends()} (default: ort)",
     )
-    verb.add_argument(
-        "--device", metavar="D", help="where onnxruntime runs: cpu (default), cuda, nv-rtx (TensorRT for RTX inside)"
-    )
+    verb.add_argument("--device", metavar="D", help=f"where onnxruntime runs: {describe_devices()} (default: cpu)")
     verb.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads (default: one per physical core it may use)"
     )

@@ -26,6 +26,7 @@ from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes import Backend, Device, open_runner
 from runtimes.manifest import ModelSpec, Variant, find_variant, load_manifest
 from runtimes.runners.runner import Logits
+from runtimes.targets import find_target
 
 PYTORCH = "PyTorch float32"
 """the name of what variants are compared with"""
@@ -154,7 +155,7 @@ def open_package_model(
     """
     model = load_manifest(package).model
     entry = find_variant(package, variant)[0] if variant is not None else None
-    if entry is not None and backend == "ort" and device in (None, "cpu") and _rounded_here(entry):
+    if entry is not None and not find_target(backend, device).on_gpu and _rounded_here(entry):
         with open_measured(package, entry.name) as measured:
             yield PackageModel(measured, entry, model, f"{entry.name}, rounded as on its device", decode_graph)
         return
