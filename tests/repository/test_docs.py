@@ -16,6 +16,7 @@ import pytest
 
 import olmo2_export.cli
 import runtimes.cli
+from olmo2_export.catalog import VARIANTS
 from runtimes.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -223,8 +224,16 @@ def test_every_verb_and_every_flag_is_in_the_docs(called: str, help_of: Callable
         assert verb in sections, f"docs/commands.md has no section for {called} {verb}"
         usage = next(re.finditer(r"```text\n(.*?)```", sections[verb], re.S))[1]
         assert usage.startswith(f"{called} {verb} "), usage
-        declared = set(re.findall(r"^  (--[a-z][a-z0-9-]*)", help_of(called, verb), re.M))
+        declared = set(re.findall(r"^  (--[a-z][a-z0-9-]*)", help_of(called, verb), re.M))  # not those in its words
         assert flags(usage) == declared - {"--debug"}, f"docs/commands.md, {verb}"
+
+
+def test_every_variant_has_its_row() -> None:
+    rows = re.findall(r"^\| `(\w+)`", (DOCS / "variants.md").read_text(encoding="utf-8"), re.M)
+    assert {row.name for row in VARIANTS if row.graph != "static"} <= set(rows)
+    precisions = re.findall(r"^\| (\w+)(?:, (\w+))? \|", (DOCS / "gpu.md").read_text(encoding="utf-8"), re.M)
+    static = {row.name.removeprefix("trt_") for row in VARIANTS if row.graph == "static"}
+    assert static - {"fp32"} <= {name for pair in precisions for name in pair}
 
 
 def test_every_make_target_in_the_docs_exists() -> None:
