@@ -22,12 +22,14 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from olmo2_export.architecture import NORMS, Operation, count, operations
 from olmo2_export.atomic import locked, replace_folder
+from olmo2_export.config import ModelConfig
 from olmo2_export.engine.compiler import CompileRequest, CompileResult
 from olmo2_export.engine.options import EngineOptions, gpu_at_hand, settle
 from olmo2_export.engine.plan import count_kernels
@@ -46,7 +48,6 @@ from runtimes.manifest import (
     MANIFEST_NAME,
     TRT_FOLDER,
     Engine,
-    ModelSpec,
     Precision,
     ProfileRange,
     TrtManifest,
@@ -114,7 +115,7 @@ def build(package: Path, options: EngineOptions, *, progress: bool = True) -> Bu
                 "prefill": _profile(variant, settled.max_batch_size, settled.prefill_chunk),
             },
             compute_capabilities=settled.compute_capabilities,
-            layer_counts=_expected_layers(manifest.model),
+            layer_counts=expected_layers(operations(ModelConfig.from_json(package / "config.json"))),
             flags=settled.flags,
             timing_cache=str(options.timing_cache.resolve()) if options.timing_cache else None,
         )
@@ -342,14 +343,14 @@ def _profile(variant: Variant, max_batch_size: int, max_sequence_length: int) ->
     )
 
 
-def _expected_layers(model: ModelSpec) -> dict[str, int]:
-    """Return the layers that the TensorRT network must have; RMSNorm is a layer, or its mean is."""
-    layers = model.num_hidden_layers
+def expected_layers(rows: Sequence[Operation]) -> dict[str, int]:
+    """Return the layers that the TensorRT network must have; a norm is a layer, or its mean is."""
+    attention = count(rows, "attention")
     return {
-        "ATTENTION_INPUT": layers,
-        "KV_CACHE_UPDATE": 2 * layers,
-        "ROTARY_EMBEDDING": 2 * layers,
-        "NORMALIZATION|REDUCE": 4 * layers + 1,
+        "ATTENTION_INPUT": attention,
+        "KV_CACHE_UPDATE": 2 * attention,
+        "ROTARY_EMBEDDING": count(rows, "rotary"),
+        "NORMALIZATION|REDUCE": count(rows, *NORMS),
     }
 
 

@@ -1,6 +1,6 @@
 """Whether a model fits float16: measure, name what overflows, propose the smallest float32 islands, and prove them.
 
-1. Measured, in float32 on text: max |x| of every value in `values.py`, and max |w| of every weight.
+1. Measured, in float32 on text: max |x| of every value of `architecture`, and max |w| of every weight.
 2. Named: what is beyond the margin. Its default, 30000, is less than half of float16's largest number, 65504: on a text
    that was not measured a value may be larger, and the rounded model drifts from the measured one.
 3. Proposed: each named value stays float32, with the operation that writes it and those that read it; each named
@@ -32,17 +32,16 @@ import numpy as np
 import tokenizers
 from torch import Tensor
 
+from olmo2_export.architecture import Kind, Operation, around_attention, operations
 from olmo2_export.config import ModelConfig
 from olmo2_export.fp16.simulate import Simulated, simulate
 from olmo2_export.fp16.values import (
     PARAMETERS,
     SCORES,
-    Operation,
     Walk,
     Weights,
     Wide,
     largest_weights,
-    operations,
     walk_all,
     wide_of,
 )
@@ -57,18 +56,18 @@ MARGIN = 30000.0
 TOKENS = 1024
 _LENGTH = 256
 _PROOF_SEQUENCES = 4
-_WRITERS = {
+_WRITERS: dict[Kind, str] = {
     "gather": "the lookup",
     "linear": "the linear layer",
-    "norm": "the RMSNorm",
+    "rms_norm": "the RMSNorm",
+    "layer_norm": "the LayerNorm",
+    "rotary": "the rotary embedding",
     "attention": "the attention",
     "add": "the sum",
     "silu": "the SiLU",
     "multiply": "the product",
 }
 _TEXT = Path(__file__).parents[1] / "demo" / "calibration.txt"
-# What the attention has in float16 whatever is wished: the values it reads, writes, and makes inside.
-_FIXED = tuple(f".self_attn.{n}" for n in ("v_proj", "q_norm", "k_norm", "q_rotary", "k_rotary", "attention"))
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Peak:
     """The largest number of a value, or of a weight."""
 
     name: str
-    """as in `values.py`; of a weight the checkpoint's name"""
+    """as in `architecture`; of a weight the checkpoint's name"""
     largest: float
     """max |x|"""
     sequence: int | None = None
@@ -159,9 +158,9 @@ class Safety:
         """What is beyond float16 inside kernels, which compute it in float32: scores, and the squares of norms."""
         inside = [p for name, p in self.peaks.items() if name.endswith(SCORES)]
         squares = [
-            dataclasses.replace(p, name=f"{p.name.removesuffix('_proj')}_norm.squares", largest=p.largest**2)
+            dataclasses.replace(p, name=f"{norm}.squares", largest=p.largest**2)
             for name, p in self.peaks.items()
-            if name.endswith((".q_proj", ".k_proj"))
+            if name.endswith((".q_proj", ".k_proj")) and (norm := f"{name.removesuffix('_proj')}_norm") in self.peaks
         ]
         return [p for p in (*inside, *squares) if p.largest > LIMIT]
 
@@ -218,7 +217,7 @@ class _Measure:
             self.values[name] = Peak(name, largest, self.sequence, position, first_channel + int(at[-1]))
         return x
 
-    def weight(self, name: str, weights: Weights) -> Tensor:
+    def weight(self, _row: Operation, name: str, weights: Weights) -> Tensor:
         exact = weights.exact(name)
         if name not in self.weights:
             self.weights[name] = float(exact.abs().max())
@@ -280,16 +279,16 @@ def measure_safety(
         pass
     weights = measure.weights | largest_weights(checkpoint, config)
     peaks = _spelled(checkpoint, sequences, measure.values)
-    for name, largest in weights.items():
-        full = name if name.endswith(".bias") else f"{name}.weight"
-        peaks[full] = Peak(full, largest)
-    blocked = tuple(p for name, p in peaks.items() if name.endswith(_FIXED) and p.largest > margin)
+    peaks |= {name: Peak(name, largest) for name, largest in weights.items()}
+    rows = operations(config)
+    fixed = around_attention(rows)
+    blocked = tuple(p for name, p in peaks.items() if name in fixed and p.largest > margin)
     found = Safety(
         tokens=sum(map(len, sequences)),
         tokens_from=origin,
         margin=margin,
         peaks=peaks,
-        islands=tuple(_islands(operations(config), peaks, margin)),
+        islands=tuple(_islands(rows, peaks, margin)),
         blocked=blocked,
     )
     return _proved(checkpoint, config, sequences, found) if prove else found
@@ -298,13 +297,14 @@ def measure_safety(
 def _islands(ops: Sequence[Operation], peaks: Mapping[str, Peak], margin: float) -> list[Island]:
     """Return an island for each value beyond the margin that can have one, and for each weight beyond float16."""
     found = []
+    fixed = around_attention(ops)  # it has them in float16, whatever is wished
     for op in ops:
         # A weight is what it is on every text, and rounds to something finite up to the limit.
-        for name in (f"{op.name}.weight", f"{op.name}.bias"):
-            if name in peaks and peaks[name].largest > LIMIT:
+        for name in (op.weight, op.bias):
+            if name is not None and name in peaks and peaks[name].largest > LIMIT:
                 found.append(Island(peaks[name], op, ()))
         peak = peaks[op.name]
-        if peak.largest > margin and not op.name.endswith(_FIXED):
+        if peak.largest > margin and op.name not in fixed:
             readers = tuple(other.name for other in ops if op.name in other.reads)
             found.append(Island(peak, op, readers))
     return found

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from olmo2_export.architecture import Operation, operations
 from olmo2_export.config import ModelConfig
 from olmo2_export.fp16.values import SCORES, Walk, Weights, Wide, to_float16, walk_all
 from olmo2_export.measure.parity import GATES, compare
@@ -52,7 +53,7 @@ class _Simulation:
         self.sequence = 0
         self.first_not_finite: str | None = None
         self._values = wide.values
-        self._exact = wide.operations(config) - wide.rounded
+        self._exact = wide.operations(operations(config)) - wide.rounded
         self._round_scores = round_scores
 
     def value(self, name: str, x: Tensor, _first_channel: int = 0, /) -> Tensor:
@@ -62,8 +63,8 @@ class _Simulation:
             self.first_not_finite = name
         return rounded
 
-    def weight(self, name: str, weights: Weights) -> Tensor:
-        return weights.exact(name) if name.removesuffix(".bias") in self._exact else weights.rounded(name)
+    def weight(self, row: Operation, name: str, weights: Weights) -> Tensor:
+        return weights.exact(name) if row.name in self._exact else weights.rounded(name)
 
 
 class _Float32:
@@ -74,7 +75,7 @@ class _Float32:
     def value(self, _name: str, x: Tensor, _first_channel: int = 0, /) -> Tensor:
         return x
 
-    def weight(self, name: str, weights: Weights) -> Tensor:
+    def weight(self, _row: Operation, name: str, weights: Weights) -> Tensor:
         return weights.exact(name)
 
 

@@ -20,30 +20,43 @@ in one precision, so that a wide gate beside a narrow up costs a kernel more.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable
 
 import onnx_ir as ir
 
+from olmo2_export.architecture import Kind, Operation
 from olmo2_export.fuse.edit import IN_FLOAT32, is_op, name_of, new_cast
 from runtimes.errors import FusionError, first_names
 
+_OPERATORS: dict[Kind, str] = {
+    "gather": "Gather",
+    "linear": "MatMul",
+    "rms_norm": "RMSNormalization",
+    "layer_norm": "LayerNormalization",
+    "add": "Add",
+    "silu": "Sigmoid",
+    "multiply": "Mul",
+}
+"""the first node of an operation"""
 _MOVES = ("Slice", "Split", "Reshape", "Transpose", "Identity")
 
 
-def float32_islands(model: ir.Model, operations: Collection[str], values: Collection[str]) -> int:
+def float32_islands(
+    model: ir.Model, rows: Iterable[Operation], operations: Collection[str], values: Collection[str]
+) -> int:
     """Apply the rewrite; return the number of operations that compute in float32 now.
 
     Args:
         model: a shared-cache graph, before its products are merged and before `set_precision`.
-        operations: names out of `fp16.values.operations` that compute in float32; all readers of `values` are among
-            them.
+        rows: of the model.
+        operations: names of those that compute in float32; all readers of `values` are among them.
         values: names of those whose result stays float32 too.
 
     Raises:
         FusionError: an operation that the graph does not have, or a reader of a wide value that cannot be wide.
     """
     graph = model.graph
-    found = {name: nodes for name, nodes in _operations(graph) if name in operations}
+    found = {name: nodes for name, nodes in find_operations(graph, rows).items() if name in operations}
     if missing := sorted(set(operations) - found.keys()):
         raise FusionError(f"graph {graph.name}: no nodes of {first_names(missing)}, which are to be float32")
     owner = {node: name for name, nodes in found.items() for node in nodes}
@@ -79,38 +92,33 @@ def float32_islands(model: ir.Model, operations: Collection[str], values: Collec
     return len(found)
 
 
-def _operations(graph: ir.Graph) -> Iterator[tuple[str, list[ir.Node]]]:
-    """Yield the operations of `fp16.values.operations` that the graph has, each with its nodes; the last gives its
-    value."""
-    for node in graph:
-        for value in node.inputs:
-            name = value.name if value is not None and value.is_initializer() else None
-            if name is None or not name.endswith(".weight"):
-                continue
-            operation = name.removesuffix(".weight")
-            if is_op(node, "Gather") or is_op(node, "RMSNormalization"):
-                yield operation, [node]
-            elif is_op(node, "MatMul"):
-                yield operation, [node, *_reader(node, "Add", f"{operation}.bias")]
-            layer, _, last = operation.rpartition(".")
-            if last in ("post_attention_layernorm", "post_feedforward_layernorm"):
-                residual = "attention_residual" if "attention" in last else "mlp_residual"
-                yield f"{layer}.{residual}", _reader(node, "Add")
-            if last == "gate_proj":
-                yield from _gated(layer, [node, *_reader(node, "Add", f"{operation}.bias")][-1])
+def find_operations(graph: ir.Graph, rows: Iterable[Operation]) -> dict[str, list[ir.Node]]:
+    """Return the nodes of each operation that the graph has, the last of which gives its value.
+
+    What has a weight is found by its name, everything else by what it reads. Rotations, attention, and what reads them
+    without a weight, are not looked for.
+    """
+    found: dict[str, list[ir.Node]] = {}
+    values: dict[str, ir.Value] = {}
+    for row in rows:
+        operator = _OPERATORS.get(row.kind)
+        if operator is None:
+            continue
+        weight = graph.initializers.get(row.weight) if row.weight is not None else None
+        read = [weight] if row.weight is not None else [values.get(name) for name in row.reads]
+        nodes = [_reader(operator, *read)]
+        if row.kind == "silu" and nodes[0] is not None:
+            nodes.append(_reader("Mul", *read, nodes[0].outputs[0]))
+        if row.bias is not None and nodes[0] is not None:
+            nodes.append(_reader("Add", nodes[0].outputs[0], graph.initializers.get(row.bias)))
+        whole = [node for node in nodes if node is not None]
+        if len(whole) == len(nodes):
+            found[row.name], values[row.name] = whole, whole[-1].outputs[0]
+    return found
 
 
-def _reader(node: ir.Node, op_type: str, other: str | None = None) -> list[ir.Node]:
-    """Return the one reader of a node's result that is that operator, and that reads the initializer `other`."""
-    users = {use.node for use in node.outputs[0].uses() if is_op(use.node, op_type)}
-    if other is not None:
-        users = {user for user in users if any(v is not None and v.name == other for v in user.inputs)}
-    return list(users) if len(users) == 1 else []
-
-
-def _gated(mlp: str, gate: ir.Node) -> Iterator[tuple[str, list[ir.Node]]]:
-    """Yield SiLU, Mul(gate, Sigmoid(gate)), and the product of that and up."""
-    silu = [*_reader(gate, "Sigmoid"), *_reader(gate, "Mul")]
-    yield f"{mlp}.act_fn", silu
-    if silu:
-        yield f"{mlp}.product", _reader(silu[-1], "Mul")
+def _reader(op_type: str, *read: ir.Value | None) -> ir.Node | None:
+    """Return the one node of that operator that reads all of these values."""
+    users = [{use.node for use in value.uses()} if value is not None else set() for value in read]
+    nodes = [node for node in set.intersection(*users) if is_op(node, op_type)]
+    return nodes[0] if len(nodes) == 1 else None

@@ -33,12 +33,13 @@ operator here: GroupQueryAttention with queries, keys and values apart, MatMulNB
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 
 import onnx_ir as ir
 
+from olmo2_export.architecture import Operation, count, norm_counts, operations, shared_inputs
 from olmo2_export.config import ModelConfig
-from olmo2_export.fp16.values import Wide, operations
+from olmo2_export.fp16.values import Wide
 from olmo2_export.fuse import check_op_counts
 from olmo2_export.fuse.drop_unused import drop_unused
 from olmo2_export.fuse.float32_islands import float32_islands
@@ -93,10 +94,10 @@ def device_graph(
     Raises:
         FusionError: a pass did not find what it must find.
     """
-    graph, wide = shared.clone(), wide or Wide()
-    in_float32 = wide.operations(config)
+    graph, wide, rows = shared.clone(), wide or Wide(), operations(config)
+    in_float32 = wide.operations(rows)
     float32_logits(graph)
-    float32_islands(graph, in_float32, wide.values)
+    float32_islands(graph, rows, in_float32, wide.values)
     if weights is not None:
         matmul_nbits(graph, weights.formats, accuracy_level=0)
         attach_blocks(graph, weights)
@@ -108,34 +109,31 @@ def device_graph(
         "grouped_top_candidates": grouped_top_candidates(graph, TOP_K),
     }
     quantized = {} if weights is None else weights.formats
-    products = _products(config, in_float32, quantized)
+    products = products_of(rows, in_float32, quantized)
     expected = {"merge_projections": sum(len(group) > 1 for group in products)}
-    for name, count in applied.items():
-        if count != expected.get(name, 1):
-            raise FusionError(f"graph {graph.graph.name}: {name}: expected {expected.get(name, 1)}, applied {count}")
+    for name, times in applied.items():
+        if times != expected.get(name, 1):
+            raise FusionError(f"graph {graph.graph.name}: {name}: expected {expected.get(name, 1)}, applied {times}")
     drop_unused(graph)
     rounding = set_precision(graph, dtype)
-    counts = expected_op_counts(config.spec, quantized=weights is not None)
-    counts |= {"MatMul": len(products), "com.microsoft::MatMulNBits": len(quantized)}
-    return graph, rounding, check_op_counts(graph, counts)
+    return graph, rounding, check_op_counts(graph, expected_op_counts(rows, len(products), len(quantized)))
 
 
-def _products(config: ModelConfig, in_float32: Collection[str], quantized: Collection[str]) -> list[list[str]]:
+def products_of(
+    rows: Iterable[Operation], in_float32: Collection[str], quantized: Collection[str]
+) -> list[list[Operation]]:
     """Return the products that are not in blocks: linears that read one value in one dtype are merged."""
-    linears = (op for op in operations(config) if op.kind == "linear" and op.weight not in quantized)
-    groups: dict[tuple[object, bool], list[str]] = {}
-    for op in linears:
-        groups.setdefault((op.reads, op.name in in_float32), []).append(op.name)
-    return list(groups.values())
+    groups = [[row for row in group if row.weight not in quantized] for group in shared_inputs(rows)]
+    parts = [[row for row in group if (row.name in in_float32) == wide] for group in groups for wide in (False, True)]
+    return [part for part in parts if part]
 
 
-def expected_op_counts(model: ModelSpec, *, quantized: bool) -> dict[str, int]:
-    """Return how often each operator that costs time must occur in a graph without islands."""
-    layers = model.num_hidden_layers
+def expected_op_counts(rows: Sequence[Operation], products: int, in_blocks: int) -> dict[str, int]:
+    """Return how often each operator that costs time must occur, with so many products of floats and of blocks."""
     return {
-        "MatMul": 0 if quantized else 4 * layers + 1,
-        "com.microsoft::MatMulNBits": 7 * layers + 1 if quantized else 0,
-        "RMSNormalization": 4 * layers + 1,
-        "com.microsoft::GroupQueryAttention": layers,
-        "Sigmoid": layers,
+        "MatMul": products,
+        "com.microsoft::MatMulNBits": in_blocks,
+        **norm_counts(rows),
+        "com.microsoft::GroupQueryAttention": count(rows, "attention"),
+        "Sigmoid": count(rows, "silu"),
     }

@@ -18,12 +18,13 @@ int8 by int8, faster where a step has many rows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
 import onnx_ir as ir
 
+from olmo2_export.architecture import Operation, count, norm_counts
 from olmo2_export.catalog import BlockFormat
 from olmo2_export.fuse import ONNXRUNTIME, Pass, apply, check_op_counts
 from olmo2_export.fuse.gather_block_quantized import gather_block_quantized
@@ -32,11 +33,9 @@ from olmo2_export.fuse.matmul_nbits import matmul_nbits
 from olmo2_export.quantize.blocks import QuantizedMatrix
 from olmo2_export.quantize.int8 import quantize_int8
 from olmo2_export.quantize.recipes import QuantizedWeights
+from olmo2_export.weights.stored_names import EMBEDDING, HEAD
 from runtimes.errors import FusionError
 from runtimes.manifest import KVCacheSpec, ModelSpec, Role, TensorSpec
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_LINEARS_PER_LAYER = 7
 
 
 def shared_inputs(cache: KVCacheSpec) -> tuple[TensorSpec, ...]:
@@ -57,32 +56,34 @@ def shared_outputs(model: ModelSpec, cache: KVCacheSpec) -> tuple[TensorSpec, ..
     )
 
 
-def shared_graph(portable: ir.Model, model: ModelSpec, passes: list[Pass] = ONNXRUNTIME) -> ir.Model:
+def shared_graph(portable: ir.Model, rows: Sequence[Operation], passes: list[Pass] = ONNXRUNTIME) -> ir.Model:
     """Return the portable graph with its operators fused and its cache shared; weights and their names stay.
 
     Args:
         portable: as `trace` returns it, without weights; left as it is.
-        model: the model's shape.
-        passes: the fusions, each of one operator per layer; `DEVICE` for GPUs.
+        rows: of the model.
+        passes: the fusions; `DEVICE` for GPUs.
 
     Raises:
         FusionError: a pass did not find what it must find.
     """
     fused = portable.clone()
-    expected = model.num_hidden_layers
-    for name, count in apply(fused, passes).items():
-        if name != "drop_unused" and count != expected:
-            raise FusionError(f"graph {fused.graph.name}: {name}: expected {expected}, applied {count} times")
+    expected = {"group_query_attention": count(rows, "attention"), "quick_gelu": count(rows, "silu")}
+    for name, applied in apply(fused, passes).items():
+        if name != "drop_unused" and applied != expected[name]:
+            raise FusionError(f"graph {fused.graph.name}: {name}: expected {expected[name]}, applied {applied} times")
     return fused
 
 
-def decode_graph(shared: ir.Model, weights: QuantizedWeights, model: ModelSpec) -> tuple[ir.Model, dict[str, int]]:
+def decode_graph(
+    shared: ir.Model, weights: QuantizedWeights, rows: Sequence[Operation]
+) -> tuple[ir.Model, dict[str, int]]:
     """Quantise the weights of a shared-cache graph in blocks.
 
     Args:
         shared: as `shared_graph` returns it; left as it is.
         weights: all products and the embedding; read when the graph is written.
-        model: the model's shape.
+        rows: of the model.
 
     Returns:
         The graph and the operators that were counted in it.
@@ -91,12 +92,12 @@ def decode_graph(shared: ir.Model, weights: QuantizedWeights, model: ModelSpec) 
     gather_block_quantized(graph, weights.formats)
     matmul_nbits(graph, weights.formats)
     attach_blocks(graph, weights)
-    linears = _LINEARS_PER_LAYER * model.num_hidden_layers
-    return graph, check_op_counts(graph, _expected(model) | {"com.microsoft::MatMulNBits": linears + 1, "MatMul": 0})
+    expected = {"com.microsoft::MatMulNBits": count(rows, "linear"), "MatMul": 0}
+    return graph, check_op_counts(graph, expected_op_counts(rows) | expected)
 
 
 def prefill_graph(
-    shared: ir.Model, weights: QuantizedWeights, model: ModelSpec, in_blocks: Collection[str] = ()
+    shared: ir.Model, weights: QuantizedWeights, rows: Sequence[Operation], in_blocks: Collection[str] = ()
 ) -> tuple[ir.Model, dict[str, int]]:
     """Quantise the products of the layers to int8 by int8; head, embedding and the linears `in_blocks` as they are in
     `decode_graph`; see there."""
@@ -110,9 +111,9 @@ def prefill_graph(
     matmul_nbits(graph, kept)
     matmul_integer(graph, weights.formats.keys() - kept.keys() - {EMBEDDING})
     attach_blocks(graph, weights)
-    linears = _LINEARS_PER_LAYER * model.num_hidden_layers - len(kept) + 1
+    linears = count(rows, "linear") - len(kept)
     expected = {"com.microsoft::MatMulNBits": len(kept), "MatMulInteger": linears, "MatMul": 0}
-    return graph, check_op_counts(graph, _expected(model) | expected)
+    return graph, check_op_counts(graph, expected_op_counts(rows) | expected)
 
 
 def exact_form(graph: ir.Model) -> ir.Model:
@@ -190,13 +191,13 @@ def stored_int8(graph: ir.Model) -> dict[str, np.ndarray]:
     return found
 
 
-def _expected(model: ModelSpec) -> dict[str, int]:
-    layers = model.num_hidden_layers
+def expected_op_counts(rows: Sequence[Operation]) -> dict[str, int]:
+    """Return how often each operator but the products must occur in both graphs."""
     return {
-        "RMSNormalization": 4 * layers + 1,
-        "com.microsoft::GroupQueryAttention": layers,
-        "com.microsoft::QuickGelu": layers,
-        "com.microsoft::GatherBlockQuantized": 1,
+        **norm_counts(rows),
+        "com.microsoft::GroupQueryAttention": count(rows, "attention"),
+        "com.microsoft::QuickGelu": count(rows, "silu"),
+        "com.microsoft::GatherBlockQuantized": count(rows, "gather"),
     }
 
 

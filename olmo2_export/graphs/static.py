@@ -34,13 +34,15 @@ it merges at batch 1 alone: there concatenation costs nothing, and at batch 4 it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import onnx_ir as ir
 
+from olmo2_export.architecture import Operation, count, norm_counts, operations, shared_inputs
 from olmo2_export.catalog import static_row
+from olmo2_export.config import ModelConfig
 from olmo2_export.dtypes import ir_dtype
 from olmo2_export.fuse import TENSORRT, apply, check_op_counts
 from olmo2_export.fuse.dequantize_weights import CODES, SCALES, dequantize_weights
@@ -80,23 +82,36 @@ def static_outputs(
     )
 
 
-def expected_op_counts(model: ModelSpec, precision: Precision) -> dict[str, int]:
+def expected_op_counts(rows: Sequence[Operation], precision: Precision) -> dict[str, int]:
     """Return how often each fused operator must occur in the static-cache graph."""
-    layers = model.num_hidden_layers
-    products = 4 if static_row(precision).weights.merged else 7
+    attention = count(rows, "attention")
     return {
-        "MatMul": products * layers + 1,
-        "RMSNormalization": 4 * layers + 1,
-        "RotaryEmbedding": 2 * layers,
-        "TensorScatter": 2 * layers,
-        "trt::TRT_Attention": layers,
+        "MatMul": len(shared_inputs(rows)) if static_row(precision).weights.merged else count(rows, "linear"),
+        **norm_counts(rows),
+        "RotaryEmbedding": count(rows, "rotary"),
+        "TensorScatter": 2 * attention,
+        "trt::TRT_Attention": attention,
         "Attention": 0,
+    }
+
+
+def expected_passes(rows: Sequence[Operation]) -> dict[str, int]:
+    """Return how often each pass must apply."""
+    attention, rotary = count(rows, "attention"), count(rows, "rotary")
+    return {
+        "gather_logit_row": 1,
+        "write_index_positions": rotary,
+        "static_cache": attention,
+        "float32_norm": count(rows, "rms_norm"),
+        "float32_rotary": rotary,
+        "float32_logits": 1,
+        "plain_reshape": 4 * attention,
     }
 
 
 def static_graph(
     portable: ir.Model,
-    model: ModelSpec,
+    config: ModelConfig,
     precision: Precision,
     max_cache_length: int,
     top_k: int = 1,
@@ -107,7 +122,7 @@ def static_graph(
     Args:
         portable: as `trace` returns it or as it is loaded from a package; float32. Weights stay where they are until
             the graph is written, and are then rounded one at a time.
-        model: the model's shape.
+        config: the model's.
         precision: of weights, activations and cache; where weights are quantised, of the weights.
         max_cache_length: slots of the cache, in tokens.
         top_k: candidates that the graph picks per row.
@@ -119,19 +134,12 @@ def static_graph(
     Raises:
         FusionError: a pass did not find what it must find, or the result is not the graph of the table above.
     """
-    layers, row = model.num_hidden_layers, static_row(precision)
+    model, rows, row = config.spec, operations(config), static_row(precision)
     applied = apply(portable, TENSORRT)
-    expected = {
-        "gather_logit_row": 1,
-        "write_index_positions": 2 * layers,
-        "static_cache": layers,
-        "float32_norm": 4 * layers + 1,
-        "float32_rotary": 2 * layers,
-        "float32_logits": 1,
-        "plain_reshape": 4 * layers,
-    }
     wrong = [
-        f"{name}: expected {n}, applied {applied[name]} times" for name, n in expected.items() if applied[name] != n
+        f"{name}: expected {n}, applied {applied[name]} times"
+        for name, n in expected_passes(rows).items()
+        if applied[name] != n
     ]
     if wrong:
         raise FusionError(f"graph {portable.graph.name}: {'; '.join(wrong)}; it is not a graph of this exporter")
@@ -142,7 +150,7 @@ def static_graph(
     set_cache_length(portable, max_cache_length)
     if weights is not None:
         _quantize(portable, weights)
-    check_op_counts(portable, expected_op_counts(model, precision))
+    check_op_counts(portable, expected_op_counts(rows, precision))
     _check_interface(portable.graph.inputs, static_inputs(model, precision, max_cache_length))
     _check_interface(portable.graph.outputs, static_outputs(model, precision, max_cache_length, top_k))
     return portable, rounding
@@ -158,7 +166,8 @@ def load_static_graph(
 ) -> tuple[ir.Model, WeightRounding]:
     """Make the static-cache graph of a package from its fp32 variant; arguments and errors as `static_graph`."""
     portable = load_graph(package / manifest.variants["fp32"].graph)
-    return static_graph(portable, manifest.model, precision, max_cache_length, top_k, weights)
+    config = ModelConfig.from_json(package / "config.json")
+    return static_graph(portable, config, precision, max_cache_length, top_k, weights)
 
 
 def static_variant(

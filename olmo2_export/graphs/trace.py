@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
 
+from olmo2_export.architecture import Operation, count, norm_counts, operations
 from olmo2_export.config import ModelConfig
 from olmo2_export.fuse import PORTABLE, apply, check_op_counts
 from olmo2_export.model.olmo import Olmo2ForCausalLM
@@ -58,10 +59,9 @@ def portable_outputs(config: ModelConfig) -> tuple[TensorSpec, ...]:
     )
 
 
-def expected_op_counts(config: ModelConfig) -> dict[str, int]:
+def expected_op_counts(rows: Sequence[Operation]) -> dict[str, int]:
     """Return how often each fused operator must occur in the portable graph."""
-    layers = config.num_hidden_layers
-    return {"RMSNormalization": 4 * layers + 1, "RotaryEmbedding": 2 * layers, "Attention": layers}
+    return norm_counts(rows) | {"RotaryEmbedding": count(rows, "rotary"), "Attention": count(rows, "attention")}
 
 
 def trace(config: ModelConfig) -> ir.Model:
@@ -102,7 +102,7 @@ def trace(config: ModelConfig) -> ir.Model:
     _name_dimensions(graph_model, inputs, outputs)
     _strip(graph_model)
     _give_default(graph_model.graph, "num_logits_to_keep", 0)
-    check_op_counts(graph_model, expected_op_counts(config))
+    check_op_counts(graph_model, expected_op_counts(operations(config)))
     return graph_model
 
 

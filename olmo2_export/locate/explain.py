@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]  # it has no types
@@ -14,6 +14,7 @@ Candidates = Mapping[str, Callable[[], Tensor]]
 """what is wrong, in words -> the numbers that it would give"""
 _EXPLAINED = 0.1
 """share of the error that a mistake may leave over, to be named"""
+NOT_APPLIED = "it is not applied: its input is what the next operation reads"
 _EPS = (1e-4, 1e-5, 1e-7, 1e-8)
 _THETAS = (10_000.0, 50_000.0, 100_000.0, 500_000.0, 1_000_000.0)
 
@@ -39,7 +40,7 @@ def best(found: Tensor, exact: Tensor, candidates: Candidates) -> str | None:
 
 def norm(layer: TorchLayer | None, name: str, x: Tensor, apply: Callable[[float], Tensor], eps: float) -> Candidates:
     """Return mistakes of a norm."""
-    made: dict[str, Callable[[], Tensor]] = {"it is not applied: its input is what the next operation reads": lambda: x}
+    made: dict[str, Callable[[], Tensor]] = {NOT_APPLIED: lambda: x}
     for other in _EPS:
         made[f"its epsilon is {other:g}, the config says {eps:g}"] = lambda other=other: apply(other)  # type: ignore[misc]
     if layer is not None:
@@ -79,22 +80,12 @@ def linear(found: Tensor, exact: Tensor, x: Tensor) -> str | None:
     return f"only output channel {worst} of its {len(energy)} is off"
 
 
-def other_weight(layer: TorchLayer, name: str, x: Tensor) -> Candidates:
+def other_weight(layer: TorchLayer, others: Iterable[str], x: Tensor) -> Candidates:
     """Return what the other linears of the same input would give."""
-    group = next(g for g in _SAME_INPUT if name in g)
     return {
         f"it multiplies with the weight of {other}": lambda other=other: layer.linear(other, x)  # type: ignore[misc]
-        for other in group
-        if other != name
+        for other in others
     }
-
-
-_SAME_INPUT = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
 
 
 def rotary(layer: TorchLayer, x: Tensor) -> Candidates:

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from olmo2_export.architecture import Operation, within_layer
 from olmo2_export.locate import explain
 from olmo2_export.locate.explain import relative_error
 from olmo2_export.locate.segments import Arrays, Calls, joined
-from olmo2_export.locate.taps import HIDDEN, layer_name
+from olmo2_export.locate.taps import HIDDEN, layer_name, tap_name
 from olmo2_export.truth.torch_layers import TorchLayer, TorchModel
 
-NORM, LINEAR, ROTARY, ATTENTION = "RMS norm", "linear", "rotary embedding", "attention"
+NORM, LAYER_NORM, LINEAR, ROTARY, ATTENTION = "RMS norm", "layer norm", "linear", "rotary embedding", "attention"
 CACHE, ADD, GATED = "KV cache write", "residual add", "gated activation (SiLU x up)"
 EMBEDDING, PICK = "embedding lookup", "choice of the rows that get logits"
 LAYER = "layer as a whole"
@@ -57,8 +58,17 @@ Compute = Callable[[TorchLayer], Tensor]
 class LayerChecks:
     """Compares the tensors of one layer."""
 
-    def __init__(self, index: int, found: Sequence[Arrays], calls: Calls, exact: TorchLayer, own: TorchLayer) -> None:
-        self._index, self._found, self._calls = index, found, calls
+    def __init__(
+        self,
+        rows: Sequence[Operation],
+        found: Sequence[Arrays],
+        calls: Calls,
+        exact: TorchLayer,
+        own: TorchLayer,
+    ) -> None:
+        """See `run_segments`; `rows` are those of the layer."""
+        self._rows, self._index = {row.name: row for row in rows}, rows[0].layer or 0
+        self._found, self._calls = found, calls
         self._exact, self._own = exact, own
         self.x = _tensor(joined(found, HIDDEN))
         self._misshapen = False
@@ -73,32 +83,36 @@ class LayerChecks:
         return checks
 
     def _checks(self) -> Iterator[Checked]:
-        t, x = self._tap, self.x
-        for kind in "qkv":
-            yield self._linear(f"self_attn.{kind}_proj", x)
-        for kind in "qk":
-            yield self._norm(f"self_attn.{kind}_norm", t(f"self_attn.{kind}_proj"))
-        for kind in "qk":
-            if self._has(f"self_attn.{kind}_rotary"):
-                yield self._rotary(kind)
-        yield self._key_cache()
-        yield self._value_cache()
-        yield self._attention()
-        yield self._linear("self_attn.o_proj", t("self_attn.attention"))
-        yield self._norm("post_attention_layernorm", t("self_attn.o_proj"))
-        yield self._add("after_attention", x, t("post_attention_layernorm"))
-        for kind in ("gate", "up"):
-            yield self._linear(f"mlp.{kind}_proj", t("after_attention"))
-        yield self._gated(t("mlp.gate_proj"), t("mlp.up_proj"))
-        yield self._linear("mlp.down_proj", t("mlp.gated"))
-        yield self._norm("post_feedforward_layernorm", t("mlp.down_proj"))
-        yield self._add("output", t("after_attention"), t("post_feedforward_layernorm"))
+        for row in self._rows.values():
+            match row.kind:
+                case "linear":
+                    yield self._linear(row)
+                case "rms_norm" | "layer_norm":
+                    yield self._norm(row)
+                case "rotary":
+                    if self._has(tap_name(row)):
+                        yield self._rotary(row)
+                case "attention":
+                    yield self._key_cache(row)
+                    yield self._value_cache(row)
+                    yield self._attention(row)
+                case "add":
+                    yield self._add(row)
+                case "multiply":
+                    yield self._gated(row)
+                case "silu" | "gather":  # a part of the gated activation; not of a layer
+                    continue
 
     def _has(self, name: str) -> bool:
         return layer_name(self._index, name) in self._found[0]
 
     def _tap(self, name: str) -> Tensor:
         return _tensor(joined(self._found, layer_name(self._index, name)))
+
+    def _value(self, name: str) -> Tensor:
+        """Return what an operation of the layer reads, by the name that its row has."""
+        row = self._rows.get(name)
+        return self.x if row is None else self._tap(tap_name(row))
 
     def _check(
         self,
@@ -121,54 +135,71 @@ class LayerChecks:
         parity = TensorParity(full, self._index, operation, relative_error(graph, exact), expected)
         return Checked(parity, lambda: _finite(graph, operation) or explainer(graph, compute(self._exact)))
 
-    def _linear(self, name: str, x: Tensor) -> Checked:
+    def _linear(self, row: Operation) -> Checked:
+        name, x = within_layer(row), self._value(row.reads[0])
+        others = [
+            within_layer(other)
+            for other in self._rows.values()
+            if other.kind == "linear" and other.reads == row.reads and other is not row
+        ]
+
         def explainer(found: Tensor, exact: Tensor) -> tuple[str, str | None]:
-            other = explain.best(found, exact, explain.other_weight(self._exact, name, x))
+            other = explain.best(found, exact, explain.other_weight(self._exact, others, x))
             return LINEAR, other or explain.linear(found, exact, x)
 
         return self._check(name, LINEAR, lambda layer: layer.linear(name, x), explainer)
 
-    def _norm(self, name: str, x: Tensor) -> Checked:
+    def _norm(self, row: Operation) -> Checked:
+        name, x = within_layer(row), self._value(row.reads[0])
+        operation = NORM if row.kind == "rms_norm" else LAYER_NORM
+
         def explainer(found: Tensor, exact: Tensor) -> tuple[str, str | None]:
             layer = self._exact
-            mistakes = explain.norm(layer, name, x, lambda eps: layer.norm(name, x, eps), layer.eps)
-            return NORM, explain.best(found, exact, mistakes)
+            mistakes: explain.Candidates = {explain.NOT_APPLIED: lambda: x}
+            if row.kind == "rms_norm":
+                mistakes = explain.norm(layer, name, x, lambda eps: layer.norm(name, x, eps), layer.eps)
+            return operation, explain.best(found, exact, mistakes)
 
-        return self._check(name, NORM, lambda layer: layer.norm(name, x), explainer)
+        return self._check(name, operation, lambda layer: layer.norm(name, x), explainer)
 
-    def _gated(self, gate: Tensor, up: Tensor) -> Checked:
+    def _gated(self, row: Operation) -> Checked:
+        gate, up = (self._value(name) for name in (self._rows[row.reads[0]].reads[0], row.reads[1]))
         return self._check(
-            "mlp.gated",
+            tap_name(row),
             GATED,
             lambda layer: layer.gated(gate, up),
             lambda found, exact: (GATED, explain.best(found, exact, explain.activation(self._exact, gate, up))),
         )
 
-    def _add(self, name: str, one: Tensor, other: Tensor) -> Checked:
+    def _add(self, row: Operation) -> Checked:
+        one, other = map(self._value, row.reads)
         return self._check(
-            name,
+            tap_name(row),
             ADD,
             lambda layer: one.to(layer.dtype) + other.to(layer.dtype),
             lambda found, exact: (ADD, explain.best(found, exact, explain.addition(one, other))),
         )
 
-    def _rotary(self, kind: str) -> Checked:
-        norm = self._tap(f"self_attn.{kind}_norm")
+    def _rotary(self, row: Operation) -> Checked:
+        x = self._value(row.reads[0])
         return self._check(
-            f"self_attn.{kind}_rotary",
+            tap_name(row),
             ROTARY,
-            lambda layer: layer.rotate(layer.split(norm)),
+            lambda layer: layer.rotate(layer.split(x)),
             lambda found, exact: (
                 ROTARY,
-                explain.best(found, exact, explain.rotary(self._exact, self._exact.split(norm))),
+                explain.best(found, exact, explain.rotary(self._exact, self._exact.split(x))),
             ),
         )
 
-    def _rotated(self, layer: TorchLayer, kind: str) -> Tensor:
+    def _rotated(self, layer: TorchLayer, name: str) -> Tensor:
         """Return query or key as attention reads it: the graph's, or its norm rotated where attention does that."""
-        if self._has(f"self_attn.{kind}_rotary"):
-            return self._tap(f"self_attn.{kind}_rotary").to(layer.dtype)
-        return layer.rotate(layer.split(self._tap(f"self_attn.{kind}_norm")))
+        row = self._rows[name]
+        if row.kind != "rotary":
+            return layer.split(self._value(name))
+        if self._has(tap_name(row)):
+            return self._value(name).to(layer.dtype)
+        return layer.rotate(layer.split(self._value(row.reads[0])))
 
     def _presents(self, kind: str) -> list[Tensor]:
         return [_tensor(call[layer_name(self._index, f"self_attn.{kind}_cache")]) for call in self._found]
@@ -182,18 +213,21 @@ class LayerChecks:
         """Return what a cache should be after each call, joined, from the keys or values of all tokens."""
         return torch.cat([new[:, :, :stop] for _, stop in self._calls.spans()], dim=2)
 
-    def _key_cache(self) -> Checked:
+    def _key_cache(self, row: Operation) -> Checked:
+        keys_name = row.reads[1]
+        rotary = self._rows[keys_name]
+
         def explainer(found: Tensor, exact: Tensor) -> tuple[str, str | None]:
-            if (swapped := self._swapped(found, exact, key=True)) is not None:
+            if (swapped := self._swapped(row, found, exact, key=True)) is not None:
                 return CACHE, swapped
-            fused = not self._has("self_attn.k_rotary")
-            keys = self._rotated(self._exact, "k")
+            fused = rotary.kind == "rotary" and not self._has(tap_name(rotary))
+            keys = self._rotated(self._exact, keys_name)
             order = {w: (lambda m=m: self._history(m())) for w, m in explain.head_order(keys).items()}
             if (wrong := explain.best(found, exact, order)) is not None:
                 return CACHE, wrong
             if not fused:
                 return CACHE, None
-            heads = self._exact.split(self._tap("self_attn.k_norm"))
+            heads = self._exact.split(self._value(rotary.reads[0]))
             turned = {w: (lambda m=m: self._history(m())) for w, m in explain.rotary(self._exact, heads).items()}
             if (wrong := explain.best(found, exact, turned)) is not None:
                 return ROTARY, wrong
@@ -206,16 +240,16 @@ class LayerChecks:
         return self._check(
             "self_attn.key_cache",
             CACHE,
-            lambda layer: self._history(self._rotated(layer, "k")),
+            lambda layer: self._history(self._rotated(layer, keys_name)),
             explainer,
             self._written("key"),
         )
 
-    def _value_cache(self) -> Checked:
-        values = self._tap("self_attn.v_proj")
+    def _value_cache(self, row: Operation) -> Checked:
+        values = self._value(row.reads[2])
 
         def explainer(found: Tensor, exact: Tensor) -> tuple[str, str | None]:
-            if (swapped := self._swapped(found, exact, key=False)) is not None:
+            if (swapped := self._swapped(row, found, exact, key=False)) is not None:
                 return CACHE, swapped
             order = explain.head_order(self._exact.split(values))
             histories = {w: (lambda m=m: self._history(m())) for w, m in order.items()}
@@ -229,9 +263,9 @@ class LayerChecks:
             self._written("value"),
         )
 
-    def _swapped(self, found: Tensor, exact: Tensor, *, key: bool) -> str | None:
+    def _swapped(self, row: Operation, found: Tensor, exact: Tensor, *, key: bool) -> str | None:
         """Tell whether the two caches are swapped: when they are written, or when the past is read."""
-        key_value = [self._rotated(self._exact, "k"), self._exact.split(self._tap("self_attn.v_proj"))]
+        key_value = [self._rotated(self._exact, row.reads[1]), self._exact.split(self._value(row.reads[2]))]
         own, other = key_value if key else key_value[::-1]
         states: list[Tensor] = []
         past_own, past_other = own[:, :, :0], other[:, :, :0]
@@ -252,7 +286,7 @@ class LayerChecks:
             },
         )
 
-    def _attention(self) -> Checked:
+    def _attention(self, row: Operation) -> Checked:
         presents = list(zip(self._presents("key"), self._presents("value"), strict=True))
         spans = list(self._calls.spans())
 
@@ -266,7 +300,7 @@ class LayerChecks:
             kv_heads: list[int] | None = None,
             swapped: bool = False,
         ) -> Tensor:
-            query = self._rotated(layer, "q")
+            query = self._rotated(layer, row.reads[0])
             parts = []
             for (start, stop), (key, value) in zip(spans, presents, strict=True):
                 slots, queries = torch.arange(capacity)[None], torch.arange(start, stop)[:, None]
@@ -290,7 +324,7 @@ class LayerChecks:
             )
             return ATTENTION, words
 
-        return self._check("self_attn.attention", ATTENTION, attend, explainer)
+        return self._check(tap_name(row), ATTENTION, attend, explainer)
 
 
 def embedding_check(found: Sequence[Arrays], calls: Calls, exact: TorchModel, own: TorchModel) -> Checked:

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from olmo2_export.architecture import of_layer, operations
 from olmo2_export.config import ModelConfig
 from olmo2_export.dtypes import float_dtype
 from olmo2_export.locate.explain import relative_error
@@ -58,6 +59,7 @@ from olmo2_export.locate.views import (
 )
 from olmo2_export.truth.torch_layers import TorchModel
 from olmo2_export.weights.checkpoint import Checkpoint
+from olmo2_export.weights.stored_names import HEAD, weight_shapes
 from runtimes import Backend, Device
 from runtimes.errors import ConfigError, PackageError, VariantNotFoundError
 from runtimes.manifest import find_variant, load_manifest
@@ -215,7 +217,10 @@ class _Locator:
         bad: tuple[TensorParity, list[TensorParity], str] | None = None
         ids = torch.from_numpy(calls.ids)
         exact, own = self._exact.embed(ids), self._own.embed(ids)
-        segments = run_segments(view.model, view.variant, calls, view.opener, first_call_only=view.first_call_only)
+        rows = operations(self._config)
+        segments = run_segments(
+            view.model, view.variant, rows, calls, view.opener, first_call_only=view.first_call_only
+        )
         depth = 0
         for segment, found in segments:
             if segment.source is None:
@@ -223,7 +228,7 @@ class _Locator:
                 growth.append(checks[0].parity)
             elif segment.layer is not None:
                 layers = self._exact.layer(segment.layer), self._own.layer(segment.layer)
-                checks = LayerChecks(segment.layer, found, calls, *layers).run()
+                checks = LayerChecks(of_layer(rows, segment.layer), found, calls, *layers).run()
                 exact, own = layers[0](exact), layers[1](own)
                 name = layer_name(segment.layer, "output")
                 growth.append(_growth(name, segment.layer, LAYER, joined(found, name), exact, own))
@@ -258,10 +263,8 @@ class _Locator:
 
     def _products(self, name: str) -> int:
         """Return how many products a linear adds for one of its outputs."""
-        config = self._config
-        if name.endswith("down_proj"):
-            return config.intermediate_size
-        return config.num_attention_heads * config.head_dim if name.endswith("o_proj") else config.hidden_size
+        shapes = weight_shapes(self._config)
+        return shapes.get(f"{name}.weight", shapes[HEAD])[1]
 
     def _first_bad(self, checks: Sequence[Checked]) -> tuple[TensorParity, list[TensorParity], str] | None:
         for checked in checks:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from olmo2_export.architecture import Operation
 from olmo2_export.debug.debug import tensorrt_runner
 from olmo2_export.graphs.files import save_graph
 from olmo2_export.locate.taps import HIDDEN, Segment, cut, find_segments
@@ -104,13 +105,20 @@ def tensorrt_opener(backend: TensorRTBackend, runner: Callable[[Path], Any] | No
 
 
 def run_segments(
-    model: ir.Model, variant: Variant, calls: Calls, opener: Opener, *, first_call_only: bool = False
+    model: ir.Model,
+    variant: Variant,
+    rows: Sequence[Operation],
+    calls: Calls,
+    opener: Opener,
+    *,
+    first_call_only: bool = False,
 ) -> Iterator[tuple[Segment, list[Arrays]]]:
     """Run all segments, one after the other.
 
     Args:
         model: the graph, in any form that the opener runs; left as it is.
-        variant: its KV cache's layers, heads and form.
+        variant: its KV cache's heads and form.
+        rows: of the model.
         calls: what is fed.
         opener: what runs a segment.
         first_call_only: the graph has been through `first_call` and takes no cache; one call.
@@ -122,7 +130,7 @@ def run_segments(
         The segment, and per call its tensors by canonical name; `HIDDEN` is what it starts from.
     """
     hidden: list[np.ndarray] = []
-    for segment in find_segments(model, variant.kv_cache.num_layers):
+    for segment in find_segments(model, rows):
         part = cut(model, segment, hidden[0].shape if hidden else None)
         _check_caches(part, segment)
         found: list[Arrays] = []

@@ -17,8 +17,9 @@
 | output                         | [B, S, hidden]                     | residual add                           |
 
 and model.embed_tokens, model.norm_input (the rows that get logits), model.norm, logits. Values are found from the names
-of weights, which no pass changes but for a suffix, and from who reads them: a norm that is ignored has the value that
-its reader sees. Weights may be float, in blocks, int8, quantised and merged; activations may be cast and quantised.
+of weights, which no pass changes but for a suffix, and from who reads them, as the rows of `architecture` say: a norm
+that is ignored has the value that its reader sees. Weights may be float, in blocks, int8, quantised and merged;
+activations may be cast and quantised.
 
 A segment is the embedding, one layer, or norm and head, as a graph of its own. One segment at a time needs the weights
 of one layer in memory, whatever the model's size.
@@ -26,12 +27,14 @@ of one layer in memory, whatever the model's size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from olmo2_export.architecture import EMBED, FINAL_NORM, NORMS, Operation, after_layers, of_layer, within_layer
 from olmo2_export.dtypes import HALVES
 from olmo2_export.fuse.edit import is_op, name_of
 from olmo2_export.fuse.merge_projections import JOINT
@@ -40,6 +43,9 @@ from runtimes.errors import PackageError
 HIDDEN = "hidden"
 """the input of a segment that stands for what the segment before it gives"""
 PRODUCTS = ("MatMul", "MatMulNBits", "MatMulInteger", "Gather", "GatherBlockQuantized")
+_OWN_NAMES = {"attention_residual": "after_attention", "mlp.product": "mlp.gated", "mlp_residual": "output"}
+"""tensors that are called otherwise here than in `architecture`"""
+_NORM_OPERATORS = ("RMSNormalization", "LayerNormalization")
 _SUFFIXES = ("", ".packed", ".int8", ".codes")
 _FLOATS = (ir.DataType.FLOAT, *HALVES)
 
@@ -62,12 +68,18 @@ def layer_name(layer: int, tensor: str) -> str:
     return f"model.layers.{layer}.{tensor}"
 
 
-def find_segments(model: ir.Model, layers: int) -> list[Segment]:
+def tap_name(row: Operation) -> str:
+    """Return the name, within its layer, of the tensor that an operation of a layer writes."""
+    name = within_layer(row)
+    return _OWN_NAMES.get(name, name)
+
+
+def find_segments(model: ir.Model, rows: Sequence[Operation]) -> list[Segment]:
     """Find the tensors of a graph; it is not changed.
 
     Args:
         model: portable, shared-cache, device or static-cache, in any form.
-        layers: how many it has.
+        rows: of the model.
 
     Returns:
         The embedding, each layer, norm and head.
@@ -75,25 +87,15 @@ def find_segments(model: ir.Model, layers: int) -> list[Segment]:
     Raises:
         PackageError: a weight's product, or the cache of a layer, is not in the graph.
     """
-    graph = model.graph
-    starts = [_linear(graph, layer_name(i, "self_attn.q_proj.weight"))[0] for i in range(layers)]
-    normed = _linear(graph, "lm_head.weight")[0]
-    rows = _back(normed, "Cast")
-    norm = rows.producer()
-    rows = norm.inputs[0] if is_op(norm, "RMSNormalization") and norm is not None and norm.inputs[0] else normed
-    rows = _back(rows, "Cast")
-    pick = rows.producer()
-    picked = pick is not None and pick.op_type in ("Slice", "GatherND")
-    last = pick.inputs[0] if picked and pick is not None else rows
-    assert last is not None  # a slice has an input
-    ends = [name_of(value) for value in (*starts, last)]
-    segments = [Segment(None, {"model.embed_tokens": ends[0]}, None, ends[0])]
-    segments += [
-        Segment(i, _layer_taps(graph, i, starts[i], (*starts, last)[i + 1]), ends[i], ends[i + 1])
-        for i in range(layers)
-    ]
-    head = {"model.norm_input": name_of(rows), "model.norm": name_of(normed), "logits": "logits"}
-    return [*segments, Segment(None, head, ends[-1], None)]
+    graph, values = model.graph, _Values(model.graph, rows)
+    layers = [of_layer(rows, i) for i in range(1 + max(row.layer or 0 for row in rows))]
+    starts = [layer[0].reads[0] for layer in layers]
+    *norms, head = after_layers(rows)
+    ends = [name_of(values.of(name)) for name in (*starts, norms[0].reads[0])]
+    segments = [Segment(None, {EMBED: ends[0]}, None, ends[0])]
+    segments += [Segment(i, _layer_taps(graph, values, layer), ends[i], ends[i + 1]) for i, layer in enumerate(layers)]
+    taps = {"model.norm_input": name_of(values.read_by(norms[0])), FINAL_NORM: name_of(values.of(head.reads[0]))}
+    return [*segments, Segment(None, taps | {"logits": "logits"}, ends[-1], None)]
 
 
 def cut(model: ir.Model, segment: Segment, hidden_shape: Sequence[int] | None = None) -> ir.Model:
@@ -151,45 +153,87 @@ def _float32_interface(graph: ir.Graph) -> None:
             graph.outputs[index] = up.outputs[0]
 
 
-def _layer_taps(graph: ir.Graph, layer: int, x: ir.Value, output: ir.Value) -> dict[str, str]:
-    def linear(name: str) -> tuple[ir.Value, ir.Value]:
-        return _linear(graph, layer_name(layer, f"{name}.weight"))
+def _layer_taps(graph: ir.Graph, values: _Values, layer: Sequence[Operation]) -> dict[str, str]:
+    found: dict[str, ir.Value | None] = {}
+    for row in layer:
+        if row.kind == "attention":
+            _, key, value = _attention(graph, row)
+            place = within_layer(row).rpartition("attention")[0]
+            found |= {f"{place}key_cache": key, f"{place}value_cache": value}
+        if row.kind != "silu":  # the gated activation is looked at as a whole
+            found[tap_name(row)] = values.of(row.name) if row.kind != "rotary" else values.rotated(row)
+    index = layer[0].layer or 0
+    return {layer_name(index, name): name_of(value) for name, value in found.items() if value is not None}
 
-    projected = {kind: linear(f"self_attn.{kind}_proj")[1] for kind in "qkv"}
-    attended, after_o = linear("self_attn.o_proj")
-    h, gate = linear("mlp.gate_proj")
-    gated, down = linear("mlp.down_proj")
-    attention, key, value = _attention(graph, layer)
-    query_key = attention.inputs[:2] if key.producer() is attention else [attention.inputs[0], None]
-    found: dict[str, ir.Value] = {f"self_attn.{kind}_proj": y for kind, y in projected.items()}
-    for kind, seen in zip("qk", query_key, strict=True):
-        weight = layer_name(layer, f"self_attn.{kind}_norm.weight")
-        norm = _norm(graph, weight)
-        if norm is None:  # ignored: what is read in its place
-            norm = _back(seen, "Cast", "Gather", "Mul", "Transpose", "Reshape", "RotaryEmbedding") if seen else None
-            norm = norm or projected[kind]
-        found[f"self_attn.{kind}_norm"] = norm
-        if (rotated := _rotated(norm)) is not None:
-            found[f"self_attn.{kind}_rotary"] = rotated
-    found |= {"self_attn.key_cache": key, "self_attn.value_cache": value}
-    found |= {"self_attn.attention": attended, "self_attn.o_proj": after_o}
-    norms = {
-        name: _norm(graph, layer_name(layer, f"{name}.weight")) or _added(total, one, ignored)
-        for name, total, one, ignored in (
-            ("post_attention_layernorm", h, x, after_o),
-            ("post_feedforward_layernorm", output, h, down),
+
+class _Values:
+    """Where the values of a model's rows are in a graph."""
+
+    def __init__(self, graph: ir.Graph, rows: Iterable[Operation]) -> None:
+        self._graph = graph
+        self._rows = {row.name: row for row in rows}
+        self._readers: dict[str, list[Operation]] = defaultdict(list)
+        for row in self._rows.values():
+            for name in row.reads:
+                self._readers[name].append(row)
+
+    def of(self, name: str) -> ir.Value:
+        """Return what an operation writes, as its readers see it."""
+        row, readers = self._rows[name], self._readers[name]
+        if row.kind == "linear" and row.weight is not None:
+            return _linear(self._graph, row.weight)[1]
+        linear = next((reader for reader in readers if reader.kind == "linear"), None)
+        if linear is not None and linear.weight is not None:
+            return _linear(self._graph, linear.weight)[0]
+        if row.kind in NORMS:
+            return self._norm(row)
+        norm = next((reader for reader in readers if reader.kind in NORMS), None)
+        if norm is None:
+            raise PackageError(f"graph {self._graph.name}: no linear or norm reads {name}")
+        picked = self.read_by(norm)
+        node = picked.producer()
+        source = node.inputs[0] if node is not None and node.op_type in ("Slice", "GatherND") else None
+        return source or picked  # the last norm sees the rows that get logits
+
+    def read_by(self, norm: Operation) -> ir.Value:
+        """Return the input of a norm, found from its result; that is the result where the norm is ignored."""
+        normed = self.of(norm.name)
+        node = _back(normed, "Cast").producer()
+        x = node.inputs[0] if node is not None and node.op_type in _NORM_OPERATORS else None
+        return _back(x or normed, "Cast")
+
+    def rotated(self, row: Operation) -> ir.Value | None:
+        """Return what a rotary embedding writes, where it is a node."""
+        return _rotated(self.of(row.reads[0]))
+
+    def _norm(self, row: Operation) -> ir.Value:
+        """Return the result of a norm; where that is ignored, what is read in its place."""
+        if row.weight is not None and (result := _norm(self._graph, row.weight)) is not None:
+            return result
+        ignored = self.of(row.reads[0])
+        for reader in self._readers[row.name]:
+            if reader.kind == "add":
+                residual = next(name for name in reader.reads if name != row.name)
+                return _added(self.of(reader.name), self.of(residual), ignored)
+        return self._seen_by_attention(row) or ignored
+
+    def _seen_by_attention(self, row: Operation) -> ir.Value | None:
+        """Return what the attention reads of a norm, before it is rotated and its heads are split."""
+        names = {row.name, *(reader.name for reader in self._readers[row.name] if reader.kind == "rotary")}
+        attention = next(
+            other for other in self._rows.values() if other.kind == "attention" and not names.isdisjoint(other.reads)
         )
-    }
-    found |= {"post_attention_layernorm": norms["post_attention_layernorm"], "after_attention": h}
-    found |= {"mlp.gate_proj": gate, "mlp.up_proj": linear("mlp.up_proj")[1], "mlp.gated": gated}
-    found |= {"mlp.down_proj": down, "post_feedforward_layernorm": norms["post_feedforward_layernorm"]}
-    found |= {"output": output}
-    return {layer_name(layer, name): name_of(value) for name, value in found.items()}
+        node, key, _ = _attention(self._graph, attention)
+        place = next(i for i, name in enumerate(attention.reads) if name in names)
+        # A key that is written into the cache by another node is not seen by itself.
+        seen = node.inputs[place] if place == 0 or key.producer() is node else None
+        moves = ("Cast", "Gather", "Mul", "Transpose", "Reshape", "RotaryEmbedding")
+        return _back(seen, *moves) if seen is not None else None
 
 
-def _attention(graph: ir.Graph, layer: int) -> tuple[ir.Node, ir.Value, ir.Value]:
+def _attention(graph: ir.Graph, row: Operation) -> tuple[ir.Node, ir.Value, ir.Value]:
     """Return the attention of a layer, and the caches that it or a scatter gives."""
-    outputs = {value.name: value for value in graph.outputs}
+    outputs, layer = {value.name: value for value in graph.outputs}, row.layer
     caches = [outputs.get(f"present.{layer}.{kind}") for kind in ("key", "value")]
     key, value = caches
     if key is None or value is None:

@@ -17,14 +17,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
+from olmo2_export.architecture import operations, tensor_shapes
 from olmo2_export.atomic import replace_folder
 from olmo2_export.config import ModelConfig
-from olmo2_export.model.olmo import Olmo2ForCausalLM
 from olmo2_export.package.texts import write_texts
 from olmo2_export.package.variants import SPOOL, Options, VariantWriter, check_variants
 from olmo2_export.weights.checkpoint import Checkpoint
+from olmo2_export.weights.stored_names import EMBEDDING, HEAD
 from runtimes.manifest import MANIFEST_NAME, Manifest, Source, to_document
 from runtimes.sealed import FORMAT_VERSION, hash_files, seal
 
@@ -90,11 +89,10 @@ def check_weights(checkpoint: Checkpoint, config: ModelConfig) -> None:
     Raises:
         CheckpointError: naming every tensor that is not as it must be.
     """
-    with torch.device("meta"):
-        expected = {name: tuple(w.shape) for name, w in Olmo2ForCausalLM(config).state_dict().items()}
+    expected = tensor_shapes(operations(config))
     if config.tie_word_embeddings:
-        del expected["lm_head.weight"]
-        checkpoint.validate(expected, aliases={"lm_head.weight": "model.embed_tokens.weight"})
+        del expected[HEAD]
+        checkpoint.validate(expected, aliases={HEAD: EMBEDDING})
     else:
         checkpoint.validate(expected)
 

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from olmo2_export.architecture import operations
 from olmo2_export.catalog import listed, precisions, static_row
 from olmo2_export.config import ModelConfig
 from olmo2_export.fp16.safety import measure_safety, refuse_overflow
@@ -78,10 +79,11 @@ def write_trt_variant(package: Path, manifest: Manifest, folder: Path, options: 
     """
     check_trt_options(package, manifest, options)
     precision, capacity, top_k = options.precision, options.max_cache_length, options.top_k
+    config = ModelConfig.from_json(package / "config.json")
     weights, text = None, None
     row = static_row(precision)
     if row.dtype == "float16":
-        found = measure_safety(PackageWeights(package, manifest), ModelConfig.from_json(package / "config.json"))
+        found = measure_safety(PackageWeights(package, manifest), config)
         refuse_overflow(found, f"{package}, precision fp16", can_have_islands=False)
     spool = folder / SPOOL
     try:
@@ -90,14 +92,14 @@ def write_trt_variant(package: Path, manifest: Manifest, folder: Path, options: 
                 text = options.calibration or default_text(package)
             weights = static_weights(
                 PackageWeights(package, manifest),
-                ModelConfig.from_json(package / "config.json"),
+                config,
                 precision,
                 recipe=options.recipe,
                 calibration=text,
                 spool=spool,
             )
         graph, rounding = load_static_graph(package, manifest, precision, capacity, top_k, weights)
-        counts = check_op_counts(graph, expected_op_counts(manifest.model, precision))
+        counts = check_op_counts(graph, expected_op_counts(operations(config), precision))
         variant = static_variant(manifest.model, precision, capacity, top_k, counts)
         save_graph(graph, folder / Path(variant.graph).name)
         rounding.check()

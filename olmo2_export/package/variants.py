@@ -20,11 +20,12 @@ import onnx_ir as ir
 from tqdm import tqdm
 
 import olmo2_export.catalog as catalog
+from olmo2_export.architecture import count, operations
 from olmo2_export.catalog import QuantizationDefaults, VariantRow
 from olmo2_export.config import ModelConfig
 from olmo2_export.dtypes import ir_dtype
 from olmo2_export.fp16.safety import Safety, measure_safety, refuse_overflow
-from olmo2_export.fp16.values import Wide, operations
+from olmo2_export.fp16.values import Wide
 from olmo2_export.fuse import DEVICE, check_op_counts
 from olmo2_export.fuse.quantized_kv_cache import quantized_kv_cache
 from olmo2_export.graphs.device import device_graph, device_outputs
@@ -161,7 +162,7 @@ class VariantWriter:
             graphs_of: a package of the same shape whose graph files are taken as they are; only weights are written.
         """
         self._checkpoint = checkpoint
-        self._config = config
+        self._config, self._rows = config, operations(config)
         self._staging = staging
         self._options = options
         self._graphs_of = graphs_of
@@ -208,19 +209,19 @@ class VariantWriter:
             inputs=portable_inputs(self._config),
             outputs=portable_outputs(self._config),
             kv_cache=cache,
-            op_counts=check_op_counts(model, expected_op_counts(self._config)),
+            op_counts=check_op_counts(model, expected_op_counts(self._rows)),
             min_onnxruntime=oldest_onnxruntime(cache),
         )
 
     def _quantized(self, row: VariantRow) -> Variant:
         spec, options = self._config.spec, self._options
         stored = catalog.kv_cache(options.kv_cache)
-        shared = shared_graph(self._traced, spec)
+        shared = shared_graph(self._traced, self._rows)
         cache = self._cache_spec(row.form, stored.dtype)
         if stored.bits is not None:
             cache = dataclasses.replace(cache, quantization=self._quantize_cache(shared, stored.bits))
         weights = self._weights(row)
-        model, counts = decode_graph(shared, weights, spec)
+        model, counts = decode_graph(shared, weights, self._rows)
         variant = Variant(
             name=row.name,
             precision=row.weights.precision,
@@ -247,7 +248,7 @@ class VariantWriter:
             refuse_overflow(safety, f"{self._checkpoint.model}, variant {row.name}")
         wide = safety.wide if safety is not None else Wide()
         weights = self._weights(row, wide) if row.defaults is not None else None
-        shared = shared_graph(self._traced, spec, DEVICE)
+        shared = shared_graph(self._traced, self._rows, DEVICE)
         model, rounding, counts = device_graph(shared, self._checkpoint, self._config, dtype, weights, wide)
         self._write(model, graph)
         rounding.check()
@@ -283,7 +284,7 @@ class VariantWriter:
     ) -> PrefillGraph | None:
         """Write the int8 graph, measure it, and keep it if it passes the variant's gate or is no worse than it."""
         graph = row.path.replace(".onnx", "_prefill.onnx")
-        model, _ = prefill_graph(shared, weights, self._config.spec, _defaults(row).rounded_blocks)
+        model, _ = prefill_graph(shared, weights, self._rows, _defaults(row).rounded_blocks)
         data = self._save(model, graph)
         measured = self._measure(dataclasses.replace(variant, graph=graph, data=data))
         broken = broken_limits(measured, gate_of(variant, self._config))
@@ -331,9 +332,9 @@ class VariantWriter:
         sequences = self._calibration()
         with tqdm(total=1, desc="calibrating the KV cache", bar_format="{desc} {elapsed}", leave=False):
             scales = kv_cache_scales(self._checkpoint, self._config, sequences, bits)
-        layers = self._config.num_hidden_layers
-        if (rewritten := quantized_kv_cache(shared, scales, bits)) != layers:
-            raise FusionError(f"quantized_kv_cache: expected {layers}, applied {rewritten} times")
+        expected = count(self._rows, "attention")
+        if (rewritten := quantized_kv_cache(shared, scales, bits)) != expected:
+            raise FusionError(f"quantized_kv_cache: expected {expected}, applied {rewritten} times")
         return KVCacheQuantization(
             bits=bits,
             calibration_tokens=sum(map(len, sequences)),
@@ -342,8 +343,8 @@ class VariantWriter:
 
     def _weights(self, row: VariantRow, wide: Wide | None = None) -> QuantizedWeights:
         """Quantise, but for what is to be multiplied in float32: MatMulNBits has no kernel for it on GPUs."""
-        in_float32 = (wide or Wide()).operations(self._config)
-        products = [op.weight for op in operations(self._config) if op.kind == "linear" and op.name in in_float32]
+        in_float32 = (wide or Wide()).operations(self._rows)
+        products = [row.weight for row in self._rows if row.kind == "linear" and row.name in in_float32]
         options, default = self._options, _defaults(row)
         recipe = options.recipe or default.recipe
         size = options.block_size

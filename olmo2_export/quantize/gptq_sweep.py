@@ -16,7 +16,7 @@ from olmo2_export.quantize.search import search
 from olmo2_export.quantize.spool import Spool
 from olmo2_export.quantize.sweep import Head, StagedLayer, embed, staged_layers
 from olmo2_export.weights.source import WeightSource
-from olmo2_export.weights.stored_names import EMBEDDING, GROUPS, HEAD, naming, weight_name
+from olmo2_export.weights.stored_names import EMBEDDING, HEAD, naming
 
 
 @torch.no_grad()
@@ -51,14 +51,15 @@ def gptq_checkpoint(
     else:
         hidden = embed(checkpoint, sequences)
     layers = staged_layers(checkpoint, config)
-    qkv, o, gate_up, down = GROUPS
     for layer in tqdm(layers, total=config.num_hidden_layers, desc="GPTQ", unit="layer", leave=False):
-        _quantize_group(layer, qkv, hidden, formats, spool)
-        _quantize_group(layer, o, map(layer.attended, hidden), formats, spool)
-        hidden = [layer.after_attention(x, layer.attended(x)) for x in hidden]
-        _quantize_group(layer, gate_up, hidden, formats, spool)
-        _quantize_group(layer, down, map(layer.gated, hidden), formats, spool)
-        hidden = [layer.after_mlp(h, layer.gated(h)) for h in hidden]
+        start = layer.reads
+        for stage in layer.stages:
+            if stage.start != start:
+                hidden = [layer.value(x, stage.start, start) for x in hidden]
+                start = stage.start
+            names = [row.weight for row in stage.linears if row.weight is not None]
+            _quantize_group(layer, names, (layer.value(x, stage.reads, start) for x in hidden), formats, spool)
+        hidden = [layer.value(x, layer.writes, start) for x in hidden]
     head = Head(checkpoint, config)
     hessian = Hessian(config.hidden_size)
     for x in hidden:
@@ -69,20 +70,19 @@ def gptq_checkpoint(
 
 def _quantize_group(
     layer: StagedLayer,
-    group: Sequence[str],
+    names: Sequence[str],
     inputs: Iterable[Tensor],
     formats: Mapping[str, BlockFormat],
     spool: Spool,
 ) -> None:
-    """Quantise the linears that share those inputs, and let the layer compute with the result."""
-    hessian = Hessian(layer.weight(group[0]).shape[1])
+    """Quantise the weights that share those inputs, and let the layer compute with the result."""
+    hessian = Hessian(layer.weights[names[0]].shape[1])
     for x in inputs:
         hessian.add(x)
-    with naming(weight_name(layer.index, group[0])):
+    with naming(names[0]):
         factored = factor(hessian.mean)
-    for linear in group:
-        name = weight_name(layer.index, linear)
+    for name in names:
         with naming(name):
-            matrix = gptq_factored(layer.weight(linear), factored, formats[name])
+            matrix = gptq_factored(layer.weights[name], factored, formats[name])
         spool.save(name, matrix)
-        layer.replace(linear, matrix.dequantize())
+        layer.replace(name, matrix.dequantize())

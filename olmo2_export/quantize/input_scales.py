@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from olmo2_export.architecture import within_layer
 from olmo2_export.config import ModelConfig
 from olmo2_export.dtypes import float_dtype
 from olmo2_export.quantize.encode import SMALLEST_SCALE
 from olmo2_export.quantize.sweep import embed, staged_layers
 from olmo2_export.weights.source import WeightSource
-from olmo2_export.weights.stored_names import GROUPS, weight_name
 from runtimes.errors import NumericError
 
 Choose = Callable[[Tensor], float]
@@ -47,7 +47,7 @@ def input_scales(
         config: their shape.
         sequences: int64 [S] each, all of one length.
         choose: such as `int8_scale`.
-        kept: linears, as in `names.GROUPS`, whose inputs are not quantised.
+        kept: linears, such as mlp.down_proj, whose inputs are not quantised.
 
     Returns:
         Weight name -> scale, a number that bfloat16 holds exactly.
@@ -59,18 +59,17 @@ def input_scales(
     hidden = torch.cat(embed(source, sequences))  # (B, S, hidden): one call for all, or threads wait for each other
     layers = staged_layers(source, config)
     for layer in tqdm(layers, total=config.num_hidden_layers, desc="calibrating", unit="layer", leave=False):
-        attended = layer.attended(hidden)
-        between = layer.after_attention(hidden, attended)
-        gated = layer.gated(between)
-        for group, inputs in zip(GROUPS, (hidden, attended, between, gated), strict=True):
-            names = [weight_name(layer.index, linear) for linear in group if linear not in kept]
+        values = layer.run(hidden, [*(stage.reads for stage in layer.stages), layer.writes])
+        for stage in layer.stages:
+            rows = [row for row in stage.linears if within_layer(row) not in kept]
+            names = [row.weight for row in rows if row.weight is not None]
             if not names:
                 continue
-            scale = choose(inputs)
+            scale = choose(values[stage.reads])
             if not math.isfinite(scale):
                 raise NumericError(f"{names[0]}: its inputs are NaN or Inf on the calibration tokens")
             scales.update(dict.fromkeys(names, scale))
-        hidden = layer.after_mlp(between, gated)
+        hidden = values[layer.writes]
     return scales
 
 

@@ -41,12 +41,15 @@ def kv_cache_scales(
     scales: dict[str, np.ndarray] = {}
     hidden = embed(checkpoint, sequences)
     for layer in staged_layers(checkpoint, config):
-        attention = layer.module.self_attn
+        attention = next(row for row in layer.rows if row.kind == "attention")
+        before_rotation = {row.name: row.reads[0] for row in layer.rows if row.kind == "rotary"}
+        _, keys, values = (before_rotation.get(name, name) for name in attention.reads)
         pair, value = torch.zeros(heads, size // 2), torch.zeros(heads, size)
         for x in hidden:
-            k = attention.k_norm(attention.k_proj(x)).view(-1, heads, 2, size // 2)
+            found = layer.run(x, [keys, values])
+            k = found[keys].view(-1, heads, 2, size // 2)
             pair = torch.maximum(pair, k.square().sum(2).amax(0).sqrt())  # (kv_heads, head_dim / 2)
-            value = torch.maximum(value, attention.v_proj(x).view(-1, heads, size).abs().amax(0))
+            value = torch.maximum(value, found[values].view(-1, heads, size).abs().amax(0))
         for kind, peak in (("key", pair.repeat(1, 2)), ("value", value)):
             scale = usable(peak * (MARGIN[bits] / LARGEST_CODE[bits]))
             scales[f"{layer.index}.{kind}"] = scale[:, None].numpy()

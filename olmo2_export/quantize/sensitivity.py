@@ -20,7 +20,7 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.quantize.blocks import QuantizedMatrix
 from olmo2_export.quantize.sweep import Head, StagedLayer, embed, staged_layers
 from olmo2_export.weights.source import WeightSource
-from olmo2_export.weights.stored_names import EMBEDDING, GROUPS, HEAD, naming, weight_name, weight_shapes
+from olmo2_export.weights.stored_names import EMBEDDING, HEAD, naming, weight_shapes
 from runtimes.errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -61,10 +61,9 @@ def measure_sensitivity(
         streams[EMBEDDING] = rows[torch.from_numpy(places.reshape(original.shape[:2]))]
     for layer in staged_layers(checkpoint, config):
         streams = {name: layer(x) for name, x in streams.items()}
-        for linear in (linear for group in GROUPS for linear in group):
-            name = weight_name(layer.index, linear)
+        for name in layer.weights:
             if name in formats:
-                streams[name] = _with_weight(layer, linear, quantized(name, layer.weight(linear)), original)
+                streams[name] = _with_weight(layer, name, quantized(name, layer.weights[name]), original)
         original = layer(original)
     head = Head(checkpoint, config)
     result = {name: _divergence(head, original, x, None) for name, x in streams.items()}
@@ -121,11 +120,11 @@ def choose_formats(
     return chosen
 
 
-def _with_weight(layer: StagedLayer, linear: str, weight: Tensor, x: Tensor) -> Tensor:
-    kept = layer.weight(linear)
-    layer.replace(linear, weight)
+def _with_weight(layer: StagedLayer, name: str, weight: Tensor, x: Tensor) -> Tensor:
+    kept = layer.weights[name]
+    layer.replace(name, weight)
     y = layer(x)
-    layer.replace(linear, kept)
+    layer.replace(name, kept)
     return y
 
 

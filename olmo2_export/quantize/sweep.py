@@ -5,97 +5,158 @@
         hidden = [layer(x) for x in hidden]
     logits = Head(...).logits(hidden[0])
 
-A layer's forward is cut where the linears' inputs are, so that whoever quantises it can look at each input and replace
-each weight in between. Weights and norms are those of `model.DecoderLayer`; only the attention is computed by another
-operator, as the ONNX one is slow outside a graph.
+A layer runs its rows of `architecture`, from any value to any other, so that whoever quantises it can look at the
+inputs of each stage and replace its weights before the next. The arithmetic is that of `model`; only the attention is
+computed by another operator, as the ONNX one is slow outside a graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from olmo2_export.architecture import Operation, after_layers, between, of_layer, operations, stages, tensor_shapes
 from olmo2_export.config import ModelConfig
-from olmo2_export.model.olmo import DecoderLayer, RMSNorm, rotary_tables
+from olmo2_export.model.olmo import rotary_tables
 from olmo2_export.weights.source import WeightSource
 from olmo2_export.weights.stored_names import EMBEDDING, HEAD, stored_weight
 
+Compute = Callable[[Operation, Sequence[Tensor]], Tensor]
+"""an operation and what it reads -> what it writes"""
 _HEAD_ROWS = 1 << 13  # of the vocabulary at a time
 
 
-class StagedLayer:
-    """One layer in float32, its forward in four stages."""
+@dataclass(frozen=True)
+class Arithmetic:
+    """Every kind of operation in PyTorch, on whole sequences from position 0 on."""
 
-    def __init__(
-        self, checkpoint: WeightSource, config: ModelConfig, index: int, rotary: tuple[Tensor, Tensor]
-    ) -> None:
-        with torch.device("meta"):
-            self.module = DecoderLayer(config)
-        prefix = f"model.layers.{index}."
-        state = {name: checkpoint.tensor(prefix + name).float() for name in self.module.state_dict()}
-        self.module.load_state_dict(state, assign=True)
-        self.module.requires_grad_(False)
-        self.index = index
-        self._groups = config.num_attention_heads // config.num_key_value_heads
-        self._cos, self._sin = rotary
+    config: ModelConfig
+    rotary: tuple[Tensor, Tensor]
+    """as `model.olmo.rotary_tables` returns them"""
 
-    def weight(self, linear: str) -> Tensor:
-        """Return a linear's weight, float32 [N, K]; `linear` as in names.GROUPS."""
-        return self.module.get_parameter(f"{linear}.weight").data
+    def __call__(self, row: Operation, inputs: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Compute one operation.
 
-    def replace(self, linear: str, weight: Tensor) -> None:
-        """Compute with another weight from now on, float32 [N, K]."""
-        self.module.get_submodule(linear).weight = nn.Parameter(weight, requires_grad=False)
+        Args:
+            row: the operation.
+            inputs: what it reads, float32 [B, S, size]; rotated [B, heads, S, head_dim].
+            weight: what it multiplies with, where it does.
+            bias: what it adds, where it does.
+        """
+        x = inputs[0]
+        match row.kind:
+            case "gather":
+                raise AssertionError(f"{row.name}: tokens are looked up by embed()")
+            case "linear":
+                assert weight is not None  # its row names one
+                return F.linear(x, weight, bias)
+            case "rms_norm":
+                return F.rms_norm(x, x.shape[-1:], weight, self.config.rms_norm_eps)
+            case "layer_norm":
+                return F.layer_norm(x, x.shape[-1:], weight, bias, self.config.rms_norm_eps)
+            case "rotary":
+                return self._rotated(self.heads(x))
+            case "attention":
+                query, key, value = self.query_key_value(inputs)
+                return self.joined(F.scaled_dot_product_attention(query, key, value, is_causal=True))
+            case "add":
+                return x + inputs[1]
+            case "silu":
+                return F.silu(x)
+            case "multiply":
+                return x * inputs[1]
 
-    def attended(self, x: Tensor) -> Tensor:
-        """Return o_proj's input; `x`, [B, S, hidden], is that of q, k and v."""
-        attention = self.module.self_attn
-        q = self.rotate(attention.split_heads(attention.q_norm(attention.q_proj(x))))
-        k = self.rotate(attention.split_heads(attention.k_norm(attention.k_proj(x))))
-        v = attention.split_heads(attention.v_proj(x))
-        k, v = (t.repeat_interleave(self._groups, dim=1) for t in (k, v))  # (B, kv_heads, S, D) -> (B, heads, S, D)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return mixed.transpose(1, 2).flatten(2)
+    def heads(self, x: Tensor) -> Tensor:
+        """[B, S, heads * head_dim] -> [B, heads, S, head_dim]; rotated ones are so already."""
+        return x if x.ndim == 4 else x.view(*x.shape[:2], -1, self.config.head_dim).transpose(1, 2)
 
-    def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Return the input of gate and up."""
-        h: Tensor = x + self.module.post_attention_layernorm(self.module.self_attn.o_proj(attended))
-        return h
+    def joined(self, x: Tensor) -> Tensor:
+        """[B, heads, S, head_dim] -> [B, S, heads * head_dim]."""
+        return x.transpose(1, 2).flatten(2)
 
-    def gated(self, h: Tensor) -> Tensor:
-        """Return down_proj's input."""
-        gated: Tensor = F.silu(self.module.mlp.gate_proj(h)) * self.module.mlp.up_proj(h)
-        return gated
+    def query_key_value(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what an attention reads, each [B, heads, S, head_dim]: keys and values once per query head."""
+        query, key, value = map(self.heads, inputs)
+        groups = self.config.num_attention_heads // self.config.num_key_value_heads
+        return query, key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
-    def after_mlp(self, h: Tensor, gated: Tensor) -> Tensor:
-        """Return the layer's output."""
-        y: Tensor = h + self.module.post_feedforward_layernorm(self.module.mlp.down_proj(gated))
-        return y
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Run all four stages: [B, S, hidden] -> [B, S, hidden]."""
-        h = self.after_attention(x, self.attended(x))
-        return self.after_mlp(h, self.gated(h))
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """Apply the rotary embedding, [B, heads, S, head_dim], from position 0 on."""
-        cos, sin = self._cos[: x.shape[2]], self._sin[: x.shape[2]]
+    def _rotated(self, x: Tensor) -> Tensor:
+        cos, sin = (table[: x.shape[2]] for table in self.rotary)
         left, right = x.chunk(2, dim=-1)
         return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+
+
+class StagedLayer:
+    """One layer in float32."""
+
+    def __init__(self, checkpoint: WeightSource, rows: Sequence[Operation], index: int, arithmetic: Arithmetic) -> None:
+        self.rows, self.index, self.arithmetic = tuple(rows), index, arithmetic
+        self.stages = stages(rows)
+        self.reads, self.writes = rows[0].reads[0], rows[-1].name
+        self.weights = {name: checkpoint.tensor(name).float() for name in tensor_shapes(rows)}
+
+    def replace(self, name: str, weight: Tensor) -> None:
+        """Compute with another weight from now on, float32 [N, K]; `name` is the checkpoint's."""
+        self.weights[name] = weight
+
+    def run(
+        self, x: Tensor, wanted: Collection[str], start: str | None = None, compute: Compute | None = None
+    ) -> dict[str, Tensor]:
+        """Compute values, and nothing that they do not need.
+
+        Args:
+            x: the layer's input, or another value from which alone those can be computed: [B, S, size].
+            wanted: names of values.
+            start: the name of `x`; None: the layer's input.
+            compute: in the place of this layer's own arithmetic.
+
+        Returns:
+            The wanted values by name. What is not wanted is dropped when its last reader has run.
+        """
+        start = start or self.reads
+        rows = between(self.rows, start, wanted)
+        last_reader = {name: row.name for row in rows for name in row.reads}
+        values = {start: x}
+        for row in rows:
+            values[row.name] = (compute or self._compute)(row, [values[name] for name in row.reads])
+            for name in set(row.reads):
+                if last_reader[name] == row.name and name not in wanted:
+                    del values[name]
+        return {name: values[name] for name in wanted}
+
+    def value(self, x: Tensor, name: str, start: str | None = None) -> Tensor:
+        """Compute one value; arguments as in `run`."""
+        return self.run(x, [name], start)[name]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Run the layer: [B, S, hidden] -> [B, S, hidden]."""
+        return self.value(x, self.writes)
+
+    def _compute(self, row: Operation, inputs: Sequence[Tensor]) -> Tensor:
+        weight, bias = (None if name is None else self.weights[name] for name in (row.weight, row.bias))
+        return self.arithmetic(row, inputs, weight, bias)
 
 
 class Head:
     """The last norm and lm_head, a part of the vocabulary in float32 at a time."""
 
     def __init__(self, checkpoint: WeightSource, config: ModelConfig) -> None:
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.norm.weight.data = checkpoint.tensor("model.norm.weight").float()
-        self.norm.requires_grad_(False)
+        *self._norms, _ = after_layers(operations(config))
+        self._weights = {name: checkpoint.tensor(name).float() for name in tensor_shapes(self._norms)}
+        self._arithmetic = Arithmetic(config, rotary_tables(config))
         self.weight = stored_weight(checkpoint, config, HEAD)
+
+    def norm(self, x: Tensor) -> Tensor:
+        """Return lm_head's input: [..., hidden] -> [..., hidden]."""
+        for row in self._norms:
+            weight, bias = (None if name is None else self._weights[name] for name in (row.weight, row.bias))
+            x = self._arithmetic(row, [x], weight, bias)
+        return x
 
     def logits(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Return logits: [..., hidden] -> float32 [..., V]; `weight` replaces lm_head's, [V, hidden]."""
@@ -112,9 +173,9 @@ def embed(checkpoint: WeightSource, sequences: Sequence[np.ndarray]) -> list[Ten
 
 def staged_layers(checkpoint: WeightSource, config: ModelConfig) -> Iterator[StagedLayer]:
     """Read one layer after the other; drop each before asking for the next."""
-    rotary = rotary_tables(config)
+    rows, arithmetic = operations(config), Arithmetic(config, rotary_tables(config))
     for index in range(config.num_hidden_layers):
-        yield StagedLayer(checkpoint, config, index, rotary)
+        yield StagedLayer(checkpoint, of_layer(rows, index), index, arithmetic)
 
 
 @torch.no_grad()

@@ -7,47 +7,23 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from olmo2_export.architecture import EMBED, LOGITS, operations
 from olmo2_export.config import ModelConfig
 from olmo2_export.weights.source import WeightSource
 from runtimes.errors import CheckpointError, NumericError
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-# The linears of a layer that see the same input, in the order in which the layer runs them.
-GROUPS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
-
-
-def weight_name(layer: int, linear: str) -> str:
-    """Return the checkpoint's name of a linear's weight, such as model.layers.3.mlp.up_proj.weight."""
-    return f"model.layers.{layer}.{linear}.weight"
+EMBEDDING, HEAD = f"{EMBED}.weight", f"{LOGITS}.weight"
 
 
 def linear_names(config: ModelConfig) -> list[str]:
     """Return the names of the layers' weights, in the order in which the model runs them."""
-    return [weight_name(i, linear) for i in range(config.num_hidden_layers) for group in GROUPS for linear in group]
+    return [name for name in weight_shapes(config) if name not in (EMBEDDING, HEAD)]
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Return name -> [N, K] of everything that can be quantised: embedding, the layers' weights, head."""
-    q_size = config.num_attention_heads * config.head_dim
-    kv_size = config.num_key_value_heads * config.head_dim
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    shapes = {
-        "q_proj": (q_size, hidden),
-        "k_proj": (kv_size, hidden),
-        "v_proj": (kv_size, hidden),
-        "o_proj": (hidden, q_size),
-        "gate_proj": (intermediate, hidden),
-        "up_proj": (intermediate, hidden),
-        "down_proj": (hidden, intermediate),
-    }
-    table = (config.vocab_size, hidden)
-    return {EMBEDDING: table, **{name: shapes[name.split(".")[-2]] for name in linear_names(config)}, HEAD: table}
+    rows = (row for row in operations(config) if row.kind in ("gather", "linear"))
+    return {row.weight: (row.shape[0], row.shape[1]) for row in rows if row.weight is not None}
 
 
 def stored_weight(checkpoint: WeightSource, config: ModelConfig, name: str) -> Tensor:

@@ -19,6 +19,7 @@ from support.fp16_models import State, changed
 from torch import nn
 from transformers import Olmo2ForCausalLM
 
+from olmo2_export.architecture import operations
 from olmo2_export.cli import main
 from olmo2_export.config import ModelConfig
 from olmo2_export.fp16.safety import LIMIT, Safety, measure_safety, safety_tokens
@@ -128,7 +129,7 @@ def test_islands_are_those_and_no_more(folders: Folders, name: str) -> None:
     found = measured(folders(name), prove=True)
     assert {i.peak.name for i in found.islands} == islands
     config = ModelConfig.from_json(folders(name) / "config.json")
-    assert found.wide.operations(config) == operations_wide
+    assert found.wide.operations(operations(config)) == operations_wide
     assert found.safe == (not islands)
     assert found.blocked == ()
     assert found.bare is not None
@@ -196,7 +197,7 @@ def test_what_the_attention_reads_cannot_be_an_island(
 @cache
 def shared_of(config: ModelConfig) -> ir.Model:
     """Trace once for all weights of a shape."""
-    return shared_graph(trace(config), config.spec, DEVICE)
+    return shared_graph(trace(config), operations(config), DEVICE)
 
 
 def graph_logits(folder: Path, wide: Wide, tmp_path: Path) -> np.ndarray:
@@ -355,15 +356,15 @@ def test_what_is_not_finite_in_float32_is_no_matter_of_float16(tmp_path: Path) -
 
 def test_the_pass_refuses_what_cannot_be_wide(folders: Folders) -> None:
     config = ModelConfig.from_json(folders("safe") / "config.json")
-    shared = shared_of(config).clone()
+    shared, rows = shared_of(config).clone(), operations(config)
     before = op_counts(shared)
-    assert float32_islands(shared, (), ()) == 0
+    assert float32_islands(shared, rows, (), ()) == 0
     assert op_counts(shared) == before
     with pytest.raises(FusionError, match=r"no nodes of model\.layers\.7\.mlp\.product"):
-        float32_islands(shared.clone(), ["model.layers.7.mlp.product"], ())
+        float32_islands(shared.clone(), rows, ["model.layers.7.mlp.product"], ())
     with pytest.raises(FusionError, match="GroupQueryAttention, would read float32"):
-        float32_islands(shared.clone(), [f"{L1}self_attn.v_proj"], [f"{L1}self_attn.v_proj"])
-    assert float32_islands(shared, [f"{L1}mlp.product", f"{L1}mlp.down_proj"], [f"{L1}mlp.product"]) == 2
+        float32_islands(shared.clone(), rows, [f"{L1}self_attn.v_proj"], [f"{L1}self_attn.v_proj"])
+    assert float32_islands(shared, rows, [f"{L1}mlp.product", f"{L1}mlp.down_proj"], [f"{L1}mlp.product"]) == 2
     casts = op_counts(shared)["Cast"] - before["Cast"]
     assert casts == 3  # SiLU and up on the way in, what down_proj gives on the way out
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
+from olmo2_export.architecture import operations
 from olmo2_export.config import ModelConfig
 from olmo2_export.fuse.group_query_attention import group_query_attention
 from olmo2_export.fuse.masks import is_causal_and_padding
@@ -134,8 +135,8 @@ def test_another_mask_is_kept(
 def test_a_window_is_refused_and_not_lost(traced: ir.Model, tiny_checkpoint: Path) -> None:
     model = traced.clone()
     window(model)
-    spec = ModelConfig.from_json(tiny_checkpoint / "config.json").spec
+    config = ModelConfig.from_json(tiny_checkpoint / "config.json")
     with pytest.raises(FusionError, match=r"static_cache: expected 3, applied 0 times"):
-        static_graph(model, spec, "fp32", 40)
+        static_graph(model, config, "fp32", 40)
     with pytest.raises(FusionError, match=r"group_query_attention: expected 3, applied 0 times"):
-        shared_graph(model, spec)
+        shared_graph(model, operations(config))

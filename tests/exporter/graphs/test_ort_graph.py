@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.checkpoints import make_checkpoint
 
+from olmo2_export.architecture import operations
 from olmo2_export.catalog import BlockFormat
 from olmo2_export.config import ModelConfig
 from olmo2_export.fuse import ONNXRUNTIME, apply, op_counts
@@ -131,7 +132,7 @@ def test_each_pass_alone(case: Case, a_pass: Callable[[ir.Model], int], tmp_path
 
 def test_all_passes_together_every_way_of_feeding(case: Case, tmp_path: Path) -> None:
     """Prefill, decode, chunks; alone and ragged; the shared buffer growing underneath."""
-    model = shared_graph(case.traced, case.config.spec)
+    model = shared_graph(case.traced, operations(case.config))
     assert not any(apply(model, ONNXRUNTIME).values())
     assert op_counts(model)["com.microsoft::GroupQueryAttention"] == case.config.num_hidden_layers
     with case.open(model, tmp_path) as runner:
@@ -160,7 +161,7 @@ def test_all_passes_together_every_way_of_feeding(case: Case, tmp_path: Path) ->
 
 def test_the_traced_graph_is_left_alone(case: Case) -> None:
     before = op_counts(case.traced)
-    shared_graph(case.traced, case.config.spec)
+    shared_graph(case.traced, operations(case.config))
     assert op_counts(case.traced) == before
 
 
@@ -202,7 +203,7 @@ def test_group_query_attention_must_not_match(case: Case, spoil: Callable[[ir.Mo
     spoiled = case.traced.clone()
     spoil(spoiled)
     with pytest.raises(FusionError, match="group_query_attention: expected 3, applied 2"):
-        shared_graph(spoiled, case.config.spec)
+        shared_graph(spoiled, operations(case.config))
 
 
 def test_quick_gelu_must_not_match(case: Case) -> None:
@@ -219,7 +220,7 @@ def test_quick_gelu_must_not_match(case: Case) -> None:
 
 @pytest.fixture(scope="module")
 def four_bits(case: Case) -> tuple[Case, ir.Model]:
-    return case, shared_graph(case.traced, case.config.spec)
+    return case, shared_graph(case.traced, operations(case.config))
 
 
 FORM = BlockFormat(4, 32, symmetric=False)
@@ -264,7 +265,7 @@ def test_the_decode_graph_computes_with_the_dequantised_weights(
         exact = reference.logits(case.sequences)
     with open_reference(checkpoint, "fp64", dequantized, blocks) as reference:
         rounded = reference.logits(case.sequences)
-    graph, _ = decode_graph(shared_graph(case.traced, case.config.spec), weights, case.config.spec)
+    graph, _ = decode_graph(shared_graph(case.traced, operations(case.config)), weights, operations(case.config))
     with case.open(exact_form(graph) if level == 0 else graph, tmp_path) as runner:
         logits = runner.prefill(case.sequences, all_positions=True)
     if level == 0:
@@ -277,7 +278,7 @@ def test_the_decode_graph_computes_with_the_dequantised_weights(
 def test_the_int8_graph_computes_with_its_int8_weights(case: Case, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(case.folder))
     weights = quantize(checkpoint, case.config, "search", form=BlockFormat(8, 32, False))
-    graph, counts = prefill_graph(shared_graph(case.traced, case.config.spec), weights, case.config.spec)
+    graph, counts = prefill_graph(shared_graph(case.traced, operations(case.config)), weights, operations(case.config))
     assert counts["MatMulInteger"] == 7 * case.config.num_hidden_layers
     with case.open(graph, tmp_path) as runner:
         logits = runner.prefill(case.sequences, all_positions=True)
@@ -301,7 +302,7 @@ def test_the_int8_graph_computes_with_its_int8_weights(case: Case, tmp_path: Pat
 def test_a_product_whose_input_is_not_rounded_by_row_has_no_exact_form(four_bits: tuple[Case, ir.Model]) -> None:
     case, shared = four_bits
     weights = quantize(open_checkpoint(str(case.folder)), case.config, "rtn", form=FORM)
-    graph, _ = prefill_graph(shared, weights, case.config.spec)
+    graph, _ = prefill_graph(shared, weights, operations(case.config))
     product = next(n for n in graph.graph if n.op_type == "MatMulInteger")
     product.replace_input_with(0, next(iter(graph.graph.inputs)))
     with pytest.raises(FusionError, match="its input is not rounded by row: no Reshape"):
@@ -353,7 +354,7 @@ def test_an_id_beyond_the_vocabulary_is_still_an_error(four_bits: tuple[Case, ir
     """GatherBlockQuantized alone would give zeros; asked of the graph itself, behind the runner's own check."""
     case, shared = four_bits
     weights = quantize(open_checkpoint(str(case.folder)), case.config, "rtn", form=FORM)
-    graph, _ = decode_graph(shared, weights, case.config.spec)
+    graph, _ = decode_graph(shared, weights, operations(case.config))
     with case.open(graph, tmp_path) as runner:
         runner.prefill([[case.config.vocab_size - 1]])
         with pytest.raises(FailedError, match="indices element out of data bounds"):

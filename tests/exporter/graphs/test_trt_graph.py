@@ -83,8 +83,8 @@ class StaticRunner:
 
 
 @pytest.fixture(scope="module")
-def spec(tiny_package: Path) -> Any:
-    return load_manifest(tiny_package).model
+def config(tiny_package: Path) -> ModelConfig:
+    return ModelConfig.from_json(tiny_package / "config.json")
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def write_from_trace(checkpoint: Path, capacity: int, folder: Path) -> Path:
     config = ModelConfig.from_json(checkpoint / "config.json")
     model = trace(config)
     attach_weights(model, open_checkpoint(str(checkpoint)), config)
-    graph, _ = static_graph(model, config.spec, "fp32", capacity)
+    graph, _ = static_graph(model, config, "fp32", capacity)
     save_graph(graph, folder / "model_fp32.onnx")
     return folder / "model_fp32.onnx"
 
@@ -321,7 +321,7 @@ def test_rounding_is_to_nearest_even() -> None:
     assert rounded.dtype == ml_dtypes.bfloat16
 
 
-def test_weights_beyond_float16_are_listed(portable: ir.Model, spec: Any, tmp_path: Path) -> None:
+def test_weights_beyond_float16_are_listed(portable: ir.Model, config: ModelConfig, tmp_path: Path) -> None:
     for name in ("lm_head.weight", "model.layers.2.mlp.up_proj.weight"):
         value = portable.graph.initializers[name]
         assert value.const_value is not None
@@ -331,7 +331,7 @@ def test_weights_beyond_float16_are_listed(portable: ir.Model, spec: Any, tmp_pa
     norm = portable.graph.initializers["model.norm.weight"]
     assert norm.const_value is not None
     norm.const_value = ir.tensor(norm.const_value.numpy() * 1e6, name="model.norm.weight")  # stays float32
-    graph, rounding = static_graph(portable, spec, "fp16", 40)
+    graph, rounding = static_graph(portable, config, "fp16", 40)
     save_graph(graph, tmp_path / "model_fp16.onnx")
     with pytest.raises(
         FailedError, match=r"float16 in 2 of the tensors: lm_head.weight, model.*up_proj.weight; use bf16"
@@ -496,17 +496,17 @@ def test_set_cache_length_counts_the_caches(portable: ir.Model) -> None:
     ],
 )
 def test_another_graph_is_refused(
-    change: Callable[[ir.Model], object], message: str, portable: ir.Model, spec: Any
+    change: Callable[[ir.Model], object], message: str, portable: ir.Model, config: ModelConfig
 ) -> None:
     change(portable)
     with pytest.raises(FusionError, match=message):
-        static_graph(portable, spec, "bf16", 40)
+        static_graph(portable, config, "bf16", 40)
 
 
-def test_another_interface_is_refused(portable: ir.Model, spec: Any) -> None:
+def test_another_interface_is_refused(portable: ir.Model, config: ModelConfig) -> None:
     portable.graph.outputs[1].name = "present.0.keys"
     with pytest.raises(FusionError, match=r"present\.0\.keys.*expected.*present\.0\.key"):
-        static_graph(portable, spec, "bf16", 40)
+        static_graph(portable, config, "bf16", 40)
 
 
 def test_precisions_are_the_documented_ones() -> None:

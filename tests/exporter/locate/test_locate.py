@@ -16,8 +16,10 @@ import torch
 from support.checkpoints import make_checkpoint
 from support.rebuilt_packages import rebuilt, rebuilt_trt, with_trt_graph
 
+from olmo2_export.architecture import operations
 from olmo2_export.catalog import precisions
 from olmo2_export.cli import main
+from olmo2_export.config import ModelConfig
 from olmo2_export.debug.debug import onnxruntime_runner
 from olmo2_export.locate import locate as locate_module
 from olmo2_export.locate import segments
@@ -340,9 +342,10 @@ def test_the_layer_is_its_operations(checkpoint: Checkpoint) -> None:
 
 
 def test_segments_hold_the_weights_of_one_layer(package: Path) -> None:
+    rows = operations(ModelConfig.from_json(package / "config.json"))
     for path in ("onnx/model.onnx", quantized.GRAPH, "onnx/model_bf16.onnx"):
         model = ir.load(package / path)
-        parts = find_segments(model, 3)
+        parts = find_segments(model, rows)
         assert [part.layer for part in parts] == [None, 0, 1, 2, None]
         for part in parts[1:4]:
             names = [n for n in cut(model, part).graph.initializers if n.endswith((".weight", ".packed"))]

@@ -16,6 +16,7 @@ from support.cases import assert_full_matrix, large
 from support.checkpoints import make_checkpoint
 from support.rebuilt_packages import rebuilt
 
+from olmo2_export.architecture import operations
 from olmo2_export.config import ModelConfig
 from olmo2_export.fuse import DEVICE, check_op_counts, op_counts
 from olmo2_export.fuse.float32_lengths import float32_lengths
@@ -197,7 +198,7 @@ def test_candidates_in_groups(vocab_size: int, k: int, group: int, stages: int) 
 
 def test_passes_must_not_match_what_is_something_else(checkpoint: Path) -> None:
     config = ModelConfig.from_json(checkpoint / "config.json")
-    shared = shared_graph(trace(config), config.spec, DEVICE)
+    shared = shared_graph(trace(config), operations(config), DEVICE)
     for rewrite in (float32_lengths, host_logit_count):
         model = shared.clone()
         assert rewrite(model) == 1
@@ -215,7 +216,7 @@ def test_passes_must_not_match_what_is_something_else(checkpoint: Path) -> None:
 def test_one_shared_graph_serves_every_precision(checkpoint: Path, tmp_path: Path) -> None:
     """A clone shares its types with the original: giving one a precision must not change the other."""
     source, config = open_checkpoint(str(checkpoint)), ModelConfig.from_json(checkpoint / "config.json")
-    shared = shared_graph(trace(config), config.spec, DEVICE)
+    shared = shared_graph(trace(config), operations(config), DEVICE)
     for dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT):
         model, rounding, _ = device_graph(shared, source, config, dtype)
         save_graph(model, tmp_path / f"{dtype.name}.onnx")
@@ -226,7 +227,9 @@ def test_one_shared_graph_serves_every_precision(checkpoint: Path, tmp_path: Pat
 
 def test_unrounded_it_is_the_model_itself(checkpoint: Path, tmp_path: Path) -> None:
     source, config = open_checkpoint(str(checkpoint)), ModelConfig.from_json(checkpoint / "config.json")
-    model, _, _ = device_graph(shared_graph(trace(config), config.spec, DEVICE), source, config, ir.DataType.FLOAT)
+    model, _, _ = device_graph(
+        shared_graph(trace(config), operations(config), DEVICE), source, config, ir.DataType.FLOAT
+    )
     save_graph(model, tmp_path / "model.onnx")
     ids = np.random.default_rng(1).integers(0, VOCAB, 23)
     with open_reference(source, "fp64") as reference:

@@ -23,7 +23,7 @@ from olmo2_export.quantize.sensitivity import choose_formats, measure_sensitivit
 from olmo2_export.quantize.spool import Spool
 from olmo2_export.quantize.sweep import Head, embed, staged_layers
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
-from olmo2_export.weights.stored_names import EMBEDDING, GROUPS, HEAD, linear_names, weight_name, weight_shapes
+from olmo2_export.weights.stored_names import EMBEDDING, HEAD, linear_names, weight_shapes
 from runtimes.errors import CheckpointError, NumericError, UsageError
 
 FORM = BlockFormat(bits=4, block_size=64, symmetric=False)
@@ -38,9 +38,8 @@ def run(checkpoint: Checkpoint, sequences: list[np.ndarray], weights: QuantizedW
         if EMBEDDING in replaced:
             hidden = [replaced[EMBEDDING][torch.from_numpy(ids)][None] for ids in sequences]
         for layer in staged_layers(checkpoint, config):
-            for linear in (linear for group in GROUPS for linear in group):
-                if (name := weight_name(layer.index, linear)) in replaced:
-                    layer.replace(linear, replaced[name])
+            for name in layer.weights.keys() & replaced.keys():
+                layer.replace(name, replaced[name])
             hidden = [layer(x) for x in hidden]
         head = Head(checkpoint, config)
         return np.concatenate([head.logits(x, replaced.get(HEAD))[0].numpy() for x in hidden])
@@ -167,7 +166,7 @@ def test_sensitivity_is_the_divergence_of_each_tensor_alone(tiny_checkpoint: Pat
     measured = measure_sensitivity(checkpoint, config, sequences, formats, search)
     assert list(measured) == list(formats)
     truth = run(checkpoint, sequences)
-    for alone in (EMBEDDING, weight_name(1, "self_attn.k_proj"), weight_name(2, "mlp.down_proj"), HEAD):
+    for alone in (EMBEDDING, "model.layers.1.self_attn.k_proj.weight", "model.layers.2.mlp.down_proj.weight", HEAD):
         weights = QuantizedWeights(
             {alone: FORM}, lambda name, form: search(checkpoint.tensor(name), form), checkpoint.tensor
         )
@@ -182,7 +181,7 @@ def test_the_budget_goes_to_the_most_sensitive_bytes(tiny_checkpoint: Path) -> N
     formats = dict.fromkeys(shapes, BlockFormat(4, 32, True))
     better = BlockFormat(8, 32, True)
     sensitivity = dict.fromkeys(shapes, 1e-9)
-    loud = [weight_name(0, "self_attn.v_proj"), weight_name(2, "mlp.up_proj")]
+    loud = ["model.layers.0.self_attn.v_proj.weight", "model.layers.2.mlp.up_proj.weight"]
     sensitivity |= dict.fromkeys(loud, 1.0)
     weights = sum(math.prod(shape) for shape in shapes.values())
     extra = sum(4 * math.prod(shapes[name]) for name in loud)

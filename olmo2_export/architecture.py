@@ -1,0 +1,194 @@
+"""What the model computes, as rows of data, made from a config: whoever must know what a layer is asks here.
+
+| operation                               | kind      | reads                                                    |
+|-----------------------------------------|-----------|----------------------------------------------------------|
+| model.embed_tokens                      | gather    | the tokens                                               |
+| model.layers.N.self_attn.{q,k,v}_proj   | linear    | the embedding, or mlp_residual of the layer before       |
+| model.layers.N.self_attn.{q,k}_norm     | rms_norm  | q_proj; k_proj                                           |
+| model.layers.N.self_attn.{q,k}_rotary   | rotary    | q_norm; k_norm                                           |
+| model.layers.N.self_attn.attention      | attention | q_rotary, k_rotary, v_proj                               |
+| model.layers.N.self_attn.o_proj         | linear    | attention                                                |
+| model.layers.N.post_attention_layernorm | rms_norm  | o_proj                                                   |
+| model.layers.N.attention_residual       | add       | what q, k and v read, and post_attention_layernorm       |
+| model.layers.N.mlp.{gate,up}_proj       | linear    | attention_residual                                       |
+| model.layers.N.mlp.act_fn               | silu      | gate_proj                                                |
+| model.layers.N.mlp.product              | multiply  | act_fn, up_proj                                          |
+| model.layers.N.mlp.down_proj            | linear    | product                                                  |
+| model.layers.N.post_feedforward_layernorm | rms_norm | down_proj                                               |
+| model.layers.N.mlp_residual             | add       | attention_residual, post_feedforward_layernorm           |
+| model.norm                              | rms_norm  | mlp_residual of the last layer                           |
+| lm_head                                 | linear    | model.norm                                               |
+
+From the rows follow, each in its own file: how often every operator must occur in a graph and a network; names and
+shapes of the checkpoint's tensors; the linears that are merged, or quantised on one input; a layer run by itself; the
+walk that finds what overflows float16; the tensors that `locate` compares. `model.olmo` says the same in equations, and
+a test compares the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from olmo2_export.config import ModelConfig
+
+Kind = Literal["gather", "linear", "rms_norm", "layer_norm", "rotary", "attention", "add", "silu", "multiply"]
+NORMS: tuple[Kind, ...] = ("rms_norm", "layer_norm")
+"""OLMo 2 has no layer_norm; that one may have no weight"""
+EMBED, FINAL_NORM, LOGITS = "model.embed_tokens", "model.norm", "lm_head"
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation; the value that it writes has its name."""
+
+    name: str
+    kind: Kind
+    reads: tuple[str, ...]
+    """values, in the order of the equation"""
+    layer: int | None = None
+    """None: before the layers or after them"""
+    weight: str | None = None
+    """the checkpoint's name"""
+    shape: tuple[int, ...] = ()
+    """of the weight; of a linear [out, in]"""
+    bias: str | None = None
+    """the checkpoint's name; it has as many numbers as the weight has rows"""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Linears of a layer that read one value."""
+
+    linears: tuple[Operation, ...]
+    reads: str
+    start: str
+    """the last value from which alone this one, and all that follows in the layer, can be computed"""
+
+
+def operations(config: ModelConfig) -> tuple[Operation, ...]:
+    """Return the rows of a model, in the order in which it runs them; see the top of this file."""
+    table = (config.vocab_size, config.hidden_size)
+    rows = [Operation(EMBED, "gather", (), None, f"{EMBED}.weight", table)]
+    for layer in range(config.num_hidden_layers):
+        rows += layer_operations(config, layer, rows[-1].name)
+    last = Operation(FINAL_NORM, "rms_norm", (rows[-1].name,), None, f"{FINAL_NORM}.weight", (config.hidden_size,))
+    return (*rows, last, Operation(LOGITS, "linear", (FINAL_NORM,), None, f"{LOGITS}.weight", table))
+
+
+def layer_operations(config: ModelConfig, layer: int, x: str) -> tuple[Operation, ...]:
+    """Return the rows of one layer; it reads `x`, and its last row writes what the next one reads."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    query, key_value = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    p = f"model.layers.{layer}."
+    a, m = f"{p}self_attn.", f"{p}mlp."
+    h, y = f"{p}attention_residual", f"{p}mlp_residual"
+
+    def linear(name: str, reads: str, shape: tuple[int, int], *, bias: bool = False) -> Operation:
+        return Operation(name, "linear", (reads,), layer, f"{name}.weight", shape, f"{name}.bias" if bias else None)
+
+    def norm(name: str, reads: str, size: int) -> Operation:
+        return Operation(name, "rms_norm", (reads,), layer, f"{name}.weight", (size,))
+
+    biased = config.attention_bias
+    return (
+        linear(f"{a}q_proj", x, (query, hidden), bias=biased),
+        linear(f"{a}k_proj", x, (key_value, hidden), bias=biased),
+        linear(f"{a}v_proj", x, (key_value, hidden), bias=biased),
+        norm(f"{a}q_norm", f"{a}q_proj", query),
+        norm(f"{a}k_norm", f"{a}k_proj", key_value),
+        Operation(f"{a}q_rotary", "rotary", (f"{a}q_norm",), layer),
+        Operation(f"{a}k_rotary", "rotary", (f"{a}k_norm",), layer),
+        Operation(f"{a}attention", "attention", (f"{a}q_rotary", f"{a}k_rotary", f"{a}v_proj"), layer),
+        linear(f"{a}o_proj", f"{a}attention", (hidden, query), bias=biased),
+        norm(f"{p}post_attention_layernorm", f"{a}o_proj", hidden),
+        Operation(h, "add", (x, f"{p}post_attention_layernorm"), layer),
+        linear(f"{m}gate_proj", h, (inner, hidden)),
+        linear(f"{m}up_proj", h, (inner, hidden)),
+        Operation(f"{m}act_fn", "silu", (f"{m}gate_proj",), layer),
+        Operation(f"{m}product", "multiply", (f"{m}act_fn", f"{m}up_proj"), layer),
+        linear(f"{m}down_proj", f"{m}product", (hidden, inner)),
+        norm(f"{p}post_feedforward_layernorm", f"{m}down_proj", hidden),
+        Operation(y, "add", (h, f"{p}post_feedforward_layernorm"), layer),
+    )
+
+
+def within_layer(row: Operation) -> str:
+    """Return a row's name without its layer's, as in `mlp.up_proj`."""
+    return row.name.removeprefix(f"model.layers.{row.layer}.")
+
+
+def after_layers(rows: Iterable[Operation]) -> tuple[Operation, ...]:
+    """Return what is done with the output of the last layer: the last norm, and lm_head."""
+    return tuple(row for row in rows if row.layer is None and row.kind != "gather")
+
+
+def of_layer(rows: Iterable[Operation], layer: int) -> tuple[Operation, ...]:
+    """Return the rows of one layer."""
+    return tuple(row for row in rows if row.layer == layer)
+
+
+def count(rows: Iterable[Operation], *kinds: Kind) -> int:
+    """Return how many rows are of these kinds."""
+    return sum(row.kind in kinds for row in rows)
+
+
+def norm_counts(rows: Sequence[Operation]) -> dict[str, int]:
+    """Return how often each ONNX operator of a norm occurs, of those that the model has."""
+    found = {"RMSNormalization": count(rows, "rms_norm"), "LayerNormalization": count(rows, "layer_norm")}
+    return {op: n for op, n in found.items() if n}
+
+
+def tensor_shapes(rows: Iterable[Operation]) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of every weight and bias, in the order in which the model runs them."""
+    found: dict[str, tuple[int, ...]] = {}
+    for row in rows:
+        if row.weight is not None:
+            found[row.weight] = row.shape
+        if row.bias is not None:
+            found[row.bias] = row.shape[:1]
+    return found
+
+
+def shared_inputs(rows: Iterable[Operation]) -> list[tuple[Operation, ...]]:
+    """Return the linears, those that read one value together: of a layer q, k, v; o; gate, up; down."""
+    groups: dict[tuple[str, ...], list[Operation]] = {}
+    for row in rows:
+        if row.kind == "linear":
+            groups.setdefault(row.reads, []).append(row)
+    return [tuple(group) for group in groups.values()]
+
+
+def around_attention(rows: Iterable[Operation]) -> frozenset[str]:
+    """Return what a fused attention reads, computes inside and writes: it rotates queries and keys itself."""
+    rotary = {row.name: row.reads for row in rows if row.kind == "rotary"}
+    attention = [row for row in rows if row.kind == "attention"]
+    read = {value for row in attention for value in row.reads}
+    return frozenset({row.name for row in attention} | read | {v for name in read for v in rotary.get(name, ())})
+
+
+def between(rows: Sequence[Operation], start: str, wanted: Collection[str]) -> list[Operation]:
+    """Return the rows that compute the values `wanted` from the value `start`, in order."""
+    needed = set(wanted) - {start}
+    found: list[Operation] = []
+    for row in reversed(rows):
+        if row.name in needed:
+            found.append(row)
+            needed.update(value for value in row.reads if value != start)
+    return found[::-1]
+
+
+def stages(rows: Sequence[Operation]) -> list[Stage]:
+    """Return the linears of a layer in groups that read one value, and from where that is computed.
+
+    Args:
+        rows: of one layer.
+    """
+    place = {row.name: i + 1 for i, row in enumerate(rows)}  # and 0 what the layer reads
+    names = [rows[0].reads[0], *place]
+    earliest = [min(place.get(value, 0) for row in rows[i:] for value in row.reads) for i in range(len(rows))]
+    alone = [i for i, least in enumerate(earliest) if least == i]  # no later row reads what is before it
+    groups = shared_inputs(rows)
+    starts = [max(i for i in alone if i <= place.get(group[0].reads[0], 0)) for group in groups]
+    return [Stage(group, group[0].reads[0], names[i]) for group, i in zip(groups, starts, strict=True)]
