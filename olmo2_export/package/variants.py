@@ -161,7 +161,8 @@ def check_variants(variants: Sequence[str], config: ModelConfig, options: Option
         )
 
 
-_trace_once = lru_cache(maxsize=1)(trace)  # many revisions of a model have one graph; it holds no weights
+# Many revisions of a model have one graph, and some sizes are exported in turns; without weights a layer is 0.1 MB.
+_trace_once = lru_cache(maxsize=8)(trace)
 
 
 class VariantWriter:
