@@ -288,7 +288,7 @@ VARIANTS: tuple[VariantRow, ...] = (
         dtype="float32",
         weights=INT4_BLOCKS,
         colour="#e07b00",
-        # Blocks of 128 because the kernels read them fastest; see docs/variants.md for that.
+        # Blocks of 128 because the kernels read them fastest; see docs/variants.md for what each choice costs.
         defaults=QuantizationDefaults("search", Q4, Q4_EMBEDDING, Q4_EMBEDDING, size_budget=4.8),
         prefill_graph=True,
         quantized_cache=True,

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TypedDict
 
-from runtimes import Backend, Device, open_runner
+from runtimes import Backend, Device, open_package, open_runner
 from runtimes.command import Parser, run_command
 from runtimes.generation.generate import Generation, encode_prompt, generate
 from runtimes.speculate.speculation import Drafter, DraftModel, PromptLookup
 from runtimes.targets import describe_backends, describe_devices
+from runtimes.text.logit_rules import Penalties
 from runtimes.text.plain_text import plain_lines, plain_text
 from runtimes.text.sampling import Sampler
 from runtimes.text.tokenizer import Tokenizer
@@ -69,6 +70,30 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     verb.add_argument(
         "--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that sum to P (default: 1, off)"
     )
+    verb.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="leave out what is less likely than P times the likeliest (default: 0, off)",
+    )
+    verb.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="divide the logits of the prompt's and the text's tokens by R, multiply negative ones (default: 1, off)",
+    )
+    verb.add_argument(
+        "--presence-penalty",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help="take R off the logits of tokens that the text has (default: 0, off)",
+    )
+    verb.add_argument(
+        "--frequency-penalty", type=float, default=0.0, metavar="R", help="the same, each time (default: 0, off)"
+    )
     verb.add_argument("--seed", type=int, metavar="S", help="draw the same tokens every time")
     verb.add_argument("--stop", action="append", default=[], metavar="S", help="end before this text; may be repeated")
     verb.add_argument(
@@ -106,9 +131,11 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         Olmo2ExportError: whatever is wrong.
     """
-    sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
+    sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed, args.min_p)
+    penalties = Penalties(args.repetition_penalty, args.presence_penalty, args.frequency_penalty)
     check_hashes = not args.skip_hash_check
-    tokenizer = Tokenizer.from_package(args.package, check_hashes=check_hashes)
+    package = open_package(args.package)
+    tokenizer = Tokenizer.from_package(package, check_hashes=check_hashes)
     prompt = _read_stdin() if args.prompt == "-" else plain_lines(args.prompt.removesuffix("\r"))  # $(cat) ate the LF
     prompt_ids = encode_prompt(tokenizer, prompt, parse_special=args.special_tokens)
     if not args.special_tokens and (found := tokenizer.special_in(prompt)):
@@ -122,7 +149,7 @@ def run(args: argparse.Namespace) -> None:
         "threads": args.threads,
     }
     with ExitStack() as stack:
-        runner = stack.enter_context(open_runner(args.package, variant=args.variant, **options))
+        runner = stack.enter_context(open_runner(package, variant=args.variant, **options))
         drafter: Drafter | None = PromptLookup() if args.speculate == "lookup" else None
         if args.draft is not None:
             drafter = DraftModel(stack.enter_context(open_runner(args.draft, **options)))
@@ -134,9 +161,10 @@ def run(args: argparse.Namespace) -> None:
             prompt_ids,
             sampler=sampler,
             max_new_tokens=new,
-            stop=[plain_lines(stop) for stop in args.stop],
+            stop=[form for stop in args.stop for form in dict.fromkeys((stop, plain_lines(stop)))],  # as CR LF, too
             on_text=_write,
             speculate=drafter,
+            penalties=None if penalties == Penalties() else penalties,
         )
     _write("\n")
     if args.stats:

@@ -32,8 +32,8 @@ from olmo2_export.stored_graph import load_graph
 from olmo2_export.views.first_call import first_call, float32_name
 from olmo2_export.views.static_forms import exact_form, rounded_form
 from runtimes.errors import BackendError, FailedError, UsageError, VariantNotFoundError
-from runtimes.manifest import Variant, load_manifest, load_trt_manifest
-from runtimes.sealed import check_files
+from runtimes.manifest import Variant
+from runtimes.package import AnyPackage, open_package
 from runtimes.trt.nvidia import TensorRTBackend, load_tensorrt
 
 TOKENS = 16
@@ -147,11 +147,11 @@ def compare_variant(
     """
     if tolerance is not None and not tolerance > 0:
         raise UsageError(f"tolerance {tolerance:g}: expected a number above 0")
-    entry = find_graph(package, variant)
+    opened = open_package(package)
+    entry = find_graph(opened, variant)
     runner = None if backend == "ort" else tensorrt_runner(backend)
     graph = load_graph(package / entry.graph)
-    vocabulary = load_manifest(package).model.vocab_size
-    token_ids = np.random.default_rng(0).integers(0, vocabulary, TOKENS, dtype=np.int64)
+    token_ids = np.random.default_rng(0).integers(0, opened.model.vocab_size, TOKENS, dtype=np.int64)
     if runner is None:
         differences = compare(exact_form(graph), rounded_form(graph), token_ids)
     else:
@@ -244,20 +244,22 @@ def format_differences(differences: Sequence[TensorDifference], first: TensorDif
     return "\n".join(lines)
 
 
-def find_graph(package: Path, variant: str) -> Variant:
+def find_graph(package: AnyPackage, variant: str) -> Variant:
     """Return a TensorRT graph of a package, whose files are what its manifest says.
 
     Raises:
         VariantNotFoundError: naming those there are.
         IntegrityError: a file changed.
     """
-    manifest = load_trt_manifest(package)
-    known = list(manifest.variants) if manifest is not None else []
-    if manifest is None or variant not in known:
+    opened = open_package(package)
+    known = opened.trt.variants if opened.trt is not None else {}
+    if variant not in known:
         listed = ", ".join(known) or "none"
-        raise VariantNotFoundError(f"{package}: no TensorRT graph {variant!r}; it has {listed}: olmo2-export build")
-    check_files(package, manifest.files, manifest.variants[variant].files, remedy="build it again")
-    return manifest.variants[variant]
+        raise VariantNotFoundError(
+            f"{opened.folder}: no TensorRT graph {variant!r}; it has {listed}: olmo2-export build"
+        )
+    opened.check(known[variant].files, remedy="build it again")
+    return known[variant]
 
 
 @contextmanager

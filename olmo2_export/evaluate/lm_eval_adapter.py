@@ -35,8 +35,8 @@ from runtimes import Backend, Device, open_runner
 from runtimes.command import run_command
 from runtimes.errors import ContextLengthError, InputError, UsageError
 from runtimes.generation.generate import generate
-from runtimes.manifest import package_checksum
 from runtimes.ort.devices import available_providers
+from runtimes.package import open_package
 from runtimes.runners.runner import Logits, Runner, common_prefix
 from runtimes.targets import find_target
 from runtimes.text.sampling import Sampler
@@ -93,9 +93,10 @@ class PackageLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
         ):
             where = None  # lm-eval's command line asks for cuda where nobody does
             logging.getLogger(__name__).warning("device %s: this onnxruntime has no CUDA; running on the CPU", device)
-        self._tokenizer = Tokenizer.from_package(package)
+        opened = open_package(package)
+        self._tokenizer = Tokenizer.from_package(opened)
         self._runner: Runner = open_runner(
-            package, variant=variant, backend=backend, device=cast("Device | None", where), threads=threads
+            opened, variant=variant, backend=backend, device=cast("Device | None", where), threads=threads
         )
         capacity = self._runner.max_cache_length
         self.max_length = capacity if max_length is None else int(max_length)
@@ -104,7 +105,7 @@ class PackageLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
         self.max_gen_toks = int(max_gen_toks)
         self.batch_size = rows
         self._seed = seed
-        self._name = f"olmo2-export {package_checksum(Path(package))}"
+        self._name = f"olmo2-export {opened.checksum}"
         self.computed_tokens = 0
         """ids that were fed for loglikelihoods; what was found in the cache is not in it"""
 

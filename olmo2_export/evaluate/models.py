@@ -24,7 +24,8 @@ from olmo2_export.verify.device import open_device_graph
 from olmo2_export.verify.static import StaticForms
 from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes import Backend, Device, open_runner
-from runtimes.manifest import ModelSpec, Variant, find_variant, load_manifest
+from runtimes.manifest import ModelSpec, Variant
+from runtimes.package import AnyPackage, open_package
 from runtimes.runners.runner import Logits
 from runtimes.targets import find_target
 
@@ -153,30 +154,30 @@ def open_package_model(
     Raises:
         Olmo2ExportError: as `open_runner`.
     """
-    model = load_manifest(package).model
-    entry = find_variant(package, variant)[0] if variant is not None else None
+    opened = open_package(package)
+    model, entry = opened.model, opened.variant(variant) if variant is not None else None
     if entry is not None and not find_target(backend, device).on_gpu and _rounded_here(entry):
-        with open_measured(package, entry.name) as measured:
+        with open_measured(opened, entry.name) as measured:
             yield PackageModel(measured, entry, model, f"{entry.name}, rounded as on its device", decode_graph)
         return
-    with open_runner(package, variant=variant, backend=backend, device=device) as runner:
+    with open_runner(opened, variant=variant, backend=backend, device=device) as runner:
         yield PackageModel(runner, runner.variant, model, runner.variant.name, decode_graph)
 
 
 @contextmanager
-def open_measured(package: Path, variant: str) -> Iterator[Measured]:
+def open_measured(package: AnyPackage, variant: str) -> Iterator[Measured]:
     """Open what the CPU can run of a variant: its graph, or where that has no kernels there its rounded form.
 
     Raises:
         VariantNotFoundError: the package has no such variant.
         PackageError: the graph does not load.
     """
-    entry, _ = find_variant(package, variant)
+    opened = open_package(package)
+    entry, folder = opened.variant(variant), opened.folder
     if entry.kv_cache.form == "static":
-        model = load_manifest(package).model
-        yield StaticForms(package, entry, model, load_graph(package / entry.graph)).open_all_positions()
+        yield StaticForms(folder, entry, opened.model, load_graph(folder / entry.graph)).open_all_positions()
         return
-    with open_device_graph(package, entry, "cpu") as runner:
+    with open_device_graph(folder, entry, "cpu") as runner:
         yield runner
 
 

@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
     from olmo2_export.peak_memory import peak_bytes
     from olmo2_export.weights.checkpoint import open_checkpoint
     from runtimes.errors import UsageError
-    from runtimes.manifest import MANIFEST_NAME, load_manifest
+    from runtimes.manifest import MANIFEST_NAME
+    from runtimes.package import open_package
 
     path = Path(args.model)
     is_package = (path / MANIFEST_NAME).is_file()
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if args.max_tokens is not None and args.max_tokens < 1:
         raise UsageError(f"--max-tokens {args.max_tokens}: expected at least 1")
     if args.pytorch and is_package:
-        source = load_manifest(path).source.model
+        source = open_package(path).manifest.source.model
         raise UsageError(f"--pytorch: {path} is a package; give the checkpoint it was exported from ({source})")
     if not is_package and given:
         why = "PyTorch runs a checkpoint by itself" if args.pytorch else f"{path} is no package"

@@ -7,13 +7,12 @@ outputs these are, the manifest says by their role; others than them and the log
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Self, TypeAlias, TypeVar
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
@@ -56,34 +55,43 @@ _NOTHING: Ids = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
-class OrtCache:
-    """The cache between two calls of a graph; never changed, each call makes the next one."""
+class ConcatCache:
+    """The cache between two calls of the graph; never changed, each call makes the next one."""
 
     tokens: tuple[Ids, ...]
     """per row, the ids of the tokens in it"""
     values: Values
+    mask: Ids
+    """[B, slots]: 1 where the slot holds a token, 0 where padding was put or a token was dropped"""
 
     @property
     def lengths(self) -> tuple[int, ...]:
         return tuple(len(row) for row in self.tokens)
 
 
-@dataclass(frozen=True)
-class ConcatCache(OrtCache):
-    """The cache between two calls of a `concat` graph."""
+class ConcatRunner:
+    """The portable graph: present = past + new tokens; implements `runtimes.runners.runner.Runner`.
 
-    mask: Ids
-    """[B, slots]: 1 where the slot holds a token, 0 where padding was put or a token was dropped"""
+    | tensor                          | shape                                                   | dtype          |
+    |---------------------------------|---------------------------------------------------------|----------------|
+    | input_ids, position_ids         | [batch_size, sequence_length]                           | int64          |
+    | attention_mask                  | [batch_size, total_sequence_length]                     | int64          |
+    | past_key_values.N.key, .value   | [batch_size, kv_heads, past_sequence_length, head_dim]  | kv_cache.dtype |
+    | num_logits_to_keep              | []: the last rows that get logits; 0, the default: all  | int64          |
+    | -> logits                       | [batch_size, num_logits, vocab_size]                    | float32        |
+    | -> present.N.key, .value        | [batch_size, kv_heads, total_sequence_length, head_dim] | kv_cache.dtype |
 
+    Rows of different lengths are padded on the left, call by call, so that the last position is every row's last
+    token. The mask hides the padding for good, also in the middle of the cache, and position_ids skip it. `truncate`
+    hides what it drops, and copies what is left where slots at the end are hidden in every row.
 
-Cache = TypeVar("Cache", bound=OrtCache)
+    Prompts are computed in pieces of `prefill_chunk` tokens, since the attention weights of a call take heads x
+    sequence_length x total_sequence_length numbers; where all positions are asked for, in one.
 
-
-class OrtRunner(ABC, Generic[Cache]):
-    """What both forms share; implements `runtimes.runners.runner.Runner`.
-
-    A subclass computes a new cache and leaves the old one untouched, so that a call that fails changes nothing.
+    A new cache is computed and the old one left untouched, so that a call that fails changes nothing.
     """
+
+    prefill_chunk = PREFILL_CHUNK
 
     def __init__(self, session: ort.InferenceSession, variant: Variant, model: ModelSpec) -> None:
         self.variant = variant
@@ -95,7 +103,7 @@ class OrtRunner(ABC, Generic[Cache]):
         self._logits = variant.name_of("logits")
         self._pasts = list(variant.caches)
         self._outputs = [self._logits, *variant.caches.values()]
-        self._cache: Cache | None = None
+        self._cache: ConcatCache | None = None
 
     @property
     def cache_lengths(self) -> tuple[int, ...]:
@@ -153,58 +161,6 @@ class OrtRunner(ABC, Generic[Cache]):
     ) -> None:
         self.close()
 
-    @abstractmethod
-    def _empty_cache(self, batch_size: int) -> Cache: ...
-
-    @abstractmethod
-    def _extend(self, cache: Cache, rows: list[Ids], all_positions: bool) -> tuple[list[Logits], Cache]:
-        """Return the logits of `rows` appended to `cache`, and the cache that holds them."""
-
-    @abstractmethod
-    def _shortened(self, cache: Cache, lengths: tuple[int, ...]) -> Cache:
-        """Return the cache with only the first tokens of each row; `lengths` was checked."""
-
-    def _call(self, feeds: Mapping[str, Ids], past: Values) -> tuple[Logits, Values]:
-        """Run the graph once; return the logits, copied out, and the past of the next call, not copied."""
-        if self._session is None:
-            raise UsageError("the runner is closed; open another")
-        binding = self._session.io_binding()
-        for name, array in feeds.items():  # read in place, so `feeds` must live until the run is over; here it does
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-        for name, value in past.items():
-            binding.bind_ortvalue_input(name, value)
-        for name in self._outputs:
-            binding.bind_output(name)
-        try:
-            self._session.run_with_iobinding(binding)
-        except RuntimeError as error:
-            raise FailedError(f"onnxruntime failed in {self.variant.graph}: {one_line(error)}") from error
-        logits, *present = binding.get_outputs()
-        return logits.numpy(), dict(zip(self._pasts, present, strict=True))
-
-
-class ConcatRunner(OrtRunner[ConcatCache]):
-    """The portable graph: present = past + new tokens.
-
-    | tensor                          | shape                                                   | dtype          |
-    |---------------------------------|---------------------------------------------------------|----------------|
-    | input_ids, position_ids         | [batch_size, sequence_length]                           | int64          |
-    | attention_mask                  | [batch_size, total_sequence_length]                     | int64          |
-    | past_key_values.N.key, .value   | [batch_size, kv_heads, past_sequence_length, head_dim]  | kv_cache.dtype |
-    | num_logits_to_keep              | []: the last rows that get logits; 0, the default: all  | int64          |
-    | -> logits                       | [batch_size, num_logits, vocab_size]                    | float32        |
-    | -> present.N.key, .value        | [batch_size, kv_heads, total_sequence_length, head_dim] | kv_cache.dtype |
-
-    Rows of different lengths are padded on the left, call by call, so that the last position is every row's last
-    token. The mask hides the padding for good, also in the middle of the cache, and position_ids skip it. `truncate`
-    hides what it drops, and copies what is left where slots at the end are hidden in every row.
-
-    Prompts are computed in pieces of `prefill_chunk` tokens, since the attention weights of a call take heads x
-    sequence_length x total_sequence_length numbers; where all positions are asked for, in one.
-    """
-
-    prefill_chunk = PREFILL_CHUNK
-
     def _empty_cache(self, batch_size: int) -> ConcatCache:
         return ConcatCache(
             tokens=(_NOTHING,) * batch_size,
@@ -213,6 +169,7 @@ class ConcatRunner(OrtRunner[ConcatCache]):
         )
 
     def _extend(self, cache: ConcatCache, rows: list[Ids], all_positions: bool) -> tuple[list[Logits], ConcatCache]:
+        """Return the logits of `rows` appended to `cache`, and the cache that holds them."""
         width = max(len(row) for row in rows)
         if any(len(row) < width for row in rows):
             check_padded_rows(self.variant, ort.__version__)
@@ -236,11 +193,30 @@ class ConcatRunner(OrtRunner[ConcatCache]):
         return [logits[b, -n:] for b, n in enumerate(wanted)], ConcatCache(_joined(cache.tokens, rows), values, mask)
 
     def _shortened(self, cache: ConcatCache, lengths: tuple[int, ...]) -> ConcatCache:
+        """Return the cache with only the first tokens of each row; `lengths` was checked."""
         kept = np.array(lengths, np.int64)[:, None]
         mask = np.where(cache.mask.cumsum(axis=1) <= kept, cache.mask, 0)  # (B, P)
         slots = int(np.flatnonzero(mask.any(axis=0)).max(initial=-1)) + 1  # all after are hidden in every row
         values = cache.values if slots == mask.shape[1] else _first_slots(cache.values, slots)
         return ConcatCache(_cut(cache.tokens, lengths), values, mask[:, :slots])
+
+    def _call(self, feeds: Mapping[str, Ids], past: Values) -> tuple[Logits, Values]:
+        """Run the graph once; return the logits, copied out, and the past of the next call, not copied."""
+        if self._session is None:
+            raise UsageError("the runner is closed; open another")
+        binding = self._session.io_binding()
+        for name, array in feeds.items():  # read in place, so `feeds` must live until the run is over; here it does
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        for name, value in past.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            binding.bind_output(name)
+        try:
+            self._session.run_with_iobinding(binding)
+        except RuntimeError as error:
+            raise FailedError(f"onnxruntime failed in {self.variant.graph}: {one_line(error)}") from error
+        logits, *present = binding.get_outputs()
+        return logits.numpy(), dict(zip(self._pasts, present, strict=True))
 
 
 def default_variant(package: Package, device: str) -> str | None:

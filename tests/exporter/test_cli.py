@@ -306,6 +306,6 @@ def test_a_package_that_may_not_be_written_is_not_built(
         "olmo2_export.atomic.os.access",
         lambda path, mode: access(path, mode) and not (mode & os.W_OK and Path(path).resolve() in (copy, copy / "trt")),
     )
-    monkeypatch.setattr("olmo2_export.engine.build.check_files", None)
+    monkeypatch.setattr("runtimes.package.Package.check", None)
     assert cli.main(["build", str(copy), "--compute-capability", "8.9"]) == 2
     assert f"{copy}/trt: it is not writable; choose another" in capsys.readouterr().err
