@@ -14,6 +14,8 @@ from runtimes import Backend, Device, open_package, open_runner
 from runtimes.command import Parser, run_command
 from runtimes.generation.generate import Generation, encode_prompt, generate
 from runtimes.speculate.speculation import Drafter, DraftModel, PromptLookup
+from runtimes.targets import describe_backends, describe_devices
+from runtimes.text.logit_rules import Penalties
 from runtimes.text.plain_text import plain_lines, plain_text
 from runtimes.text.sampling import Sampler
 from runtimes.text.tokenizer import Tokenizer
@@ -68,18 +70,39 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     verb.add_argument(
         "--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that sum to P (default: 1, off)"
     )
+    verb.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="leave out what is less likely than P times the likeliest (default: 0, off)",
+    )
+    verb.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="divide the logits of the prompt's and the text's tokens by R, multiply negative ones (default: 1, off)",
+    )
+    verb.add_argument(
+        "--presence-penalty",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help="take R off the logits of tokens that the text has (default: 0, off)",
+    )
+    verb.add_argument(
+        "--frequency-penalty", type=float, default=0.0, metavar="R", help="the same, each time (default: 0, off)"
+    )
     verb.add_argument("--seed", type=int, metavar="S", help="draw the same tokens every time")
     verb.add_argument("--stop", action="append", default=[], metavar="S", help="end before this text; may be repeated")
     verb.add_argument(
         "--backend",
         default="ort",
         metavar="B",
-        help="ort: onnxruntime (default); trt_rtx, trt: an engine made by olmo2-export build, on TensorRT for RTX or "
-        "full TensorRT",
+        help=f"{describe_backends()} (default: ort)",
     )
-    verb.add_argument(
-        "--device", metavar="D", help="where onnxruntime runs: cpu (default), cuda, nv-rtx (TensorRT for RTX inside)"
-    )
+    verb.add_argument("--device", metavar="D", help=f"where onnxruntime runs: {describe_devices()} (default: cpu)")
     verb.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads (default: one per physical core it may use)"
     )
@@ -108,7 +131,8 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         Olmo2ExportError: whatever is wrong.
     """
-    sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
+    sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed, args.min_p)
+    penalties = Penalties(args.repetition_penalty, args.presence_penalty, args.frequency_penalty)
     check_hashes = not args.skip_hash_check
     package = open_package(args.package)
     tokenizer = Tokenizer.from_package(package, check_hashes=check_hashes)
@@ -137,9 +161,10 @@ def run(args: argparse.Namespace) -> None:
             prompt_ids,
             sampler=sampler,
             max_new_tokens=new,
-            stop=[plain_lines(stop) for stop in args.stop],
+            stop=[form for stop in args.stop for form in dict.fromkeys((stop, plain_lines(stop)))],  # as CR LF, too
             on_text=_write,
             speculate=drafter,
+            penalties=None if penalties == Penalties() else penalties,
         )
     _write("\n")
     if args.stats:

@@ -27,6 +27,7 @@ from olmo2_export.bench.contenders import Workshop
 from olmo2_export.bench.processes import ROOT, check_system
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes.command import Parser, run_command
+from runtimes.targets import find_target
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         match args.verb:
             case "compare":
                 workshop = Workshop(work, args.size)
-                args.variant = args.variant or ["q4", "q8", "fp32"]
+                args.variant = args.variant or list(find_target().variants)
                 reference = open_checkpoint(str(workshop.checkpoint("olmo2")))
                 result, report = run_comparison(args, workshop.bundle(args.variant), reference, work)
                 failed = ours_failed(result)

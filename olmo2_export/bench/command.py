@@ -27,7 +27,7 @@ def run_comparison(
     work: Path,
     *,
     backend: str = "ort",
-    device: str = "cpu",
+    device: str | None = None,
 ) -> tuple[dict[str, Any], str]:
     """Run `compare` with the arguments of `declare_setting`, and `variant`.
 

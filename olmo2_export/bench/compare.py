@@ -33,6 +33,7 @@ from runtimes.errors import ConfigError, ContextLengthError, UsageError, Variant
 from runtimes.manifest import find_variant, load_manifest, load_trt_manifest
 from runtimes.ort.devices import find_device
 from runtimes.sealed import check_files
+from runtimes.targets import Target, find_target
 
 METRICS = ("decode_tokens_per_s", "prefill_tokens_per_s")
 """what ratios are given of"""
@@ -50,14 +51,20 @@ class Setting:
     repeats: int = 5
     threads: int = 1
     backend: str = "ort"
-    device: str = "cpu"
+    device: str | None = None
+    """None: the backend's first"""
     minutes: float | None = None
     """for measuring; see `take_turns`"""
 
     @property
     def hardware(self) -> str:
         """PyTorch's name of what computes."""
-        return "cpu" if (self.backend, self.device) == ("ort", "cpu") else "cuda"
+        return "cuda" if self.target.on_gpu else "cpu"
+
+    @property
+    def target(self) -> Target:
+        """Where ours run."""
+        return find_target(self.backend, self.device)
 
     def check(self) -> None:
         """Refuse what cannot be measured.
@@ -122,11 +129,12 @@ def compare(
     """
     setting.check()
     model = load_manifest(package).model
-    if setting.device != "cpu" and setting.backend == "ort":
-        find_device(setting.device)
-    names = list(dict.fromkeys(variants)) or default_variants(package, setting.backend, setting.device)
+    target = setting.target
+    if target.on_gpu and not target.needs_engine:
+        find_device(target.device)
+    names = list(dict.fromkeys(variants)) or default_variants(package, target)
     if not names:
-        raise VariantNotFoundError(f"{package}: no variant for backend {setting.backend} on device {setting.device}")
+        raise VariantNotFoundError(f"{package}: no variant for backend {target.backend} on device {target.device}")
     for name in names:
         _check_room(package, name, setting)
         variant, files = find_variant(package, name)
@@ -140,8 +148,7 @@ def compare(
             raise ConfigError(f"{package}: not of the shape of the reference {reference.model}")
         workshop = Workshop(work, f"of-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}", folder)
         found_peers = peer_entries(peers, names, workshop, peers_folder, setting.threads, setting.hardware)
-    device = setting.device if setting.backend == "ort" else None
-    entries = [our_entry(package.resolve(), name, setting.backend, device) for name in names]
+    entries = [our_entry(package.resolve(), name, target) for name in names]
     entries += found_peers.entries if found_peers else ()
 
     busy = os.getloadavg()[0]
@@ -193,7 +200,7 @@ def _check_room(package: Path, name: str, setting: Setting) -> None:
             f"variant {name}: a context of {longest} and {setting.new_tokens} new tokens; its KV cache holds {most}: "
             "choose smaller --contexts"
         )
-    if setting.backend != "ort":
+    if setting.target.needs_engine:
         trt = load_trt_manifest(package)
         engines = [] if trt is None else [e for e in trt.engines.values() if e.variant == name]
         rows = min((engine.max_batch_size for engine in engines), default=max(setting.batch_sizes))

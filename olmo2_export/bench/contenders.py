@@ -13,6 +13,7 @@ from typing import Any
 import olmo2_export.demo
 from olmo2_export.bench.checkpoint import SIZES, Form, shape_of, write_checkpoint
 from olmo2_export.bench.processes import run, stage, worker
+from olmo2_export.catalog import find
 from runtimes.manifest import find_variant
 
 LLAMA_VENV, GENAI_VENV, OPTIMUM_VENV = ".venv-peers-llama", ".venv-peers-genai", ".venv-peers-optimum"
@@ -187,7 +188,7 @@ def ours(workshop: Workshop, variants: Sequence[str]) -> list[Contender]:
         alone, cost = workshop.package("one-graph", workshop.checkpoint("olmo2"), first, ["--no-prefill-graph"])
         one = _ours("one_graph", f"ours {first}, one graph", alone, first, ("memory_1024", "prefill_512"), cost)
     found = [_ours("ours", f"ours {first}", package, first, tuple(tasks), made), one]
-    if first != "fp32":
+    if find(first).quantized_cache:
         package, made = workshop.package("int8-cache", workshop.checkpoint("olmo2"), first, ["--kv-cache", "int8"])
         long = ("decode_128", "decode_3000", "prefill_512", "memory_1024")
         found.append(_ours("int8_cache", f"ours {first}, int8 KV cache", package, first, long, made))

@@ -33,7 +33,6 @@ from olmo2_export.engine.options import EngineOptions, gpu_at_hand, settle
 from olmo2_export.engine.plan import count_kernels
 from olmo2_export.engine.process import run_worker
 from olmo2_export.engine.refitter import RefitRequest
-from olmo2_export.graphs.static import Precision
 from olmo2_export.package.trt_variants import TrtOptions, check_trt_options, write_trt_variant
 from runtimes.errors import (
     EngineBuildError,
@@ -48,6 +47,7 @@ from runtimes.manifest import (
     TRT_FOLDER,
     Engine,
     ModelSpec,
+    Precision,
     ProfileRange,
     TrtManifest,
     Variant,

@@ -38,6 +38,7 @@ from runtimes.generation.generate import generate
 from runtimes.ort.devices import available_providers
 from runtimes.package import open_package
 from runtimes.runners.runner import Logits, Runner, common_prefix
+from runtimes.targets import find_target
 from runtimes.text.sampling import Sampler
 from runtimes.text.tokenizer import Tokenizer
 
@@ -85,7 +86,11 @@ class PackageLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
         if rows < 1:
             raise UsageError(f"batch_size {batch_size}: expected at least 1, or auto")
         where = "cuda" if device is not None and device.startswith("cuda") else device
-        if where == "cuda" and backend == "ort" and "CUDAExecutionProvider" not in available_providers():
+        if (
+            where == "cuda"
+            and not find_target(backend).needs_engine
+            and "CUDAExecutionProvider" not in available_providers()
+        ):
             where = None  # lm-eval's command line asks for cuda where nobody does
             logging.getLogger(__name__).warning("device %s: this onnxruntime has no CUDA; running on the CPU", device)
         opened = open_package(package)

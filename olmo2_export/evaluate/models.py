@@ -27,6 +27,7 @@ from runtimes import Backend, Device, open_runner
 from runtimes.manifest import ModelSpec, Variant
 from runtimes.package import AnyPackage, open_package
 from runtimes.runners.runner import Logits
+from runtimes.targets import find_target
 
 PYTORCH = "PyTorch float32"
 """the name of what variants are compared with"""
@@ -155,7 +156,7 @@ def open_package_model(
     """
     opened = open_package(package)
     model, entry = opened.model, opened.variant(variant) if variant is not None else None
-    if entry is not None and backend == "ort" and device in (None, "cpu") and _rounded_here(entry):
+    if entry is not None and not find_target(backend, device).on_gpu and _rounded_here(entry):
         with open_measured(opened, entry.name) as measured:
             yield PackageModel(measured, entry, model, f"{entry.name}, rounded as on its device", decode_graph)
         return

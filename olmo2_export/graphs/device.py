@@ -54,15 +54,10 @@ from olmo2_export.graphs.shared import attach_blocks, shared_outputs
 from olmo2_export.quantize.recipes import QuantizedWeights
 from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes.errors import FusionError
-from runtimes.manifest import Dtype, KVCacheSpec, ModelSpec, TensorSpec
+from runtimes.manifest import KVCacheSpec, ModelSpec, TensorSpec
 
 TOP_K = 1
 """candidates that the graph picks: what greedy decoding needs"""
-
-DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "q4f16": ir.DataType.FLOAT16}
-"""variant -> dtype of activations and cache"""
-
-DTYPE_NAMES: dict[ir.DataType, Dtype] = {ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
 
 
 def device_outputs(model: ModelSpec, cache: KVCacheSpec) -> tuple[TensorSpec, ...]:

@@ -24,11 +24,12 @@ from functools import lru_cache
 import numpy as np
 import onnx_ir as ir
 
+from olmo2_export.catalog import BlockFormat
 from olmo2_export.fuse import ONNXRUNTIME, Pass, apply, check_op_counts
 from olmo2_export.fuse.gather_block_quantized import gather_block_quantized
 from olmo2_export.fuse.matmul_integer import matmul_integer, multiply_floats
 from olmo2_export.fuse.matmul_nbits import matmul_nbits
-from olmo2_export.quantize.blocks import BlockFormat, QuantizedMatrix
+from olmo2_export.quantize.blocks import QuantizedMatrix
 from olmo2_export.quantize.int8 import quantize_int8
 from olmo2_export.quantize.recipes import QuantizedWeights
 from runtimes.errors import FusionError

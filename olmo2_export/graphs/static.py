@@ -37,10 +37,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, get_args
 
 import onnx_ir as ir
 
+from olmo2_export.catalog import static_row
+from olmo2_export.dtypes import ir_dtype
 from olmo2_export.fuse import TENSORRT, apply, check_op_counts
 from olmo2_export.fuse.dequantize_weights import CODES, SCALES, dequantize_weights
 from olmo2_export.fuse.merge_projections import JOINT, merge_projections
@@ -53,26 +54,8 @@ from olmo2_export.quantize.linear import QuantizedLinear, side_by_side
 from olmo2_export.quantize.static import StaticWeights
 from olmo2_export.stored_graph import load_graph
 from runtimes.errors import FusionError
-from runtimes.manifest import Dtype, KVCacheSpec, Manifest, ModelSpec, Role, TensorSpec, Variant
+from runtimes.manifest import KVCacheSpec, Manifest, ModelSpec, Precision, Role, TensorSpec, Variant
 from runtimes.ort.versions import oldest_onnxruntime
-
-Precision = Literal["bf16", "fp16", "fp32", "int4", "int8", "fp8"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-QUANTIZED: tuple[Precision, ...] = ("int4", "int8", "fp8")
-"""precisions of the weights; activations and cache are bfloat16"""
-_MERGED: tuple[Precision, ...] = ("int4", "fp8")
-"""precisions whose products of one input are concatenated in the graph"""
-_DTYPES = {"fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
-_DTYPE_NAMES: dict[ir.DataType, Dtype] = {
-    ir.DataType.BFLOAT16: "bfloat16",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.FLOAT: "float32",
-}
-
-
-def dtype_of(precision: Precision) -> ir.DataType:
-    """Return the dtype of activations and cache."""
-    return _DTYPES.get(precision, ir.DataType.BFLOAT16)
 
 
 def static_inputs(model: ModelSpec, precision: Precision, max_cache_length: int) -> tuple[TensorSpec, ...]:
@@ -100,7 +83,7 @@ def static_outputs(
 def expected_op_counts(model: ModelSpec, precision: Precision) -> dict[str, int]:
     """Return how often each fused operator must occur in the static-cache graph."""
     layers = model.num_hidden_layers
-    products = 4 if precision in _MERGED else 7
+    products = 4 if static_row(precision).weights.merged else 7
     return {
         "MatMul": products * layers + 1,
         "RMSNormalization": 4 * layers + 1,
@@ -125,10 +108,10 @@ def static_graph(
         portable: as `trace` returns it or as it is loaded from a package; float32. Weights stay where they are until
             the graph is written, and are then rounded one at a time.
         model: the model's shape.
-        precision: of weights, activations and cache; of `QUANTIZED`, of the weights.
+        precision: of weights, activations and cache; where weights are quantised, of the weights.
         max_cache_length: slots of the cache, in tokens.
         top_k: candidates that the graph picks per row.
-        weights: the linears of a precision out of `QUANTIZED`; read when the graph is written.
+        weights: the linears, where they are quantised; read when the graph is written.
 
     Returns:
         The graph, and what rounds its weights, whose `check` is to be called when they have been written.
@@ -136,7 +119,7 @@ def static_graph(
     Raises:
         FusionError: a pass did not find what it must find, or the result is not the graph of the table above.
     """
-    layers = model.num_hidden_layers
+    layers, row = model.num_hidden_layers, static_row(precision)
     applied = apply(portable, TENSORRT)
     expected = {
         "gather_logit_row": 1,
@@ -152,10 +135,10 @@ def static_graph(
     ]
     if wrong:
         raise FusionError(f"graph {portable.graph.name}: {'; '.join(wrong)}; it is not a graph of this exporter")
-    if precision in _MERGED:
+    if row.weights.merged:
         merge_projections(portable)
     top_candidates(portable, top_k)
-    rounding = set_precision(portable, dtype_of(precision))
+    rounding = set_precision(portable, ir_dtype(row.dtype))
     set_cache_length(portable, max_cache_length)
     if weights is not None:
         _quantize(portable, weights)
@@ -186,20 +169,20 @@ def static_variant(
     op_counts: dict[str, int],
 ) -> Variant:
     """Return the manifest's entry of a static-cache graph."""
-    graph = f"trt/model_{precision}.onnx"
+    row = static_row(precision)
     cache = KVCacheSpec(
-        form="static",
-        dtype=_DTYPE_NAMES[dtype_of(precision)],
+        form=row.form,
+        dtype=row.dtype,
         num_layers=model.num_hidden_layers,
         num_key_value_heads=model.num_key_value_heads,
         head_dim=model.head_dim,
         max_cache_length=max_cache_length,
     )
     return Variant(
-        name=f"trt_{precision}",
+        name=row.name,
         precision=precision,
-        graph=graph,
-        data=(f"{graph}_data",),
+        graph=row.path,
+        data=(f"{row.path}_data",),
         opset=OPSET,
         inputs=static_inputs(model, precision, max_cache_length),
         outputs=static_outputs(model, precision, max_cache_length, top_k),
@@ -237,7 +220,7 @@ def _caches(
     shape = ("batch_size", model.num_key_value_heads, max_cache_length, model.head_dim)
     for layer in range(model.num_hidden_layers):
         for kind in ("key", "value"):
-            yield TensorSpec(f"{prefix}.{layer}.{kind}", _DTYPE_NAMES[dtype_of(precision)], shape, role)
+            yield TensorSpec(f"{prefix}.{layer}.{kind}", static_row(precision).dtype, shape, role)
 
 
 def _check_interface(values: Iterable[ir.Value], specs: tuple[TensorSpec, ...]) -> None:

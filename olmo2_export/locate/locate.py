@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 from olmo2_export.config import ModelConfig
-from olmo2_export.graphs.device import DTYPES
+from olmo2_export.dtypes import float_dtype
 from olmo2_export.locate.explain import relative_error
 from olmo2_export.locate.layer_checks import (
     GATED,
@@ -60,8 +60,10 @@ from olmo2_export.truth.torch_layers import TorchModel
 from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes import Backend, Device
 from runtimes.errors import ConfigError, PackageError, VariantNotFoundError
-from runtimes.manifest import find_variant, load_manifest, load_trt_manifest
+from runtimes.manifest import find_variant, load_manifest
+from runtimes.package import open_package
 from runtimes.sealed import check_files
+from runtimes.targets import Target, find_target, runnable
 
 TOKENS = (17, 6, 1)
 """of the calls: a prefill, a chunk, a step of decoding"""
@@ -71,7 +73,6 @@ GROWN = 4.0
 """most: error / PyTorch's own, of errors that have come through all layers"""
 IN_ORDER = 0.3
 """RMS error of a sum of n products in float32, one after the other: this x 2^-24 x sqrt(n) of the sum's RMS"""
-_FLOOR = {"fp32": 2.0**-24, "bf16": 2.0**-9, "fp16": 2.0**-12}
 _SEED = 0
 
 __all__ = ["Location", "TensorParity", "format_location", "locate"]
@@ -100,7 +101,7 @@ def locate(
     variant: str,
     *,
     backend: Backend = "ort",
-    device: Device = "cpu",
+    device: Device | None = None,
     opener: Opener | None = None,
 ) -> Location:
     """Find the first tensor that departs.
@@ -110,7 +111,7 @@ def locate(
         checkpoint: the reference weights.
         variant: its name.
         backend: what runs the graph. A TensorRT compiles each segment for the GPU at hand, and sees the first call.
-        device: where ort runs it.
+        device: where ort runs it; None: on the CPU.
         opener: what runs a segment; None: that of backend and device.
 
     Raises:
@@ -129,9 +130,10 @@ def locate(
         raise PackageError(
             f"{package}: a cache of {entry.kv_cache.max_cache_length} tokens; --locate needs {MIN_TOKENS}"
         )
-    check_runs(entry, backend, device)
+    target = find_target(backend, device)
+    check_runs(entry, target)
     wrong = weight_check(package, entry, checkpoint, config)
-    views = variant_views(package, entry, checkpoint, config, backend, device, opener)
+    views = variant_views(package, entry, checkpoint, config, target, opener)
     location = None
     steps = len(views) * (config.num_hidden_layers + 2)
     with tqdm(total=steps, desc=f"locating in {variant}", unit="segment", leave=False) as bar:
@@ -156,26 +158,37 @@ def locate_all(
     variants: Sequence[str] = (),
     *,
     backend: Backend = "ort",
-    device: Device = "cpu",
+    device: Device | None = None,
 ) -> list[Location]:
     """Locate in several variants; none means all that the backend can run, as in `verify`."""
-    names = list(dict.fromkeys(variants)) or _all_variants(package, backend, device)
+    names = list(dict.fromkeys(variants)) or _all_variants(package, find_target(backend, device))
     return [locate(package, checkpoint, name, backend=backend, device=device) for name in names]
 
 
-def _all_variants(package: Path, backend: Backend, device: Device) -> list[str]:
-    """Return what can be looked at there.
+def _all_variants(package: Path, target: Target) -> list[str]:
+    """Return what can be looked at there: on a CPU every graph, in a form that it runs; no engine is needed.
 
     Raises:
         VariantNotFoundError: there is nothing.
     """
-    own, trt = load_manifest(package).variants, load_trt_manifest(package)
-    graphs = list(trt.variants) if trt is not None else []
-    if backend == "ort":
-        graphs = [*(name for name in own if device == "cpu" or name in DTYPES), *graphs]
+    opened = open_package(package)
+    graphs = list(opened.trt.variants) if opened.trt is not None else []
+    if not target.needs_engine:
+        graphs = [*(runnable(opened, target) if target.on_gpu else opened.manifest.variants), *graphs]
     if not graphs:
-        raise VariantNotFoundError(f"{package}: no variant for {backend} on {device}; export it with --variant bf16")
+        way_out = (
+            f"run: olmo2-export build {package}"
+            if target.needs_engine
+            else f"export it with --variant {target.variants[0]}"
+        )
+        raise VariantNotFoundError(f"{package}: no variant for {target.backend} on {target.device}; {way_out}")
     return graphs
+
+
+def _floor(precision: str) -> float:
+    """Return the error that is none: in 16 bits half the unit roundoff, in float32 all of it, as sums have."""
+    roundoff = float_dtype(precision).roundoff
+    return roundoff if precision == "fp32" else roundoff / 2
 
 
 class _Locator:
@@ -241,7 +254,7 @@ class _Locator:
             units *= 4
         elif parity.operation == LINEAR and self._in_order:
             units *= IN_ORDER * math.sqrt(self._products(parity.name))
-        return max(self._view.factor * max(parity.expected, _FLOOR[self._view.precision]), units * _FLOOR["fp32"])
+        return max(self._view.factor * max(parity.expected, _floor(self._view.precision)), units * _floor("fp32"))
 
     def _products(self, name: str) -> int:
         """Return how many products a linear adds for one of its outputs."""
@@ -266,9 +279,9 @@ class _Locator:
 
     def _grown(self, growth: Sequence[TensorParity]) -> tuple[TensorParity, list[TensorParity], str] | None:
         """Return the first depth at which errors that are small by themselves have added up."""
-        floor = _FLOOR[self._view.precision]
+        floor = _floor(self._view.precision)
         if self._in_order:
-            floor = max(floor, IN_ORDER * _FLOOR["fp32"] * math.sqrt(self._config.hidden_size))
+            floor = max(floor, IN_ORDER * _floor("fp32") * math.sqrt(self._config.hidden_size))
         for parity in growth:
             if not parity.relative <= GROWN * max(parity.expected, floor):
                 text = f"{self._label()}each operation is right on its own inputs, but up to {parity.name} errors"

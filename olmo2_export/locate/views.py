@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -12,38 +12,37 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+import olmo2_export.catalog as catalog
 from olmo2_export.config import ModelConfig
+from olmo2_export.dtypes import HALVES, float_dtype
 from olmo2_export.fuse.merge_projections import JOINT
 from olmo2_export.graphs import shared as ort_graph
-from olmo2_export.graphs.device import DTYPES
 from olmo2_export.graphs.trace import ROTARY_TABLES
 from olmo2_export.locate.explain import relative_error
 from olmo2_export.locate.layer_checks import TensorParity
 from olmo2_export.locate.segments import Opener, one_call, onnxruntime_opener, tensorrt_opener
 from olmo2_export.quantize.linear import QuantizedLinear
 from olmo2_export.stored_graph import load_graph
-from olmo2_export.truth.reference import Rounding, fp8_scaled, int8_blocks, int8_scaled
+from olmo2_export.truth.reference import SCALED, Rounding, int8_blocks
 from olmo2_export.truth.torch_layers import Weights, rotary_tables
 from olmo2_export.verify.weight_checks import check_int8, check_linears, check_matrices
 from olmo2_export.views import static_forms as trt_forms
 from olmo2_export.views.static_forms import Lazy
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.stored_names import stored_weight
-from runtimes import Backend, Device
 from runtimes.errors import UsageError
 from runtimes.manifest import Quantization, Variant
+from runtimes.targets import Target
+from runtimes.trt.nvidia import tensorrt_backend
 
 EXACT, ROUNDED = 4.0, 2.0
 """most: error / PyTorch's own, of one operation on the graph's inputs. 4 is the fp32 gate of verify; where rounding to
 fewer bits dominates, the same places are rounded, and less is ample"""
 INT8 = "int8"
 """the view of a prefill graph"""
-_TABLE_ERROR = 2.0**-8  # of a number from -1 to 1: what rounding to bfloat16 costs
+_TABLE_ERROR = float_dtype("bfloat16").roundoff  # of a number from -1 to 1
 FIRST_CALL = 16
 """tokens of the one call of a TensorRT"""
-_SMALL = {ir.DataType.BFLOAT16: torch.bfloat16, ir.DataType.FLOAT16: torch.float16}
-_SCALED: dict[str, Callable[[float], Rounding]] = {"int8": int8_scaled, "fp8": fp8_scaled}
-_ARITHMETIC = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +68,7 @@ class View:
         """of the rotary tables: GroupQueryAttention wants them in the precision of its queries"""
         stored = self.model.graph.initializers.get(ROTARY_TABLES[0])
         dtype = stored.dtype if stored is not None else None
-        return torch.float32 if dtype is None else _SMALL.get(dtype, torch.float32)
+        return torch.float32 if dtype is None else HALVES.get(dtype, torch.float32)
 
 
 def variant_views(
@@ -77,32 +76,33 @@ def variant_views(
     entry: Variant,
     checkpoint: Checkpoint,
     config: ModelConfig,
-    backend: Backend = "ort",
-    device: Device = "cpu",
+    target: Target,
     opener: Opener | None = None,
 ) -> list[View]:
-    """Return the views of a variant, the sharpest first; arguments as those of `locate`."""
+    """Return the views of a variant where it runs, the sharpest first; the other arguments as those of `locate`."""
+    device = target.device
     graph = load_graph(package / entry.graph)
     static = entry.kv_cache.form == "static"
     quantized = _quantized_weights(graph, config, static=static) if entry.quantization is not None else {}
     weights = stored_weights(graph, checkpoint, config, quantized)
-    arithmetic = _ARITHMETIC.get(entry.kv_cache.dtype, "fp32")
+    stored = entry.kv_cache
+    arithmetic = "fp32" if stored.quantization is not None else float_dtype(stored.dtype).precision
     scales = entry.quantization.input_scales if entry.quantization is not None else {}
-    rounding = {name: _SCALED[entry.precision](scale) for name, scale in scales.items()}
-    if backend != "ort":
-        made = opener or tensorrt_opener(backend)
+    rounding = {name: SCALED[entry.precision](scale) for name, scale in scales.items()}
+    if target.needs_engine:
+        made = opener or tensorrt_opener(tensorrt_backend(target.backend))
         once = one_call(graph, FIRST_CALL)
         return [View("", once, entry, made, weights, arithmetic, ROUNDED, rounding=rounding, first_call_only=True)]
     made = opener or onnxruntime_opener(package / entry.graph, entry, device)
-    if device != "cpu":
+    if target.on_gpu:
         form = trt_forms.device_form(graph) if static and quantized else graph
         return [View("", form, entry, made, weights, arithmetic, ROUNDED, rounding=rounding)]
-    if entry.name == "fp32" or (arithmetic == "fp32" and static):
+    if entry.kv_cache.form == "concat" or (arithmetic == "fp32" and static):
         return [View("", graph, entry, made, weights, "fp32", EXACT)]
     wide = dataclasses.replace(
         entry, kv_cache=dataclasses.replace(entry.kv_cache, dtype="float32", quantization=None), prefill=None
     )
-    if static or entry.name in DTYPES:
+    if static or catalog.is_for_devices(entry.name):
         exact = View("exact", trt_forms.exact_form(graph), wide, made, weights, "fp32", EXACT)
         as_is = arithmetic == "fp16" and not quantized
         form, variant = (graph, entry) if as_is else (trt_forms.rounded_form(graph), wide)
@@ -132,17 +132,21 @@ def variant_views(
     return views
 
 
-def check_runs(entry: Variant, backend: Backend, device: Device) -> None:
+def check_runs(entry: Variant, target: Target) -> None:
     """Refuse a variant that does not run there.
 
     Raises:
         UsageError: it does not.
     """
     static = entry.kv_cache.form == "static"
-    if backend != "ort" and not static:
-        raise UsageError(f"variant {entry.name}: backend {backend} runs the graphs for TensorRT, trt_*")
-    if backend == "ort" and device != "cpu" and not static and entry.name not in DTYPES:
-        raise UsageError(f"variant {entry.name}: device {device} runs {', '.join(DTYPES)} and trt_*")
+    if static or not target.on_gpu:
+        return
+    if target.needs_engine:
+        raise UsageError(f"variant {entry.name}: backend {target.backend} runs the graphs for TensorRT, trt_*")
+    if not catalog.is_for_devices(entry.name):
+        raise UsageError(
+            f"variant {entry.name}: device {target.device} runs {', '.join(catalog.names('device'))} and trt_*"
+        )
 
 
 def stored_weights(
@@ -150,10 +154,10 @@ def stored_weights(
 ) -> Weights:
     """Return what gives a weight as the graph should have it: dequantised, or the checkpoint's rounded to its dtype."""
     dtypes = {
-        part: _SMALL[value.dtype]
+        part: HALVES[value.dtype]
         for name, value in graph.graph.initializers.items()
         for part in name.split(JOINT)
-        if value.dtype in _SMALL
+        if value.dtype in HALVES
     }
 
     def weight(name: str) -> torch.Tensor:

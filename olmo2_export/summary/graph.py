@@ -13,12 +13,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import onnx_ir as ir
-
 from olmo2_export.config import ModelConfig
+from olmo2_export.dtypes import dtype_name, ir_dtype
 from olmo2_export.fuse import op_counts
 from olmo2_export.stored_graph import load_graph
 from olmo2_export.weights.stored_names import EMBEDDING, HEAD, weight_shapes
+from runtimes.dtypes import find_dtype
 from runtimes.errors import PackageError
 from runtimes.manifest import KVCacheSpec, Manifest, Quantization, Role, TensorSpec, Variant
 
@@ -27,7 +27,6 @@ LARGEST = 8
 
 _PARTS = re.compile(r"\.(packed|scales|zero_points|int8|channel_scales|codes|dequantized)$")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8, "int4": 4}
 
 _MEANINGS: dict[Role, str] = {
     "token_ids": "token ids of the new tokens",
@@ -192,14 +191,8 @@ def io_rows(variant: Variant) -> tuple[IoRow, ...]:
 
 def cache_bytes_per_token(cache: KVCacheSpec) -> int:
     """Return what one token of one row takes in the KV cache, over all layers, without scales."""
-    bits = 8 if cache.quantization else _BITS[cache.dtype]  # two codes of 4 bits share a uint8 of stored_head_dim
-    return 2 * cache.num_layers * cache.num_key_value_heads * cache.stored_head_dim * bits // 8
-
-
-def dtype_name(dtype: ir.DataType) -> str:
-    """Return a dtype as the manifest spells it: float32, bfloat16, int4."""
-    names = {"FLOAT": "float32", "DOUBLE": "float64"}
-    return names.get(dtype.name, dtype.name.lower())
+    size = find_dtype(cache.dtype).size  # two codes of 4 bits share a uint8 of stored_head_dim
+    return 2 * cache.num_layers * cache.num_key_value_heads * cache.stored_head_dim * size
 
 
 def _io(direction: str, specs: Iterable[TensorSpec]) -> list[IoRow]:
@@ -285,7 +278,7 @@ def _parts(stored: Iterable[StoredTensor], config: ModelConfig, quantization: Qu
         if coarse := int8.intersection(names):
             schemes["8 bits, per channel, symmetric"] += len(coarse)
         if plain := [n for n in names if n not in quantized and n not in int8]:
-            schemes[max(dtypes[part], key=lambda d: _BITS.get(d, 0))] += len(plain)
+            schemes[max(dtypes[part], key=lambda dtype: ir_dtype(dtype).bitwidth)] += len(plain)
         weights = sum(shapes[n][0] * shapes[n][1] for n in names)
         parts.append(
             Part(

@@ -21,7 +21,8 @@ from transformers.models.olmo2.modeling_olmo2 import (
     repeat_kv,
 )
 
-from olmo2_export.truth.reference import TORCH_DTYPES, Rounding, reference_config, use_float64_norms
+from olmo2_export.dtypes import float_dtype
+from olmo2_export.truth.reference import Rounding, reference_config, use_float64_norms
 
 Weights = Callable[[str], Tensor]
 """a weight by the checkpoint's name, in the checkpoint's layout"""
@@ -42,7 +43,7 @@ class TorchModel:
         """See `views.View`; `tables` is the dtype that a graph's rotary tables have."""
         self.config = reference_config(folder)
         self.config._attn_implementation = "sdpa"
-        self.dtype = TORCH_DTYPES[precision]
+        self.dtype = float_dtype(precision).torch
         self.rounding = dict(rounding or {})
         self.weights = weights
         self.tables = tables

@@ -13,6 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from olmo2_export.verbs.arguments import declare_target
+
 if TYPE_CHECKING:
     from olmo2_export.evaluate.evaluate import Comparison, Evaluation
 
@@ -22,9 +24,7 @@ HELP = "perplexity ± standard error, and KL divergence to PyTorch, on a text"
 def declare(verb: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     verb.add_argument("model", metavar="PACKAGE|MODEL", help="a package; or a checkpoint, which PyTorch runs")
-    verb.add_argument("--variant", metavar="V", help="of the package; default: the fastest verified one")
-    verb.add_argument("--backend", choices=["ort", "trt_rtx", "trt"], default="ort", help="default ort")
-    verb.add_argument("--device", choices=["cpu", "cuda", "nv-rtx"], help="where ort runs it; default cpu")
+    declare_target(verb, variant="of the package; default: the fastest verified one", many=False)
     verb.add_argument(
         "--decode-graph", action="store_true", help="score with the graph that generates text, not that for prompts"
     )

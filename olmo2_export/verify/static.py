@@ -35,7 +35,7 @@ from olmo2_export.package.trt_variants import default_text
 from olmo2_export.quantize.static import static_input_scales
 from olmo2_export.quantize.sweep import reference_logits
 from olmo2_export.stored_graph import load_graph
-from olmo2_export.truth.reference import Rounding, fp8_scaled, int8_scaled, open_reference
+from olmo2_export.truth.reference import SCALED, open_reference
 from olmo2_export.verify.measure import LONGEST, QUALITY_LENGTH, Truth, ask_pytorch, feed, measure_runner, with_quality
 from olmo2_export.verify.weight_checks import check_linears, check_rounded
 from olmo2_export.views.static_forms import (
@@ -58,10 +58,10 @@ from runtimes.ort.static_session import OrtStaticSession
 from runtimes.runners.runner import Logits, TokenIds
 from runtimes.runners.static import StaticRunner
 from runtimes.sealed import check_files, hash_file
+from runtimes.targets import find_target
 
 Form = Callable[[ir.Model], ir.Model]
 
-_SCALED: dict[str, Callable[[float], Rounding]] = {"int8": int8_scaled, "fp8": fp8_scaled}
 _ENGINE = dataclasses.replace(KERNELS, near_tie=GATES["bf16"].near_tie)
 _CALIBRATION_RATIO = 1.15  # two steps of clipping; the same tokens, summed in another order, seldom give one
 _AS_IS = ("fp32", "fp16")  # precisions that the CPU provider has
@@ -73,7 +73,7 @@ def measure_static(
     checkpoint: Checkpoint,
     truth: Truth | None,
     backend: Backend = "ort",
-    device: Device = "cpu",
+    device: Device | None = None,
     longest: int = LONGEST,
 ) -> ParityReport:
     """Run a static-cache graph, or the engine made of it, through every case and check.
@@ -84,7 +84,7 @@ def measure_static(
         checkpoint: the reference weights.
         truth: what `ask_pytorch` found for its precision; None where its weights are quantised.
         backend: ort, or the TensorRT whose engine is run as it is: it has no other forms.
-        device: of ort: cpu, or cuda, where the graph is run as it is.
+        device: of ort: cpu, or cuda, where the graph is run as it is; None: the backend's first.
         longest: tokens of the longest rows, where the cache holds more.
 
     Raises:
@@ -117,7 +117,7 @@ def measure_static(
             cases = _labelled("exact", runner, stored, stored.own["fp32"], GATES["fp32"])
         return dataclasses.replace(report, cases=(*report.cases, *cases), checks=tuple(checks))
     scales = entry.quantization.input_scales if entry.quantization else {}
-    rounding = {tensor: _SCALED[entry.precision](scale) for tensor, scale in scales.items()}
+    rounding = {tensor: SCALED[entry.precision](scale) for tensor, scale in scales.items()}
     with open_reference(checkpoint, "bf16", weights, rounding) as reference:
         own = reference.logits(stored.sequences, stored.positions)
     checks += [
@@ -157,11 +157,11 @@ class StaticForms:
         spec: ModelSpec,
         graph: ir.Model,
         backend: Backend = "ort",
-        device: Device = "cpu",
+        device: Device | None = None,
     ) -> None:
         self.entry, self._package, self._spec, self._graph = entry, package, spec, graph
-        self._backend, self._device = backend, device
-        self.as_itself = backend != "ort" or device != "cpu"
+        self._target = find_target(backend, device)
+        self.as_itself = self._target.on_gpu
         """it has one form alone"""
         cache = dataclasses.replace(entry.kv_cache, dtype="float32")
         self._changed = dataclasses.replace(entry, kv_cache=cache)
@@ -169,18 +169,20 @@ class StaticForms:
     @contextmanager
     def open(self, form: Form | None) -> Iterator[Runner]:
         """Run the graph in a form, None: as it is; or, where there is no other, as itself."""
-        on_device = self.as_itself and self._backend == "ort"
+        on_device = self.as_itself and not self._target.needs_engine
         if on_device and self.entry.quantization is not None:
             form, variant = device_form, self.entry
         elif form is None or self.as_itself:
-            device = self._device if on_device else None
-            with open_runner(self._package, variant=self.entry.name, backend=self._backend, device=device) as runner:
+            target = self._target
+            with open_runner(
+                self._package, variant=self.entry.name, backend=target.backend, device=target.device
+            ) as runner:
                 yield runner
             return
         else:
             variant = self._changed
         session = OrtStaticSession(
-            self._session(form(self._graph), variant), variant, memory=find_device(self._device).memory
+            self._session(form(self._graph), variant), variant, memory=find_device(self._target.device).memory
         )
         with StaticRunner(session, variant, self._spec) as static:
             yield static
@@ -195,7 +197,9 @@ class StaticForms:
 
     def _session(self, model: ir.Model, variant: Variant) -> Any:
         proto = ir.to_proto(model).SerializeToString()
-        return open_session(self._package / self.entry.graph, variant, None, proto, device=find_device(self._device))
+        return open_session(
+            self._package / self.entry.graph, variant, None, proto, device=find_device(self._target.device)
+        )
 
 
 class _AllPositions:

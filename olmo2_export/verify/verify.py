@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+import olmo2_export.catalog as catalog
 from olmo2_export.atomic import can_write, write_file
-from olmo2_export.graphs.device import DTYPES
 from olmo2_export.measure.parity import GATES, CaseResult, ParityReport
 from olmo2_export.verify.device import measure_device
 from olmo2_export.verify.feeds import MIN_CAPACITY
@@ -27,14 +27,14 @@ from runtimes import Backend, Device, open_runner
 from runtimes.errors import PackageError, UsageError, VariantNotFoundError
 from runtimes.manifest import (
     PARITY_NAME,
-    Manifest,
     find_variant,
     load_manifest,
-    load_trt_manifest,
     package_checksum,
 )
 from runtimes.ort.devices import find_device
+from runtimes.package import open_package
 from runtimes.sealed import FORMAT_VERSION, check_files, read_sealed, seal
+from runtimes.targets import Target, find_target, runnable
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def verify(
     *,
     variants: Sequence[str] = (),
     backend: Backend = "ort",
-    device: Device = "cpu",
+    device: Device | None = None,
     longest: int = LONGEST,
     out: Path | None = None,
     show: Callable[[Sequence[ParityReport]], None] | None = None,
@@ -60,7 +60,7 @@ def verify(
         variants: which; none means all that the backend can run: for ort those of the export and the TensorRT graphs,
             or on another device than the CPU those for GPUs; for a TensorRT those with an engine for it.
         backend: what runs the graphs.
-        device: where ort runs them.
+        device: where ort runs them; None: on the CPU.
         longest: tokens of the longest rows, where a cache holds more; at least MIN_CAPACITY.
         out: the file to write, in the place of `parity.json`.
         show: is given the reports before they are written, which a full disk may prevent.
@@ -80,13 +80,13 @@ def verify(
     checksum = package_checksum(package)
     check_files(package, manifest.files)
     path = _report_path(package, out)
-    if backend == "ort" and device != "cpu":
+    target = find_target(backend, device)
+    device = target.device
+    if target.on_gpu and not target.needs_engine:
         find_device(device)  # before PyTorch is asked
-    if backend != "ort" and device == "nv-rtx":
-        raise UsageError(f"device nv-rtx is one of onnxruntime; backend {backend} runs on the GPU by itself")
-    names = list(dict.fromkeys(variants)) or _all_variants(package, manifest, backend, device)
+    names = list(dict.fromkeys(variants)) or _all_variants(package, target)
     entries = {name: find_variant(package, name)[0] for name in names}
-    if backend != "ort":
+    if target.needs_engine:
         open_runner(package, variant=names[0], backend=backend).close()  # likewise
     precisions = {entry.precision for entry in entries.values() if entry.quantization is None}
     if unknown := precisions - GATES.keys():
@@ -100,12 +100,12 @@ def verify(
         reports = []
         for name, entry in entries.items():
             own = truth if entry.quantization is None else None
-            if name in DTYPES:
+            if catalog.is_for_devices(name):
                 reports.append(measure_device(package, name, checkpoint, own, device, longest))
-            elif entry.kv_cache.form == "static" and device != "nv-rtx":
+            elif entry.kv_cache.form == "static" and "static" in target.caches:
                 reports.append(measure_static(package, name, checkpoint, own, backend, device, longest))
-            elif device != "cpu" and backend == "ort":
-                raise UsageError(f"variant {name}: verify has {', '.join(DTYPES)} for device {device}")
+            elif target.on_gpu and not target.needs_engine:
+                raise UsageError(f"variant {name}: verify has {', '.join(catalog.names('device'))} for device {device}")
             elif entry.quantization is not None:
                 reports.append(measure_quantized(package, name, checkpoint, longest))
             else:
@@ -140,24 +140,23 @@ def _report_path(package: Path, out: Path | None) -> Path | None:
     return None
 
 
-def _all_variants(package: Path, manifest: Manifest, backend: Backend, device: Device) -> list[str]:
-    """Return what the backend can run there.
+def _all_variants(package: Path, target: Target) -> list[str]:
+    """Return what can be verified there: on a CPU every graph, in a form that it runs.
 
     Raises:
         VariantNotFoundError: there is nothing.
     """
-    trt = load_trt_manifest(package)
-    if backend == "ort" and device != "cpu":
-        if names := [name for name in manifest.variants if name in DTYPES]:
-            return names
-        raise VariantNotFoundError(f"{package}: no variant for {device}; export it with --variant bf16")
-    if backend == "ort":
-        return [*manifest.variants, *(trt.variants if trt is not None else ())]
-    engines = trt.engines.values() if trt is not None else ()
-    names = list(dict.fromkeys(engine.variant for engine in engines if engine.backend == backend))
+    opened = open_package(package)
+    if not target.on_gpu:
+        return [*opened.manifest.variants, *(opened.trt.variants if opened.trt is not None else ())]
+    names = runnable(opened, target)
+    if not names and target.needs_engine:
+        raise VariantNotFoundError(
+            f"{package}: no engine for {target.backend}; run: olmo2-export build {package} --backend {target.backend}"
+        )
     if not names:
         raise VariantNotFoundError(
-            f"{package}: no engine for {backend}; run: olmo2-export build {package} --backend {backend}"
+            f"{package}: no variant for {target.device}; export it with --variant {target.variants[0]}"
         )
     return names
 

@@ -25,7 +25,7 @@ from runtimes.ort.devices import find_device
 from runtimes.ort.session import one_line, open_session
 from runtimes.ort.shared import SharedRunner
 from runtimes.ort.static_session import OrtStaticSession
-from runtimes.ort.versions import check_padded_rows, new_enough, runnable
+from runtimes.ort.versions import check_padded_rows, new_enough, without_too_new
 from runtimes.package import Package
 from runtimes.runners.runner import (
     Ids,
@@ -38,26 +38,7 @@ from runtimes.runners.runner import (
     no_candidates,
 )
 from runtimes.runners.static import StaticRunner
-
-CACHE_DTYPES: dict[str, dict[str, tuple[str, ...]]] = {
-    "cpu": {
-        "concat": ("float32", "float16"),
-        "static": ("float32", "float16"),
-        "shared": ("float32", "float16", "int8", "uint8"),
-    },
-    "cuda": {
-        "concat": ("float32", "float16"),
-        "static": ("float32", "float16", "bfloat16"),
-        "shared": ("float16", "bfloat16"),
-    },
-    "nv-rtx": {
-        "shared": ("float16", "bfloat16"),
-    },
-}
-"""device -> form of the KV cache -> its dtypes that run there; concat moves its cache over the host"""
-
-FASTEST = {"cpu": ("q4", "q8", "fp32"), "cuda": ("bf16", "fp16", "q4f16"), "nv-rtx": ("bf16", "fp16", "q4f16")}
-"""device -> the variants made for it, the best first: what it runs where no variant is named"""
+from runtimes.targets import engine_backend_words, find_target, ort_targets, runnable, runs
 
 PREFILL_CHUNK = 512
 """tokens of a row per call of a concat graph"""
@@ -238,12 +219,6 @@ class ConcatRunner:
         return logits.numpy(), dict(zip(self._pasts, present, strict=True))
 
 
-def runs_on(variant: Variant, device: str) -> bool:
-    """Tell whether the provider of a device has kernels for a variant's graph."""
-    cache = variant.kv_cache
-    return cache.dtype in CACHE_DTYPES[device].get(cache.form, ())
-
-
 def default_variant(package: Package, device: str) -> str | None:
     """Return the variant that a device runs where none is named: the fastest that is verified, of those that it runs.
 
@@ -257,15 +232,14 @@ def default_variant(package: Package, device: str) -> str | None:
     Raises:
         BackendError: a GPU, and no variant for it.
     """
-    made_for, manifest = FASTEST[device], package.manifest
-    able = [name for name in made_for if name in manifest.variants]
-    if device == "cpu":
-        able += [n for n, variant in manifest.variants.items() if n not in made_for and runs_on(variant, device)]
-        able = able or list(manifest.variants)  # opening it says why not
-    elif not able:
+    target, manifest = find_target("ort", device), package.manifest
+    able = runnable(package, target)
+    if not able and not target.takes_others:
         raise BackendError(
-            f"device {device}: the package has {', '.join(manifest.variants)}; export it with --variant {made_for[0]}"
+            f"device {device}: the package has {', '.join(manifest.variants)}; "
+            f"export it with --variant {target.variants[0]}"
         )
+    able = able or list(manifest.variants)  # opening it says why not
     able = [name for name in able if new_enough(manifest.variants[name], ort.__version__)] or able
     passed = package.verdicts
     ranked = sorted(able, key=lambda name: {True: 0, None: 1, False: 2}[passed.get(name)])  # stable: the fastest first
@@ -305,22 +279,22 @@ def open_ort(
         BackendError: the device, its provider or its libraries are not there, it does not run this variant, or
             onnxruntime is too old for it.
     """
-    spec = variant.kv_cache
-    if spec.form not in CACHE_DTYPES["cpu"]:
-        known = ", ".join(CACHE_DTYPES["cpu"])
-        raise PackageError(f"variant {variant.name}: KV cache form {spec.form!r}, this version runs {known}")
+    spec, target = variant.kv_cache, find_target("ort", device)
+    known = dict.fromkeys(form for other in ort_targets() for form in other.caches)
+    if spec.form not in known:
+        raise PackageError(f"variant {variant.name}: KV cache form {spec.form!r}, this version runs {', '.join(known)}")
     if spec.form == "static" and variant.quantization is not None:
         raise BackendError(
             f"variant {variant.name}: onnxruntime has no kernel that dequantises to {spec.dtype}; run an engine of it "
-            "with --backend trt_rtx or trt"
+            f"with {engine_backend_words()}"
         )
-    if not runs_on(variant, device):
-        others = [name for name in CACHE_DTYPES if runs_on(variant, name)]
+    if not runs(variant, target):
+        others = [other.device for other in ort_targets() if runs(variant, other)]
         raise BackendError(
             f"variant {variant.name}: a {spec.dtype} KV cache does not run on device {device}; "
-            f"it runs on {', '.join(others) or 'none'}, and {_which(device)} run on {device}"
+            f"it runs on {', '.join(others) or 'none'}, and {', '.join(target.variants)} are made for {device}"
         )
-    variant = runnable(variant, ort.__version__, device)
+    variant = without_too_new(variant, ort.__version__, device)
     found = find_device(device)
     capture = device == "cuda" and spec.form == "shared"
     shapes = compiled_shapes(spec) if device == "nv-rtx" else None
@@ -347,11 +321,6 @@ def open_ort(
                 prefill = pool.submit(load, variant.prefill.graph, variant.prefill.data)
                 pool.shutdown(wait=False)
             return SharedRunner(session, prefill, variant, model)
-
-
-def _which(device: str) -> str:
-    names = {"cpu": "fp32, fp16, q4, q8 and q4f16", "cuda": f"{', '.join(FASTEST['cuda'])} and fp32"}
-    return names.get(device, ", ".join(FASTEST[device]))
 
 
 def _load_checked(

@@ -200,7 +200,7 @@ class SharedRunner(RowRunner):
 
     def _outputs(self, batch: int, count: int, wanted: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
         specs = self.variant.results
-        return {name: np.empty((batch, count, specs[name].shape[-1]), specs[name].dtype) for name in wanted}
+        return {name: np.empty((batch, count, int(specs[name].shape[-1])), specs[name].dtype) for name in wanted}
 
     def _run_bound(self, session: ort.InferenceSession, binding: Any, options: ort.RunOptions | None) -> None:
         try:

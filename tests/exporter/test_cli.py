@@ -14,9 +14,9 @@ from support.checkpoints import make_checkpoint
 
 from olmo2_export import cli
 from olmo2_export.atomic import locked
+from olmo2_export.catalog import precisions
 from olmo2_export.engine import build as engine
 from olmo2_export.engine.options import EngineOptions, Profile
-from olmo2_export.graphs.static import PRECISIONS
 from runtimes.errors import UsageError
 from runtimes.manifest import load_manifest
 from runtimes.trt.nvidia import TensorRTBackend
@@ -193,7 +193,7 @@ def test_refit_from_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("flag", ["precision", "backend", "profile"])
 def test_choices_are_those_of_the_library(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    known = {"precision": PRECISIONS, "backend": get_args(TensorRTBackend), "profile": get_args(Profile)}[flag]
+    known = {"precision": precisions(), "backend": get_args(TensorRTBackend), "profile": get_args(Profile)}[flag]
     for value in known:
         assert getattr(cli.parse_args(["build", "x", f"--{flag}", value]), flag) == value
     assert cli.main(["build", "x", f"--{flag}", "other"]) == 2

@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.checkpoints import make_checkpoint
 
+from olmo2_export.catalog import BlockFormat
 from olmo2_export.config import ModelConfig
 from olmo2_export.fuse import ONNXRUNTIME, apply, op_counts
 from olmo2_export.fuse.gather_block_quantized import gather_block_quantized
@@ -33,7 +34,6 @@ from olmo2_export.graphs.shared import (
     stored_matrices,
 )
 from olmo2_export.graphs.trace import trace
-from olmo2_export.quantize.blocks import BlockFormat
 from olmo2_export.quantize.recipes import quantize
 from olmo2_export.truth.reference import int8_blocks, open_reference
 from olmo2_export.weights.checkpoint import open_checkpoint
