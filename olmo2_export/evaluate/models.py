@@ -18,12 +18,10 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.evaluate.text import Window
 from olmo2_export.measure.quality import Measured
 from olmo2_export.quantize.sweep import Head, embed, staged_layers
-from olmo2_export.stored_graph import load_graph
 from olmo2_export.truth.reference import Reference, open_reference
-from olmo2_export.verify.device import open_device_graph
-from olmo2_export.verify.static import StaticForms
+from olmo2_export.views import runners
 from olmo2_export.weights.checkpoint import Checkpoint
-from runtimes import Backend, Device, open_runner
+from runtimes import Backend, Device, open_package, open_runner
 from runtimes.manifest import ModelSpec, Variant, find_variant, load_manifest
 from runtimes.runners.runner import Logits
 
@@ -170,13 +168,9 @@ def open_measured(package: Path, variant: str) -> Iterator[Measured]:
         VariantNotFoundError: the package has no such variant.
         PackageError: the graph does not load.
     """
-    entry, _ = find_variant(package, variant)
-    if entry.kv_cache.form == "static":
-        model = load_manifest(package).model
-        yield StaticForms(package, entry, model, load_graph(package / entry.graph)).open_all_positions()
-        return
-    with open_device_graph(package, entry, "cpu") as runner:
-        yield runner
+    opened = open_package(package)
+    with runners.open_measured(opened, opened.variant(variant)) as measured:
+        yield measured
 
 
 def _rounded_here(variant: Variant) -> bool:

@@ -150,14 +150,14 @@ def test_a_package_replaced_meanwhile_gets_no_verdict(
     copy: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = open_checkpoint(str(make_checkpoint(tmp_path / "other", seed=1)))
-    measure = verify_module.measure
+    measure = verify_module.measure_variant
 
-    def replace_then_measure(*arguments: Any) -> Any:
-        report = measure(*arguments)
+    def measure_then_replace(*arguments: Any, **options: Any) -> Any:
+        report = measure(*arguments, **options)
         export(other, copy, force=True)
         return report
 
-    monkeypatch.setattr(verify_module, "measure", replace_then_measure)
+    monkeypatch.setattr(verify_module, "measure_variant", measure_then_replace)
     with pytest.raises(PackageError, match="was replaced while it was verified"):
         verify(copy, open_checkpoint(str(tiny_checkpoint)))
     assert not (copy / "parity.json").exists()
