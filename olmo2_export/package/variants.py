@@ -41,7 +41,7 @@ from olmo2_export.quantize.recipes import (
     QuantizedWeights,
     quantize,
 )
-from olmo2_export.quantize.sweep import reference_logits
+from olmo2_export.truth.torch_layers import reference_logits
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.stored_names import EMBEDDING, weight_shapes
 from runtimes.errors import ConfigError, FusionError, UsageError

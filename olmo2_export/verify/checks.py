@@ -19,7 +19,7 @@ from olmo2_export.measure.quality import (
 )
 from olmo2_export.package.trt_variants import default_text
 from olmo2_export.quantize.static import static_input_scales
-from olmo2_export.quantize.sweep import reference_logits
+from olmo2_export.truth.torch_layers import reference_logits
 from olmo2_export.views.runners import open_all_positions, open_view
 from olmo2_export.views.table import View
 from olmo2_export.weights.checkpoint import Checkpoint

@@ -5,6 +5,7 @@ What is run and compared of one variant is in `variant.py`.
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,9 @@ from runtimes.manifest import PARITY_NAME, Variant, package_checksum
 from runtimes.ort.devices import find_device
 from runtimes.package import AnyPackage
 from runtimes.sealed import FORMAT_VERSION, read_sealed, seal
+
+REFERENCE = f"transformers {importlib.metadata.version('transformers')}"
+"""what computes the logits that are taken as true"""
 
 logger = logging.getLogger(__name__)
 
@@ -260,7 +264,12 @@ def _write(path: Path, checksum: str, checkpoint: Checkpoint, reports: Sequence[
     document = {
         "format_version": FORMAT_VERSION,
         "package_checksum": checksum,
-        "reference": {"model": checkpoint.model, "revision": checkpoint.revision},
+        "reference": {
+            "model": checkpoint.model,
+            "revision": checkpoint.revision,
+            "kernel_parity": f"{REFERENCE}, its whole model",
+            "quality": f"{REFERENCE}, its layers one at a time",
+        },
         "variants": kept | {report.variant: report.to_document() for report in reports},
     }
     write_file(path, seal(document))

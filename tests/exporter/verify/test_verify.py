@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from support.checkpoints import make_checkpoint
 from transformers import Olmo2ForCausalLM
 
@@ -253,6 +254,9 @@ def test_the_report_of_a_read_only_package_goes_elsewhere(
     assert caplog.records == []
     document = read_sealed(out)
     assert document["package_checksum"] == read_sealed(copy / "manifest.json")["checksum"]
+    version = f"transformers {transformers.__version__}"
+    assert document["reference"]["kernel_parity"] == f"{version}, its whole model"
+    assert document["reference"]["quality"] == f"{version}, its layers one at a time"
     assert list(document["variants"]) == ["fp32"]
     assert not (copy / "parity.json").exists()
 

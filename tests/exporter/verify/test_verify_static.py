@@ -20,7 +20,7 @@ from olmo2_export.graphs.static import Precision
 from olmo2_export.measure.parity import GATES, Check, ParityReport
 from olmo2_export.measure.quality import gate_of, measure_quality, quality_check, quality_tokens
 from olmo2_export.package.trt_variants import TrtOptions
-from olmo2_export.quantize.sweep import reference_logits
+from olmo2_export.truth.torch_layers import reference_logits
 from olmo2_export.verify import checks as verify_checks
 from olmo2_export.verify import feeds
 from olmo2_export.verify import variant as verify_variant
