@@ -20,14 +20,14 @@ from olmo2_export.catalog import precisions
 from olmo2_export.cli import main
 from olmo2_export.debug.debug import onnxruntime_runner
 from olmo2_export.locate import locate as locate_module
-from olmo2_export.locate import segments
 from olmo2_export.locate.locate import Location, TensorParity, format_location, locate, locate_all
-from olmo2_export.locate.segments import Run, onnxruntime_opener, tensorrt_opener
 from olmo2_export.locate.taps import cut, find_segments
 from olmo2_export.package.export import export
 from olmo2_export.package.trt_variants import TrtOptions
 from olmo2_export.package.variants import Options
 from olmo2_export.truth.torch_layers import TorchModel
+from olmo2_export.views import openers
+from olmo2_export.views.openers import Run, onnxruntime_opener, tensorrt_opener
 from olmo2_export.views.static_forms import rounded_form
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
 from runtimes.errors import ConfigError, PackageError, UsageError, VariantNotFoundError
@@ -360,7 +360,7 @@ def test_on_cuda_the_graph_is_looked_at_as_it_is(
         asked.append(name)
         return find_device("cpu")
 
-    monkeypatch.setattr(segments, "find_device", fake)
+    monkeypatch.setattr(openers, "find_device", fake)
     both = with_trt_graph(package, tmp_path / "both", TrtOptions("fp16", CAPACITY))
     assert_nothing(locate(both, checkpoint, variant, device="cuda"))
     assert set(asked) == {"cuda"}
