@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
-import polygraphy.config  # type: ignore[import-untyped]
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx  # type: ignore[import-untyped]
 from polygraphy.comparator import Comparator  # type: ignore[import-untyped]
 from polygraphy.logger import G_LOGGER  # type: ignore[import-untyped]
@@ -30,16 +29,17 @@ from olmo2_export.atomic import can_write
 from olmo2_export.graphs.files import save_graph
 from olmo2_export.stored_graph import load_graph
 from olmo2_export.views.first_call import first_call, float32_name
+from olmo2_export.views.openers import tensorrt_runner
 from olmo2_export.views.static_forms import exact_form, rounded_form
-from runtimes.errors import BackendError, FailedError, UsageError, VariantNotFoundError
-from runtimes.manifest import Variant, load_manifest, load_trt_manifest
-from runtimes.sealed import check_files
+from runtimes.errors import FailedError, UsageError, VariantNotFoundError
+from runtimes.manifest import Variant
+from runtimes.package import AnyPackage, open_package
 from runtimes.trt.nvidia import TensorRTBackend, load_tensorrt
 
 TOKENS = 16
 """of the call that is compared"""
-TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 6e-2, "int8": 6e-2, "int4": 6e-2, "fp8": 6e-2}
-"""precision -> RMS error / RMS of the tensor above which a tensor counts as different"""
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
+"""dtype of activations -> RMS error / RMS of the tensor above which a tensor counts as different"""
 _SHAPES = ("input_ids:[1,4]", "write_indices:[1]", "logit_index:[1,1]")
 _SUPPORTED = "Graph is fully supported by TensorRT"
 
@@ -135,7 +135,7 @@ def compare_variant(
         variant: trt_bf16, ...
         backend: ort: the graph's precision, rounding by rounding, against float32, both on the CPU. trt_rtx, trt: what
             this TensorRT computes on the GPU at hand, against the graph's precision on the CPU.
-        tolerance: relative RMS error above which a tensor differs; None: that of the precision in `TOLERANCES`.
+        tolerance: relative RMS error above which a tensor differs; None: that of its dtype in `TOLERANCES`.
 
     Returns:
         All tensors in the order of the graph, and the first that differs.
@@ -147,16 +147,16 @@ def compare_variant(
     """
     if tolerance is not None and not tolerance > 0:
         raise UsageError(f"tolerance {tolerance:g}: expected a number above 0")
-    entry = find_graph(package, variant)
+    opened = open_package(package)
+    entry = find_graph(opened, variant)
     runner = None if backend == "ort" else tensorrt_runner(backend)
     graph = load_graph(package / entry.graph)
-    vocabulary = load_manifest(package).model.vocab_size
-    token_ids = np.random.default_rng(0).integers(0, vocabulary, TOKENS, dtype=np.int64)
+    token_ids = np.random.default_rng(0).integers(0, opened.model.vocab_size, TOKENS, dtype=np.int64)
     if runner is None:
         differences = compare(exact_form(graph), rounded_form(graph), token_ids)
     else:
         differences = compare(rounded_form(graph), graph, token_ids, runner)
-    limit = TOLERANCES[entry.precision] if tolerance is None else tolerance
+    limit = TOLERANCES[entry.kv_cache.dtype] if tolerance is None else tolerance
     return differences, first_difference(differences, limit)
 
 
@@ -204,31 +204,6 @@ def onnxruntime_runner(path: Path) -> OnnxrtRunner:
     return OnnxrtRunner(SessionFromOnnx(str(path), providers=["cpu"]), name=path.stem)
 
 
-def tensorrt_runner(backend: TensorRTBackend) -> Callable[[Path], Any]:
-    """Return what makes Polygraphy's runner of a graph on a TensorRT, compiled for the GPU at hand.
-
-    Raises:
-        BackendError: the library is not installed, or there is no GPU.
-    """
-    _choose(backend)
-    from polygraphy.backend.trt import (  # type: ignore[import-untyped]  # after the choice
-        CreateConfig,
-        EngineFromNetwork,
-        NetworkFromOnnxPath,
-        TrtRunner,
-    )
-    from polygraphy.exception import PolygraphyException  # type: ignore[import-untyped]
-
-    def make(path: Path) -> Any:
-        network = NetworkFromOnnxPath(str(path), strongly_typed=True)
-        try:
-            return TrtRunner(EngineFromNetwork(network, CreateConfig())(), name=backend)
-        except PolygraphyException as error:
-            raise BackendError(f"backend {backend}: no engine for this machine's GPU: {error}") from error
-
-    return make
-
-
 def first_difference(differences: Sequence[TensorDifference], tolerance: float) -> TensorDifference | None:
     """Return the first tensor that differs by more than a tolerance, or that is not finite."""
     return next((d for d in differences if not d.relative <= tolerance), None)
@@ -244,20 +219,22 @@ def format_differences(differences: Sequence[TensorDifference], first: TensorDif
     return "\n".join(lines)
 
 
-def find_graph(package: Path, variant: str) -> Variant:
+def find_graph(package: AnyPackage, variant: str) -> Variant:
     """Return a TensorRT graph of a package, whose files are what its manifest says.
 
     Raises:
         VariantNotFoundError: naming those there are.
         IntegrityError: a file changed.
     """
-    manifest = load_trt_manifest(package)
-    known = list(manifest.variants) if manifest is not None else []
-    if manifest is None or variant not in known:
+    opened = open_package(package)
+    known = opened.trt.variants if opened.trt is not None else {}
+    if variant not in known:
         listed = ", ".join(known) or "none"
-        raise VariantNotFoundError(f"{package}: no TensorRT graph {variant!r}; it has {listed}: olmo2-export build")
-    check_files(package, manifest.files, manifest.variants[variant].files, remedy="build it again")
-    return manifest.variants[variant]
+        raise VariantNotFoundError(
+            f"{opened.folder}: no TensorRT graph {variant!r}; it has {listed}: olmo2-export build"
+        )
+    opened.check(known[variant].files, remedy="build it again")
+    return known[variant]
 
 
 @contextmanager
@@ -285,14 +262,6 @@ def _difference(name: str, op_type: str, wanted: np.ndarray, found: np.ndarray) 
     return TensorDifference(
         name, op_type, float(np.abs(a - b).max()), float(np.sqrt(np.mean((a - b) ** 2))) / max(size, 1e-30)
     )
-
-
-def _choose(backend: Literal["trt_rtx", "trt"]) -> None:
-    """Let Polygraphy use one of the two TensorRTs from here on."""
-    module = load_tensorrt(backend).module
-    if backend == "trt_rtx":
-        polygraphy.config.USE_TENSORRT_RTX = True
-        sys.modules.setdefault("tensorrt_rtx", module)
 
 
 def _polygraphy(backend: TensorRTBackend, arguments: Sequence[str], folder: Path) -> str:

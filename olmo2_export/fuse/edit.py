@@ -1,4 +1,4 @@
-"""Small tools that the TensorRT passes share: inputs, constants, typed nodes, casts."""
+"""Small tools that the passes share: inputs, constants, typed nodes, casts."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def ensure_input(graph: ir.Graph, name: str, shape: Sequence[int | str]) -> ir.V
     return found
 
 
-def is_dimension(graph: ir.Graph, node: ir.Node | None, axis: int) -> bool:
-    """Tell whether a node gives that one dimension of input_ids: 0 the batch size, 1 the number of new tokens."""
+def is_dimension(graph: ir.Graph, node: ir.Node | None, axis: int, source: str = "input_ids") -> bool:
+    """Tell whether a node gives that one dimension of an input; of input_ids 1 is the number of new tokens."""
     return (
         node is not None
         and is_op(node, "Shape")
-        and node.inputs[0] is find_input(graph, "input_ids")
+        and node.inputs[0] is find_input(graph, source)
         and node.attributes.get_int("start", 0) == axis
         and node.attributes.get_int("end", -1) == axis + 1
     )

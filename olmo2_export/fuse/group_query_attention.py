@@ -31,6 +31,7 @@ import onnx_ir as ir
 
 from olmo2_export.fuse.cached_attention import cached_attention
 from olmo2_export.fuse.edit import constant, find_input, is_op, new_node, only_user
+from olmo2_export.fuse.masks import is_causal_and_padding
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def _match(graph: ir.Graph, node: ir.Node) -> _Attention | str:
     position_ids = find_input(graph, "position_ids")
     if position_ids is None or find_input(graph, "attention_mask") is None or mask.is_graph_input():
         return "no position_ids, or no attention_mask to count with"
-    if not _is_causal_and_padding(mask):
+    if not is_causal_and_padding(graph, mask):
         return f"its mask {mask.name} is not the causal rule and attention_mask alone"
     rotary = [value.producer() for value in (query, key)]
     for rotation in rotary:
@@ -111,19 +112,6 @@ def _match(graph: ir.Graph, node: ir.Node) -> _Attention | str:
         return f"{heads} and {kv_heads} heads, expected numbers"
     q0, k0, v0 = (v for v in split if v is not None)
     return _Attention(q0, k0, v0, found.past, (cos, sin), found.scale, heads, kv_heads, merged)
-
-
-def _is_causal_and_padding(mask: ir.Value) -> bool:
-    """Tell whether the mask is And(Unsqueeze(LessOrEqual(..)), Cast(Unsqueeze(attention_mask))), as it is traced."""
-    both = mask.producer()
-    if both is None or not is_op(both, "And"):
-        return False
-    causal, padding = (value.producer() if value is not None else None for value in both.inputs)
-    if causal is None or padding is None or not is_op(causal, "Unsqueeze") or not is_op(padding, "Cast"):
-        return False
-    rule = causal.inputs[0].producer() if causal.inputs[0] is not None else None
-    shaped = padding.inputs[0].producer() if padding.inputs[0] is not None else None
-    return is_op(rule, "LessOrEqual") and shaped is not None and shaped.inputs[0].name == "attention_mask"  # type: ignore[union-attr]
 
 
 def _split_heads(value: ir.Value | None) -> ir.Value | None:

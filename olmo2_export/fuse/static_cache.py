@@ -14,8 +14,8 @@ Becomes:
                         kv_lengths = int32(write_indices + sequence_length)
 
 TensorRT turns the scatter into an update of the input's own memory if the cache is an input, its result an output, and
-nothing but the attention reads it. The attention mask has no work left: padding is on the right, where the causal rule
-hides it from every token that counts, and the next token is written over it.
+nothing but the attention reads it. The attention mask, which must be that of `masks`, has no work left: padding is on
+the right, where the causal rule hides it from every token that counts, and the next token is written over it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import logging
 import onnx_ir as ir
 
 from olmo2_export.fuse.cached_attention import CachedAttention, cached_attention
-from olmo2_export.fuse.edit import constant, ensure_input, find_input, is_op, name_of, new_node, new_token_count
+from olmo2_export.fuse.edit import constant, ensure_input, is_op, name_of, new_node, new_token_count
+from olmo2_export.fuse.masks import is_causal_and_padding
 from olmo2_export.fuse.trt_attention import CAUSAL_KIND, DOMAIN, NAME, trt_attention_function
 
 logger = logging.getLogger(__name__)
@@ -67,9 +68,8 @@ def _match(graph: ir.Graph, node: ir.Node) -> CachedAttention | str:
         assert known.const_value is not None  # `constant` made it
         if known.const_value.numpy() != ir.tensor(found.scale).numpy():
             return f"scale {found.scale} is not that of the other layers"
-    source = find_input(graph, "attention_mask")
-    if source is None or find_input(graph, "input_ids") is None or not _derives_from(found.mask, source):
-        return "its mask does not come from attention_mask"
+    if not is_causal_and_padding(graph, found.mask):
+        return f"its mask {found.mask.name} is not the causal rule and attention_mask alone"
     for past in found.past:
         if past.shape is None or len(past.shape) != 4:
             return f"{past.name} has the shape {past.shape}"
@@ -122,19 +122,3 @@ def _kv_lengths(graph: ir.Graph) -> ir.Value:
     cast = new_node("Cast", [total.outputs[0]], "kv_lengths", ir.DataType.INT32, ["batch_size"], to_int32)
     graph.insert_after(count, [total, cast])
     return cast.outputs[0]
-
-
-def _derives_from(value: ir.Value, source: ir.Value) -> bool:
-    """Tell whether a value is computed from an input of the graph."""
-    pending: list[ir.Value | None] = [value]
-    seen: set[ir.Value] = set()
-    while pending:
-        current = pending.pop()
-        if current is source:
-            return True
-        if current is None or current in seen:
-            continue
-        seen.add(current)
-        producer = current.producer()
-        pending.extend(producer.inputs if producer is not None else ())
-    return False

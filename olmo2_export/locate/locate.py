@@ -24,15 +24,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+import olmo2_export.catalog as catalog
 from olmo2_export.config import ModelConfig
-from olmo2_export.graphs.device import DTYPES
+from olmo2_export.dtypes import float_dtype
 from olmo2_export.locate.explain import relative_error
 from olmo2_export.locate.layer_checks import (
     GATED,
@@ -44,24 +44,18 @@ from olmo2_export.locate.layer_checks import (
     embedding_check,
     head_checks,
 )
-from olmo2_export.locate.segments import Arrays, Calls, Opener, joined, run_segments
+from olmo2_export.locate.segments import Calls, joined, run_segments
+from olmo2_export.locate.stored_values import tables_check, weight_check
 from olmo2_export.locate.taps import layer_name
-from olmo2_export.locate.views import (
-    EXACT,
-    FIRST_CALL,
-    INT8,
-    View,
-    check_runs,
-    tables_check,
-    variant_views,
-    weight_check,
-)
 from olmo2_export.truth.torch_layers import TorchModel
+from olmo2_export.views.openers import Arrays, Opener, view_opener
+from olmo2_export.views.table import FIRST_CALL, FLOAT32_FACTOR, View, variant_views
 from olmo2_export.weights.checkpoint import Checkpoint
-from runtimes import Backend, Device
-from runtimes.errors import ConfigError, PackageError, VariantNotFoundError
-from runtimes.manifest import find_variant, load_manifest, load_trt_manifest
-from runtimes.sealed import check_files
+from runtimes import Backend, Device, Package, open_package
+from runtimes.errors import ConfigError, PackageError, UsageError, VariantNotFoundError
+from runtimes.manifest import Variant
+from runtimes.package import AnyPackage
+from runtimes.targets import Target, find_target, runnable
 
 TOKENS = (17, 6, 1)
 """of the calls: a prefill, a chunk, a step of decoding"""
@@ -71,7 +65,6 @@ GROWN = 4.0
 """most: error / PyTorch's own, of errors that have come through all layers"""
 IN_ORDER = 0.3
 """RMS error of a sum of n products in float32, one after the other: this x 2^-24 x sqrt(n) of the sum's RMS"""
-_FLOOR = {"fp32": 2.0**-24, "bf16": 2.0**-9, "fp16": 2.0**-12}
 _SEED = 0
 
 __all__ = ["Location", "TensorParity", "format_location", "locate"]
@@ -95,12 +88,12 @@ class Location:
 
 
 def locate(
-    package: Path,
+    package: AnyPackage,
     checkpoint: Checkpoint,
     variant: str,
     *,
     backend: Backend = "ort",
-    device: Device = "cpu",
+    device: Device | None = None,
     opener: Opener | None = None,
 ) -> Location:
     """Find the first tensor that departs.
@@ -110,7 +103,7 @@ def locate(
         checkpoint: the reference weights.
         variant: its name.
         backend: what runs the graph. A TensorRT compiles each segment for the GPU at hand, and sees the first call.
-        device: where ort runs it.
+        device: where ort runs it; None: on the CPU.
         opener: what runs a segment; None: that of backend and device.
 
     Raises:
@@ -120,30 +113,36 @@ def locate(
         BackendError: what shall run it is not there.
         UsageError: the variant does not run there.
     """
-    entry, files = find_variant(package, variant)
-    check_files(package, files, entry.files)
+    opened = open_package(package)
+    entry = opened.variant(variant)
+    opened.check(entry.files)
     config = ModelConfig.from_json(checkpoint.folder / "config.json")
-    if load_manifest(package).model != config.spec:
-        raise ConfigError(f"{package}: not of the reference's shape; give the checkpoint that it was exported from")
+    if opened.model != config.spec:
+        raise ConfigError(
+            f"{opened.folder}: not of the reference's shape; give the checkpoint that it was exported from"
+        )
     if entry.kv_cache.max_cache_length < MIN_TOKENS:
         raise PackageError(
-            f"{package}: a cache of {entry.kv_cache.max_cache_length} tokens; --locate needs {MIN_TOKENS}"
+            f"{opened.folder}: a cache of {entry.kv_cache.max_cache_length} tokens; --locate needs {MIN_TOKENS}"
         )
-    check_runs(entry, backend, device)
-    wrong = weight_check(package, entry, checkpoint, config)
-    views = variant_views(package, entry, checkpoint, config, backend, device, opener)
+    target = find_target(backend, device)
+    _check_runs(entry, target)
+    wrong = weight_check(opened, entry, checkpoint, config)
+    views = _looked_at(variant_views(opened, entry, checkpoint, config, target.backend, target.device))
     location = None
     steps = len(views) * (config.num_hidden_layers + 2)
     with tqdm(total=steps, desc=f"locating in {variant}", unit="segment", leave=False) as bar:
         for view in views:
-            found = _Locator(view, checkpoint, config, bar).run()
-            if location is None or found.first is not None or view.label != INT8:
+            found = _Locator(
+                view, opener or view_opener(view, target.backend, target.device), checkpoint, config, bar
+            ).run()
+            if location is None or found.first is not None or view.label != "int8":
                 location = replace(found, variant=variant, backend=backend)
             if found.first is not None or wrong is not None:
                 break
     assert location is not None  # there is a view of every variant
     if location.first is None and wrong is None:
-        wrong = tables_check(package, entry, checkpoint)
+        wrong = tables_check(opened, entry, checkpoint)
     if wrong is not None:
         first, explanation = wrong
         return replace(location, first=first, tensors=(first, *location.tensors), explanation=explanation)
@@ -151,38 +150,72 @@ def locate(
 
 
 def locate_all(
-    package: Path,
+    package: AnyPackage,
     checkpoint: Checkpoint,
     variants: Sequence[str] = (),
     *,
     backend: Backend = "ort",
-    device: Device = "cpu",
+    device: Device | None = None,
 ) -> list[Location]:
     """Locate in several variants; none means all that the backend can run, as in `verify`."""
-    names = list(dict.fromkeys(variants)) or _all_variants(package, backend, device)
-    return [locate(package, checkpoint, name, backend=backend, device=device) for name in names]
+    opened = open_package(package)
+    names = list(dict.fromkeys(variants)) or _all_variants(opened, find_target(backend, device))
+    return [locate(opened, checkpoint, name, backend=backend, device=device) for name in names]
 
 
-def _all_variants(package: Path, backend: Backend, device: Device) -> list[str]:
-    """Return what can be looked at there.
+def _all_variants(package: Package, target: Target) -> list[str]:
+    """Return what can be looked at there: on a CPU every graph, in a form that it runs; no engine is needed.
 
     Raises:
         VariantNotFoundError: there is nothing.
     """
-    own, trt = load_manifest(package).variants, load_trt_manifest(package)
-    graphs = list(trt.variants) if trt is not None else []
-    if backend == "ort":
-        graphs = [*(name for name in own if device == "cpu" or name in DTYPES), *graphs]
+    folder = package.folder
+    graphs = list(package.trt.variants) if package.trt is not None else []
+    if not target.needs_engine:
+        graphs = [*(runnable(package, target) if target.on_gpu else package.manifest.variants), *graphs]
     if not graphs:
-        raise VariantNotFoundError(f"{package}: no variant for {backend} on {device}; export it with --variant bf16")
+        way_out = (
+            f"run: olmo2-export build {folder}"
+            if target.needs_engine
+            else f"export it with --variant {target.variants[0]}"
+        )
+        raise VariantNotFoundError(f"{folder}: no variant for {target.backend} on {target.device}; {way_out}")
     return graphs
+
+
+def _check_runs(entry: Variant, target: Target) -> None:
+    """Refuse a variant that does not run there.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if entry.kv_cache.form == "static" or not target.on_gpu:
+        return
+    if target.needs_engine:
+        raise UsageError(f"variant {entry.name}: backend {target.backend} runs the graphs for TensorRT, trt_*")
+    if not catalog.is_for_devices(entry.name):
+        names = ", ".join(catalog.names("device"))
+        raise UsageError(f"variant {entry.name}: device {target.device} runs {names} and trt_*")
+
+
+def _looked_at(views: list[View]) -> list[View]:
+    """Leave out the views that show nothing more; of a quantised cache all but the exact one show codes."""
+    if any(v.variant.kv_cache.quantization is not None for v in views):
+        return views[:1]
+    return [view for view in views if view.label != "int8 exact"]
+
+
+def _floor(precision: str) -> float:
+    """Return the error that is none: in 16 bits half the unit roundoff, in float32 all of it, as sums have."""
+    roundoff = float_dtype(precision).roundoff
+    return roundoff if precision == "fp32" else roundoff / 2
 
 
 class _Locator:
     """Looks at one view."""
 
-    def __init__(self, view: View, checkpoint: Checkpoint, config: ModelConfig, bar: tqdm[Any]) -> None:
-        self._view, self._config, self._bar = view, config, bar
+    def __init__(self, view: View, opener: Opener, checkpoint: Checkpoint, config: ModelConfig, bar: tqdm[Any]) -> None:
+        self._view, self._opener, self._config, self._bar = view, opener, config, bar
         self._in_order = any(node.op_type == "MatMulNBits" for node in view.model.graph)
         folder = checkpoint.folder
         self._exact = TorchModel(folder, view.weights, "fp64", tables=view.tables)
@@ -202,7 +235,7 @@ class _Locator:
         bad: tuple[TensorParity, list[TensorParity], str] | None = None
         ids = torch.from_numpy(calls.ids)
         exact, own = self._exact.embed(ids), self._own.embed(ids)
-        segments = run_segments(view.model, view.variant, calls, view.opener, first_call_only=view.first_call_only)
+        segments = run_segments(view.model, view.variant, calls, self._opener, first_call_only=view.first_call_only)
         depth = 0
         for segment, found in segments:
             if segment.source is None:
@@ -236,12 +269,12 @@ class _Locator:
         add products one after the other, so that their error grows with the root of the number of products; PyTorch's
         hardly does. At the 1B shape that of down_proj is 5.7 x PyTorch's, and 0.27 x 2^-24 x sqrt(8192).
         """
-        units = EXACT
+        units = FLOAT32_FACTOR
         if parity.operation == GATED:
             units *= 4
         elif parity.operation == LINEAR and self._in_order:
             units *= IN_ORDER * math.sqrt(self._products(parity.name))
-        return max(self._view.factor * max(parity.expected, _FLOOR[self._view.precision]), units * _FLOOR["fp32"])
+        return max(self._view.factor * max(parity.expected, _floor(self._view.precision)), units * _floor("fp32"))
 
     def _products(self, name: str) -> int:
         """Return how many products a linear adds for one of its outputs."""
@@ -266,9 +299,9 @@ class _Locator:
 
     def _grown(self, growth: Sequence[TensorParity]) -> tuple[TensorParity, list[TensorParity], str] | None:
         """Return the first depth at which errors that are small by themselves have added up."""
-        floor = _FLOOR[self._view.precision]
+        floor = _floor(self._view.precision)
         if self._in_order:
-            floor = max(floor, IN_ORDER * _FLOOR["fp32"] * math.sqrt(self._config.hidden_size))
+            floor = max(floor, IN_ORDER * _floor("fp32") * math.sqrt(self._config.hidden_size))
         for parity in growth:
             if not parity.relative <= GROWN * max(parity.expected, floor):
                 text = f"{self._label()}each operation is right on its own inputs, but up to {parity.name} errors"
@@ -289,7 +322,8 @@ class _Locator:
         return x[:, [start + self._calls.logit_index(stop - start) for start, stop in self._calls.spans()]]
 
     def _label(self) -> str:
-        return f"In the {self._view.label} view, " if self._view.label else "In the graph as it is, "
+        label = self._view.label
+        return f"In the {label} view, " if label != "as stored" else "In the graph as it is, "
 
     def _nothing(self, growth: Sequence[TensorParity]) -> str:
         logits = growth[-1]

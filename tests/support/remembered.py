@@ -21,9 +21,9 @@ import pytest
 import torch
 
 from olmo2_export.config import ModelConfig
-from olmo2_export.quantize import sweep
-from olmo2_export.truth import reference
-from olmo2_export.verify import device, measure, quantized, static
+from olmo2_export.truth import reference, torch_layers
+from olmo2_export.verify import checks, measure, variant
+from olmo2_export.views import table
 from olmo2_export.weights.checkpoint import Checkpoint
 
 MOST = 200 << 20
@@ -50,14 +50,12 @@ _ANSWERS = _Answers()
 
 def remember(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let everything that verifies, in this process and test, ask PyTorch through what is held here."""
-    for module in (measure, quantized, static):
+    for module in (measure, variant):
         monkeypatch.setattr(module, "open_reference", _open_reference)
-    for module in (measure, quantized, static, device):
-        monkeypatch.setattr(module, "reference_logits", _reference_logits)
-    for module in (measure, quantized):
         monkeypatch.setattr(module, "draw_logits", _draw_logits)
-    monkeypatch.setattr(quantized, "int8_blocks", _rounding(reference.int8_blocks))
-    monkeypatch.setattr(static, "_SCALED", {name: _rounding(make) for name, make in static._SCALED.items()})
+    monkeypatch.setattr(checks, "reference_logits", _reference_logits)
+    monkeypatch.setattr(table, "int8_blocks", _rounding(reference.int8_blocks))
+    monkeypatch.setattr(table, "SCALED", {name: _rounding(make) for name, make in reference.SCALED.items()})
 
 
 class _Remembered:
@@ -111,7 +109,7 @@ _REAL_DRAWS = measure.draw_logits
 
 def _reference_logits(checkpoint: Checkpoint, config: ModelConfig, sequences: Collection[np.ndarray]) -> Iterator[Any]:
     def ask() -> list[np.ndarray]:
-        return list(sweep.reference_logits(checkpoint, config, sequences))
+        return list(torch_layers.reference_logits(checkpoint, config, sequences))
 
     return iter(_ANSWERS.to(("quality", checkpoint, list(sequences)), ask))
 

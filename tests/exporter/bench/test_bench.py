@@ -50,6 +50,21 @@ def last_line(text: str) -> dict[str, Any]:
     return result
 
 
+def test_what_goes_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("x")
+    command = ["profile", "--size", "demo", "--keep", str(tmp_path / "file" / "kept")]
+    assert main(command) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("bench: error: [Errno 20] Not a directory: ")
+    assert printed.count("\n") == 1
+    assert main([*command, "--debug"]) == 2
+    assert capsys.readouterr().err.startswith("Traceback")
+    assert main(["profile", "--fast"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "bench: error: unrecognized arguments: --fast; see python -m olmo2_export"
+    )
+
+
 @pytest.mark.alone
 def test_stages(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["stages", "--size", "demo", "--work", str(tmp_path), "--precision", "fp16"]) == 0

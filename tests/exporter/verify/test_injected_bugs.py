@@ -12,8 +12,16 @@ from support.rebuilt_packages import rebuilt, rebuilt_trt
 
 from olmo2_export.engine.build import build
 from olmo2_export.engine.options import EngineOptions
-from olmo2_export.verify.measure import Truth, ask_pytorch, measure
+from olmo2_export.measure.parity import GATES, ParityReport
+from olmo2_export.verify.measure import Truth, ask_pytorch, measure_runner
 from olmo2_export.weights.checkpoint import open_checkpoint
+from runtimes import open_runner
+
+
+def measure(package: Path, variant: str, truth: Truth) -> ParityReport:
+    """Feed a float32 graph as it is stored; neither its weights nor quality are looked at."""
+    with open_runner(package, variant=variant) as runner:
+        return measure_runner(runner, truth, truth.own["fp32"], GATES["fp32"], truth.draws, variant, "fp32", "")
 
 
 @pytest.fixture(scope="module", params=["tiny", "demo"])

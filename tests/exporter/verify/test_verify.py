@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from support.checkpoints import make_checkpoint
 from transformers import Olmo2ForCausalLM
 
@@ -150,14 +151,14 @@ def test_a_package_replaced_meanwhile_gets_no_verdict(
     copy: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = open_checkpoint(str(make_checkpoint(tmp_path / "other", seed=1)))
-    measure = verify_module.measure
+    measure = verify_module.measure_variant
 
-    def replace_then_measure(*arguments: Any) -> Any:
-        report = measure(*arguments)
+    def measure_then_replace(*arguments: Any, **options: Any) -> Any:
+        report = measure(*arguments, **options)
         export(other, copy, force=True)
         return report
 
-    monkeypatch.setattr(verify_module, "measure", replace_then_measure)
+    monkeypatch.setattr(verify_module, "measure_variant", measure_then_replace)
     with pytest.raises(PackageError, match="was replaced while it was verified"):
         verify(copy, open_checkpoint(str(tiny_checkpoint)))
     assert not (copy / "parity.json").exists()
@@ -253,6 +254,9 @@ def test_the_report_of_a_read_only_package_goes_elsewhere(
     assert caplog.records == []
     document = read_sealed(out)
     assert document["package_checksum"] == read_sealed(copy / "manifest.json")["checksum"]
+    version = f"transformers {transformers.__version__}"
+    assert document["reference"]["kernel_parity"] == f"{version}, its whole model"
+    assert document["reference"]["quality"] == f"{version}, its layers one at a time"
     assert list(document["variants"]) == ["fp32"]
     assert not (copy / "parity.json").exists()
 

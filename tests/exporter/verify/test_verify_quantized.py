@@ -26,12 +26,12 @@ from support.bugs.quantized import (
 from support.checkpoints import make_checkpoint
 from support.rebuilt_packages import rebuilt
 
+from olmo2_export.catalog import INT4_BLOCKS
 from olmo2_export.measure.parity import DRAWS, ParityReport
-from olmo2_export.measure.quality import GATES
 from olmo2_export.package.export import export
 from olmo2_export.package.variants import Options
 from olmo2_export.verify.feeds import MODES
-from olmo2_export.verify.quantized import measure_quantized
+from olmo2_export.verify.variant import measure_variant
 from olmo2_export.verify.verify import format_reports, verify
 from olmo2_export.weights.checkpoint import open_checkpoint
 
@@ -61,9 +61,7 @@ def red(report: ParityReport) -> set[str]:
 def test_a_rebuilt_package_without_a_bug_is_red_in_nothing_but_quality(
     package: Path, checkpoint: str, tmp_path: Path
 ) -> None:
-    report = measure_quantized(
-        rebuilt(package, tmp_path / "p", lambda _: None, GRAPH), "q4", open_checkpoint(checkpoint)
-    )
+    report = measure_variant(rebuilt(package, tmp_path / "p", lambda _: None, GRAPH), "q4", open_checkpoint(checkpoint))
     assert red(report) <= set(QUALITY)
     modes = [c.mode for c in report.cases]
     assert set(modes) == {f"{view}{mode}" for view in VIEWS for mode in MODES}
@@ -80,14 +78,14 @@ QUALITY = ["quality", "int8 quality", "quality of both in turns"]
 def test_bug_in_the_decode_graph_turns_exact_parity_red(
     package: Path, checkpoint: str, tmp_path: Path, bug: Bug
 ) -> None:
-    report = measure_quantized(rebuilt(package, tmp_path / "p", bug, GRAPH), "q4", open_checkpoint(checkpoint))
+    report = measure_variant(rebuilt(package, tmp_path / "p", bug, GRAPH), "q4", open_checkpoint(checkpoint))
     assert "exact" in red(report), format_reports([report])
 
 
 @pytest.mark.parametrize("bug", WEIGHT_BUGS, ids=lambda bug: bug.__name__)
 def test_wrong_weights_turn_the_weights_check_red(package: Path, checkpoint: str, tmp_path: Path, bug: Bug) -> None:
     """The graph computes what they say, so that parity with the dequantised weights cannot see it."""
-    report = measure_quantized(rebuilt(package, tmp_path / "p", bug, GRAPH), "q4", open_checkpoint(checkpoint))
+    report = measure_variant(rebuilt(package, tmp_path / "p", bug, GRAPH), "q4", open_checkpoint(checkpoint))
     assert "exact" not in red(report)
     assert "weights" in red(report), format_reports([report])
 
@@ -108,7 +106,7 @@ def test_bug_in_the_prefill_graph_turns_it_red(
     package: Path, checkpoint: str, tmp_path: Path, bug: Bug, part: str
 ) -> None:
     broken = rebuilt(package, tmp_path / "p", bug, PREFILL_GRAPH)
-    report = measure_quantized(broken, "q4", open_checkpoint(checkpoint))
+    report = measure_variant(broken, "q4", open_checkpoint(checkpoint))
     assert part in red(report), format_reports([report])
 
 
@@ -133,7 +131,7 @@ def test_one_extreme_weight_is_no_false_alarm(outlier: tuple[Path, str]) -> None
     """It was: kernels 131 x PyTorch's error, as codes of the embedding halfway between two were rounded otherwise, and
     an NMSE beyond the gate, as PyTorch's own is."""
     package, checkpoint = outlier
-    report = measure_quantized(package, "q4", open_checkpoint(checkpoint), CAPACITY)
+    report = measure_variant(package, "q4", open_checkpoint(checkpoint), longest=CAPACITY)
     assert red(report) <= set(QUALITY), format_reports([report])
     rounded = [c for c in report.cases if c.mode.startswith(("kernels", "int8")) and "exact" not in c.mode]
     assert max(c.relative_error for c in rounded) > 0.3
@@ -160,7 +158,7 @@ def test_a_bug_beside_an_extreme_weight_is_red(
 ) -> None:
     package, checkpoint = outlier
     broken = rebuilt(package, tmp_path / "p", bug, graph)
-    report = measure_quantized(broken, "q4", open_checkpoint(checkpoint), CAPACITY)
+    report = measure_variant(broken, "q4", open_checkpoint(checkpoint), longest=CAPACITY)
     assert part in red(report), format_reports([report])
 
 
@@ -169,7 +167,7 @@ def test_inputs_that_are_rounded_too_coarsely_turn_the_int8_graph_red(
 ) -> None:
     """The exact form has no rounding: that is for the graph as it is to show."""
     broken = rebuilt(package, tmp_path / "p", inputs_rounded_to_six_bits, PREFILL_GRAPH)
-    report = measure_quantized(broken, "q4", open_checkpoint(checkpoint), CAPACITY)
+    report = measure_variant(broken, "q4", open_checkpoint(checkpoint), longest=CAPACITY)
     assert "int8" in red(report), format_reports([report])
     assert all(c.passed for c in report.cases if c.mode.startswith("int8 exact"))
 
@@ -182,7 +180,8 @@ def test_the_demo_passes_all_with_gptq_and_an_8_bit_cache(tmp_path: Path) -> Non
     assert variant.kv_cache.dtype == "int8"
     assert variant.prefill is not None
     assert variant.quality is not None
-    assert variant.quality.kl_mean < 0.005 < GATES["int4"][0].kl_mean
+    assert INT4_BLOCKS.gates is not None
+    assert variant.quality.kl_mean < 0.005 < INT4_BLOCKS.gates[0].kl_mean
     (report,) = verify(out, demo)
     assert report.passed, format_reports([report])
     text = format_reports([report])
@@ -192,7 +191,7 @@ def test_the_demo_passes_all_with_gptq_and_an_8_bit_cache(tmp_path: Path) -> Non
 
 def test_each_graph_is_measured_and_both_on_one_cache(package: Path, checkpoint: str) -> None:
     """Random weights are hard to round to 4 bits: the gate of 4 bits is not met, and verify says so."""
-    report = measure_quantized(package, "q4", open_checkpoint(checkpoint))
+    report = measure_variant(package, "q4", open_checkpoint(checkpoint))
     assert [c.name for c in report.checks if "quality" in c.name] == QUALITY
     assert set(QUALITY) <= red(report)
 
@@ -202,5 +201,5 @@ def test_cache_scales_that_are_not_the_manifests_turn_it_red(
 ) -> None:
     out = package_of("tiny_q4_int8")
     bad = rebuilt(out, tmp_path / "bad", lambda m: change(m, "kv_cache.1.key.scale", scaled((0, 0, 0), 2.0)), GRAPH)
-    assert "cache scales" not in red(measure_quantized(out, "q4", open_checkpoint(checkpoint)))
-    assert "cache scales" in red(measure_quantized(bad, "q4", open_checkpoint(checkpoint)))
+    assert "cache scales" not in red(measure_variant(out, "q4", open_checkpoint(checkpoint)))
+    assert "cache scales" in red(measure_variant(bad, "q4", open_checkpoint(checkpoint)))

@@ -18,19 +18,23 @@ from support.cases import assert_full_matrix, large
 from support.rebuilt_packages import rebuilt_trt, with_trt_graph
 
 from olmo2_export.config import ModelConfig
-from olmo2_export.graphs.static import Precision
 from olmo2_export.measure.parity import GATES, Check, ParityReport
+from olmo2_export.measure.quality import gate_of, measure_quality, quality_check, quality_tokens
 from olmo2_export.package.trt_variants import TrtOptions
-from olmo2_export.verify import feeds, measure
-from olmo2_export.verify import static as verify_static
+from olmo2_export.truth.torch_layers import reference_logits
+from olmo2_export.verify import checks as verify_checks
+from olmo2_export.verify import feeds
+from olmo2_export.verify import variant as verify_variant
 from olmo2_export.verify import verify as verify_module
 from olmo2_export.verify.feeds import MODES
 from olmo2_export.verify.verify import format_reports, verify
+from olmo2_export.views import runners, table
+from olmo2_export.views.runners import open_all_positions, open_form
 from olmo2_export.views.static_forms import device_form, rounded_form, stored_input_scales
 from olmo2_export.weights.checkpoint import open_checkpoint
-from runtimes import open_runner
+from runtimes import open_package, open_runner
 from runtimes.errors import BackendError, PackageError, UsageError, VariantNotFoundError
-from runtimes.manifest import MANIFEST_NAME, Variant, find_variant, load_manifest
+from runtimes.manifest import MANIFEST_NAME, Precision, Variant, find_variant, load_manifest
 from runtimes.ort import concat as ort_runner
 from runtimes.ort.devices import Device, GpuMemory, Shapes
 from runtimes.sealed import read_sealed, seal
@@ -38,12 +42,20 @@ from runtimes.sealed import read_sealed, seal
 pytestmark = pytest.mark.usefixtures("remembered")
 
 
+NO_QUALITY = [Check("quality", "not measured", ())], None
+
+
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short sequences, and little or no quality: random weights are hard to round, and the bugs here show elsewhere."""
     monkeypatch.setattr(feeds, "LENGTHS", (19, 17, 13))
-    monkeypatch.setattr(measure, "quality_tokens", partial(measure.quality_tokens, most=128))
-    monkeypatch.setattr(verify_static, "_check_quality", lambda *_: (Check("quality", "not measured", ()), None))
+    monkeypatch.setattr(verify_checks, "quality_tokens", partial(verify_checks.quality_tokens, most=128))
+    measured = verify_variant.quality_checks
+
+    def without_quality_of_quantised(package: Any, entry: Variant, *others: Any) -> Any:
+        return NO_QUALITY if entry.quantization is not None else measured(package, entry, *others)
+
+    monkeypatch.setattr(verify_variant, "quality_checks", without_quality_of_quantised)
 
 
 def report_of(package: Path, checkpoint: Path, precision: str) -> ParityReport:
@@ -99,8 +111,10 @@ def test_the_demo_meets_the_gates_of_quality(
     checkpoint = open_checkpoint("demo")
     entry, _ = find_variant(package, f"trt_{precision}")
     config = ModelConfig.from_json(checkpoint.folder / "config.json")
-    static = verify_static.StaticForms(package, entry, config.spec, ir.load(package / entry.graph))
-    check, change = verify_static._check_quality(static.open_all_positions(), entry, checkpoint, config)
+    sequences, origin = quality_tokens(checkpoint, config, length=256)
+    runner = open_all_positions(open_package(package), entry)
+    measured = measure_quality(runner, sequences, reference_logits(checkpoint, config, sequences), origin)
+    check, change = quality_check("quality", measured, 256, gate_of(entry, config)), measured.perplexity
     assert change.low < change.relative < change.high < 0.02
     assert check.passed, check.failures
     found = float(check.found.split()[1].rstrip(","))
@@ -121,7 +135,7 @@ class FakeCuda(Device):
 
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (verify_module, verify_static, ort_runner):
+    for module in (verify_module, runners, ort_runner):
         monkeypatch.setattr(module, "find_device", lambda _: FakeCuda("cuda", GpuMemory(kind="cpu")))
 
 
@@ -144,14 +158,14 @@ def test_on_a_device_quantised_weights_are_dequantised_as_they_are(
 ) -> None:
     """The CPU stands in for the GPU in float32, rounded where the device form has bfloat16."""
 
-    def with_float32_cache(package: Path, name: str) -> tuple[Variant, Any]:
-        entry, files = find_variant(package, name)
-        return replace(entry, kv_cache=replace(entry.kv_cache, dtype="float32")), files
+    def with_float32_cache(*arguments: Any) -> Any:
+        view = on_gpu(*arguments)
+        return replace(view, model=rounded_form(view.model), variant=table.in_float32(view.variant))
 
+    on_gpu = table._on_gpu
     # Random weights are hard to round.
-    monkeypatch.setattr(verify_static, "_check_quality", lambda *_: (Check("quality", "not measured", ()), None))
-    monkeypatch.setattr(verify_static, "find_variant", with_float32_cache)
-    monkeypatch.setattr(verify_static, "device_form", lambda graph: rounded_form(device_form(graph)))
+    monkeypatch.setattr(verify_variant, "quality_checks", lambda *_: NO_QUALITY)
+    monkeypatch.setattr(table, "_on_gpu", with_float32_cache)
     (report,) = verify(trt_package("int8"), open_checkpoint(str(tiny_checkpoint)), variants=["trt_int8"], device="cuda")
     assert report.passed, format_reports([report])
     assert_full_matrix(report)
@@ -173,8 +187,8 @@ def test_the_device_form_changes_no_number(precision: Precision, trt_package: Ca
     found = []
     for model in (graph, form):
         entry, _ = find_variant(package, f"trt_{precision}")
-        static = verify_static.StaticForms(package, entry, load_manifest(package).model, model)
-        with static.open(rounded_form) as runner:
+        path, variant = package / entry.graph, table.in_float32(entry)
+        with open_form(path, rounded_form(model), variant, load_manifest(package).model) as runner:
             found.append(runner.prefill([list(range(40))])[0])
     assert np.array_equal(*found)
 

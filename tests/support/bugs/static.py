@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 from support.bugs.edits import LAYER, PREFIX, Bug, change, constant, eps_ten_times_too_large, q_norm_ignored, scaled
 
-from olmo2_export.graphs.static import Precision
+from runtimes.manifest import Precision
 
 ATTENTION, MLP = f"{PREFIX}.self_attn", f"{PREFIX}.mlp"
 GATE_UP = f"{MLP}.gate_proj.weight+{MLP}.up_proj.weight"
