@@ -87,8 +87,11 @@ def _open_reference(
         return
     with ExitStack() as stack:
         question = ("reference", checkpoint, precision, weights or {}, rounded_inputs or {})
-        opening = reference.open_reference(checkpoint, precision, weights, rounded_inputs)
-        yield _Remembered(question, lambda: stack.enter_context(opening))
+
+        def load() -> Any:
+            return stack.enter_context(reference.open_reference(checkpoint, precision, weights, rounded_inputs))
+
+        yield _Remembered(question, load)
 
 
 def _draw_logits(
