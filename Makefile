@@ -31,7 +31,7 @@ DEFAULT_OUT   := : "$${OUT:=packages/$$(basename "$$MODEL")}";
 REVISION_FLAG := $${REVISION:+--revision "$$REVISION"}
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export test test-pythons test-oldest check format lint types bench targets gpu-test peers clean
+.PHONY: help setup export test test-pythons test-oldest check format lint types docs docs-links bench targets gpu-test peers clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -53,10 +53,14 @@ export: $(STAMP) ## MODEL -> package, parity, TensorRT engine, and a sample of t
 	then printf '\n%s' "$$PROMPT"; $(BIN)/olmo2-run generate "$$OUT" --prompt "$$PROMPT" --max-new-tokens 80 --temperature 0.7 --seed 1 --stats; \
 	else printf '%s has no tokenizer.json: no sample of text\n' "$$MODEL"; fi
 
+# A process per CPU, each test file in one of them; then what asserts time, memory, locks, signals or kills, by itself.
+# Both read the packages that the first has made.
 test: $(STAMP) ## the tests
-	$(BIN)/python -m pytest
+	rm -rf build/shared
+	$(BIN)/python -m pytest --shared build/shared --durations 25 -m 'not alone' -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest --shared build/shared --durations 25 -m alone
 
-check: $(STAMP) format lint types test ## format, lint, types and tests: what CI runs
+check: $(STAMP) format lint types docs test ## format, lint, types, docs and tests: what CI runs
 
 format: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -66,6 +70,14 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-docs ## these pages and the API as a site, in build/docs
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
+
+docs-links: ## the links that lead out of the docs; fetches none
+	@grep -rnoE --include='*.md' 'https?://[^ )>`]+' README.md CHANGELOG.md docs
+
+$(VENV)/.installed-docs: $(STAMP)
 
 bench: $(STAMP) ## the 1B shape beside every peer that is installed, by context and batch size; about an hour
 	$(BIN)/python -m olmo2_export.bench compare --contexts 128 1024 --batch-sizes 1 4 --repeats 3 --minutes 45

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, get_args
 
 import runtimes.telemetry  # noqa: F401  # before any onnxruntime: every import of runtimes.x comes through here first
 from runtimes.errors import (
@@ -28,6 +27,7 @@ from runtimes.errors import (
 from runtimes.integers import as_integer
 from runtimes.package import AnyPackage, Package, open_package
 from runtimes.runners.runner import Runner
+from runtimes.targets import Backend, Device, find_target
 from runtimes.threads import default_threads
 
 __all__ = [
@@ -49,13 +49,6 @@ __all__ = [
     "open_runner",
 ]
 
-Backend: TypeAlias = Literal["ort", "trt_rtx", "trt"]
-"""what runs a graph: onnxruntime, or an engine on TensorRT for RTX or on full TensorRT"""
-
-Device: TypeAlias = Literal["cpu", "cuda", "nv-rtx"]
-"""where onnxruntime runs a graph: its provider for CPUs, for CUDA, or of TensorRT for RTX"""
-
-_EXTRAS = {"trt_rtx": "tensorrt-rtx", "trt": "tensorrt"}
 _MOST_THREADS_PER_CPU = 4  # a hundred thousand stop the machine
 
 
@@ -76,7 +69,7 @@ def open_runner(
             the first of q4, q8, fp32 on a CPU, or of bf16, fp16, q4f16 on another device of ort; of those not verified
             yet, if none is; one that failed only where there is no other. With a TensorRT backend the first by name
             with an engine for it.
-        backend: what runs it. The TensorRT backends run engines made by `olmo2-export build`.
+        backend: what runs it, see `runtimes.targets`. The TensorRT backends run engines made by `olmo2-export build`.
         device: where; None means the CPU for ort. The TensorRT backends run on the GPU alone, as device cuda.
         check_hashes: read the graph and the weights once more to compare them with the manifest; without it only their
             presence and size are checked.
@@ -97,37 +90,30 @@ def open_runner(
     count = as_integer(threads)
     if threads is not None and (count is None or not 1 <= count <= most):
         raise UsageError(f"threads {threads!r}: expected an integer from 1 to {most}, {_MOST_THREADS_PER_CPU} a CPU")
-    if device is not None and device not in get_args(Device):
-        raise BackendError(f"device {device!r}: there is {', '.join(get_args(Device))}")
-    match backend:
+    target = find_target(backend, device)
+    if threads is not None and not target.takes_threads:
+        raise UsageError(f"threads {threads}: backend {backend} runs on the GPU; leave them out")
+    match target.backend:
         case "ort":
             try:
                 from runtimes.ort.concat import default_variant, open_ort
             except ImportError as error:
                 raise BackendError(
-                    f"backend ort: onnxruntime cannot be imported ({error}); pip install 'olmo2-export[cpu]'"
+                    f"backend ort: onnxruntime cannot be imported ({error}); {target.install}"
                 ) from error
-            device = device or "cpu"
             opened = open_package(package)
-            chosen = opened.variant(variant or default_variant(opened, device))
+            chosen = opened.variant(variant or default_variant(opened, target.device))
             opened.check(chosen.files, hashes=False)
 
             def check(names: Sequence[str]) -> None:
                 opened.check(names, hashes=check_hashes)
 
-            return open_ort(opened.folder, chosen, opened.model, count or default_threads(), check, device)
+            return open_ort(opened.folder, chosen, opened.model, count or default_threads(), check, target.device)
         case "trt_rtx" | "trt":
-            if device not in (None, "cuda"):
-                raise UsageError(f"device {device}: backend {backend} runs on the GPU, as device cuda; leave it out")
-            if threads is not None:
-                raise UsageError(f"threads {threads}: backend {backend} runs on the GPU; leave them out")
             try:
                 from runtimes.trt.open import open_trt
             except ImportError as error:
                 raise BackendError(
-                    f"backend {backend}: cuda-bindings cannot be imported ({error}); "
-                    f"pip install 'olmo2-export[{_EXTRAS[backend]}]'"
+                    f"backend {backend}: cuda-bindings cannot be imported ({error}); {target.install}"
                 ) from error
-            return open_trt(open_package(package), backend, variant, check_hashes=check_hashes)
-        case _:
-            raise BackendError(f"backend {backend!r}: there is {', '.join(get_args(Backend))}")
+            return open_trt(open_package(package), target.backend, variant, check_hashes=check_hashes)

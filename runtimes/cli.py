@@ -1,8 +1,4 @@
-"""`olmo2-run`: run a package from the command line.
-
-Exit codes: 0 done; 1 it ran but failed; 2 bad usage or input; 130 interrupted; 141 the reader of stdout went away;
-143 terminated.
-"""
+"""`olmo2-run`: run a package from the command line; exit codes as in `command.py`."""
 
 from __future__ import annotations
 
@@ -10,16 +6,16 @@ import argparse
 import io
 import logging
 import sys
-import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import NoReturn, TypedDict
+from typing import TypedDict
 
-from runtimes import Backend, Device, open_runner
-from runtimes.errors import DISK_FULL, FailedError, Olmo2ExportError, UsageError
+from runtimes import Backend, Device, open_package, open_runner
+from runtimes.command import Parser, run_command
 from runtimes.generation.generate import Generation, encode_prompt, generate
-from runtimes.signals import BROKEN_PIPE_EXIT, Interrupted, interruptible
 from runtimes.speculate.speculation import Drafter, DraftModel, PromptLookup
+from runtimes.targets import describe_backends, describe_devices
+from runtimes.text.logit_rules import Penalties
 from runtimes.text.plain_text import plain_lines, plain_text
 from runtimes.text.sampling import Sampler
 from runtimes.text.tokenizer import Tokenizer
@@ -38,18 +34,13 @@ class _Options(TypedDict):
     threads: int | None
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see {self.prog} --help")
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line.
 
     Raises:
         UsageError: it makes no sense.
     """
-    parser = _Parser(prog="olmo2-run", description="Run a package written by olmo2-export.", allow_abbrev=False)
+    parser = Parser(prog="olmo2-run", description="Run a package written by olmo2-export.", allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     verb = verbs.add_parser(
         "generate",
@@ -79,18 +70,39 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     verb.add_argument(
         "--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that sum to P (default: 1, off)"
     )
+    verb.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="leave out what is less likely than P times the likeliest (default: 0, off)",
+    )
+    verb.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="divide the logits of the prompt's and the text's tokens by R, multiply negative ones (default: 1, off)",
+    )
+    verb.add_argument(
+        "--presence-penalty",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help="take R off the logits of tokens that the text has (default: 0, off)",
+    )
+    verb.add_argument(
+        "--frequency-penalty", type=float, default=0.0, metavar="R", help="the same, each time (default: 0, off)"
+    )
     verb.add_argument("--seed", type=int, metavar="S", help="draw the same tokens every time")
     verb.add_argument("--stop", action="append", default=[], metavar="S", help="end before this text; may be repeated")
     verb.add_argument(
         "--backend",
         default="ort",
         metavar="B",
-        help="ort: onnxruntime (default); trt_rtx, trt: an engine made by olmo2-export build, on TensorRT for RTX or "
-        "full TensorRT",
+        help=f"{describe_backends()} (default: ort)",
     )
-    verb.add_argument(
-        "--device", metavar="D", help="where onnxruntime runs: cpu (default), cuda, nv-rtx (TensorRT for RTX inside)"
-    )
+    verb.add_argument("--device", metavar="D", help=f"where onnxruntime runs: {describe_devices()} (default: cpu)")
     verb.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads (default: one per physical core it may use)"
     )
@@ -119,9 +131,11 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         Olmo2ExportError: whatever is wrong.
     """
-    sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
+    sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed, args.min_p)
+    penalties = Penalties(args.repetition_penalty, args.presence_penalty, args.frequency_penalty)
     check_hashes = not args.skip_hash_check
-    tokenizer = Tokenizer.from_package(args.package, check_hashes=check_hashes)
+    package = open_package(args.package)
+    tokenizer = Tokenizer.from_package(package, check_hashes=check_hashes)
     prompt = _read_stdin() if args.prompt == "-" else plain_lines(args.prompt.removesuffix("\r"))  # $(cat) ate the LF
     prompt_ids = encode_prompt(tokenizer, prompt, parse_special=args.special_tokens)
     if not args.special_tokens and (found := tokenizer.special_in(prompt)):
@@ -135,7 +149,7 @@ def run(args: argparse.Namespace) -> None:
         "threads": args.threads,
     }
     with ExitStack() as stack:
-        runner = stack.enter_context(open_runner(args.package, variant=args.variant, **options))
+        runner = stack.enter_context(open_runner(package, variant=args.variant, **options))
         drafter: Drafter | None = PromptLookup() if args.speculate == "lookup" else None
         if args.draft is not None:
             drafter = DraftModel(stack.enter_context(open_runner(args.draft, **options)))
@@ -147,9 +161,10 @@ def run(args: argparse.Namespace) -> None:
             prompt_ids,
             sampler=sampler,
             max_new_tokens=new,
-            stop=[plain_lines(stop) for stop in args.stop],
+            stop=[form for stop in args.stop for form in dict.fromkeys((stop, plain_lines(stop)))],  # as CR LF, too
             on_text=_write,
             speculate=drafter,
+            penalties=None if penalties == Penalties() else penalties,
         )
     _write("\n")
     if args.stats:
@@ -160,25 +175,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the text
-    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # on stderr: what a GPU's memory is used for
-    try:
-        with interruptible():
-            run(parse_args(argv))
-    except Interrupted as interruption:
-        return interruption.exit_code
-    except BrokenPipeError:
-        return BROKEN_PIPE_EXIT
-    except Olmo2ExportError as error:
-        return _report(str(error), error.exit_code, debug)
-    except OSError as error:  # a file that cannot be read
-        code = FailedError.exit_code if error.errno in DISK_FULL else Olmo2ExportError.exit_code
-        return _report(str(error), code, debug)
-    except MemoryError:
-        return _report("out of memory; use a smaller model or a shorter prompt", FailedError.exit_code, debug)
-    except Exception as error:  # the last resort: a user gets one line, and --debug the rest
-        return _report(f"internal error: {type(error).__name__}: {error}; run with --debug and report it", 1, debug)
-    return 0
+    return run_command(
+        "olmo2-run",
+        lambda: run(parse_args(argv)),
+        debug="--debug" in (sys.argv[1:] if argv is None else argv),
+        more_memory="use a smaller model or a shorter prompt",
+    )
 
 
 def _read_stdin() -> str:
@@ -201,10 +204,3 @@ def _stats(result: Generation) -> str:
             f"finish reason {result.finish_reason}",
         ]
     )
-
-
-def _report(message: str, exit_code: int, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    sys.stderr.write(f"olmo2-run: error: {' '.join(message.splitlines())}\n")
-    return exit_code

@@ -11,19 +11,68 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
-from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from runtimes.errors import IntegrityError, PackageError, PackageNotFoundError, VariantNotFoundError
+from runtimes.errors import IntegrityError, PackageError, PackageNotFoundError, VariantNotFoundError, first_names
 from runtimes.sealed import FileEntry, read_sealed
 
 MANIFEST_NAME = "manifest.json"
 TRT_FOLDER = "trt"
 PARITY_NAME = "parity.json"
+
+Dtype: TypeAlias = Literal["float32", "float16", "bfloat16", "int64", "int8", "uint8"]
+"""numpy's name, or `bfloat16`"""
+
+Precision: TypeAlias = Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8"]
+"""of the weights"""
+
+CacheForm: TypeAlias = Literal["concat", "shared", "static"]
+"""`concat`: present = past + new tokens, past of any length.
+`shared`: past and present are one buffer, of any length that holds them, written behind the tokens it holds.
+`static`: past and present are one buffer of max_cache_length, written at write_indices."""
+
+SourceKind: TypeAlias = Literal["hub", "folder", "demo"]
+TokensFrom: TypeAlias = Literal["text", "random ids"]
+EngineFlag: TypeAlias = Literal["portable", "refit", "weight_streaming"]
+
+Role: TypeAlias = Literal[
+    "token_ids",
+    "attention_mask",
+    "position_ids",
+    "write_indices",
+    "logit_index",
+    "logit_count",
+    "past",
+    "logits",
+    "candidate_ids",
+    "candidate_logits",
+    "score",
+    "hidden_state",
+    "present",
+]
+"""what an input or output is for; runners go by it and not by the name.
+`logit_index`: which new token of a row gets logits; `logit_count`: how many of the last ones do.
+`candidate_ids` and `candidate_logits`: the likeliest next tokens, picked by the graph.
+`past` and `present`: the KV cache before and after; they go together by name, past_key_values.N.key and
+present.N.key."""
+
 _T = TypeVar("_T")
+_ROLES: dict[str, Role] = {
+    "input_ids": "token_ids",
+    "attention_mask": "attention_mask",
+    "position_ids": "position_ids",
+    "write_indices": "write_indices",
+    "logit_index": "logit_index",
+    "num_logits_to_keep": "logit_count",
+    "logits": "logits",
+    "top_ids": "candidate_ids",
+    "top_logits": "candidate_logits",
+}
 
 
 @dataclass(frozen=True)
@@ -31,18 +80,17 @@ class TensorSpec:
     """One input or output of a graph."""
 
     name: str
-    dtype: str
-    """numpy's name, or `bfloat16`"""
+    dtype: Dtype
     shape: tuple[int | str, ...]
     """fixed sizes as integers, dynamic ones by their symbol"""
+    role: Role
 
 
 @dataclass(frozen=True)
 class KVCacheQuantization:
     """How keys and values are stored in fewer bits; the graph holds the same scales."""
 
-    bits: int
-    """8 or 4"""
+    bits: Literal[8, 4]
     calibration_tokens: int
     scales: dict[str, str] = field(hash=False)
     """`N.key` and `N.value` of each layer N: float32 [num_key_value_heads, head_dim], little-endian, in base64"""
@@ -52,11 +100,8 @@ class KVCacheQuantization:
 class KVCacheSpec:
     """How a graph takes and gives its KV cache."""
 
-    form: str
-    """`concat`: present = past + new tokens, past of any length.
-    `shared`: past and present are one buffer, of any length that holds them, written behind the tokens it holds.
-    `static`: past and present are one buffer of max_cache_length, written at write_indices."""
-    dtype: str
+    form: CacheForm
+    dtype: Dtype
     num_layers: int
     num_key_value_heads: int
     head_dim: int
@@ -103,8 +148,7 @@ class Quality:
 
     tokens: int
     """compared"""
-    tokens_from: str
-    """text | random ids"""
+    tokens_from: TokensFrom
     kl_mean: float
     """nats per token"""
     kl_p99: float
@@ -131,8 +175,7 @@ class Variant:
     """One graph of a package, or two that share their KV cache."""
 
     name: str
-    precision: str
-    """of the weights: fp32, fp16, bf16, int8, int4, fp8"""
+    precision: Precision
     graph: str
     """path of the ONNX file in the package"""
     data: tuple[str, ...]
@@ -161,8 +204,32 @@ class Variant:
     @property
     def top_k(self) -> int:
         """Candidates per row that the graph itself picks (outputs `top_ids` and `top_logits`); 0: it does not."""
-        found = next((spec for spec in self.outputs if spec.name == "top_ids"), None)
+        found = next((spec for spec in self.outputs if spec.role == "candidate_ids"), None)
         return int(found.shape[-1]) if found is not None else 0
+
+    @property
+    def caches(self) -> dict[str, str]:
+        """The KV cache: the name of each input of role past -> that of the output of role present that follows it."""
+        return {spec.name: _present(spec.name) for spec in self.inputs if spec.role == "past"}
+
+    @property
+    def results(self) -> dict[str, TensorSpec]:
+        """What a step computes: the outputs, by name, without the KV cache."""
+        return {spec.name: spec for spec in self.outputs if spec.role != "present"}
+
+    def name_of(self, role: Role) -> str:
+        """Return the name of the one input or output that has a role.
+
+        Raises:
+            PackageError: there is none, or several.
+        """
+        found = [spec.name for spec in (*self.inputs, *self.outputs) if spec.role == role]
+        if len(found) != 1:
+            raise PackageError(
+                f"variant {self.name}: {first_names(found) or 'no input or output'} of role {role}, expected one; "
+                "export the package again"
+            )
+        return found[0]
 
 
 @dataclass(frozen=True)
@@ -186,8 +253,7 @@ class Source:
 
     model: str
     """Hub id, `demo`, or the name (not the path) of a local folder"""
-    kind: str
-    """hub | folder | demo"""
+    kind: SourceKind
     revision: str | None
     """the resolved commit, for kind hub"""
     files: dict[str, FileEntry] = field(hash=False)
@@ -228,13 +294,12 @@ class Engine:
     """path in the package"""
     variant: str
     """the TensorRT graph it was compiled from"""
-    precision: str
-    backend: str
-    """trt_rtx | trt"""
+    precision: Precision
+    backend: Literal["trt_rtx", "trt"]
     backend_version: str
     compute_capabilities: tuple[str, ...]
     """as in 8.9"""
-    profile: str
+    profile: Literal["latency", "compact"]
     """latency: batch 1, weights laid out for single tokens too; compact: weights once"""
     profiles: dict[str, tuple[ProfileRange, ...]] = field(hash=False)
     """in the order of the plan's profile indices: decode, prefill"""
@@ -242,8 +307,8 @@ class Engine:
     max_cache_length: int
     prefill_chunk: int
     """tokens per row and prefill call"""
-    flags: tuple[str, ...]
-    """what it was built with: portable, refit, weight_streaming; sorted"""
+    flags: tuple[EngineFlag, ...]
+    """what it was built with; sorted"""
     layer_counts: dict[str, int] = field(hash=False)
     """layers of the TensorRT network that were counted before the build"""
     aliases: dict[str, str] = field(hash=False)
@@ -263,6 +328,13 @@ class TrtManifest:
     variants: dict[str, Variant] = field(hash=False)
     engines: dict[str, Engine] = field(hash=False)
     files: dict[str, FileEntry] = field(hash=False)
+
+
+def role_of(name: str) -> Role | None:
+    """Return the role that a name has in our graphs; None: it says nothing. So manifests without roles are read."""
+    if name.startswith("past_key_values."):
+        return "past"
+    return "present" if name.startswith("present.") else _ROLES.get(name)
 
 
 def to_document(manifest: Manifest | TrtManifest) -> dict[str, Any]:
@@ -292,7 +364,8 @@ def load_trt_manifest(package: str | os.PathLike[str]) -> TrtManifest | None:
 def read_manifest(package: Path) -> tuple[Manifest, str]:
     """Return manifest.json and its checksum, which identifies the whole export; `load_manifest` says what it raises."""
     document = _read(package, MANIFEST_NAME)
-    return _parse(package / MANIFEST_NAME, _manifest, document), str(document["checksum"])
+    manifest = _parse(package / MANIFEST_NAME, Manifest, document, "export it again")
+    return manifest, str(document["checksum"])
 
 
 def read_trt_manifest(package: Path, checksum: str | None = None) -> TrtManifest | None:
@@ -305,7 +378,7 @@ def read_trt_manifest(package: Path, checksum: str | None = None) -> TrtManifest
     path = package / TRT_FOLDER / MANIFEST_NAME
     if not path.is_file():
         return None
-    manifest = _parse(path, _trt_manifest, _read(package, f"{TRT_FOLDER}/{MANIFEST_NAME}"))
+    manifest = _parse(path, TrtManifest, _read(package, f"{TRT_FOLDER}/{MANIFEST_NAME}"), "build it again")
     if manifest.package_checksum != (checksum or package_checksum(package)):
         raise IntegrityError(
             f"{path}: built from another export than {MANIFEST_NAME} beside it; run: olmo2-export build {package}"
@@ -366,121 +439,114 @@ def _read(package: Path, name: str) -> dict[str, Any]:
     return read_sealed(path)
 
 
-def _parse(path: Path, parse: Callable[[Mapping[str, Any]], _T], document: Mapping[str, Any]) -> _T:
+def _present(past: str) -> str:
+    return past.replace("past_key_values.", "present.")
+
+
+def _parse(path: Path, kind: type[_T], document: Mapping[str, Any], remedy: str) -> _T:
+    """Build a manifest from its document.
+
+    Raises:
+        PackageError: a field is missing, unknown, or not what its annotation says.
+    """
+    body = {name: value for name, value in document.items() if name != "checksum"}
     try:
-        manifest = parse(document)
-        _check_types(manifest, type(manifest), "manifest")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        manifest: _T = _build(kind, _with_roles(body), "manifest")
+        _check(manifest)
+    except (TypeError, ValueError) as error:
         if isinstance(error, PackageError):
             raise
         version = document["format_version"]
-        raise PackageError(f"{path}: not the fields of format {version} ({error}); export it again") from error
+        raise PackageError(f"{path}: not the fields of format {version} ({error}); {remedy}") from error
     return manifest
 
 
-def _check_types(value: object, hint: Any, where: str) -> None:
-    """Check a value against its annotation, all the way down; every integer of a manifest is a size or a count.
+def _build(hint: Any, value: Any, where: str) -> Any:
+    """Build a value from its JSON form by its annotation, all the way down; integers are sizes or counts, not negative.
 
     Raises:
         TypeError: naming the field.
     """
     kind, arguments = get_origin(hint), get_args(hint)
-    if is_dataclass(hint):
-        hints = get_type_hints(hint)
-        for entry in fields(hint):
-            _check_types(getattr(value, entry.name), hints[entry.name], f"{where}.{entry.name}")
-    elif kind is dict and isinstance(value, dict):
-        for key, item in value.items():
-            _check_types(key, arguments[0], where)
-            _check_types(item, arguments[1], f"{where}[{key}]")
-    elif kind is tuple and isinstance(value, tuple):
-        for item in value:
-            _check_types(item, arguments[0], where)
-    elif kind is UnionType:
-        if type(value) not in arguments:
-            raise TypeError(f"{where} is {value!r}")
-        if is_dataclass(type(value)):
-            _check_types(value, type(value), where)
-    elif type(value) is not hint or (hint is int and value < 0):  # type: ignore[operator]  # an int here
-        raise TypeError(f"{where} is {value!r}")
+    if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, Mapping):
+        hints = _fields(hint)
+        unknown = [name for name in value if name not in hints]
+        missing = [name for name, (_, needed) in hints.items() if needed and name not in value]
+        if unknown or missing:
+            said = [f"lacks {first_names(missing)}"] if missing else []
+            said += [f"has {first_names(unknown)}, which this version does not know"] if unknown else []
+            raise TypeError(f"{where} {' and '.join(said)}")
+        return hint(**{name: _build(hints[name][0], item, f"{where}.{name}") for name, item in value.items()})
+    if kind is dict and isinstance(value, Mapping):
+        return {name: _build(arguments[1], item, f"{where}[{name}]") for name, item in value.items()}
+    if kind is tuple and isinstance(value, list):
+        return tuple(_build(arguments[0], item, f"{where}[{n}]") for n, item in enumerate(value))
+    if kind is Literal:
+        if any(type(value) is type(known) and value == known for known in arguments):
+            return value
+        raise TypeError(f"{where} is {value!r:.80}, expected {' or '.join(map(str, arguments))}")
+    if kind in (Union, UnionType):
+        if value is None and NoneType in arguments:
+            return None
+        others = [other for other in arguments if other is not NoneType]
+        return _build(type(value) if type(value) in others else others[0], value, where)
+    if type(value) is hint and (hint is not int or value >= 0):
+        return value
+    raise TypeError(f"{where} is {value!r:.80}")
 
 
-def _manifest(document: Mapping[str, Any]) -> Manifest:
-    source = document["source"]
-    return Manifest(
-        format_version=document["format_version"],
-        exporter_version=document["exporter_version"],
-        source=Source(source["model"], source["kind"], source["revision"], _files(source["files"])),
-        model=ModelSpec(**document["model"]),
-        variants={name: _variant(v) for name, v in document["variants"].items()},
-        libraries=dict(document["libraries"]),
-        files=_files(document["files"]),
-    )
+@cache
+def _fields(kind: type) -> dict[str, tuple[Any, bool]]:
+    """Return field -> its annotation, and whether a document must have it."""
+    hints = get_type_hints(kind)
+    return {
+        entry.name: (hints[entry.name], entry.default is MISSING and entry.default_factory is MISSING)
+        for entry in fields(kind)
+    }
 
 
-def _trt_manifest(document: Mapping[str, Any]) -> TrtManifest:
-    manifest = TrtManifest(
-        format_version=document["format_version"],
-        exporter_version=document["exporter_version"],
-        package_checksum=document["package_checksum"],
-        variants={name: _variant(v) for name, v in document["variants"].items()},
-        engines={name: _engine(e) for name, e in document["engines"].items()},
-        files=_files(document["files"]),
-    )
-    for engine in manifest.engines.values():
+def _with_roles(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a document in which each input and output has a role: format 3 has none, nor had format 4 at first."""
+
+    def tensor(spec: Any) -> Any:
+        role = role_of(spec["name"]) if isinstance(spec, Mapping) and isinstance(spec.get("name"), str) else None
+        return spec if role is None or "role" in spec else {**spec, "role": role}
+
+    def variant(entry: Any) -> Any:
+        if not isinstance(entry, Mapping):
+            return entry
+        tables = {kind: entry[kind] for kind in ("inputs", "outputs") if isinstance(entry.get(kind), list)}
+        return {**entry, **{kind: [tensor(spec) for spec in specs] for kind, specs in tables.items()}}
+
+    variants = document.get("variants")
+    if not isinstance(variants, Mapping):
+        return dict(document)
+    return {**document, "variants": {name: variant(entry) for name, entry in variants.items()}}
+
+
+def _check(manifest: object) -> None:
+    """Check what annotations do not say.
+
+    Raises:
+        PackageError: a file name leads out of the package.
+        ValueError: no version, or an engine whose plan nothing vouches for.
+    """
+    assert isinstance(manifest, Manifest | TrtManifest)
+    _check_names(manifest.files)
+    if isinstance(manifest, Manifest):
+        _check_names(manifest.source.files)
+    for variant in manifest.variants.values():
+        for graph in (variant, variant.prefill):
+            oldest = graph.min_onnxruntime if graph is not None else None
+            if oldest is not None and re.fullmatch(r"\d+(\.\d+){1,2}", oldest) is None:
+                raise ValueError(f"min_onnxruntime is {oldest!r}")
+    for engine in manifest.engines.values() if isinstance(manifest, TrtManifest) else ():
         if engine.plan not in manifest.files:
             raise ValueError(f"plan {engine.plan!r} is not among its files")
-    return manifest
 
 
-def _files(table: Mapping[str, Any]) -> dict[str, FileEntry]:
-    for name in table:
+def _check_names(names: Iterable[str]) -> None:
+    for name in names:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name:
             raise PackageError(f"manifest: file name {name!r} leads out of the package")
-    return {name: FileEntry(**entry) for name, entry in table.items()}
-
-
-def _variant(document: Mapping[str, Any]) -> Variant:
-    def tensors(specs: Iterable[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in specs)
-
-    quantization, quality, prefill = document["quantization"], document["quality"], document["prefill"]
-    cache = document["kv_cache"]
-    if cache["quantization"] is not None:
-        cache = {**cache, "quantization": KVCacheQuantization(**cache["quantization"])}
-    if quantization is not None:
-        by_name = {name: QuantizedTensor(**entry) for name, entry in quantization["tensors"].items()}
-        quantization = Quantization(**{**quantization, "tensors": by_name})
-    for graph in (document, prefill or {}):
-        if re.fullmatch(r"\d+(\.\d+){1,2}", graph.get("min_onnxruntime") or "0.0") is None:
-            raise ValueError(f"min_onnxruntime is {graph['min_onnxruntime']!r}")
-    if prefill is not None:
-        prefill = PrefillGraph(**{**prefill, "data": tuple(prefill["data"]), "quality": Quality(**prefill["quality"])})
-    return Variant(
-        **{
-            **document,
-            "data": tuple(document["data"]),
-            "inputs": tensors(document["inputs"]),
-            "outputs": tensors(document["outputs"]),
-            "kv_cache": KVCacheSpec(**cache),
-            "quantization": quantization,
-            "quality": None if quality is None else Quality(**quality),
-            "prefill": prefill,
-        }
-    )
-
-
-def _engine(document: Mapping[str, Any]) -> Engine:
-    profiles = {
-        name: tuple(ProfileRange(r["name"], tuple(r["min"]), tuple(r["opt"]), tuple(r["max"])) for r in ranges)
-        for name, ranges in document["profiles"].items()
-    }
-    return Engine(
-        **{
-            **document,
-            "profiles": profiles,
-            "compute_capabilities": tuple(document["compute_capabilities"]),
-            "flags": tuple(document["flags"]),
-        }
-    )

@@ -15,7 +15,7 @@ from runtimes.errors import IntegrityError, PackageError, broken_link
 FORMAT_VERSION = 4
 """what is written"""
 READABLE_VERSIONS = (3, 4)
-"""what is read: format 3 does not say which onnxruntime a graph needs"""
+"""what is read: format 3 does not say which onnxruntime a graph needs, nor the roles of its inputs and outputs"""
 
 _HASH_CHUNK = 1 << 20
 

@@ -1,30 +1,51 @@
-"""Checkpoints and packages that several test modules share; each is made once per run, or taken from --packages."""
+"""Checkpoints and packages that several test modules share; each is made once per run, or taken from --packages.
+
+Numpy is imported where it is used, and so is what imports it: before that, `take_one_cpu`.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
-from support import packages
+from support.workers import Shared, shared_by, take_one_cpu
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--packages", type=Path, help="a folder that packages.py has written; default: export them")
+    parser.addoption("--shared", type=Path, help="a folder for what is made once, which another run goes on with")
+
+
+def pytest_configure() -> None:
+    take_one_cpu()
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random OLMo 2 with grouped-query attention and sizes that all differ; no tokenizer."""
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """What is made once for all processes of the run."""
+    home: Path | None = request.config.getoption("--shared")
+    return shared_by(tmp_path_factory) if home is None else Shared(home.resolve())
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(shared: Shared) -> Path:
+    """A random OLMo 2 with grouped-query attention and sizes that all differ; no tokenizer. Do not change it."""
     pytest.importorskip("torch")
     from support.checkpoints import make_checkpoint
 
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+    return shared.made("checkpoint", "tiny", make_checkpoint)
 
 
 @pytest.fixture(scope="session")
 def tiny_logits(request: pytest.FixtureRequest) -> list[np.ndarray]:
     """PyTorch's logits of `packages.sequences` on tiny_checkpoint, all positions."""
+    import numpy as np
+    from support import packages
+
     made: Path | None = request.config.getoption("--packages")
     if made is None:
         return packages.make_logits(request.getfixturevalue("tiny_checkpoint"))
@@ -33,12 +54,14 @@ def tiny_logits(request: pytest.FixtureRequest) -> list[np.ndarray]:
 
 
 def _package(request: pytest.FixtureRequest, name: str) -> Path:
+    from support import packages
+
     made: Path | None = request.config.getoption("--packages")
     if made is not None:
         return made.resolve() / name
-    out = request.getfixturevalue("tmp_path_factory").mktemp("package") / name
-    packages.make_package(name, request.getfixturevalue("tiny_checkpoint"), out)
-    return out
+    tiny = request.getfixturevalue("tiny_checkpoint")
+    shared: Shared = request.getfixturevalue("shared")
+    return shared.made("package", name, lambda out: packages.make_package(name, tiny, out))
 
 
 @pytest.fixture(scope="session")

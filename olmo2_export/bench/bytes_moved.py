@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from olmo2_export.stored_graph import load_graph
+from runtimes.dtypes import find_dtype
 from runtimes.manifest import Variant
 
 _PICKED = {
@@ -20,8 +21,6 @@ _PICKED = {
     "GroupQueryAttention": {7, 8},
 }
 """operator -> its inputs of which it reads a row per token"""
-
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def package_traffic(package: Path, variant: Variant) -> Traffic:
     weights = [(1, graph_weight_bytes(package / variant.graph))]
     if variant.prefill is not None:
         weights.append((variant.prefill.min_rows, graph_weight_bytes(package / variant.prefill.graph)))
-    size = 2 * cache.num_layers * cache.num_key_value_heads * cache.stored_head_dim * _ITEM_BYTES[cache.dtype]
+    size = 2 * cache.num_layers * cache.num_key_value_heads * cache.stored_head_dim * find_dtype(cache.dtype).size
     return Traffic(
         tuple(weights),
         size,

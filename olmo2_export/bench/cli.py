@@ -26,23 +26,24 @@ from olmo2_export.bench.compare import ours_failed
 from olmo2_export.bench.contenders import Workshop
 from olmo2_export.bench.processes import ROOT, check_system
 from olmo2_export.weights.checkpoint import open_checkpoint
-from runtimes.errors import Olmo2ExportError
-from runtimes.signals import Interrupted, interruptible
+from runtimes.command import Parser, run_command
+from runtimes.targets import find_target
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; without any it is that of `cpu`."""
-    parser = argparse.ArgumentParser(prog="python -m olmo2_export.bench", description=__doc__.partition("\n")[0])
-    work = argparse.ArgumentParser(add_help=False)
+    parser = Parser(prog="python -m olmo2_export.bench", description=__doc__.partition("\n")[0])
+    work = Parser(add_help=False)
     work.add_argument("--work", type=Path, help="where to put a temporary folder, for cpu and 1B of some 25 GB")
-    sized = argparse.ArgumentParser(add_help=False)
+    work.add_argument("--debug", action="store_true", help="show where an error came from")
+    sized = Parser(add_help=False)
     sized.add_argument("--size", choices=list(SIZES), default="1B")
-    kept = argparse.ArgumentParser(add_help=False)
+    kept = Parser(add_help=False)
     kept.add_argument("--keep", type=Path, metavar="DIR", help="make the models here, and use those already here")
     kept.add_argument("--threads", type=int, default=2)
     kept.add_argument("--steps", type=int, default=32, help="decode steps that are timed; default 32")
     kept.add_argument("--variant", action="append", metavar="V", help="of ours; the first is judged; default: q4")
-    beside = argparse.ArgumentParser(add_help=False)
+    beside = Parser(add_help=False)
     beside.add_argument("--peers", type=Path, default=ROOT, metavar="DIR", help="where make peers put its venvs")
     beside.add_argument("--llama-type", action="append", metavar="T", help="of GGUF; the first is judged")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         match args.verb:
             case "compare":
                 workshop = Workshop(work, args.size)
-                args.variant = args.variant or ["q4", "q8", "fp32"]
+                args.variant = args.variant or list(find_target().variants)
                 reference = open_checkpoint(str(workshop.checkpoint("olmo2")))
                 result, report = run_comparison(args, workshop.bundle(args.variant), reference, work)
                 failed = ours_failed(result)
@@ -168,12 +169,10 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m olmo2_export.bench`."""
-    try:
-        with interruptible():
-            return run(parse_args(argv))
-    except Interrupted as interruption:
-        print("bench: interrupted; nothing is left behind but what --keep keeps", file=sys.stderr)
-        return interruption.exit_code
-    except Olmo2ExportError as error:
-        print(f"bench: error: {error}", file=sys.stderr)
-        return error.exit_code
+    return run_command(
+        "bench",
+        lambda: run(parse_args(argv)),
+        debug="--debug" in (sys.argv[1:] if argv is None else argv),
+        interrupted="nothing is left behind but what --keep keeps",
+        extra="export",
+    )

@@ -34,15 +34,16 @@ from olmo2_export.bench.contenders import (
 )
 from olmo2_export.bench.machine import multiplies_bfloat16
 from olmo2_export.bench.processes import worker
+from olmo2_export.catalog import known, like_peer
 from olmo2_export.config import ModelConfig
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes.errors import FailedError
-from runtimes.manifest import find_variant, load_manifest, load_trt_manifest
+from runtimes.package import Package
+from runtimes.targets import Target, runnable
 
 POINTS = "points"
 """the task that every entry is measured in"""
 
-_LLAMA_TYPES = {"q4": "Q4_K_M", "q4f16": "Q4_K_M", "q8": "Q8_0", "bf16": "F16", "fp16": "F16"}
 _NO_COST: dict[str, float] = {}
 
 
@@ -64,17 +65,17 @@ class Entry:
         return self.contender.name
 
 
-def our_entry(package: Path, name: str, backend: str, device: str | None) -> Entry:
-    """Return a variant of a package."""
-    variant, files = find_variant(package, name)
+def our_entry(package: Package, name: str, target: Target) -> Entry:
+    """Return a variant of a package where it runs."""
+    folder, variant = package.folder.resolve(), package.variant(name)
+    files = package.files_of(variant)
     sizes = [files[path].size for path in variant.files]
-    if backend != "ort":
-        trt = load_trt_manifest(package)
-        engines = [] if trt is None else [e for e in trt.engines.values() if (e.variant, e.backend) == (name, backend)]
-        sizes = [files[engine.plan].size for engine in engines]
-    arguments = (str(package), name, "--backend", backend, *(("--device", device) if device else ()))
+    if target.needs_engine:
+        engines = package.trt.engines.values() if package.trt is not None else ()
+        sizes = [files[e.plan].size for e in engines if (e.variant, e.backend) == (name, target.backend)]
+    arguments = (str(folder), name, *target.flags)
     contender = Contender(f"ours_{name}", f"ours {name}", Path(sys.executable), "ours", arguments, (POINTS,), _NO_COST)
-    return Entry(contender, True, (name,), sum(sizes), package_traffic(package, variant))
+    return Entry(contender, True, (name,), sum(sizes), package_traffic(folder, variant))
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def _transformers(workshop: Workshop, device: str) -> Iterator[Entry]:
             None,
             f"the checkpoint's tensors at {size} bytes a weight",
         )
-        alike = (like, "fp16") if like == "bf16" else (like,)
+        alike = like_peer("transformers", dtype)
         yield Entry(contender, False, alike, disk, traffic, f"transformers {version('transformers')}, eager")
 
 
@@ -171,7 +172,7 @@ def _optimum(workshop: Workshop, folder: Path) -> Iterator[Entry]:
         "initializers of its ONNX graph; every step copies the KV cache besides, which is not counted",
     )
     note = "its graph computes the logits of every position of a prompt"
-    yield Entry(contender, False, ("fp32",), _folder_bytes(path), traffic, note)
+    yield Entry(contender, False, like_peer("optimum-onnx", "fp32"), _folder_bytes(path), traffic, note)
 
 
 def _genai(workshop: Workshop, folder: Path, threads: int) -> Iterator[Entry]:
@@ -185,14 +186,15 @@ def _genai(workshop: Workshop, folder: Path, threads: int) -> Iterator[Entry]:
         "initializers of its ONNX graph",
     )
     note = "a Llama of this shape with made-up weights: its builder has no OLMo 2"
-    yield Entry(contender, False, ("q4", "q4f16"), _folder_bytes(path), traffic, note)
+    yield Entry(contender, False, like_peer("onnxruntime-genai", "int4"), _folder_bytes(path), traffic, note)
 
 
 def _llama(workshop: Workshop, folder: Path, variants: Sequence[str]) -> Iterator[Entry]:
     python = _python(folder, LLAMA_VENV)
     checkpoint = workshop.checkpoint("olmo2")
     config = ModelConfig.from_json(checkpoint / "config.json")
-    types = [_LLAMA_TYPES[name] for name in variants if name in _LLAMA_TYPES]
+    rows = [row for row in map(known, variants) if row is not None]
+    types = [row.peers["llama.cpp"] for row in rows if "llama.cpp" in row.peers]
     for ftype in dict.fromkeys(types or ["Q4_K_M"]):
         path, made = workshop.gguf(python, ftype)
         sizes = worker(python, "convert_llama", ["sizes", path])
@@ -201,7 +203,7 @@ def _llama(workshop: Workshop, folder: Path, variants: Sequence[str]) -> Iterato
         arguments = ("task", str(path))
         contender = Contender(f"llama_{ftype}", f"llama.cpp {ftype}", python, "llama", arguments, (POINTS,), made)
         traffic = Traffic(((1, weights),), _cache_bytes(checkpoint, 2), None, "tensors of the GGUF file, F16 KV cache")
-        alike = tuple(name for name, other in _LLAMA_TYPES.items() if other == ftype)
+        alike = like_peer("llama.cpp", ftype)
         yield Entry(contender, False, alike, sizes["bytes"], traffic, "C defaults: mmap, F16 KV cache")
 
 
@@ -233,12 +235,7 @@ def _folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def default_variants(package: Path, backend: str, device: str) -> list[str]:
-    """Return the variants of a package that a backend runs on a device."""
-    if backend == "ort":
-        from runtimes.ort.concat import FASTEST
-
-        wanted = load_manifest(package).variants
-        return [name for name in wanted if (name in FASTEST["cuda"]) == (device != "cpu")]
-    trt = load_trt_manifest(package)
-    return [] if trt is None else [e.variant for e in trt.engines.values() if e.backend == backend]
+def default_variants(package: Package, target: Target) -> list[str]:
+    """Return the variants of a package that are measured where none is named: those made for the target."""
+    names = runnable(package, target)
+    return [name for name in names if name in target.variants or target.needs_engine]

@@ -21,8 +21,10 @@ from olmo2_export.bench.claims import Claim, Quantity, claims_table, judge, samp
 from olmo2_export.bench.contenders import Contender, Workshop
 from olmo2_export.bench.machine import BANDWIDTH, device_limits
 from olmo2_export.bench.turns import take_turns
+from olmo2_export.catalog import find, static_row
 from runtimes.errors import UsageError, VariantNotFoundError
-from runtimes.manifest import find_variant, load_manifest
+from runtimes.package import open_package
+from runtimes.targets import backends, find_target
 
 TASKS = ("decode_128", "decode_2048", "prefill_2048", "streams_8")
 """what nothing is claimed of comes last, should the time be over before"""
@@ -108,7 +110,7 @@ def check(
     if minutes is not None and not minutes > 0:
         raise UsageError(f"--minutes {minutes:g}: expected more than 0; without it all is measured")
     for folder in packages:
-        load_manifest(folder)
+        open_package(folder)
     for folder in (*packages, *([] if reference is None else [reference])):
         try:
             found = shape_of(folder)
@@ -141,14 +143,15 @@ def _backend_and_variant(text: str) -> tuple[str, str]:
         UsageError: it has another form.
     """
     backend, _, name = text.partition(":")
-    if backend not in ("ort", "trt_rtx", "trt") or not name:
-        raise UsageError(f"contender {text!r}: expected ort:VARIANT, trt_rtx:PRECISION or trt:PRECISION")
-    return backend, name if backend == "ort" else f"trt_{name}"
+    if backend not in backends() or not name:
+        *others, last = [f"{b}:{'PRECISION' if b in backends(engines=True) else 'VARIANT'}" for b in backends()]
+        raise UsageError(f"contender {text!r}: expected {', '.join(others)} or {last}")
+    return backend, static_row(name).name if find_target(backend).needs_engine else name
 
 
 def _has(package: Path, variant: str) -> bool:
     try:
-        find_variant(package, variant)
+        open_package(package).variant(variant)
     except VariantNotFoundError:
         return False
     return True
@@ -174,12 +177,12 @@ def contenders(
         backend, variant = _backend_and_variant(text)
         key = "ours" if number == 0 else f"{backend}_{text.partition(':')[2]}"
         package, made = next((folder for folder in packages if _has(folder, variant)), None), dict[str, float]()
-        if package is None and backend == "ort":
+        target = find_target(backend, device if backend in backends(engines=False) else None)
+        if package is None and not target.needs_engine:
             package, made = workshop.package("gpu", workshop.checkpoint("olmo2"), variant)
         elif package is None:
-            package, made = workshop.engine(workshop.checkpoint("olmo2"), variant.removeprefix("trt_"), backend)
-        flags = ["--backend", backend, *(["--device", device] if backend == "ort" else [])]
-        arguments = (str(package), variant, *flags)
+            package, made = workshop.engine(workshop.checkpoint("olmo2"), find(variant).weights.precision, backend)
+        arguments = (str(package), variant, *target.flags)
         found.append(Contender(key, f"ours, {text}", Path(sys.executable), "ours", arguments, TASKS, made))
     if baseline:
         label = f"transformers {version('transformers')}, static cache"

@@ -32,14 +32,14 @@ from olmo2_export.views.first_call import first_call, float32_name
 from olmo2_export.views.openers import tensorrt_runner
 from olmo2_export.views.static_forms import exact_form, rounded_form
 from runtimes.errors import FailedError, UsageError, VariantNotFoundError
-from runtimes.manifest import Variant, load_manifest, load_trt_manifest
-from runtimes.sealed import check_files
+from runtimes.manifest import Variant
+from runtimes.package import AnyPackage, open_package
 from runtimes.trt.nvidia import TensorRTBackend, load_tensorrt
 
 TOKENS = 16
 """of the call that is compared"""
-TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 6e-2, "int8": 6e-2, "int4": 6e-2, "fp8": 6e-2}
-"""precision -> RMS error / RMS of the tensor above which a tensor counts as different"""
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
+"""dtype of activations -> RMS error / RMS of the tensor above which a tensor counts as different"""
 _SHAPES = ("input_ids:[1,4]", "write_indices:[1]", "logit_index:[1,1]")
 _SUPPORTED = "Graph is fully supported by TensorRT"
 
@@ -135,7 +135,7 @@ def compare_variant(
         variant: trt_bf16, ...
         backend: ort: the graph's precision, rounding by rounding, against float32, both on the CPU. trt_rtx, trt: what
             this TensorRT computes on the GPU at hand, against the graph's precision on the CPU.
-        tolerance: relative RMS error above which a tensor differs; None: that of the precision in `TOLERANCES`.
+        tolerance: relative RMS error above which a tensor differs; None: that of its dtype in `TOLERANCES`.
 
     Returns:
         All tensors in the order of the graph, and the first that differs.
@@ -147,16 +147,16 @@ def compare_variant(
     """
     if tolerance is not None and not tolerance > 0:
         raise UsageError(f"tolerance {tolerance:g}: expected a number above 0")
-    entry = find_graph(package, variant)
+    opened = open_package(package)
+    entry = find_graph(opened, variant)
     runner = None if backend == "ort" else tensorrt_runner(backend)
     graph = load_graph(package / entry.graph)
-    vocabulary = load_manifest(package).model.vocab_size
-    token_ids = np.random.default_rng(0).integers(0, vocabulary, TOKENS, dtype=np.int64)
+    token_ids = np.random.default_rng(0).integers(0, opened.model.vocab_size, TOKENS, dtype=np.int64)
     if runner is None:
         differences = compare(exact_form(graph), rounded_form(graph), token_ids)
     else:
         differences = compare(rounded_form(graph), graph, token_ids, runner)
-    limit = TOLERANCES[entry.precision] if tolerance is None else tolerance
+    limit = TOLERANCES[entry.kv_cache.dtype] if tolerance is None else tolerance
     return differences, first_difference(differences, limit)
 
 
@@ -219,20 +219,22 @@ def format_differences(differences: Sequence[TensorDifference], first: TensorDif
     return "\n".join(lines)
 
 
-def find_graph(package: Path, variant: str) -> Variant:
+def find_graph(package: AnyPackage, variant: str) -> Variant:
     """Return a TensorRT graph of a package, whose files are what its manifest says.
 
     Raises:
         VariantNotFoundError: naming those there are.
         IntegrityError: a file changed.
     """
-    manifest = load_trt_manifest(package)
-    known = list(manifest.variants) if manifest is not None else []
-    if manifest is None or variant not in known:
+    opened = open_package(package)
+    known = opened.trt.variants if opened.trt is not None else {}
+    if variant not in known:
         listed = ", ".join(known) or "none"
-        raise VariantNotFoundError(f"{package}: no TensorRT graph {variant!r}; it has {listed}: olmo2-export build")
-    check_files(package, manifest.files, manifest.variants[variant].files, remedy="build it again")
-    return manifest.variants[variant]
+        raise VariantNotFoundError(
+            f"{opened.folder}: no TensorRT graph {variant!r}; it has {listed}: olmo2-export build"
+        )
+    opened.check(known[variant].files, remedy="build it again")
+    return known[variant]
 
 
 @contextmanager

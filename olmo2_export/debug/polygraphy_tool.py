@@ -11,14 +11,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import get_args
 
-from runtimes.trt.nvidia import TensorRT, TensorRTBackend, load_tensorrt
+from runtimes.command import run_command
+from runtimes.trt.nvidia import TensorRT, load_tensorrt, tensorrt_backend
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command; return its exit code."""
-    backend = next(b for b in get_args(TensorRTBackend) if b == arguments[0])
+    backend = tensorrt_backend(arguments[0])
     tensorrt = load_tensorrt(backend)
     if arguments[1] == "parse":
         return 0 if parses(tensorrt, arguments[2]) else 1
@@ -44,4 +44,6 @@ def parses(tensorrt: TensorRT, graph: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(
+        run_command("polygraphy_tool", lambda: main(sys.argv[1:]), debug=True)
+    )  # read by `debug.py`, not by people

@@ -33,7 +33,6 @@ from olmo2_export.engine.options import EngineOptions, gpu_at_hand, settle
 from olmo2_export.engine.plan import count_kernels
 from olmo2_export.engine.process import run_worker
 from olmo2_export.engine.refitter import RefitRequest
-from olmo2_export.graphs.static import Precision
 from olmo2_export.package.trt_variants import TrtOptions, check_trt_options, write_trt_variant
 from runtimes.errors import (
     EngineBuildError,
@@ -47,17 +46,15 @@ from runtimes.manifest import (
     MANIFEST_NAME,
     TRT_FOLDER,
     Engine,
-    Manifest,
     ModelSpec,
+    Precision,
     ProfileRange,
     TrtManifest,
     Variant,
-    load_manifest,
-    load_trt_manifest,
-    package_checksum,
     to_document,
 )
-from runtimes.sealed import FORMAT_VERSION, FileEntry, check_files, hash_file, hash_files, seal
+from runtimes.package import Package, open_package
+from runtimes.sealed import FORMAT_VERSION, FileEntry, hash_file, hash_files, seal
 from runtimes.trt.nvidia import TensorRTBackend, check_installed
 
 logger = logging.getLogger(__name__)
@@ -97,13 +94,14 @@ def build(package: Path, options: EngineOptions, *, progress: bool = True) -> Bu
         ResourceError: disk full, or another build holds the folder.
     """
     start = time.monotonic()
-    manifest = load_manifest(package)
+    opened = open_package(package)
+    manifest = opened.manifest
     settled = settle(options, manifest.model)
     graph = TrtOptions(options.precision, settled.max_cache_length, options.top_k, options.recipe, options.calibration)
     check_trt_options(package, manifest, graph)
-    with _staged(package, manifest, options.precision) as (staging, kept):
+    with _staged(opened, options.precision) as (staging, kept):
         variant = write_trt_variant(package, manifest, staging, graph)
-        _keep_other_backends(package, staging, kept, variant, options.backend)
+        _keep_other_backends(opened, staging, kept, variant, options.backend)
         compile_start = time.monotonic()
         _check_space(staging, variant)
         plan = _plan_name(options)
@@ -140,7 +138,7 @@ def build(package: Path, options: EngineOptions, *, progress: bool = True) -> Bu
             aliases=_checked_aliases(variant, result),
         )
         engine = replace(engine, kernels=count_kernels(staging / request.plan, engine))
-        _write_manifest(package, staging, kept, variant, engine)
+        _write_manifest(opened, staging, kept, variant, engine)
     return _report(package, variant, engine, result, start, compile_seconds)
 
 
@@ -165,18 +163,19 @@ def refit(package: Path, source: Path, options: EngineOptions, *, progress: bool
     used = EngineOptions(options.precision, options.backend, recipe=options.recipe, calibration=options.calibration)
     if options != used:
         raise UsageError(f"refit from {source}: the engine stays as it is; give backend, precision and recipe alone")
-    manifest = load_manifest(package)
-    engine, engines = _refittable(source, options)
+    opened, other = open_package(package), open_package(source)
+    manifest = opened.manifest
+    engine, engines = _refittable(other, options)
     check_installed(options.backend)
     if (found := gpu_at_hand(options.backend)) != engine.compute_capabilities[0]:
         raise UsageError(
             f"{engine.plan}: for compute capability {engine.compute_capabilities[0]}, the GPU at hand is {found}"
         )
     former = engines.variants[engine.variant]
-    check_files(source, engines.files, [engine.plan, former.graph], remedy="build it again")
+    other.check([engine.plan, former.graph], remedy="build it again")
     graph = TrtOptions(options.precision, engine.max_cache_length, former.top_k, options.recipe, options.calibration)
     check_trt_options(package, manifest, graph)
-    with _staged(package, manifest, options.precision) as (staging, kept):
+    with _staged(opened, options.precision) as (staging, kept):
         variant = write_trt_variant(package, manifest, staging, graph)
         if hash_file(staging / Path(variant.graph).name) != engines.files[former.graph]:
             raise UsageError(f"{package}: its graph is not that of {source}; refit takes checkpoints of one shape")
@@ -190,20 +189,20 @@ def refit(package: Path, source: Path, options: EngineOptions, *, progress: bool
         )
         result = run_worker(request, staging, progress=progress)
         compile_seconds = time.monotonic() - compile_start
-        _write_manifest(package, staging, kept, variant, engine)
+        _write_manifest(opened, staging, kept, variant, engine)
     return _report(package, variant, engine, result, start, compile_seconds)
 
 
-def _refittable(source: Path, options: EngineOptions) -> tuple[Engine, TrtManifest]:
+def _refittable(package: Package, options: EngineOptions) -> tuple[Engine, TrtManifest]:
     """Return the engine to start from, and the manifest it is in.
 
     Raises:
         UsageError: there is none, or it was not built for this.
     """
-    name = f"{options.backend}_{options.precision}"
+    source, name = package.folder, f"{options.backend}_{options.precision}"
     if options.backend != "trt":
         raise UsageError(f"refit from {source}: TensorRT for RTX has no such thing; full TensorRT has: --backend trt")
-    engines = load_trt_manifest(source)
+    engines = package.trt
     remedy = f"run: olmo2-export build {source} --backend trt --precision {options.precision} --refit"
     if engines is None or name not in engines.engines:
         raise UsageError(f"{source}: no engine {name} to refit; {remedy}")
@@ -214,15 +213,16 @@ def _refittable(source: Path, options: EngineOptions) -> tuple[Engine, TrtManife
 
 
 @contextmanager
-def _staged(package: Path, manifest: Manifest, precision: Precision) -> Iterator[tuple[Path, TrtManifest]]:
+def _staged(package: Package, precision: Precision) -> Iterator[tuple[Path, TrtManifest]]:
     """Yield a folder that takes the place of trt/ after the body, with what stays of it, and the manifest of that."""
-    if "fp32" not in manifest.variants:
-        raise VariantNotFoundError(f"{package}: no variant fp32, which engines are built from; export it again")
+    folder = package.folder
+    if "fp32" not in package.manifest.variants:
+        raise VariantNotFoundError(f"{folder}: no variant fp32, which engines are built from; export it again")
     # Nobody may replace the package while an engine is built from it.
-    with locked(Path.cwd() / package), replace_folder(package / TRT_FOLDER, force=True) as staging:
-        check_files(package, manifest.files, manifest.variants["fp32"].files)
+    with locked(Path.cwd() / folder), replace_folder(folder / TRT_FOLDER, force=True) as staging:
+        package.check(package.variant("fp32").files)
         kept = _kept(package, precision)
-        _link(kept.files, package, staging)
+        _link(kept.files, folder, staging)
         yield staging, kept
 
 
@@ -244,13 +244,12 @@ def _report(
     )
 
 
-def _kept(package: Path, precision: Precision) -> TrtManifest:
+def _kept(package: Package, precision: Precision) -> TrtManifest:
     """Return what stays of the trt folder: what is intact, of this export, and of other precisions."""
-    checksum = package_checksum(package)
     version = importlib.metadata.version("olmo2-export")
-    kept = TrtManifest(FORMAT_VERSION, version, checksum, {}, {}, {})
+    kept = TrtManifest(FORMAT_VERSION, version, package.checksum, {}, {}, {})
     try:
-        old = load_trt_manifest(package)
+        old = package.trt
     except PackageError as error:
         logger.warning("the engines that are there are not kept: %s", error)
         return kept
@@ -261,7 +260,7 @@ def _kept(package: Path, precision: Precision) -> TrtManifest:
         variants = {name: variant for name, variant in old.variants.items() if variant.precision == other}
         names = [*(e.plan for e in engines.values()), *(file for v in variants.values() for file in v.files)]
         try:
-            check_files(package, old.files, names, remedy="build it again")
+            package.check(names, remedy="build it again")
         except IntegrityError as error:
             logger.warning("%s is not kept: %s", other, error)
             continue
@@ -272,11 +271,11 @@ def _kept(package: Path, precision: Precision) -> TrtManifest:
 
 
 def _keep_other_backends(
-    package: Path, staging: Path, kept: TrtManifest, variant: Variant, backend: TensorRTBackend
+    package: Package, staging: Path, kept: TrtManifest, variant: Variant, backend: TensorRTBackend
 ) -> None:
     """Keep the engines that the other TensorRT has of this precision, where they are of the very graph just written."""
     try:
-        old = load_trt_manifest(package)
+        old = package.trt
     except PackageError:  # said by _kept
         return
     if old is None:
@@ -289,13 +288,13 @@ def _keep_other_backends(
     try:
         if any(old.files.get(file) != written[Path(file).name] for file in variant.files):
             raise IntegrityError("it was built from another graph")
-        check_files(package, old.files, plans, remedy="build it again")
+        package.check(plans, remedy="build it again")
     except IntegrityError as error:
         logger.warning("%s is not kept: %s", ", ".join(others), error)
         return
     kept.engines.update(others)
     kept.files.update(plans)
-    _link(plans, package, staging)
+    _link(plans, package.folder, staging)
 
 
 def _link(files: dict[str, FileEntry], package: Path, staging: Path) -> None:
@@ -356,21 +355,20 @@ def _expected_layers(model: ModelSpec) -> dict[str, int]:
 
 def _checked_aliases(variant: Variant, result: CompileResult) -> dict[str, str]:
     """Return present -> past, which must be exactly the caches of the graph."""
-    pasts = [spec.name for spec in variant.inputs if spec.name.startswith("past_key_values.")]
-    expected = {name.replace("past_key_values.", "present."): name for name in pasts}
+    expected = {present: past for past, present in variant.caches.items()}
     if result.aliases != expected:
         raise EngineBuildError(f"TensorRT updates {result.aliases} in place, expected {expected}")
     return expected
 
 
-def _write_manifest(package: Path, staging: Path, kept: TrtManifest, variant: Variant, engine: Engine) -> None:
+def _write_manifest(package: Package, staging: Path, kept: TrtManifest, variant: Variant, engine: Engine) -> None:
     """Hash what is new and write trt/manifest.json."""
     names = [*variant.files, engine.plan]
     hashed = hash_files(staging, [Path(name).name for name in names])
     manifest = TrtManifest(
         format_version=kept.format_version,
         exporter_version=kept.exporter_version,
-        package_checksum=package_checksum(package),
+        package_checksum=package.checksum,
         variants={**kept.variants, variant.name: variant},
         engines={**kept.engines, engine.name: engine},
         files={**kept.files, **{name: hashed[Path(name).name] for name in names}},

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from olmo2_export.graphs.static import PRECISIONS, Precision
+from olmo2_export.catalog import precisions, static_row
 from runtimes.errors import BackendError, UsageError
-from runtimes.manifest import ModelSpec
+from runtimes.manifest import EngineFlag, ModelSpec, Precision
 from runtimes.trt.nvidia import RTX_CAPABILITIES, TensorRTBackend, check_installed
 
 logger = logging.getLogger(__name__)
@@ -44,9 +44,6 @@ _FULL_CAPABILITIES = (
     "12.0",
     "12.1",
 )  # of full TensorRT
-# Activations are bfloat16 in bf16 and in all that is quantised; fp8 needs arithmetic of its own.
-_OLDEST = {"fp32": "7.5", "fp16": "7.5", "bf16": "8.0", "int4": "8.0", "int8": "8.0", "fp8": "8.9"}
-_YOUNGER_THAN_THE_GPU = {"bf16": "fp16", "int4": "fp16", "int8": "fp16", "fp8": "int8"}
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ class Settled:
     max_batch_size: int
     max_cache_length: int
     prefill_chunk: int
-    flags: tuple[str, ...]
+    flags: tuple[EngineFlag, ...]
     """portable, refit, weight_streaming: those that were asked for"""
 
 
@@ -113,7 +110,7 @@ def settle(options: EngineOptions, model: ModelSpec) -> Settled:
     """
     for name, value, known in (
         ("backend", options.backend, get_args(TensorRTBackend)),
-        ("precision", options.precision, PRECISIONS),
+        ("precision", options.precision, precisions()),
         ("profile", options.profile, (None, *get_args(Profile))),
     ):
         if value not in known:
@@ -180,9 +177,11 @@ def _lengths(model: ModelSpec, max_cache_length: int | None, prefill_chunk: int 
 def _check_head_dim(model: ModelSpec, precision: Precision) -> None:
     """Refuse what TensorRT cannot compile, and warn of what it compiles to something slower."""
     size = model.head_dim
-    if precision != "fp32" and size % 8:
+    if static_row(precision).dtype == "float32":
+        return  # it composes its attention in any case
+    if size % 8:
         raise UsageError(f"head_dim {size}: in {precision} TensorRT takes multiples of 8; use --precision fp32")
-    if precision != "fp32" and not 16 <= size <= 256:
+    if not 16 <= size <= 256:
         logger.warning("head_dim %d: TensorRT has attention kernels for 16 to 256 and composes a slower one", size)
 
 
@@ -191,7 +190,7 @@ def _asked_capabilities(options: EngineOptions) -> tuple[str, ...]:
         return tuple(dict.fromkeys(options.compute_capabilities))
     if options.backend == "trt":
         return (CURRENT,)
-    return tuple(c for c in CAPABILITIES if float(c) >= float(_OLDEST[options.precision]))
+    return tuple(c for c in CAPABILITIES if float(c) >= float(static_row(options.precision).weights.oldest_gpu))
 
 
 def _check_capabilities(options: EngineOptions, capabilities: Sequence[str]) -> None:
@@ -218,11 +217,11 @@ def _check_capabilities(options: EngineOptions, capabilities: Sequence[str]) -> 
             f"compute capability {', '.join(foreign)}: TensorRT for RTX compiles for {', '.join(RTX_CAPABILITIES)}; "
             "use full TensorRT (--backend trt on that GPU)"
         )
-    oldest = _OLDEST[options.precision]
-    if old := [c for c in capabilities if float(c) < float(oldest)]:
+    stored = static_row(options.precision).weights
+    if old := [c for c in capabilities if float(c) < float(stored.oldest_gpu)]:
         raise UsageError(
-            f"compute capability {', '.join(old)}: {options.precision} needs {oldest} or newer; "
-            f"use --precision {_YOUNGER_THAN_THE_GPU[options.precision]}"
+            f"compute capability {', '.join(old)}: {options.precision} needs {stored.oldest_gpu} or newer"
+            f"{f'; use --precision {stored.on_older}' if stored.on_older else ''}"
         )
 
 
@@ -261,6 +260,10 @@ def gpu_at_hand(backend: TensorRTBackend) -> str:
         raise BackendError(f"no GPU to ask ({error}); {remedy}") from error
 
 
-def _flags(options: EngineOptions) -> tuple[str, ...]:
-    flags = {"portable": options.portable, "refit": options.refit, "weight_streaming": options.weight_streaming}
+def _flags(options: EngineOptions) -> tuple[EngineFlag, ...]:
+    flags: dict[EngineFlag, bool] = {
+        "portable": options.portable,
+        "refit": options.refit,
+        "weight_streaming": options.weight_streaming,
+    }
     return tuple(name for name, asked in flags.items() if asked)

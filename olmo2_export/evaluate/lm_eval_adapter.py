@@ -32,11 +32,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # typ
 from tqdm import tqdm
 
 from runtimes import Backend, Device, open_runner
-from runtimes.errors import ContextLengthError, InputError, Olmo2ExportError, UsageError
+from runtimes.command import run_command
+from runtimes.errors import ContextLengthError, InputError, UsageError
 from runtimes.generation.generate import generate
-from runtimes.manifest import package_checksum
 from runtimes.ort.devices import available_providers
+from runtimes.package import open_package
 from runtimes.runners.runner import Logits, Runner, common_prefix
+from runtimes.targets import find_target
 from runtimes.text.sampling import Sampler
 from runtimes.text.tokenizer import Tokenizer
 
@@ -84,12 +86,17 @@ class PackageLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
         if rows < 1:
             raise UsageError(f"batch_size {batch_size}: expected at least 1, or auto")
         where = "cuda" if device is not None and device.startswith("cuda") else device
-        if where == "cuda" and backend == "ort" and "CUDAExecutionProvider" not in available_providers():
+        if (
+            where == "cuda"
+            and not find_target(backend).needs_engine
+            and "CUDAExecutionProvider" not in available_providers()
+        ):
             where = None  # lm-eval's command line asks for cuda where nobody does
             logging.getLogger(__name__).warning("device %s: this onnxruntime has no CUDA; running on the CPU", device)
-        self._tokenizer = Tokenizer.from_package(package)
+        opened = open_package(package)
+        self._tokenizer = Tokenizer.from_package(opened)
         self._runner: Runner = open_runner(
-            package, variant=variant, backend=backend, device=cast("Device | None", where), threads=threads
+            opened, variant=variant, backend=backend, device=cast("Device | None", where), threads=threads
         )
         capacity = self._runner.max_cache_length
         self.max_length = capacity if max_length is None else int(max_length)
@@ -98,7 +105,7 @@ class PackageLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
         self.max_gen_toks = int(max_gen_toks)
         self.batch_size = rows
         self._seed = seed
-        self._name = f"olmo2-export {package_checksum(Path(package))}"
+        self._name = f"olmo2-export {opened.checksum}"
         self.computed_tokens = 0
         """ids that were fed for loglikelihoods; what was found in the cache is not in it"""
 
@@ -269,12 +276,9 @@ def _score(logits: Logits, targets: Sequence[int]) -> tuple[float, bool]:
 
 def main() -> int:
     """Run lm-eval's command line, in which this model is known; return the exit code."""
-    try:
-        cli_evaluate()
-    except Olmo2ExportError as error:
-        sys.stderr.write(f"lm_eval_adapter: error: {error}\n")
-        return error.exit_code
-    return 0
+    return run_command(
+        "lm_eval_adapter", cli_evaluate, debug="DEBUG" in sys.argv, debug_option="--verbosity DEBUG", extra="eval"
+    )
 
 
 if __name__ == "__main__":

@@ -21,9 +21,11 @@ from olmo2_export.truth.reference import Reference, open_reference
 from olmo2_export.truth.torch_layers import open_layers
 from olmo2_export.views import runners
 from olmo2_export.weights.checkpoint import Checkpoint
-from runtimes import Backend, Device, open_package, open_runner
-from runtimes.manifest import ModelSpec, Variant, find_variant, load_manifest
+from runtimes import Backend, Device, open_runner
+from runtimes.manifest import ModelSpec, Variant
+from runtimes.package import AnyPackage, open_package
 from runtimes.runners.runner import Logits
+from runtimes.targets import find_target
 
 PYTORCH = "PyTorch float32"
 """the name of what variants are compared with"""
@@ -151,18 +153,18 @@ def open_package_model(
     Raises:
         Olmo2ExportError: as `open_runner`.
     """
-    model = load_manifest(package).model
-    entry = find_variant(package, variant)[0] if variant is not None else None
-    if entry is not None and backend == "ort" and device in (None, "cpu") and _rounded_here(entry):
-        with open_measured(package, entry.name) as measured:
+    opened = open_package(package)
+    model, entry = opened.model, opened.variant(variant) if variant is not None else None
+    if entry is not None and not find_target(backend, device).on_gpu and _rounded_here(entry):
+        with open_measured(opened, entry.name) as measured:
             yield PackageModel(measured, entry, model, f"{entry.name}, rounded as on its device", decode_graph)
         return
-    with open_runner(package, variant=variant, backend=backend, device=device) as runner:
+    with open_runner(opened, variant=variant, backend=backend, device=device) as runner:
         yield PackageModel(runner, runner.variant, model, runner.variant.name, decode_graph)
 
 
 @contextmanager
-def open_measured(package: Path, variant: str) -> Iterator[Measured]:
+def open_measured(package: AnyPackage, variant: str) -> Iterator[Measured]:
     """Open what the CPU can run of a variant: its graph, or where that has no kernels there its rounded form.
 
     Raises:

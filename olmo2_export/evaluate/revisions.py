@@ -32,7 +32,7 @@ from olmo2_export.package.variants import Options
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
 from runtimes import Device
 from runtimes.errors import ConfigError, FailedError, PackageError, UsageError, first_names
-from runtimes.manifest import load_manifest
+from runtimes.package import open_package
 from runtimes.sealed import hash_file, hash_files
 
 RESULTS, TABLE = "sweep.json", "sweep.csv"
@@ -219,7 +219,7 @@ class _Sweep:
 
     def graph_sha256(self, package: Path) -> str:
         """Return the hash of the graph file, as it is on disk."""
-        return hash_file(package / load_manifest(package).variants[self._variant].graph).sha256
+        return hash_file(package / open_package(package).variant(self._variant).graph).sha256
 
     def forget_all_but(self, revision: str) -> None:
         """Remove the packages that no later revision is compared with."""
@@ -230,7 +230,7 @@ class _Sweep:
     def _is_whole(self, path: Path, checkpoint: Checkpoint | None = None) -> bool:
         """Tell whether a folder is a package of this variant, and of that checkpoint."""
         try:
-            manifest = load_manifest(path)
+            manifest = open_package(path).manifest
         except PackageError:
             return False
         if self._variant not in manifest.variants:

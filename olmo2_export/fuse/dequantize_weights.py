@@ -22,12 +22,13 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from olmo2_export.catalog import static_row
+from olmo2_export.dtypes import ir_dtype
 from olmo2_export.fuse.edit import is_op, name_of, new_node
 from olmo2_export.fuse.merge_projections import JOINT
 from olmo2_export.quantize.static import LinearForm
 
 CODES, SCALES = ".codes", ".scales"
-DTYPES = {"int4": ir.DataType.INT4, "int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 
 
 def dequantize_weights(model: ir.Model, forms: Mapping[str, LinearForm]) -> int:
@@ -57,7 +58,8 @@ def _rewrite(graph: ir.Graph, node: ir.Node, weight: ir.Value, form: LinearForm)
     assert dtype is not None
     columns, rows = (int(str(size)) for size in shape)
     blocks = [columns // form.block_size] if form.block_size else []
-    codes = ir.Value(name=name + CODES, type=ir.TensorType(DTYPES[form.precision]), shape=shape)
+    dtype_of_codes = ir_dtype(static_row(form.precision).weights.codes)
+    codes = ir.Value(name=name + CODES, type=ir.TensorType(dtype_of_codes), shape=shape)
     scales = ir.Value(name=name + SCALES, type=ir.TensorType(dtype), shape=ir.Shape([*blocks, rows]))
     graph.initializers.add(codes)
     graph.initializers.add(scales)

@@ -21,9 +21,9 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
+from olmo2_export.catalog import BlockFormat
 from olmo2_export.fuse.edit import find_input, is_op, name_of, new_node
 from olmo2_export.fuse.matmul_nbits import DOMAIN, block_initializers
-from olmo2_export.quantize.blocks import BlockFormat
 
 INT64, INT8 = ir.DataType.INT64, ir.DataType.INT8
 

@@ -19,8 +19,8 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from olmo2_export.catalog import BlockFormat
 from olmo2_export.fuse.edit import is_op, name_of
-from olmo2_export.quantize.blocks import BlockFormat
 
 DOMAIN = "com.microsoft"
 ACCURACY_LEVEL = 4

@@ -21,7 +21,9 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from olmo2_export.fuse.dequantize_weights import CODES, DTYPES
+from olmo2_export.catalog import static_row
+from olmo2_export.dtypes import ir_dtype
+from olmo2_export.fuse.dequantize_weights import CODES
 from olmo2_export.fuse.edit import is_op, name_of, new_node
 from olmo2_export.fuse.merge_projections import JOINT
 from olmo2_export.quantize.static import LinearForm
@@ -46,7 +48,9 @@ def quantize_inputs(model: ir.Model, forms: Mapping[str, LinearForm]) -> int:
             continue
         key = (x, form.input_scale)
         if key not in quantized:
-            quantized[key] = _quantize(graph, node, x, name, form.input_scale, DTYPES[form.precision])
+            rounded = static_row(form.precision).weights.inputs
+            assert rounded is not None  # it has a scale
+            quantized[key] = _quantize(graph, node, x, name, form.input_scale, ir_dtype(rounded))
         node.replace_input_with(0, quantized[key])
         rewritten += 1
     return rewritten

@@ -22,9 +22,10 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
+import olmo2_export.catalog as catalog
+from olmo2_export.dtypes import ir_dtype
 from olmo2_export.fuse.group_query_attention import DOMAIN, NAME
 
-_DTYPES = {8: ir.DataType.INT8, 4: ir.DataType.UINT8}
 _INPUTS = 9  # up to sin
 
 
@@ -37,6 +38,7 @@ def quantized_kv_cache(model: ir.Model, scales: Mapping[str, np.ndarray], bits: 
         bits: 8 or 4.
     """
     graph = model.graph
+    (dtype,) = {ir_dtype(cache.dtype) for cache in catalog.KV_CACHES if cache.bits == bits}
     rewritten = 0
     for node in list(graph):
         if node.domain != DOMAIN or node.op_type != NAME or len(node.inputs) != _INPUTS:
@@ -68,7 +70,7 @@ def quantized_kv_cache(model: ir.Model, scales: Mapping[str, np.ndarray], bits: 
             assert value is not None  # the pass that made the node gave it all
             assert value.shape is not None
             batch, heads, length, size = value.shape
-            value.type = ir.TensorType(_DTYPES[bits])
+            value.type = ir.TensorType(dtype)
             value.shape = ir.Shape([batch, heads, length, int(str(size)) * bits // 8])
         rewritten += 1
     return rewritten

@@ -33,7 +33,6 @@ operator here: GroupQueryAttention with queries, keys and values apart, MatMulNB
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection
 
 import onnx_ir as ir
@@ -60,17 +59,13 @@ from runtimes.manifest import KVCacheSpec, ModelSpec, TensorSpec
 TOP_K = 1
 """candidates that the graph picks: what greedy decoding needs"""
 
-DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "q4f16": ir.DataType.FLOAT16}
-"""variant -> dtype of activations and cache"""
-
-DTYPE_NAMES = {ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
-
 
 def device_outputs(model: ModelSpec, cache: KVCacheSpec) -> tuple[TensorSpec, ...]:
     """Return the outputs of the graph, in order."""
     logits, *present = shared_outputs(model, cache)
     shape = (*logits.shape[:-1], TOP_K)
-    return (logits, TensorSpec("top_ids", "int64", shape), TensorSpec("top_logits", "float32", shape), *present)
+    ids = TensorSpec("top_ids", "int64", shape, "candidate_ids")
+    return (logits, ids, TensorSpec("top_logits", "float32", shape, "candidate_logits"), *present)
 
 
 def device_graph(
@@ -144,8 +139,3 @@ def expected_op_counts(model: ModelSpec, *, quantized: bool) -> dict[str, int]:
         "com.microsoft::GroupQueryAttention": layers,
         "Sigmoid": layers,
     }
-
-
-def cache_of(cache: KVCacheSpec, dtype: ir.DataType) -> KVCacheSpec:
-    """Return the cache's description in another dtype."""
-    return dataclasses.replace(cache, dtype=DTYPE_NAMES[dtype])

@@ -31,7 +31,7 @@ from olmo2_export.fuse.matmul_nbits import matmul_nbits
 from olmo2_export.quantize.int8 import quantize_int8
 from olmo2_export.quantize.recipes import QuantizedWeights
 from runtimes.errors import FusionError
-from runtimes.manifest import KVCacheSpec, ModelSpec, TensorSpec
+from runtimes.manifest import KVCacheSpec, ModelSpec, Role, TensorSpec
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LINEARS_PER_LAYER = 7
@@ -40,18 +40,18 @@ _LINEARS_PER_LAYER = 7
 def shared_inputs(cache: KVCacheSpec) -> tuple[TensorSpec, ...]:
     """Return the inputs of the shared-cache graph, in order."""
     return (
-        TensorSpec("input_ids", "int64", ("batch_size", "sequence_length")),
-        TensorSpec("attention_mask", "int64", ("batch_size", "total_sequence_length")),
-        *_caches("past_key_values", cache, "past_sequence_length"),
-        TensorSpec("num_logits_to_keep", "int64", ()),
+        TensorSpec("input_ids", "int64", ("batch_size", "sequence_length"), "token_ids"),
+        TensorSpec("attention_mask", "int64", ("batch_size", "total_sequence_length"), "attention_mask"),
+        *_caches("past_key_values", "past", cache, "past_sequence_length"),
+        TensorSpec("num_logits_to_keep", "int64", (), "logit_count"),
     )
 
 
 def shared_outputs(model: ModelSpec, cache: KVCacheSpec) -> tuple[TensorSpec, ...]:
     """Return the outputs of the shared-cache graph, in order."""
     return (
-        TensorSpec("logits", "float32", ("batch_size", "num_logits", model.vocab_size)),
-        *_caches("present", cache, "total_sequence_length"),
+        TensorSpec("logits", "float32", ("batch_size", "num_logits", model.vocab_size), "logits"),
+        *_caches("present", "present", cache, "total_sequence_length"),
     )
 
 
@@ -153,8 +153,8 @@ def attach_blocks(model: ir.Model, weights: QuantizedWeights) -> None:
         value.const_value = ir.LazyTensor(load, dtype=value.dtype, shape=value.shape, name=name)
 
 
-def _caches(prefix: str, cache: KVCacheSpec, length: str) -> Iterator[TensorSpec]:
+def _caches(prefix: str, role: Role, cache: KVCacheSpec, length: str) -> Iterator[TensorSpec]:
     shape = ("batch_size", cache.num_key_value_heads, length, cache.stored_head_dim)
     for layer in range(cache.num_layers):
         for kind in ("key", "value"):
-            yield TensorSpec(f"{prefix}.{layer}.{kind}", cache.dtype, shape)
+            yield TensorSpec(f"{prefix}.{layer}.{kind}", cache.dtype, shape, role)

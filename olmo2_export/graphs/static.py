@@ -37,10 +37,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, get_args
 
 import onnx_ir as ir
 
+from olmo2_export.catalog import static_row
+from olmo2_export.dtypes import ir_dtype
 from olmo2_export.fuse import TENSORRT, apply, check_op_counts
 from olmo2_export.fuse.dequantize_weights import CODES, SCALES, dequantize_weights
 from olmo2_export.fuse.merge_projections import JOINT, merge_projections
@@ -53,31 +54,17 @@ from olmo2_export.quantize.linear import QuantizedLinear, side_by_side
 from olmo2_export.quantize.static import StaticWeights
 from olmo2_export.stored_graph import load_graph
 from runtimes.errors import FusionError
-from runtimes.manifest import KVCacheSpec, Manifest, ModelSpec, TensorSpec, Variant
+from runtimes.manifest import KVCacheSpec, Manifest, ModelSpec, Precision, Role, TensorSpec, Variant
 from runtimes.ort.versions import oldest_onnxruntime
-
-Precision = Literal["bf16", "fp16", "fp32", "int4", "int8", "fp8"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-QUANTIZED: tuple[Precision, ...] = ("int4", "int8", "fp8")
-"""precisions of the weights; activations and cache are bfloat16"""
-_MERGED: tuple[Precision, ...] = ("int4", "fp8")
-"""precisions whose products of one input are concatenated in the graph"""
-_DTYPES = {"fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
-_DTYPE_NAMES = {ir.DataType.BFLOAT16: "bfloat16", ir.DataType.FLOAT16: "float16", ir.DataType.FLOAT: "float32"}
-
-
-def dtype_of(precision: Precision) -> ir.DataType:
-    """Return the dtype of activations and cache."""
-    return _DTYPES.get(precision, ir.DataType.BFLOAT16)
 
 
 def static_inputs(model: ModelSpec, precision: Precision, max_cache_length: int) -> tuple[TensorSpec, ...]:
     """Return the inputs of the static-cache graph, in order."""
     return (
-        TensorSpec("input_ids", "int64", ("batch_size", "sequence_length")),
-        TensorSpec("write_indices", "int64", ("batch_size",)),
-        TensorSpec("logit_index", "int64", ("batch_size", 1)),
-        *_caches("past_key_values", model, precision, max_cache_length),
+        TensorSpec("input_ids", "int64", ("batch_size", "sequence_length"), "token_ids"),
+        TensorSpec("write_indices", "int64", ("batch_size",), "write_indices"),
+        TensorSpec("logit_index", "int64", ("batch_size", 1), "logit_index"),
+        *_caches("past_key_values", "past", model, precision, max_cache_length),
     )
 
 
@@ -86,17 +73,17 @@ def static_outputs(
 ) -> tuple[TensorSpec, ...]:
     """Return the outputs of the static-cache graph, in order."""
     return (
-        TensorSpec("logits", "float32", ("batch_size", model.vocab_size)),
-        TensorSpec("top_ids", "int64", ("batch_size", top_k)),
-        TensorSpec("top_logits", "float32", ("batch_size", top_k)),
-        *_caches("present", model, precision, max_cache_length),
+        TensorSpec("logits", "float32", ("batch_size", model.vocab_size), "logits"),
+        TensorSpec("top_ids", "int64", ("batch_size", top_k), "candidate_ids"),
+        TensorSpec("top_logits", "float32", ("batch_size", top_k), "candidate_logits"),
+        *_caches("present", "present", model, precision, max_cache_length),
     )
 
 
 def expected_op_counts(model: ModelSpec, precision: Precision) -> dict[str, int]:
     """Return how often each fused operator must occur in the static-cache graph."""
     layers = model.num_hidden_layers
-    products = 4 if precision in _MERGED else 7
+    products = 4 if static_row(precision).weights.merged else 7
     return {
         "MatMul": products * layers + 1,
         "RMSNormalization": 4 * layers + 1,
@@ -121,10 +108,10 @@ def static_graph(
         portable: as `trace` returns it or as it is loaded from a package; float32. Weights stay where they are until
             the graph is written, and are then rounded one at a time.
         model: the model's shape.
-        precision: of weights, activations and cache; of `QUANTIZED`, of the weights.
+        precision: of weights, activations and cache; where weights are quantised, of the weights.
         max_cache_length: slots of the cache, in tokens.
         top_k: candidates that the graph picks per row.
-        weights: the linears of a precision out of `QUANTIZED`; read when the graph is written.
+        weights: the linears, where they are quantised; read when the graph is written.
 
     Returns:
         The graph, and what rounds its weights, whose `check` is to be called when they have been written.
@@ -132,7 +119,7 @@ def static_graph(
     Raises:
         FusionError: a pass did not find what it must find, or the result is not the graph of the table above.
     """
-    layers = model.num_hidden_layers
+    layers, row = model.num_hidden_layers, static_row(precision)
     applied = apply(portable, TENSORRT)
     expected = {
         "gather_logit_row": 1,
@@ -148,10 +135,10 @@ def static_graph(
     ]
     if wrong:
         raise FusionError(f"graph {portable.graph.name}: {'; '.join(wrong)}; it is not a graph of this exporter")
-    if precision in _MERGED:
+    if row.weights.merged:
         merge_projections(portable)
     top_candidates(portable, top_k)
-    rounding = set_precision(portable, dtype_of(precision))
+    rounding = set_precision(portable, ir_dtype(row.dtype))
     set_cache_length(portable, max_cache_length)
     if weights is not None:
         _quantize(portable, weights)
@@ -182,20 +169,20 @@ def static_variant(
     op_counts: dict[str, int],
 ) -> Variant:
     """Return the manifest's entry of a static-cache graph."""
-    graph = f"trt/model_{precision}.onnx"
+    row = static_row(precision)
     cache = KVCacheSpec(
-        form="static",
-        dtype=_DTYPE_NAMES[dtype_of(precision)],
+        form=row.form,
+        dtype=row.dtype,
         num_layers=model.num_hidden_layers,
         num_key_value_heads=model.num_key_value_heads,
         head_dim=model.head_dim,
         max_cache_length=max_cache_length,
     )
     return Variant(
-        name=f"trt_{precision}",
+        name=row.name,
         precision=precision,
-        graph=graph,
-        data=(f"{graph}_data",),
+        graph=row.path,
+        data=(f"{row.path}_data",),
         opset=OPSET,
         inputs=static_inputs(model, precision, max_cache_length),
         outputs=static_outputs(model, precision, max_cache_length, top_k),
@@ -227,11 +214,13 @@ def _quantize(model: ir.Model, weights: StaticWeights) -> None:
         value.const_value = ir.LazyTensor(load, dtype=value.dtype, shape=value.shape, name=name)
 
 
-def _caches(prefix: str, model: ModelSpec, precision: Precision, max_cache_length: int) -> Iterator[TensorSpec]:
+def _caches(
+    prefix: str, role: Role, model: ModelSpec, precision: Precision, max_cache_length: int
+) -> Iterator[TensorSpec]:
     shape = ("batch_size", model.num_key_value_heads, max_cache_length, model.head_dim)
     for layer in range(model.num_hidden_layers):
         for kind in ("key", "value"):
-            yield TensorSpec(f"{prefix}.{layer}.{kind}", _DTYPE_NAMES[dtype_of(precision)], shape)
+            yield TensorSpec(f"{prefix}.{layer}.{kind}", static_row(precision).dtype, shape, role)
 
 
 def _check_interface(values: Iterable[ir.Value], specs: tuple[TensorSpec, ...]) -> None:
@@ -240,15 +229,15 @@ def _check_interface(values: Iterable[ir.Value], specs: tuple[TensorSpec, ...]) 
     Raises:
         FusionError: naming the first that differs.
     """
-    found = [_spec(value) for value in values]
-    for one, other in zip(found, specs, strict=False):
+    found = [_form(value) for value in values]
+    for one, other in zip(found, [(spec.name, spec.dtype, spec.shape) for spec in specs], strict=False):
         if one != other:
             raise FusionError(f"static-cache graph has {one}, expected {other}")
     if len(found) != len(specs):
         raise FusionError(f"static-cache graph has {len(found)} inputs or outputs, expected {len(specs)}")
 
 
-def _spec(value: ir.Value) -> TensorSpec:
+def _form(value: ir.Value) -> tuple[str, str, tuple[int | str, ...]]:
     dtype = value.dtype.numpy().name if value.dtype is not None else "none"
     dimensions = tuple(d if isinstance(d, int) else str(d) for d in value.shape or ())
-    return TensorSpec(str(value.name), dtype, dimensions)
+    return str(value.name), dtype, dimensions

@@ -41,11 +41,11 @@ def portable_inputs(config: ModelConfig) -> tuple[TensorSpec, ...]:
     """Return the inputs of the portable graph, in order."""
     cache = ("batch_size", config.num_key_value_heads, "past_sequence_length", config.head_dim)
     return (
-        TensorSpec("input_ids", "int64", ("batch_size", "sequence_length")),
-        TensorSpec("attention_mask", "int64", ("batch_size", "total_sequence_length")),
-        TensorSpec("position_ids", "int64", ("batch_size", "sequence_length")),
-        *(TensorSpec(f"past_key_values.{name}", "float32", cache) for name in _cache_names(config)),
-        TensorSpec("num_logits_to_keep", "int64", ()),
+        TensorSpec("input_ids", "int64", ("batch_size", "sequence_length"), "token_ids"),
+        TensorSpec("attention_mask", "int64", ("batch_size", "total_sequence_length"), "attention_mask"),
+        TensorSpec("position_ids", "int64", ("batch_size", "sequence_length"), "position_ids"),
+        *(TensorSpec(f"past_key_values.{name}", "float32", cache, "past") for name in _cache_names(config)),
+        TensorSpec("num_logits_to_keep", "int64", (), "logit_count"),
     )
 
 
@@ -53,8 +53,8 @@ def portable_outputs(config: ModelConfig) -> tuple[TensorSpec, ...]:
     """Return the outputs of the portable graph, in order."""
     cache = ("batch_size", config.num_key_value_heads, "total_sequence_length", config.head_dim)
     return (
-        TensorSpec("logits", "float32", ("batch_size", "num_logits", config.vocab_size)),
-        *(TensorSpec(f"present.{name}", "float32", cache) for name in _cache_names(config)),
+        TensorSpec("logits", "float32", ("batch_size", "num_logits", config.vocab_size), "logits"),
+        *(TensorSpec(f"present.{name}", "float32", cache, "present") for name in _cache_names(config)),
     )
 
 

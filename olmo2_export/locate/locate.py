@@ -30,8 +30,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import olmo2_export.catalog as catalog
 from olmo2_export.config import ModelConfig
-from olmo2_export.graphs.device import DTYPES
+from olmo2_export.dtypes import float_dtype
 from olmo2_export.locate.explain import relative_error
 from olmo2_export.locate.layer_checks import (
     GATED,
@@ -50,10 +51,11 @@ from olmo2_export.truth.torch_layers import TorchModel
 from olmo2_export.views.openers import Arrays, Opener, view_opener
 from olmo2_export.views.table import FIRST_CALL, FLOAT32_FACTOR, View, variant_views
 from olmo2_export.weights.checkpoint import Checkpoint
-from runtimes import Backend, Device, Package, open_package
+from runtimes import Backend, Device, Package
 from runtimes.errors import ConfigError, PackageError, UsageError, VariantNotFoundError
 from runtimes.manifest import Variant
-from runtimes.package import AnyPackage
+from runtimes.package import AnyPackage, open_package
+from runtimes.targets import Target, find_target, runnable
 
 TOKENS = (17, 6, 1)
 """of the calls: a prefill, a chunk, a step of decoding"""
@@ -63,7 +65,6 @@ GROWN = 4.0
 """most: error / PyTorch's own, of errors that have come through all layers"""
 IN_ORDER = 0.3
 """RMS error of a sum of n products in float32, one after the other: this x 2^-24 x sqrt(n) of the sum's RMS"""
-_FLOOR = {"fp32": 2.0**-24, "bf16": 2.0**-9, "fp16": 2.0**-12}
 _SEED = 0
 
 __all__ = ["Location", "TensorParity", "format_location", "locate"]
@@ -92,7 +93,7 @@ def locate(
     variant: str,
     *,
     backend: Backend = "ort",
-    device: Device = "cpu",
+    device: Device | None = None,
     opener: Opener | None = None,
 ) -> Location:
     """Find the first tensor that departs.
@@ -102,7 +103,7 @@ def locate(
         checkpoint: the reference weights.
         variant: its name.
         backend: what runs the graph. A TensorRT compiles each segment for the GPU at hand, and sees the first call.
-        device: where ort runs it.
+        device: where ort runs it; None: on the CPU.
         opener: what runs a segment; None: that of backend and device.
 
     Raises:
@@ -124,14 +125,15 @@ def locate(
         raise PackageError(
             f"{opened.folder}: a cache of {entry.kv_cache.max_cache_length} tokens; --locate needs {MIN_TOKENS}"
         )
-    _check_runs(entry, backend, device)
+    target = find_target(backend, device)
+    _check_runs(entry, target)
     wrong = weight_check(opened, entry, checkpoint, config)
-    views = _looked_at(variant_views(opened, entry, checkpoint, config, backend, device))
+    views = _looked_at(variant_views(opened, entry, checkpoint, config, target))
     location = None
     steps = len(views) * (config.num_hidden_layers + 2)
     with tqdm(total=steps, desc=f"locating in {variant}", unit="segment", leave=False) as bar:
         for view in views:
-            found = _Locator(view, opener or view_opener(view, backend, device), checkpoint, config, bar).run()
+            found = _Locator(view, opener or view_opener(view, target), checkpoint, config, bar).run()
             if location is None or found.first is not None or view.label != "int8":
                 location = replace(found, variant=variant, backend=backend)
             if found.first is not None or wrong is not None:
@@ -151,42 +153,48 @@ def locate_all(
     variants: Sequence[str] = (),
     *,
     backend: Backend = "ort",
-    device: Device = "cpu",
+    device: Device | None = None,
 ) -> list[Location]:
     """Locate in several variants; none means all that the backend can run, as in `verify`."""
     opened = open_package(package)
-    names = list(dict.fromkeys(variants)) or _all_variants(opened, backend, device)
+    names = list(dict.fromkeys(variants)) or _all_variants(opened, find_target(backend, device))
     return [locate(opened, checkpoint, name, backend=backend, device=device) for name in names]
 
 
-def _all_variants(package: Package, backend: Backend, device: Device) -> list[str]:
-    """Return what can be looked at there.
+def _all_variants(package: Package, target: Target) -> list[str]:
+    """Return what can be looked at there: on a CPU every graph, in a form that it runs; no engine is needed.
 
     Raises:
         VariantNotFoundError: there is nothing.
     """
-    own, trt = package.manifest.variants, package.trt
-    graphs = list(trt.variants) if trt is not None else []
-    if backend == "ort":
-        graphs = [*(name for name in own if device == "cpu" or name in DTYPES), *graphs]
+    graphs = list(package.trt.variants) if package.trt is not None else []
+    if not target.needs_engine:
+        graphs = [*(runnable(package, target) if target.on_gpu else package.manifest.variants), *graphs]
     if not graphs:
-        raise VariantNotFoundError(
-            f"{package.folder}: no variant for {backend} on {device}; export it with --variant bf16"
+        way_out = (
+            f"run: olmo2-export build {package.folder}"
+            if target.needs_engine
+            else f"export it with --variant {target.variants[0]}"
         )
+        raise VariantNotFoundError(f"{package.folder}: no variant for {target.backend} on {target.device}; {way_out}")
     return graphs
 
 
-def _check_runs(entry: Variant, backend: Backend, device: Device) -> None:
+def _check_runs(entry: Variant, target: Target) -> None:
     """Refuse a variant that does not run there.
 
     Raises:
         UsageError: it does not.
     """
     static = entry.kv_cache.form == "static"
-    if backend != "ort" and not static:
-        raise UsageError(f"variant {entry.name}: backend {backend} runs the graphs for TensorRT, trt_*")
-    if backend == "ort" and device != "cpu" and not static and entry.name not in DTYPES:
-        raise UsageError(f"variant {entry.name}: device {device} runs {', '.join(DTYPES)} and trt_*")
+    if static or not target.on_gpu:
+        return
+    if target.needs_engine:
+        raise UsageError(f"variant {entry.name}: backend {target.backend} runs the graphs for TensorRT, trt_*")
+    if not catalog.is_for_devices(entry.name):
+        raise UsageError(
+            f"variant {entry.name}: device {target.device} runs {', '.join(catalog.names('device'))} and trt_*"
+        )
 
 
 def _looked_at(views: list[View]) -> list[View]:
@@ -194,6 +202,12 @@ def _looked_at(views: list[View]) -> list[View]:
     if any(v.variant.kv_cache.quantization is not None for v in views):
         return views[:1]
     return [view for view in views if view.label != "int8 exact"]
+
+
+def _floor(precision: str) -> float:
+    """Return the error that is none: in 16 bits half the unit roundoff, in float32 all of it, as sums have."""
+    roundoff = float_dtype(precision).roundoff
+    return roundoff if precision == "fp32" else roundoff / 2
 
 
 class _Locator:
@@ -259,7 +273,7 @@ class _Locator:
             units *= 4
         elif parity.operation == LINEAR and self._in_order:
             units *= IN_ORDER * math.sqrt(self._products(parity.name))
-        return max(self._view.factor * max(parity.expected, _FLOOR[self._view.precision]), units * _FLOOR["fp32"])
+        return max(self._view.factor * max(parity.expected, _floor(self._view.precision)), units * _floor("fp32"))
 
     def _products(self, name: str) -> int:
         """Return how many products a linear adds for one of its outputs."""
@@ -284,9 +298,9 @@ class _Locator:
 
     def _grown(self, growth: Sequence[TensorParity]) -> tuple[TensorParity, list[TensorParity], str] | None:
         """Return the first depth at which errors that are small by themselves have added up."""
-        floor = _FLOOR[self._view.precision]
+        floor = _floor(self._view.precision)
         if self._in_order:
-            floor = max(floor, IN_ORDER * _FLOOR["fp32"] * math.sqrt(self._config.hidden_size))
+            floor = max(floor, IN_ORDER * _floor("fp32") * math.sqrt(self._config.hidden_size))
         for parity in growth:
             if not parity.relative <= GROWN * max(parity.expected, floor):
                 text = f"{self._label()}each operation is right on its own inputs, but up to {parity.name} errors"

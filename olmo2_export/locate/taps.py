@@ -32,6 +32,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from olmo2_export.dtypes import HALVES
 from olmo2_export.fuse.edit import is_op, name_of
 from olmo2_export.fuse.merge_projections import JOINT
 from runtimes.errors import PackageError
@@ -40,7 +41,7 @@ HIDDEN = "hidden"
 """the input of a segment that stands for what the segment before it gives"""
 PRODUCTS = ("MatMul", "MatMulNBits", "MatMulInteger", "Gather", "GatherBlockQuantized")
 _SUFFIXES = ("", ".packed", ".int8", ".codes")
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_FLOATS = (ir.DataType.FLOAT, *HALVES)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ GATES: dict[str, Gate] = {
     "fp16": Gate(error_ratio=1.5, kl_mean=5e-5, top1=0.995, near_tie=2e-2, perplexity_rise=1e-3),
     "bf16": Gate(error_ratio=1.5, kl_mean=2e-4, top1=0.985, near_tie=1.5e-1, perplexity_rise=2e-3),
 }
-"""reliability gates; see the README for where each number comes from"""
+"""reliability gates; see docs/verify.md for where each number comes from"""
 
 # The error against exact arithmetic on the same weights, in units of the error that PyTorch makes when it rounds the
 # inputs likewise. Not closer: one code that float32 noise tips over changes all roundings behind it.

@@ -15,11 +15,14 @@ from typing import Protocol
 
 import numpy as np
 
+import olmo2_export.catalog as catalog
+from olmo2_export.catalog import QualityGate
 from olmo2_export.config import ModelConfig
 from olmo2_export.measure.parity import QUALITY, Check, Gate, PerplexityChange, kl_divergence, perplexity_change
 from olmo2_export.tokenizer_file import load_tokenizer
 from olmo2_export.weights.checkpoint import Checkpoint
-from runtimes.manifest import Quality, Variant
+from runtimes.errors import PackageError
+from runtimes.manifest import Quality, TokensFrom, Variant
 from runtimes.runners.runner import Logits, TokenIds
 
 SEED = 0
@@ -33,43 +36,20 @@ _LARGE = 100_000_000  # weights
 _MOST_LOSS = 700.0  # nats: beyond it, on ids that no model expects, a perplexity is no number
 
 
-@dataclass(frozen=True)
-class QualityGate:
-    """The limits of one precision; each must hold."""
+def gate_of(variant: Variant, config: ModelConfig) -> QualityGate:
+    """Return the gate of a quantised variant for a model of that size.
 
-    kl_mean: float
-    """most: nats per token"""
-    kl_p99: float | None
-    top1: float
-    """least: share of positions"""
-    perplexity_rise: float
-    """most: relative"""
-
-
-# Static W8A8 rounds activations to bfloat16 and to 8 bits besides weights to 8: its gates are the sum of those of
-# bfloat16 and of int8. float8e4m3fn keeps 4 bits of a number where int8 keeps up to 7: fp8 must cost less than the best
-# recipe of 4 bits does (GPTQ on the demo: KL 3.2e-3, 95.9 %).
-GATES: dict[str, tuple[QualityGate, QualityGate]] = {
-    "int8": (QualityGate(2e-4, None, 0.99, 0.001), QualityGate(0.003, None, 0.97, 0.003)),
-    "int4": (QualityGate(0.01, 0.08, 0.93, 0.01), QualityGate(0.03, None, 0.91, 0.02)),
-    "int8 W8A8": (QualityGate(4e-4, None, 0.975, 0.003), QualityGate(0.0035, None, 0.955, 0.005)),
-    "fp8 W8A8": (QualityGate(0.0025, 0.02, 0.96, 0.004), QualityGate(0.008, None, 0.945, 0.01)),
-}
-"""precision -> the gate of a small model and that of a large one (over 100 M weights)"""
-
-
-def gate(precision: str, config: ModelConfig) -> QualityGate:
-    """Return the gate of a precision for a model of that size."""
+    Raises:
+        VariantNotFoundError: this version does not know the variant.
+        PackageError: its weights are not quantised.
+    """
+    gates = catalog.find(variant.name).weights.gates
+    if gates is None:
+        raise PackageError(f"variant {variant.name}: its weights are not quantised; there is no gate of their quality")
     weights = 2 * config.vocab_size * config.hidden_size + config.num_hidden_layers * config.hidden_size * (
         3 * config.intermediate_size
     )
-    return GATES[precision][weights > _LARGE]
-
-
-def gate_of(variant: Variant, config: ModelConfig) -> QualityGate:
-    """Return the gate of a quantised variant."""
-    static = variant.quantization is not None and bool(variant.quantization.input_scales)
-    return gate(f"{variant.precision} W8A8" if static else variant.precision, config)
+    return gates[weights > _LARGE]
 
 
 def quality_check(name: str, measured: Measurement, length: int, limits: QualityGate) -> Check:
@@ -119,7 +99,7 @@ def broken_limits(quality: Quality, limits: QualityGate) -> list[str]:
 
 def quality_tokens(
     checkpoint: Checkpoint, config: ModelConfig, *, length: int | None = None, most: int | None = None
-) -> tuple[list[np.ndarray], str]:
+) -> tuple[list[np.ndarray], TokensFrom]:
     """Return the token sequences that quality is measured on, and where they come from.
 
     Args:
@@ -165,7 +145,7 @@ def measure_quality(
     runner: Measured,
     sequences: Sequence[np.ndarray],
     reference: Iterable[np.ndarray],
-    tokens_from: str,
+    tokens_from: TokensFrom,
     *,
     alternate: bool = False,
 ) -> Measurement:

@@ -15,9 +15,8 @@ from typing import Any
 
 import tokenizers
 
+from olmo2_export.catalog import find
 from olmo2_export.config import LFS_POINTER, TOKEN_ID_FIELDS, ModelConfig, check_token_ids, read_json_object, token_ids
-from olmo2_export.graphs.device import DTYPES
-from olmo2_export.package.variants import VARIANTS
 from olmo2_export.tokenizer_file import tested_tokenizer
 from olmo2_export.weights.hub import TEMPLATES, TEXT_FILES
 from runtimes.errors import CheckpointError, ConfigError, broken_link
@@ -59,7 +58,7 @@ def write_texts(folder: Path, config: ModelConfig, staging: Path, variants: Sequ
     tokenizer = tested_tokenizer(folder / "tokenizer.json", config)
     if tokenizer is not None:
         _compare_ends(folder, tokenizer, ids["eos_token_id"])
-    javascript = {**javascript, "use_external_data_format": {Path(VARIANTS[name]).name: 1 for name in variants}}
+    javascript = {**javascript, "use_external_data_format": {Path(find(name).path).name: 1 for name in variants}}
     kept = {name: value for name, value in raw.items() if name not in _DROPPED}
     (staging / "config.json").write_text(_json({**kept, "transformers.js_config": javascript}), encoding="utf-8")
     (staging / "genai_config.json").write_text(_json(_genai_config(config, ids, variants)), encoding="utf-8")
@@ -126,9 +125,10 @@ def _genai_config(config: ModelConfig, ids: Mapping[str, list[int]], variants: S
 
     It names one graph: the portable one where the package has it.
     """
-    variant = "fp32" if "fp32" in variants else variants[0]
-    shared = variant != "fp32"
-    providers: list[dict[str, Any]] = [{"cuda": {}}] if variant in DTYPES else []
+    rows = [find(name) for name in variants]
+    row = next((row for row in rows if row.graph == "portable"), rows[0])
+    shared = row.form == "shared"
+    providers: list[dict[str, Any]] = [{"cuda": {}}] if "cuda" in row.targets else []
     ends = ids["eos_token_id"]
     tokens = {
         "bos_token_id": [*ids["bos_token_id"], *ends][:1],
@@ -142,7 +142,7 @@ def _genai_config(config: ModelConfig, ids: Mapping[str, list[int]], variants: S
             "context_length": config.max_position_embeddings,
             "vocab_size": config.vocab_size,
             "decoder": {
-                "filename": VARIANTS[variant],
+                "filename": row.path,
                 "session_options": {"provider_options": providers},
                 "head_size": config.head_dim,
                 "hidden_size": config.hidden_size,

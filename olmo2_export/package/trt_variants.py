@@ -6,16 +6,17 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from olmo2_export.catalog import listed, precisions, static_row
 from olmo2_export.config import ModelConfig
 from olmo2_export.fp16.safety import measure_safety, refuse_overflow
 from olmo2_export.fuse import check_op_counts
 from olmo2_export.graphs.files import save_graph
-from olmo2_export.graphs.static import QUANTIZED, Precision, expected_op_counts, load_static_graph, static_variant
+from olmo2_export.graphs.static import expected_op_counts, load_static_graph, static_variant
 from olmo2_export.package.variants import BUNDLED_TEXT, SPOOL
 from olmo2_export.quantize.static import StaticWeights, check_recipe, static_weights, uses_calibration
 from olmo2_export.weights.package_weights import PackageWeights
 from runtimes.errors import UsageError
-from runtimes.manifest import Manifest, Quantization, Variant
+from runtimes.manifest import Manifest, Precision, Quantization, Variant
 from runtimes.sealed import hash_file
 
 
@@ -29,7 +30,7 @@ class TrtOptions:
     top_k: int = 1
     """candidates that the graph picks per row"""
     recipe: str | None = None
-    """of int4: a name out of `quantize.static.INT4_RECIPES`; None: search"""
+    """out of the row's in `catalog`, which has some for int4; None: the default"""
     calibration: Path | None = None
     """UTF-8 text for int8, fp8 and the recipes that measure activations"""
 
@@ -46,7 +47,10 @@ def check_trt_options(package: Path, manifest: Manifest, options: TrtOptions) ->
     if options.calibration is None:
         return
     if not uses_calibration(options.precision, options.recipe):
-        raise UsageError("calibration text: only int8, fp8 and int4 with --recipe gptq have use for one")
+        rows = [static_row(precision) for precision in precisions()]
+        rounding = [row.weights.precision for row in rows if row.weights.inputs is not None]
+        others = [f"{row.weights.precision} with --recipe gptq" for row in rows if "gptq" in row.weights.recipes]
+        raise UsageError(f"calibration text: only {listed([*rounding, *others])} have use for one")
     if not options.calibration.is_file():
         raise UsageError(f"{options.calibration}: no such calibration text; it is a UTF-8 file")
 
@@ -75,12 +79,13 @@ def write_trt_variant(package: Path, manifest: Manifest, folder: Path, options: 
     check_trt_options(package, manifest, options)
     precision, capacity, top_k = options.precision, options.max_cache_length, options.top_k
     weights, text = None, None
-    if precision == "fp16":
+    row = static_row(precision)
+    if row.dtype == "float16":
         found = measure_safety(PackageWeights(package, manifest), ModelConfig.from_json(package / "config.json"))
         refuse_overflow(found, f"{package}, precision fp16", can_have_islands=False)
     spool = folder / SPOOL
     try:
-        if precision in QUANTIZED:
+        if row.weights.quantized:
             if uses_calibration(precision, options.recipe):
                 text = options.calibration or default_text(package)
             weights = static_weights(
@@ -105,9 +110,8 @@ def write_trt_variant(package: Path, manifest: Manifest, folder: Path, options: 
 
 def _describe(weights: StaticWeights, options: TrtOptions, text: Path | None) -> Quantization:
     """Return the manifest's entry of weights that have been written."""
-    recipe = "w8a8" if options.precision in ("int8", "fp8") else options.recipe or "search"
     return Quantization(
-        recipe=recipe,
+        recipe=options.recipe or static_row(options.precision).weights.recipe or "",
         calibration=hash_file(text).sha256 if text is not None else None,
         bits_per_weight=weights.bits_per_weight,
         tensors=weights.tensors(),

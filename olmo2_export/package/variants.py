@@ -9,49 +9,46 @@ from __future__ import annotations
 import base64
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 from tqdm import tqdm
 
+import olmo2_export.catalog as catalog
+from olmo2_export.catalog import QuantizationDefaults, VariantRow
 from olmo2_export.config import ModelConfig
+from olmo2_export.dtypes import ir_dtype
 from olmo2_export.fp16.safety import Safety, measure_safety, refuse_overflow
 from olmo2_export.fp16.values import Wide, operations
 from olmo2_export.fuse import DEVICE, check_op_counts
 from olmo2_export.fuse.quantized_kv_cache import quantized_kv_cache
-from olmo2_export.graphs.device import DTYPE_NAMES, DTYPES, device_graph, device_outputs
+from olmo2_export.graphs.device import device_graph, device_outputs
 from olmo2_export.graphs.files import attach_weights, save_graph, save_weights
 from olmo2_export.graphs.shared import decode_graph, prefill_graph, shared_graph, shared_inputs, shared_outputs
 from olmo2_export.graphs.trace import OPSET, expected_op_counts, portable_inputs, portable_outputs, trace
-from olmo2_export.measure.quality import broken_limits, gate, measure_quality, quality_tokens
-from olmo2_export.quantize.blocks import BlockFormat
+from olmo2_export.measure.quality import broken_limits, gate_of, measure_quality, quality_tokens
 from olmo2_export.quantize.calibration import calibration_tokens
 from olmo2_export.quantize.kv_cache import kv_cache_scales
-from olmo2_export.quantize.recipes import (
-    CALIBRATED,
-    MIXED,
-    Q4,
-    Q4_EMBEDDING,
-    Q8,
-    RECIPES,
-    QuantizedWeights,
-    quantize,
-)
+from olmo2_export.quantize.recipes import CALIBRATED, MIXED, RECIPES, QuantizedWeights, quantize
 from olmo2_export.truth.torch_layers import reference_logits
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.stored_names import EMBEDDING, weight_shapes
 from runtimes.errors import ConfigError, FusionError, UsageError
 from runtimes.manifest import (
+    CacheForm,
+    Dtype,
     KVCacheQuantization,
     KVCacheSpec,
     PrefillGraph,
     Quality,
     Quantization,
     QuantizedTensor,
+    TokensFrom,
     Variant,
 )
 from runtimes.ort.concat import open_ort
@@ -60,14 +57,8 @@ from runtimes.sealed import hash_file
 
 logger = logging.getLogger(__name__)
 
-VARIANTS = {"fp32": "onnx/model.onnx"} | {name: f"onnx/model_{name}.onnx" for name in ("q4", "q8", *DTYPES)}
-"""the variants that can be exported, and the path of each graph"""
-
 PREFILL_MIN_ROWS = 8
 """tokens in a step from which the int8 graph is faster than the one of 4 bits"""
-
-KV_CACHES = {"fp32": None, "int8": 8, "int4": 4}
-"""KV caches that can be exported, and their bits"""
 
 SPOOL = ".spool"
 """a folder in the staging folder, for finished tensors; gone when the package is"""
@@ -76,34 +67,8 @@ BUNDLED_TEXT = Path(__file__).parents[1] / "demo" / "calibration.txt"
 """what a KV cache is calibrated on where no other text is given"""
 
 
-@dataclass(frozen=True)
-class Default:
-    """How a quantised variant is made where the options do not say."""
-
-    recipe: str
-    form: BlockFormat
-    """of the layers' weights"""
-    embedding: BlockFormat | None
-    """None: it is not quantised"""
-    head: BlockFormat
-    size_budget: float
-    """bits per weight, for the recipes that choose"""
-    rounded_blocks: tuple[str, ...] = ()
-    """linears that stay in blocks in the prefill graph, because their inputs have outliers in most columns"""
-
-
-DEFAULTS = {
-    "q4": Default("search", Q4, Q4_EMBEDDING, Q4_EMBEDDING, size_budget=4.8),
-    "q8": Default("search", Q8, Q8, Q8, size_budget=8.5, rounded_blocks=("mlp.down_proj",)),
-    "q4f16": Default("search", Q4, None, Q4_EMBEDDING, size_budget=4.8),
-}
-"""block 128 because the kernels read it fastest; see the README for what each choice costs"""
-
 _HEAD_DIM_STEP = 16
 _MOST_BITS = 32
-_PRECISIONS = {"q4": "int4", "q8": "int8", "q4f16": "int4"}
-_FOR_CPUS = {"q4", "q8"}  # with a quantised cache and a prefill graph, if they are wanted
-_KV_DTYPES = {None: "float32", 8: "int8", 4: "uint8"}
 
 
 @dataclass(frozen=True)
@@ -119,7 +84,7 @@ class Options:
     block_size: int | None = None
     """weights that share a scale; None: the default of the recipe"""
     kv_cache: str = "fp32"
-    """a name out of `KV_CACHES`"""
+    """a name out of `catalog.KV_CACHES`"""
     prefill_graph: bool = True
     """write a prefill graph if it passes its gate"""
     fp16_islands: bool = False
@@ -135,30 +100,42 @@ def check_variants(variants: Sequence[str], config: ModelConfig, options: Option
         UsageError: no variant, an unknown one, or an option that does not go with it.
         ConfigError: a shape that the variant's operators do not take.
     """
-    unknown = [v for v in variants if v not in VARIANTS]
+    exported = catalog.exported()
+    unknown = [v for v in variants if v not in exported]
     if unknown or not variants:
-        raise UsageError(f"variant {', '.join(unknown) or '(none)'}: this version writes {', '.join(VARIANTS)}")
-    if options.kv_cache not in KV_CACHES:
-        raise UsageError(f"KV cache {options.kv_cache}: this version writes {', '.join(KV_CACHES)}")
+        raise UsageError(f"variant {', '.join(unknown) or '(none)'}: this version writes {', '.join(exported)}")
+    wanted = [catalog.find(name) for name in variants]
+    cache = catalog.kv_cache(options.kv_cache)
     if options.recipe is not None and options.recipe not in RECIPES:
         raise UsageError(f"recipe {options.recipe}: this version has {', '.join(RECIPES)}")
-    if not set(variants) & _FOR_CPUS and (options.kv_cache != "fp32" or not options.prefill_graph):
-        raise UsageError("KV cache and prefill graph are for q4 and q8")
-    if options.fp16_islands and not {v for v in variants if DTYPES.get(v) == ir.DataType.FLOAT16}:
-        raise UsageError("float32 islands are for fp16 and q4f16: the other variants have the range of float32")
-    if not set(variants) & DEFAULTS.keys() and dataclasses.replace(options, fp16_islands=False) != Options():
-        raise UsageError("recipe, calibration, size budget and block size are for q4, q8 and q4f16")
-    if options.calibration is not None and options.recipe not in CALIBRATED and options.kv_cache == "fp32":
+
+    def only_for(what: str, has: Callable[[VariantRow], object], why: str = "") -> None:
+        if not any(map(has, wanted)):
+            raise UsageError(f"{what} are for {catalog.listed(catalog.exported(has))}{why}")
+
+    if cache.bits is not None or not options.prefill_graph:
+        only_for("KV cache and prefill graph", lambda row: row.quantized_cache)
+    if options.fp16_islands:
+        only_for("float32 islands", lambda r: r.dtype == "float16", ": the other variants have the range of float32")
+    if dataclasses.replace(options, fp16_islands=False) != Options():
+        only_for("recipe, calibration, size budget and block size", lambda row: row.defaults)
+    if options.calibration is not None and options.recipe not in CALIBRATED and cache.bits is None:
         raise UsageError(f"calibration text: only {', '.join(CALIBRATED)} and a quantised KV cache have use for one")
     if options.size_budget is not None and not 0 < options.size_budget <= _MOST_BITS:
         raise UsageError(f"size budget {options.size_budget:g}: expected bits per weight, up to {_MOST_BITS}")
     if options.calibration is not None and not options.calibration.is_file():
         raise UsageError(f"{options.calibration}: no such calibration text; it is a UTF-8 file")
-    if set(variants) - {"fp32"} and config.head_dim % _HEAD_DIM_STEP:
+    if any(row.form == "shared" for row in wanted) and config.head_dim % _HEAD_DIM_STEP:
         raise ConfigError(
             f"head_dim {config.head_dim}: onnxruntime's GroupQueryAttention takes multiples of {_HEAD_DIM_STEP}; "
             "export fp32"
         )
+
+
+def _defaults(row: VariantRow) -> QuantizationDefaults:
+    if row.defaults is None:
+        raise UsageError(f"variant {row.name}: its weights have no blocks")
+    return row.defaults
 
 
 _trace_once = lru_cache(maxsize=1)(trace)  # many revisions of a model have one graph; it holds no weights
@@ -191,9 +168,16 @@ class VariantWriter:
 
     def write(self, name: str) -> Variant:
         """Write one variant and return the manifest's entry."""
-        if name in DTYPES:
-            return self._device(name)
-        return self._portable() if name == "fp32" else self._quantized(name)
+        row = catalog.find(name)
+        match row.graph:
+            case "portable":
+                return self._portable(row)
+            case "blocks":
+                return self._quantized(row)
+            case "device":
+                return self._device(row)
+            case "static":
+                raise UsageError(f"variant {name}: made from a package, by olmo2-export build")
 
     @cached_property
     def _traced(self) -> ir.Model:
@@ -201,7 +185,7 @@ class VariantWriter:
             return _trace_once(self._config)
 
     @cached_property
-    def _reference(self) -> tuple[list[np.ndarray], str, list[np.ndarray]]:
+    def _reference(self) -> tuple[list[np.ndarray], TokensFrom, list[np.ndarray]]:
         """The sequences for measuring quality, their origin, and PyTorch's logits."""
         sequences, origin = quality_tokens(self._checkpoint, self._config)
         with tqdm(total=1, desc="reference logits", bar_format="{desc} {elapsed}", leave=False):
@@ -212,14 +196,14 @@ class VariantWriter:
         """What fits float16 and what does not."""
         return self._options.fp16_safety or measure_safety(self._checkpoint, self._config)
 
-    def _portable(self) -> Variant:
-        model, graph = self._traced.clone(), VARIANTS["fp32"]
-        cache = self._cache_spec("concat", "float32")
+    def _portable(self, row: VariantRow) -> Variant:
+        model = self._traced.clone()
+        cache = self._cache_spec(row.form, row.dtype)
         return Variant(
-            name="fp32",
-            precision="fp32",
-            graph=graph,
-            data=self._save(model, graph),
+            name=row.name,
+            precision=row.weights.precision,
+            graph=row.path,
+            data=self._save(model, row.path),
             opset=OPSET,
             inputs=portable_inputs(self._config),
             outputs=portable_outputs(self._config),
@@ -228,48 +212,48 @@ class VariantWriter:
             min_onnxruntime=oldest_onnxruntime(cache),
         )
 
-    def _quantized(self, name: str) -> Variant:
+    def _quantized(self, row: VariantRow) -> Variant:
         spec, options = self._config.spec, self._options
-        bits = KV_CACHES[options.kv_cache]
+        stored = catalog.kv_cache(options.kv_cache)
         shared = shared_graph(self._traced, spec)
-        cache = self._cache_spec("shared", _KV_DTYPES[bits])
-        if bits is not None:
-            cache = dataclasses.replace(cache, quantization=self._quantize_cache(shared, bits))
-        weights = self._weights(name)
+        cache = self._cache_spec(row.form, stored.dtype)
+        if stored.bits is not None:
+            cache = dataclasses.replace(cache, quantization=self._quantize_cache(shared, stored.bits))
+        weights = self._weights(row)
         model, counts = decode_graph(shared, weights, spec)
         variant = Variant(
-            name=name,
-            precision=_PRECISIONS[name],
-            graph=VARIANTS[name],
-            data=self._save(model, VARIANTS[name]),
+            name=row.name,
+            precision=row.weights.precision,
+            graph=row.path,
+            data=self._save(model, row.path),
             opset=OPSET,
             inputs=shared_inputs(cache),
             outputs=shared_outputs(spec, cache),
             kv_cache=cache,
             op_counts=counts,
-            quantization=self._describe(name, weights),
+            quantization=self._describe(row, weights),
             min_onnxruntime=oldest_onnxruntime(cache),
         )
         variant, quality = self._judged(variant)
-        if not options.prefill_graph:
+        if not (row.prefill_graph and options.prefill_graph):
             return variant
-        return dataclasses.replace(variant, prefill=self._prefill(shared, weights, variant, quality))
+        return dataclasses.replace(variant, prefill=self._prefill(shared, weights, row, variant, quality))
 
-    def _device(self, name: str) -> Variant:
-        spec, graph, dtype = self._config.spec, VARIANTS[name], DTYPES[name]
-        cache = self._cache_spec("shared", DTYPE_NAMES[dtype])
-        safety = self._safety if dtype == ir.DataType.FLOAT16 else None
+    def _device(self, row: VariantRow) -> Variant:
+        spec, graph, dtype = self._config.spec, row.path, ir_dtype(row.dtype)
+        cache = self._cache_spec(row.form, row.dtype)
+        safety = self._safety if row.dtype == "float16" else None
         if safety is not None and (safety.blocked or not self._options.fp16_islands):
-            refuse_overflow(safety, f"{self._checkpoint.model}, variant {name}")
+            refuse_overflow(safety, f"{self._checkpoint.model}, variant {row.name}")
         wide = safety.wide if safety is not None else Wide()
-        weights = self._weights(name, wide) if name in DEFAULTS else None
+        weights = self._weights(row, wide) if row.defaults is not None else None
         shared = shared_graph(self._traced, spec, DEVICE)
         model, rounding, counts = device_graph(shared, self._checkpoint, self._config, dtype, weights, wide)
         self._write(model, graph)
         rounding.check()
         variant = Variant(
-            name=name,
-            precision=_PRECISIONS.get(name, name),
+            name=row.name,
+            precision=row.weights.precision,
             graph=graph,
             data=(f"{graph}_data",),
             opset=OPSET,
@@ -283,26 +267,26 @@ class VariantWriter:
         if weights is None:
             return variant
         described = dataclasses.replace(
-            variant, quantization=self._describe(name, weights, scale_bytes=int(dtype.itemsize))
+            variant, quantization=self._describe(row, weights, scale_bytes=int(dtype.itemsize))
         )
         return self._judged(described)[0]
 
     def _judged(self, variant: Variant) -> tuple[Variant, Quality]:
         """Measure a variant and return it with what it costs; warn where that misses its gate."""
         quality = self._measure(variant)
-        if broken := broken_limits(quality, gate(variant.precision, self._config)):
+        if broken := broken_limits(quality, gate_of(variant, self._config)):
             logger.warning("%s misses its quality gate: %s; try another recipe", variant.name, "; ".join(broken))
         return dataclasses.replace(variant, quality=quality), quality
 
     def _prefill(
-        self, shared: ir.Model, weights: QuantizedWeights, variant: Variant, quality: Quality
+        self, shared: ir.Model, weights: QuantizedWeights, row: VariantRow, variant: Variant, quality: Quality
     ) -> PrefillGraph | None:
         """Write the int8 graph, measure it, and keep it if it passes the variant's gate or is no worse than it."""
-        graph = VARIANTS[variant.name].replace(".onnx", "_prefill.onnx")
-        model, _ = prefill_graph(shared, weights, self._config.spec, DEFAULTS[variant.name].rounded_blocks)
+        graph = row.path.replace(".onnx", "_prefill.onnx")
+        model, _ = prefill_graph(shared, weights, self._config.spec, _defaults(row).rounded_blocks)
         data = self._save(model, graph)
         measured = self._measure(dataclasses.replace(variant, graph=graph, data=data))
-        broken = broken_limits(measured, gate(variant.precision, self._config))
+        broken = broken_limits(measured, gate_of(variant, self._config))
         if broken and measured.kl_mean > quality.kl_mean:
             logger.warning("%s has no prefill graph: int8 misses its quality gate: %s", variant.name, "; ".join(broken))
             for file in (graph, *data):
@@ -332,7 +316,7 @@ class VariantWriter:
         with open_ort(self._staging, variant, self._config.spec, None) as runner:
             return measure_quality(runner, sequences, reference, origin).quality
 
-    def _cache_spec(self, form: str, dtype: str) -> KVCacheSpec:
+    def _cache_spec(self, form: CacheForm, dtype: Dtype) -> KVCacheSpec:
         return KVCacheSpec(
             form=form,
             dtype=dtype,
@@ -342,7 +326,7 @@ class VariantWriter:
             max_cache_length=self._config.max_position_embeddings,
         )
 
-    def _quantize_cache(self, shared: ir.Model, bits: int) -> KVCacheQuantization:
+    def _quantize_cache(self, shared: ir.Model, bits: Literal[8, 4]) -> KVCacheQuantization:
         """Calibrate the cache and rewrite the graph in place."""
         sequences = self._calibration()
         with tqdm(total=1, desc="calibrating the KV cache", bar_format="{desc} {elapsed}", leave=False):
@@ -356,11 +340,11 @@ class VariantWriter:
             scales={name: base64.b64encode(array.tobytes()).decode() for name, array in scales.items()},
         )
 
-    def _weights(self, name: str, wide: Wide | None = None) -> QuantizedWeights:
+    def _weights(self, row: VariantRow, wide: Wide | None = None) -> QuantizedWeights:
         """Quantise, but for what is to be multiplied in float32: MatMulNBits has no kernel for it on GPUs."""
         in_float32 = (wide or Wide()).operations(self._config)
         products = [op.weight for op in operations(self._config) if op.kind == "linear" and op.name in in_float32]
-        options, default = self._options, DEFAULTS[name]
+        options, default = self._options, _defaults(row)
         recipe = options.recipe or default.recipe
         size = options.block_size
         form, head, embedding = (
@@ -383,9 +367,9 @@ class VariantWriter:
             spool=self._staging / SPOOL if recipe.startswith("gptq") else None,
         )
 
-    def _describe(self, name: str, weights: QuantizedWeights, scale_bytes: int = 4) -> Quantization:
+    def _describe(self, row: VariantRow, weights: QuantizedWeights, scale_bytes: int = 4) -> Quantization:
         """Return the manifest's entry of the weights, which have been written and so measured."""
-        recipe, calibration = self._options.recipe or DEFAULTS[name].recipe, self._options.calibration
+        recipe, calibration = self._options.recipe or _defaults(row).recipe, self._options.calibration
         shapes = weight_shapes(self._config)
         size = sum(
             form.nbytes(*shapes[tensor]) - (4 - scale_bytes) * shapes[tensor][0] * form.blocks(shapes[tensor][1])

@@ -15,55 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from olmo2_export.catalog import BlockFormat
 from runtimes.errors import UsageError
-
-BLOCK_SIZES = (32, 64, 128)
-
-
-@dataclass(frozen=True)
-class BlockFormat:
-    """How a matrix is quantised."""
-
-    bits: int
-    """4 | 8"""
-    block_size: int
-    """columns that share a scale: 32 | 64 | 128"""
-    symmetric: bool
-    """no stored zero points: each is 2^(bits - 1)"""
-    positive: bool = False
-    """no scale is negative, as TensorRT demands; symmetric formats alone have a choice"""
-
-    def __post_init__(self) -> None:
-        if self.bits not in (4, 8) or self.block_size not in BLOCK_SIZES:
-            raise UsageError(
-                f"{self.bits} bits in blocks of {self.block_size}: a format has 4 or 8 bits "
-                f"and blocks of {', '.join(map(str, BLOCK_SIZES))}"
-            )
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Codes, float32 scales and packed zero points, where K is a multiple of the block and N x blocks is even."""
-        return self.bits + (32 + (0 if self.symmetric else self.bits)) / self.block_size
-
-    @property
-    def top(self) -> int:
-        """the largest code"""
-        return (1 << self.bits) - 1
-
-    @property
-    def middle(self) -> int:
-        """the zero point of the symmetric form"""
-        return 1 << (self.bits - 1)
-
-    def blocks(self, columns: int) -> int:
-        """Return the blocks of a row; the last may be partly padding."""
-        return -(-columns // self.block_size)
-
-    def nbytes(self, rows: int, columns: int) -> int:
-        """Return the exact bytes of a quantised [rows, columns] matrix."""
-        blocks = self.blocks(columns)
-        zero_points = 0 if self.symmetric else -(-blocks * self.bits // 8)
-        return rows * (blocks * (self.block_size * self.bits // 8 + 4) + zero_points)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olmo2_export.quantize.blocks import BlockFormat, QuantizedMatrix, empty_matrix, pack
+from olmo2_export.catalog import BlockFormat
+from olmo2_export.quantize.blocks import QuantizedMatrix, empty_matrix, pack
 from runtimes.errors import CheckpointError
 
 Choose = Callable[[Tensor, BlockFormat], tuple[Tensor, Tensor]]

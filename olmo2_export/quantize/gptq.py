@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from olmo2_export.quantize.blocks import BlockFormat, QuantizedMatrix, pack
+from olmo2_export.catalog import BlockFormat
+from olmo2_export.quantize.blocks import QuantizedMatrix, pack
 from olmo2_export.quantize.search import search
 from runtimes.errors import NumericError
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from olmo2_export.catalog import BlockFormat
 from olmo2_export.config import ModelConfig
-from olmo2_export.quantize.blocks import BlockFormat
 from olmo2_export.quantize.gptq import Hessian, factor, gptq_factored
 from olmo2_export.quantize.search import search
 from olmo2_export.quantize.spool import Spool

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from olmo2_export.config import ModelConfig
+from olmo2_export.dtypes import float_dtype
 from olmo2_export.quantize.encode import SMALLEST_SCALE
 from olmo2_export.quantize.sweep import embed, staged_layers
 from olmo2_export.weights.source import WeightSource
@@ -24,7 +25,7 @@ from runtimes.errors import NumericError
 Choose = Callable[[Tensor], float]
 """all inputs of a linear, float32 [..., K] -> their scale"""
 
-FP8_LARGEST = 448.0
+FP8_LARGEST = float_dtype("float8e4m3fn").largest
 """of float8e4m3fn"""
 _INT8_LARGEST = 127
 _CLIPS = [0.93**i for i in range(32)]  # of the largest magnitude; the last keeps a tenth of it

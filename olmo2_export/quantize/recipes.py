@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from olmo2_export.catalog import BlockFormat
 from olmo2_export.config import ModelConfig
-from olmo2_export.quantize.blocks import BlockFormat, QuantizedMatrix
+from olmo2_export.quantize.blocks import QuantizedMatrix
 from olmo2_export.quantize.calibration import calibration_tokens
 from olmo2_export.quantize.encode import cut, over_rows
 from olmo2_export.quantize.gptq_sweep import gptq_checkpoint
@@ -41,12 +42,6 @@ CALIBRATED = ("gptq", "mixed", "gptq-mixed")
 
 RECIPES = (*QUANTIZERS, *CALIBRATED)
 MIXED = ("mixed", "gptq-mixed")
-
-Q4 = BlockFormat(bits=4, block_size=128, symmetric=True)
-Q4_EMBEDDING = BlockFormat(bits=4, block_size=32, symmetric=False)
-"""finer blocks cost a gather nothing"""
-Q8 = BlockFormat(bits=8, block_size=64, symmetric=True)
-"""128 would be smaller by 3 %, but the kernels round activations in the same blocks, and 8 bits show that"""
 
 _SENSITIVITY_SEQUENCES, _SENSITIVITY_LENGTH = 8, 128
 _GPTQ_GAIN = 2.5  # search's divergence / GPTQ's, of linears; an embedding has none (measured on the demo: 2.5 to 3)

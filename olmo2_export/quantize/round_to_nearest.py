@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from olmo2_export.quantize.blocks import BlockFormat, QuantizedMatrix
+from olmo2_export.catalog import BlockFormat
+from olmo2_export.quantize.blocks import QuantizedMatrix
 from olmo2_export.quantize.encode import extremes, quantize_rows, usable
 
 

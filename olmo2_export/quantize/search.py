@@ -17,7 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from olmo2_export.quantize.blocks import BlockFormat, QuantizedMatrix
+from olmo2_export.catalog import BlockFormat
+from olmo2_export.quantize.blocks import QuantizedMatrix
 from olmo2_export.quantize.encode import extremes, quantize_rows, usable
 
 # Codes that the whole range of a block is stretched over, as a multiple of those there are: above 1 clips.

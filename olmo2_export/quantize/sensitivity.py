@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from olmo2_export.catalog import BlockFormat
 from olmo2_export.config import ModelConfig
-from olmo2_export.quantize.blocks import BlockFormat, QuantizedMatrix
+from olmo2_export.quantize.blocks import QuantizedMatrix
 from olmo2_export.quantize.sweep import Head, StagedLayer, embed, staged_layers
 from olmo2_export.weights.source import WeightSource
 from olmo2_export.weights.stored_names import EMBEDDING, GROUPS, HEAD, naming, weight_name, weight_shapes

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from olmo2_export.quantize.blocks import BlockFormat, QuantizedMatrix
+from olmo2_export.catalog import BlockFormat
+from olmo2_export.quantize.blocks import QuantizedMatrix
 from runtimes.errors import DISK_FULL, ResourceError, UsageError
 
 

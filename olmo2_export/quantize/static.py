@@ -13,13 +13,16 @@ about as much as those of all layers, for a sixth of the 1B model's weights. In 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
+from olmo2_export.catalog import BLOCK_SIZES, BlockFormat, listed, precisions, static_row
 from olmo2_export.config import ModelConfig
-from olmo2_export.quantize.blocks import BLOCK_SIZES, BlockFormat
 from olmo2_export.quantize.calibration import calibration_tokens
-from olmo2_export.quantize.input_scales import fp8_scale, input_scales, int8_scale
+from olmo2_export.quantize.input_scales import Choose, fp8_scale, input_scales, int8_scale
 from olmo2_export.quantize.linear import QuantizedLinear, fp8_linear, int4_linear, int8_linear, squared_error
 from olmo2_export.quantize.recipes import CALIBRATED, MIXED, QuantizedWeights, quantize
 from olmo2_export.weights.source import WeightSource
@@ -27,11 +30,10 @@ from olmo2_export.weights.stored_names import EMBEDDING, HEAD, linear_names, nam
 from runtimes.errors import UsageError
 from runtimes.manifest import QuantizedTensor
 
-INT4_RECIPES = ("rtn", "search", "gptq")
-KEPT: dict[str, tuple[str, ...]] = {"int4": (), "int8": ("mlp.down_proj", "lm_head"), "fp8": ("lm_head",)}
-"""precision -> linears that stay in bfloat16; the embedding always does"""
-
-_BITS = {"int4": 4, "int8": 8, "fp8": 8}
+_LINEARS: dict[str, Callable[[Tensor], QuantizedLinear]] = {"int8": int8_linear, "float8e4m3fn": fp8_linear}
+"""dtype of codes that have a scale per channel -> what makes them"""
+_SCALES: dict[str, Choose] = {"int8": int8_scale, "float8e4m3fn": fp8_scale}
+"""dtype of the codes of inputs -> what chooses their scale"""
 _SCALE_BITS = 16
 _CALIBRATION = {"sequences": 16, "length": 256}  # twice as many tokens change no scale by more than a few percent
 
@@ -41,7 +43,7 @@ class LinearForm:
     """How a linear of the graph is stored."""
 
     precision: str
-    """int4 | int8 | fp8"""
+    """int4 | int8 | fp8: one whose weights are quantised, in `catalog`"""
     block_size: int
     """weights that share a scale; 0: a whole output channel"""
     input_scale: float | None
@@ -61,7 +63,8 @@ class StaticWeights:
     ) -> None:
         self.forms = forms
         """by the checkpoint's name"""
-        self._source, self._config, self._precision, self._blocks = source, config, precision, blocks
+        self._source, self._config, self._blocks = source, config, blocks
+        self._format = static_row(precision).weights
         self._nmse: dict[str, float] = {}
 
     def linear(self, name: str) -> QuantizedLinear:
@@ -76,7 +79,7 @@ class StaticWeights:
             return linear
         weight = stored_weight(self._source, self._config, name)
         with naming(name):
-            linear = int8_linear(weight) if self._precision == "int8" else fp8_linear(weight)
+            linear = _LINEARS[self._format.codes](weight)
         if name not in self._nmse:
             self._nmse[name] = squared_error(linear, weight)
         return linear
@@ -85,7 +88,7 @@ class StaticWeights:
         """Return the manifest's entries; of weights that were never asked for, made now."""
         for name in self.forms.keys() - self._nmse.keys():
             self.linear(name)
-        bits = _BITS[self._precision]
+        bits = self._format.bits
         return {name: QuantizedTensor(bits, f.block_size, True, self._nmse[name]) for name, f in self.forms.items()}
 
     @property
@@ -96,13 +99,13 @@ class StaticWeights:
         for name, form in self.forms.items():
             rows, columns = shapes[name]
             weights += rows * columns
-            bits += rows * (columns * _BITS[self._precision] + _SCALE_BITS * (columns // (form.block_size or columns)))
+            bits += rows * (columns * self._format.bits + _SCALE_BITS * (columns // (form.block_size or columns)))
         return bits / weights
 
 
 def uses_calibration(precision: str, recipe: str | None) -> bool:
     """Tell whether quantising runs the model on calibration tokens."""
-    return precision in ("int8", "fp8") or recipe in CALIBRATED
+    return static_row(precision).weights.inputs is not None or recipe in CALIBRATED
 
 
 def check_recipe(config: ModelConfig, precision: str, recipe: str | None) -> None:
@@ -111,26 +114,29 @@ def check_recipe(config: ModelConfig, precision: str, recipe: str | None) -> Non
     Raises:
         UsageError: a recipe that TensorRT's format cannot hold, or a shape that 4-bit blocks do not divide.
     """
-    if recipe is not None and precision != "int4":
-        raise UsageError(f"recipe {recipe}: int4 alone has a choice, {precision} has none")
-    if recipe is not None and recipe not in INT4_RECIPES:
+    recipes = static_row(precision).weights.recipes
+    if recipe is not None and not recipes:
+        free = [name for name in precisions() if static_row(name).weights.recipes]
+        raise UsageError(f"recipe {recipe}: {listed(free)} alone has a choice, {precision} has none")
+    if recipe is not None and recipe not in recipes:
         reason = "mixes precisions" if recipe in MIXED else "is unknown"
-        raise UsageError(f"recipe {recipe}: it {reason}; TensorRT's int4 takes {', '.join(INT4_RECIPES)}")
-    if precision == "int4":
-        int4_block_size(config)
+        raise UsageError(f"recipe {recipe}: it {reason}; TensorRT's {precision} takes {', '.join(recipes)}")
+    if static_row(precision).weights.layout == "blocks":
+        static_block_size(config, precision)
 
 
-def int4_block_size(config: ModelConfig) -> int:
+def static_block_size(config: ModelConfig, precision: str) -> int:
     """Return the largest block that divides the rows of all linears.
 
     Raises:
         UsageError: none does.
     """
-    lengths = sorted({weight_shapes(config)[name][1] for name in _names(config, "int4")})
+    lengths = sorted({weight_shapes(config)[name][1] for name in _names(config, precision)})
     fitting = [size for size in BLOCK_SIZES if not any(length % size for length in lengths)]
     if not fitting:
+        sizes = ", ".join(map(str, BLOCK_SIZES))
         raise UsageError(
-            f"int4: blocks of {', '.join(map(str, BLOCK_SIZES))} weights do not divide {', '.join(map(str, lengths))} "
+            f"{precision}: blocks of {sizes} weights do not divide {', '.join(map(str, lengths))} "
             "inputs, and TensorRT takes whole blocks; use --precision int8 or bf16"
         )
     return max(fitting)
@@ -151,7 +157,7 @@ def static_weights(
         source: the weights.
         config: their shape.
         precision: int4, int8 or fp8.
-        recipe: of int4, out of `INT4_RECIPES`; None: search.
+        recipe: out of its row's, where there is a choice; None: the default.
         calibration: a UTF-8 text for what measures activations; see `calibration_tokens` for None.
         spool: a folder for gptq; it must outlive the result, and its owner removes it.
 
@@ -161,11 +167,11 @@ def static_weights(
         NumericError: activations on the calibration tokens that are not finite.
     """
     check_recipe(config, precision, recipe)
-    names = _names(config, precision)
-    if precision == "int4":
-        form = BlockFormat(4, int4_block_size(config), symmetric=True, positive=True)
+    names, stored = _names(config, precision), static_row(precision).weights
+    if stored.layout == "blocks":
+        form = BlockFormat(stored.bits, static_block_size(config, precision), symmetric=True, positive=True)
         head = replace(form, block_size=min(BLOCK_SIZES))
-        recipe = recipe or "search"
+        recipe = recipe or stored.recipe or stored.recipes[0]
         blocks = quantize(
             source,
             config,
@@ -189,8 +195,11 @@ def static_input_scales(
 ) -> dict[str, float]:
     """Return the scales of the linears' inputs, by the weights' names; arguments and errors as `static_weights`."""
     tokens = calibration_tokens(source, config, calibration, **_CALIBRATION)
-    return input_scales(source, config, tokens, int8_scale if precision == "int8" else fp8_scale, KEPT[precision])
+    stored = static_row(precision).weights
+    assert stored.inputs is not None  # the caller asks of no other
+    return input_scales(source, config, tokens, _SCALES[stored.inputs], stored.kept)
 
 
 def _names(config: ModelConfig, precision: str) -> list[str]:
-    return [n for n in [*linear_names(config), HEAD] if not n.removesuffix(".weight").endswith(KEPT[precision])]
+    kept = static_row(precision).weights.kept
+    return [n for n in [*linear_names(config), HEAD] if not n.removesuffix(".weight").endswith(kept)]

@@ -10,11 +10,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from olmo2_export.catalog import QualityGate, names
 from olmo2_export.config import ModelConfig
-from olmo2_export.graphs.static import PRECISIONS
 from olmo2_export.locate.locate import Location, locate
-from olmo2_export.measure.quality import QualityGate, gate_of, quality_tokens
-from olmo2_export.package.variants import VARIANTS
+from olmo2_export.measure.quality import gate_of, quality_tokens
 from olmo2_export.report.bench_file import Bench, read_bench
 from olmo2_export.report.logit_samples import LogitSample, sample_logits
 from olmo2_export.summary.package import PackageSummary, VariantSummary, describe
@@ -29,7 +28,7 @@ _LENGTH = 256  # tokens of a sequence
 
 def _order(name: str) -> tuple[int, str]:
     """Order variants as they are explained: fp32, then for CPUs, for CUDA, for TensorRT."""
-    known = [*VARIANTS, *(f"trt_{precision}" for precision in PRECISIONS)]
+    known = names()
     return (known.index(name) if name in known else len(known), name)
 
 
@@ -102,18 +101,18 @@ def gather(
     if summary.model != config.spec:
         raise ConfigError(f"{package}: not of the reference's shape; give the checkpoint that it was exported from")
     by_name = {v.variant.name: v for v in summary.variants}
-    names = list(dict.fromkeys(variants)) or sorted(by_name, key=_order)
-    if unknown := [name for name in names if name not in by_name]:
+    chosen = list(dict.fromkeys(variants)) or sorted(by_name, key=_order)
+    if unknown := [name for name in chosen if name not in by_name]:
         raise VariantNotFoundError(f"{package}: no variant {', '.join(unknown)}; it has {', '.join(by_name)}")
     verified = _parity(package)
     stale = {v.variant for v in summary.parity if v.stale}
     length = None if tokens is None else min(tokens, _LENGTH)
     sequences, origin = quality_tokens(checkpoint, config, length=length, most=tokens)
     gathered = []
-    with tqdm(total=1 + 2 * len(names), desc="reporting", unit="step", leave=False) as bar:
+    with tqdm(total=1 + 2 * len(chosen), desc="reporting", unit="step", leave=False) as bar:
         reference = list(reference_logits(checkpoint, config, sequences))
         bar.update()
-        for name in names:
+        for name in chosen:
             entry = by_name[name].variant
             location, sample, problem = None, None, None
             try:

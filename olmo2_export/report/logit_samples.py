@@ -10,7 +10,7 @@ import numpy as np
 
 from olmo2_export.evaluate.models import open_measured
 from olmo2_export.measure.parity import kl_divergence
-from runtimes.manifest import find_variant
+from runtimes.package import open_package
 
 POINTS = 60_000
 """logits that are kept of each variant"""
@@ -46,8 +46,7 @@ def sample_logits(
         sequences: int64 [S] each; longer ones than its cache are cut.
         reference: per sequence float32 [S, V].
     """
-    entry, _ = find_variant(package, variant)
-    length = entry.kv_cache.max_cache_length
+    length = open_package(package).variant(variant).kv_cache.max_cache_length
     draw = np.random.default_rng(_SEED)
     share = POINTS / sum(min(len(ids), length) for ids in sequences)
     truths, tests, kls, agreements = [], [], [], []

@@ -21,6 +21,8 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, ScalarFormatter
 
+from olmo2_export.catalog import known
+
 INK = "#1b2027"
 PYTORCH = "#7d8590"
 _STYLE: dict[Any, Any] = {
@@ -46,21 +48,6 @@ _STYLE: dict[Any, Any] = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
-_COLOURS = {
-    "fp32": "#2f7ed8",
-    "q4": "#e07b00",
-    "q8": "#1a9850",
-    "bf16": "#a24bd0",
-    "fp16": "#d6336c",
-    "q4f16": "#b8860b",
-    "trt_fp32": "#3fa7d6",
-    "trt_bf16": "#c774e8",
-    "trt_fp16": "#ef6f9b",
-    "trt_int4": "#f2a13c",
-    "trt_int8": "#4fbf7b",
-    "trt_fp8": "#5bb8b0",
-}
-"""a variant has the same colour in every figure of every report"""
 _OTHERS = ("#8c564b", "#17a2a2", "#9c8b1f", "#5c6bc0", "#c0504d", "#607d8b", "#6d8f3a")
 _POWERS = FuncFormatter(lambda value, _: f"1e{round(math.log10(value))}" if value > 0 else "0")
 _WIDTH = 7.2  # inches
@@ -115,7 +102,9 @@ class Memory:
 def colour(label: str, index: int = 0) -> str:
     """Return a variant's colour; `ours q4` of a benchmark has that of q4."""
     name = label.removeprefix("ours ").split("@")[0].split()[0] if label.split() else ""
-    return _COLOURS.get(name, PYTORCH if name == "PyTorch" else _OTHERS[index % len(_OTHERS)])
+    if (row := known(name)) is not None:
+        return row.colour
+    return PYTORCH if name == "PyTorch" else _OTHERS[index % len(_OTHERS)]
 
 
 Drawn = TypeVar("Drawn", bound=Callable[..., Figure])

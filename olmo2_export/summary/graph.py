@@ -13,32 +13,33 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import onnx_ir as ir
-
 from olmo2_export.config import ModelConfig
+from olmo2_export.dtypes import dtype_name, ir_dtype
 from olmo2_export.fuse import op_counts
 from olmo2_export.stored_graph import load_graph
 from olmo2_export.weights.stored_names import EMBEDDING, HEAD, weight_shapes
+from runtimes.dtypes import find_dtype
 from runtimes.errors import PackageError
-from runtimes.manifest import KVCacheSpec, Manifest, Quantization, TensorSpec, Variant
+from runtimes.manifest import KVCacheSpec, Manifest, Quantization, Role, TensorSpec, Variant
 
 LARGEST = 8
 """rows in the list of the largest tensors"""
 
 _PARTS = re.compile(r"\.(packed|scales|zero_points|int8|channel_scales|codes|dequantized)$")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8, "int4": 4}
 
-_MEANINGS = {
-    "input_ids": "token ids of the new tokens",
+_MEANINGS: dict[Role, str] = {
+    "token_ids": "token ids of the new tokens",
     "attention_mask": "1 for a token, cached or new; 0 for padding",
     "position_ids": "place of each new token in its sequence",
-    "num_logits_to_keep": "last rows that get logits; 0, the default: all",
+    "logit_count": "last rows that get logits; 0, the default: all",
     "write_indices": "cache slot of each row's first new token",
     "logit_index": "the new token of each row that gets logits",
     "logits": "scores of the next token, before softmax",
-    "top_ids": "the likeliest next tokens, best first",
-    "top_logits": "their scores",
+    "candidate_ids": "the likeliest next tokens, best first",
+    "candidate_logits": "their scores",
+    "score": "of the whole sequence",
+    "hidden_state": "vectors of the new tokens",
 }
 _CACHE = re.compile(r"(past_key_values|present)\.(\d+)\.(key|value)")
 
@@ -190,14 +191,8 @@ def io_rows(variant: Variant) -> tuple[IoRow, ...]:
 
 def cache_bytes_per_token(cache: KVCacheSpec) -> int:
     """Return what one token of one row takes in the KV cache, over all layers, without scales."""
-    bits = 8 if cache.quantization else _BITS[cache.dtype]  # two codes of 4 bits share a uint8 of stored_head_dim
-    return 2 * cache.num_layers * cache.num_key_value_heads * cache.stored_head_dim * bits // 8
-
-
-def dtype_name(dtype: ir.DataType) -> str:
-    """Return a dtype as the manifest spells it: float32, bfloat16, int4."""
-    names = {"FLOAT": "float32", "DOUBLE": "float64"}
-    return names.get(dtype.name, dtype.name.lower())
+    size = find_dtype(cache.dtype).size  # two codes of 4 bits share a uint8 of stored_head_dim
+    return 2 * cache.num_layers * cache.num_key_value_heads * cache.stored_head_dim * size
 
 
 def _io(direction: str, specs: Iterable[TensorSpec]) -> list[IoRow]:
@@ -209,7 +204,7 @@ def _io(direction: str, specs: Iterable[TensorSpec]) -> list[IoRow]:
             what = "keys" if cache[3] == "key" else "values"
             meaning = f"{what} of each layer{', new ones included' if cache[1] == 'present' else ' so far'}"
         else:
-            meaning = _MEANINGS.get(spec.name, "")
+            meaning = _MEANINGS.get(spec.role, "")
         key = (name, spec.dtype, spec.shape)
         count = rows[key].count + 1 if key in rows else 1
         rows[key] = IoRow(direction, name, spec.dtype, spec.shape, count, meaning)
@@ -283,7 +278,7 @@ def _parts(stored: Iterable[StoredTensor], config: ModelConfig, quantization: Qu
         if coarse := int8.intersection(names):
             schemes["8 bits, per channel, symmetric"] += len(coarse)
         if plain := [n for n in names if n not in quantized and n not in int8]:
-            schemes[max(dtypes[part], key=lambda d: _BITS.get(d, 0))] += len(plain)
+            schemes[max(dtypes[part], key=lambda dtype: ir_dtype(dtype).bitwidth)] += len(plain)
         weights = sum(shapes[n][0] * shapes[n][1] for n in names)
         parts.append(
             Part(

@@ -26,11 +26,9 @@ from runtimes.manifest import (
     ModelSpec,
     TrtManifest,
     Variant,
-    load_manifest,
-    load_trt_manifest,
-    package_checksum,
 )
-from runtimes.sealed import FileEntry, check_files, read_sealed
+from runtimes.package import Package, open_package
+from runtimes.sealed import FileEntry, read_sealed
 
 
 @dataclass(frozen=True)
@@ -121,16 +119,16 @@ def describe(package: Path, variant: str | None = None) -> PackageSummary:
         VariantNotFoundError: it has no such variant.
         IntegrityError: naming every file that is not the one that was written.
     """
-    manifest = load_manifest(package)
-    trt = load_trt_manifest(package)
+    opened = open_package(package)
+    manifest, trt = opened.manifest, opened.trt
     variants = manifest.variants | (trt.variants if trt else {})
     files = manifest.files | (trt.files if trt else {})
     if variant is not None and variant not in variants:
         raise VariantNotFoundError(f"{package}: no variant {variant!r}; it has {', '.join(variants) or 'none'}")
-    check_files(package, manifest.files, manifest.files.keys() | _listed(manifest))
+    opened.check(manifest.files.keys() | _listed(manifest))
     if trt:
-        check_files(package, trt.files, trt.files.keys() | _listed(trt), remedy=f"run: olmo2-export build {package}")
-    reference, parity = read_parity(package, {name: files[v.graph].sha256 for name, v in variants.items()})
+        opened.check(trt.files.keys() | _listed(trt), remedy=f"run: olmo2-export build {package}")
+    reference, parity = read_parity(opened, {name: files[v.graph].sha256 for name, v in variants.items()})
     wanted = [v for name, v in variants.items() if variant in (None, name)]
     config = ModelConfig.from_json(package / "config.json")
     portable, origin = portable_ops(package, manifest, config)
@@ -148,23 +146,23 @@ def describe(package: Path, variant: str | None = None) -> PackageSummary:
     )
 
 
-def read_parity(package: Path, graphs: Mapping[str, str]) -> tuple[str | None, tuple[ParityVerdict, ...]]:
+def read_parity(package: Package, graphs: Mapping[str, str]) -> tuple[str | None, tuple[ParityVerdict, ...]]:
     """Return which model the package was verified against, and the verdicts; None if it never was.
 
     Args:
-        package: the package folder.
+        package: which.
         graphs: variant -> sha256 of its graph now.
 
     Raises:
         IntegrityError: the report was changed, or is of another export.
         PackageError: it is no parity report.
     """
-    path = package / PARITY_NAME
+    path = package.folder / PARITY_NAME
     if not path.is_file():
         return None, ()
     document = read_sealed(path)
-    if document.get("package_checksum") != package_checksum(package):
-        raise IntegrityError(f"{path}: of another export; run: olmo2-export verify {package} --reference MODEL")
+    if document.get("package_checksum") != package.checksum:
+        raise IntegrityError(f"{path}: of another export; run: olmo2-export verify {package.folder} --reference MODEL")
     try:
         verdicts = []
         for name, report in document["variants"].items():

@@ -17,10 +17,10 @@ from torch import nn
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from olmo2_export.config import TOKEN_ID_FIELDS, read_json_object
+from olmo2_export.dtypes import float_dtype
 from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes.errors import CheckpointError, first_names
 
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 _CONTEXT_PIECE = 512  # positions at a time where no logits are wanted
 _NOT_FOR_REFERENCE = {*TOKEN_ID_FIELDS, "auto_map", "layer_types", "quantization_config", "sliding_window"}
 
@@ -61,7 +61,12 @@ def int8_scaled(scale: float) -> Rounding:
 
 def fp8_scaled(scale: float) -> Rounding:
     """Return what rounds to float8e4m3fn with a fixed scale."""
-    return lambda x: (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+    fp8 = float_dtype("float8e4m3fn")
+    return lambda x: (x / scale).clamp(-fp8.largest, fp8.largest).to(fp8.torch).float() * scale
+
+
+SCALED: dict[str, Callable[[float], Rounding]] = {"int8": int8_scaled, "fp8": fp8_scaled}
+"""precision of weights whose inputs are rounded likewise -> what rounds those with a fixed scale"""
 
 
 class Reference:
@@ -156,7 +161,7 @@ def open_reference(
     model, info = transformers.Olmo2ForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with loading info
         checkpoint.folder,
         config=reference_config(checkpoint.folder),
-        dtype=TORCH_DTYPES[precision],
+        dtype=float_dtype(precision).torch,
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,
@@ -169,7 +174,7 @@ def open_reference(
     if precision == "fp64":
         use_float64_norms(model)
     for name, weight in (weights or {}).items():
-        parameter = nn.Parameter(weight.to(TORCH_DTYPES[precision]), requires_grad=False)
+        parameter = nn.Parameter(weight.to(float_dtype(precision).torch), requires_grad=False)
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, parameter)
     for name, rounding in (rounded_inputs or {}).items():

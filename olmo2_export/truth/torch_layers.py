@@ -24,7 +24,8 @@ from transformers.models.olmo2.modeling_olmo2 import (
 )
 
 from olmo2_export.config import ModelConfig
-from olmo2_export.truth.reference import TORCH_DTYPES, Rounding, reference_config, use_float64_norms
+from olmo2_export.dtypes import float_dtype
+from olmo2_export.truth.reference import Rounding, reference_config, use_float64_norms
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.stored_names import stored_weight
 
@@ -47,7 +48,7 @@ class TorchModel:
         """See `views.View`; `tables` is the dtype that a graph's rotary tables have."""
         self.config = reference_config(folder)
         self.config._attn_implementation = "sdpa"
-        self.dtype = TORCH_DTYPES[precision]
+        self.dtype = float_dtype(precision).torch
         self.rounding = dict(rounding or {})
         self.weights = weights
         self.tables = tables

@@ -27,6 +27,7 @@ import json
 from pathlib import Path
 
 from olmo2_export.bench.arguments import declare_setting
+from olmo2_export.verbs.arguments import declare_target
 
 HELP = "time to first token, inter-token latency, tokens/s, memory; beside other runtimes: exit 1 if ours fails"
 
@@ -35,11 +36,7 @@ def declare(verb: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     verb.formatter_class = argparse.RawDescriptionHelpFormatter
     verb.add_argument("package", type=Path, metavar="PACKAGE")
-    verb.add_argument("--variant", action="append", metavar="V", help="default: all that the backend runs there")
-    verb.add_argument("--backend", choices=["ort", "trt_rtx", "trt"], default="ort", help="what runs it; default ort")
-    verb.add_argument(
-        "--device", choices=["cpu", "cuda", "nv-rtx"], default="cpu", help="where ort runs it; default cpu"
-    )
+    declare_target(verb, variant="default: all that the backend runs there; may be repeated", many=True)
     verb.add_argument("--reference", metavar="MODEL", help="the checkpoint it was exported from, for the peers")
     verb.add_argument("--revision", metavar="REV", help="of the reference, if it is a Hub id")
     declare_setting(verb)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from olmo2_export.catalog import precisions
+from olmo2_export.verbs.arguments import declare_backend
 from olmo2_export.verbs.words import megabytes
 
 HELP = "package -> TensorRT engine, also without a GPU"
@@ -13,10 +15,8 @@ HELP = "package -> TensorRT engine, also without a GPU"
 def declare(verb: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     verb.add_argument("package", type=Path, metavar="PACKAGE")
-    verb.add_argument("--precision", choices=["bf16", "fp16", "fp32", "int4", "int8", "fp8"], default="bf16")
-    verb.add_argument(
-        "--backend", choices=["trt_rtx", "trt"], default="trt_rtx", help="TensorRT for RTX (default), or full TensorRT"
-    )
+    verb.add_argument("--precision", choices=precisions(), default="bf16")
+    declare_backend(verb, "TensorRT for RTX (default), or full TensorRT", default="trt_rtx", engines=True)
     verb.add_argument(
         "--compute-capability",
         action="append",

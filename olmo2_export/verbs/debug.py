@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from olmo2_export.verbs.arguments import declare_backend, declare_variant
 from runtimes.errors import UsageError
-from runtimes.trt.nvidia import TensorRTBackend
+from runtimes.targets import backends, find_target
+from runtimes.trt.nvidia import tensorrt_backend
 
 HELP = "where a graph for TensorRT goes wrong, with Polygraphy"
 
@@ -19,11 +21,11 @@ def declare(verb: argparse.ArgumentParser) -> None:
         help="which nodes TensorRT does not take; which tensor differs first; which few nodes still fail",
     )
     verb.add_argument("package", type=Path, metavar="PACKAGE", help="with TensorRT graphs, from build")
-    verb.add_argument("--variant", default="trt_bf16", metavar="V", help="default trt_bf16")
-    verb.add_argument(
-        "--backend",
-        choices=["ort", "trt_rtx", "trt"],
-        help="which TensorRT; for compare also ort, its default: the graph's precision against float32, on the CPU",
+    declare_variant(verb, "default trt_bf16", default="trt_bf16")
+    declare_backend(
+        verb,
+        "which TensorRT; for compare also ort, its default: the graph's precision against float32, on the CPU",
+        default=None,
     )
     verb.add_argument("--tolerance", type=float, metavar="X", help="of compare: relative RMS error of a tensor")
     verb.add_argument("--out", type=Path, metavar="FILE", help="of reduce: the ONNX file to write")
@@ -43,15 +45,17 @@ def run(args: argparse.Namespace) -> int:
         differences, first = compare_variant(args.package, args.variant, args.backend or "ort", args.tolerance)
         print(format_differences(differences, first))
         return 0 if first is None else 1
-    if args.backend == "ort":
-        raise UsageError(f"backend ort: debug {args.question} asks a TensorRT: trt_rtx or trt")
-    backend: TensorRTBackend = args.backend or "trt_rtx"
+    engines = backends(engines=True)
+    backend = args.backend or engines[0]
+    if not find_target(backend).needs_engine:
+        raise UsageError(f"backend {backend}: debug {args.question} asks a TensorRT: {' or '.join(engines)}")
+    tensorrt = tensorrt_backend(backend)
     if args.question == "capability":
-        supported, said = capability(args.package, args.variant, backend)
+        supported, said = capability(args.package, args.variant, tensorrt)
         print(said.rstrip())
         return 0 if supported else 1
     if args.out is None:
         raise UsageError("debug reduce: --out says which ONNX file to write")
-    reduce(args.package, args.variant, args.out, backend, shlex.split(args.check or ""))
+    reduce(args.package, args.variant, args.out, tensorrt, shlex.split(args.check or ""))
     print(f"wrote {args.out}: look at its last node")
     return 0

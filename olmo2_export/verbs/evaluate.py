@@ -13,6 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from olmo2_export.verbs.arguments import declare_target
+
 if TYPE_CHECKING:
     from olmo2_export.evaluate.evaluate import Comparison, Evaluation
 
@@ -22,9 +24,7 @@ HELP = "perplexity ± standard error, and KL divergence to PyTorch, on a text"
 def declare(verb: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     verb.add_argument("model", metavar="PACKAGE|MODEL", help="a package; or a checkpoint, which PyTorch runs")
-    verb.add_argument("--variant", metavar="V", help="of the package; default: the fastest verified one")
-    verb.add_argument("--backend", choices=["ort", "trt_rtx", "trt"], default="ort", help="default ort")
-    verb.add_argument("--device", choices=["cpu", "cuda", "nv-rtx"], help="where ort runs it; default cpu")
+    declare_target(verb, variant="of the package; default: the fastest verified one", many=False)
     verb.add_argument(
         "--decode-graph", action="store_true", help="score with the graph that generates text, not that for prompts"
     )
@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
     from olmo2_export.peak_memory import peak_bytes
     from olmo2_export.weights.checkpoint import open_checkpoint
     from runtimes.errors import UsageError
-    from runtimes.manifest import MANIFEST_NAME, load_manifest
+    from runtimes.manifest import MANIFEST_NAME
+    from runtimes.package import open_package
 
     path = Path(args.model)
     is_package = (path / MANIFEST_NAME).is_file()
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if args.max_tokens is not None and args.max_tokens < 1:
         raise UsageError(f"--max-tokens {args.max_tokens}: expected at least 1")
     if args.pytorch and is_package:
-        source = load_manifest(path).source.model
+        source = open_package(path).manifest.source.model
         raise UsageError(f"--pytorch: {path} is a package; give the checkpoint it was exported from ({source})")
     if not is_package and given:
         why = "PyTorch runs a checkpoint by itself" if args.pytorch else f"{path} is no package"

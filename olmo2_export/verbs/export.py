@@ -6,30 +6,37 @@ import argparse
 import time
 from pathlib import Path
 
+import olmo2_export.catalog as catalog
+from olmo2_export.catalog import BLOCK_SIZES, exported, listed, names
+from olmo2_export.verbs.arguments import declare_variant
 from olmo2_export.verbs.words import megabytes
 
 HELP = "checkpoint -> package folder"
-
-_VARIANTS = "fp32 (the default); q4, q8 for CPUs; bf16, fp16, q4f16 for --device cuda; may be repeated"
 
 
 def declare(verb: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     verb.add_argument("model", metavar="MODEL", help="Hub id (allenai/OLMo-2-0425-1B), folder, or 'demo'")
     verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="the package folder to write")
-    verb.add_argument("--variant", action="append", metavar="V", help=_VARIANTS)
-    verb.add_argument("--recipe", metavar="R", help="of q4, q8, q4f16: rtn, search (the default), gptq, ...")
+    quantized = exported(lambda row: row.defaults)
+    for_cpus, for_gpus = ", ".join(names("blocks")), ", ".join(names("device"))
+    words = f"fp32 (the default); {for_cpus} for CPUs; {for_gpus} for --device cuda; may be repeated"
+    declare_variant(verb, words, many=True)
+    verb.add_argument("--recipe", metavar="R", help=f"of {', '.join(quantized)}: rtn, search (the default), gptq, ...")
     verb.add_argument(
         "--calibration", type=Path, metavar="FILE", help="UTF-8 text for gptq, mixed and a quantised KV cache"
     )
     verb.add_argument("--size-budget", type=float, metavar="BITS", help="bits per weight, for mixed and gptq-mixed")
-    verb.add_argument("--block-size", type=int, choices=[32, 64, 128], help="weights that share a scale; default 128")
-    verb.add_argument("--kv-cache", choices=["fp32", "int8", "int4"], default="fp32", help="of q4 and q8; default fp32")
-    verb.add_argument("--no-prefill-graph", action="store_true", help="q4 and q8: leave the int8 prefill graph out")
+    verb.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="weights that share a scale; default 128")
+    cached, prefilled = listed(exported(lambda row: row.quantized_cache)), listed(exported(lambda r: r.prefill_graph))
+    halves = listed(exported(lambda row: row.dtype == "float16"))
+    caches = [cache.name for cache in catalog.KV_CACHES]
+    verb.add_argument("--kv-cache", choices=caches, default=caches[0], help=f"of {cached}; default {caches[0]}")
+    verb.add_argument("--no-prefill-graph", action="store_true", help=f"{prefilled}: leave the int8 prefill graph out")
     verb.add_argument(
         "--fp16-islands",
         action="store_true",
-        help="fp16 and q4f16: keep what overflows in float32, as the verb fp16 proposes, instead of refusing",
+        help=f"{halves}: keep what overflows in float32, as the verb fp16 proposes, instead of refusing",
     )
     verb.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub id")
     verb.add_argument("--force", action="store_true", help="replace the package that is there")

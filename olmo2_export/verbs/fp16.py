@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from olmo2_export.catalog import exported
+
 HELP = "does a model fit float16; exit 1 if not, with the float32 islands that make it fit"
 
 _TEXT = "UTF-8 text to measure on; default: the text of this package, random ids for a model without a tokenizer"
@@ -22,8 +24,9 @@ def declare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--margin", type=float, metavar="X", help="the largest number that is called safe; default 30000")
     verb.add_argument("--apply", action="store_true", help="write a package with the islands to --out")
     verb.add_argument("--out", type=Path, metavar="DIR", help="the package folder to write")
+    halves = exported(lambda row: row.dtype == "float16")
     verb.add_argument(
-        "--variant", action="append", choices=["fp16", "q4f16"], help="of --apply: default fp16; may be repeated"
+        "--variant", action="append", choices=halves, help=f"of --apply: default {halves[0]}; may be repeated"
     )
     verb.add_argument("--force", action="store_true", help="of --apply: replace the package that is there")
 

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from olmo2_export.verbs.arguments import declare_device, declare_variant
+
 if TYPE_CHECKING:
     from olmo2_export.evaluate.revisions import RevisionResult
 
@@ -25,10 +27,10 @@ def declare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("model", metavar="MODEL", help="Hub id, or a folder with a folder per revision")
     verb.add_argument("--revisions", nargs="+", required=True, metavar="REV", help="branches, tags or commits; folders")
     verb.add_argument("--out", type=Path, default=Path("sweep"), metavar="DIR", help="results; default: ./sweep")
-    verb.add_argument("--variant", default="fp32", metavar="V", help="what to evaluate of each; default fp32")
+    declare_variant(verb, "what to evaluate of each; default fp32", default="fp32")
     verb.add_argument("--recipe", metavar="R", help="of q4, q8: as in export")
     verb.add_argument("--no-prefill-graph", action="store_true", help="q4 and q8: leave the int8 prefill graph out")
-    verb.add_argument("--device", choices=["cpu", "cuda", "nv-rtx"], help="where onnxruntime runs it; default cpu")
+    declare_device(verb, "where onnxruntime runs it; default cpu", backend="ort")
     verb.add_argument("--text", type=Path, metavar="FILE", help="as in evaluate; default: the demo's held-out text")
     verb.add_argument("--context", type=int, metavar="N", help="as in evaluate")
     verb.add_argument("--stride", type=int, metavar="N", help="as in evaluate")

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from olmo2_export.verbs.arguments import declare_target
+
 if TYPE_CHECKING:
     from olmo2_export.measure.parity import ParityReport
 
@@ -18,18 +20,7 @@ def declare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("package", type=Path, metavar="PACKAGE")
     verb.add_argument("--reference", required=True, metavar="MODEL", help="the checkpoint it was exported from")
     verb.add_argument("--revision", metavar="REV", help="of the reference, if it is a Hub id")
-    verb.add_argument(
-        "--variant", action="append", metavar="V", help="default: all that the backend runs; may be repeated"
-    )
-    verb.add_argument(
-        "--backend",
-        choices=["ort", "trt_rtx", "trt"],
-        default="ort",
-        help="what runs the graphs: onnxruntime (default), or the engines of a TensorRT",
-    )
-    verb.add_argument(
-        "--device", choices=["cpu", "cuda", "nv-rtx"], default="cpu", help="where ort runs them; default cpu"
-    )
+    declare_target(verb, variant="default: all that the backend runs; may be repeated", many=True, what="the graphs")
     verb.add_argument(
         "--longest",
         type=int,

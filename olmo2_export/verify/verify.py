@@ -14,19 +14,20 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+import olmo2_export.catalog as catalog
 from olmo2_export.atomic import can_write, write_file
-from olmo2_export.graphs.device import DTYPES
 from olmo2_export.measure.parity import GATES, CaseResult, ParityReport
 from olmo2_export.verify.feeds import MIN_CAPACITY
 from olmo2_export.verify.measure import LONGEST, ask_pytorch
 from olmo2_export.verify.variant import measure_variant
 from olmo2_export.weights.checkpoint import Checkpoint
-from runtimes import Backend, Device, Package, open_package, open_runner
+from runtimes import Backend, Device, Package, open_runner
 from runtimes.errors import IntegrityError, PackageError, UsageError, VariantNotFoundError
 from runtimes.manifest import PARITY_NAME, Variant, package_checksum
 from runtimes.ort.devices import find_device
-from runtimes.package import AnyPackage
+from runtimes.package import AnyPackage, open_package
 from runtimes.sealed import FORMAT_VERSION, read_sealed, seal
+from runtimes.targets import Target, find_target, runnable
 
 REFERENCE = f"transformers {importlib.metadata.version('transformers')}"
 """what computes the logits that are taken as true"""
@@ -40,7 +41,7 @@ def verify(
     *,
     variants: Sequence[str] = (),
     backend: Backend = "ort",
-    device: Device = "cpu",
+    device: Device | None = None,
     longest: int = LONGEST,
     out: Path | None = None,
     show: Callable[[Sequence[ParityReport]], None] | None = None,
@@ -55,7 +56,7 @@ def verify(
         variants: which; none means all that the backend can run: for ort those of the export and the TensorRT graphs,
             or on another device than the CPU those for GPUs; for a TensorRT those with an engine for it.
         backend: what runs the graphs.
-        device: where ort runs them.
+        device: where ort runs them; None: on the CPU.
         longest: tokens of the longest rows, where a cache holds more; at least MIN_CAPACITY.
         out: the file to write, in the place of `parity.json`.
         show: is given the reports before they are written, which a full disk may prevent.
@@ -74,19 +75,18 @@ def verify(
     opened = open_package(package)
     opened.check()
     path = _report_path(opened.folder, out)
-    if backend == "ort" and device != "cpu":
-        find_device(device)  # before PyTorch is asked
-    if backend != "ort" and device == "nv-rtx":
-        raise UsageError(f"device nv-rtx is one of onnxruntime; backend {backend} runs on the GPU by itself")
-    names = list(dict.fromkeys(variants)) or _all_variants(opened, backend, device)
+    target = find_target(backend, device)
+    if target.on_gpu and not target.needs_engine:
+        find_device(target.device)  # before PyTorch is asked
+    names = list(dict.fromkeys(variants)) or _all_variants(opened, target)
     entries = {name: opened.variant(name) for name in names}
     for entry in entries.values():
-        _check_runs(entry, backend, device)
-    if backend != "ort":
-        open_runner(opened, variant=names[0], backend=backend).close()  # likewise
+        _check_runs(entry, target)
+    if target.needs_engine:
+        open_runner(opened, variant=names[0], backend=target.backend).close()  # likewise
     reports = []
     try:
-        for report in _measure(opened, entries, checkpoint, backend, device, longest):
+        for report in _measure(opened, entries, checkpoint, target, longest):
             reports.append(report)
     except IntegrityError as error:
         _check_the_same(opened, error)
@@ -103,8 +103,7 @@ def _measure(
     package: Package,
     entries: Mapping[str, Variant],
     checkpoint: Checkpoint,
-    backend: Backend,
-    device: Device,
+    target: Target,
     longest: int,
 ) -> Iterator[ParityReport]:
     """Ask PyTorch once about the checkpoint itself, then measure each variant."""
@@ -120,21 +119,20 @@ def _measure(
             capacity = min(entry.kv_cache.max_cache_length for entry in rounded)
             truth = ask_pytorch(package, checkpoint, precisions, min(capacity, longest), bar)
         for name in entries:
-            yield measure_variant(
-                package, name, checkpoint, truth=truth, backend=backend, device=device, longest=longest
-            )
+            yield measure_variant(package, name, checkpoint, truth=truth, target=target, longest=longest)
             bar.update()
 
 
-def _check_runs(entry: Variant, backend: Backend, device: Device) -> None:
+def _check_runs(entry: Variant, target: Target) -> None:
     """Refuse a variant that is not verified there.
 
     Raises:
         UsageError: it is not.
     """
-    static = entry.kv_cache.form == "static" and device != "nv-rtx"
-    if backend == "ort" and device != "cpu" and not static and entry.name not in DTYPES:
-        raise UsageError(f"variant {entry.name}: verify has {', '.join(DTYPES)} for device {device}")
+    static = entry.kv_cache.form == "static" and "static" in target.caches
+    if target.on_gpu and not target.needs_engine and not static and not catalog.is_for_devices(entry.name):
+        known = ", ".join(catalog.names("device"))
+        raise UsageError(f"variant {entry.name}: verify has {known} for device {target.device}")
 
 
 def _check_the_same(package: Package, cause: Exception | None = None) -> None:
@@ -164,24 +162,23 @@ def _report_path(package: Path, out: Path | None) -> Path | None:
     return None
 
 
-def _all_variants(package: Package, backend: Backend, device: Device) -> list[str]:
-    """Return what the backend can run there.
+def _all_variants(package: Package, target: Target) -> list[str]:
+    """Return what can be verified there: on a CPU every graph, in a form that it runs.
 
     Raises:
         VariantNotFoundError: there is nothing.
     """
-    trt, own = package.trt, package.manifest.variants
-    if backend == "ort" and device != "cpu":
-        if names := [name for name in own if name in DTYPES]:
-            return names
-        raise VariantNotFoundError(f"{package.folder}: no variant for {device}; export it with --variant bf16")
-    if backend == "ort":
-        return [*own, *(trt.variants if trt is not None else ())]
-    engines = trt.engines.values() if trt is not None else ()
-    names = list(dict.fromkeys(engine.variant for engine in engines if engine.backend == backend))
+    if not target.on_gpu:
+        return [*package.manifest.variants, *(package.trt.variants if package.trt is not None else ())]
+    names = runnable(package, target)
+    if not names and target.needs_engine:
+        folder = package.folder
+        raise VariantNotFoundError(
+            f"{folder}: no engine for {target.backend}; run: olmo2-export build {folder} --backend {target.backend}"
+        )
     if not names:
         raise VariantNotFoundError(
-            f"{package.folder}: no engine for {backend}; run: olmo2-export build {package.folder} --backend {backend}"
+            f"{package.folder}: no variant for {target.device}; export it with --variant {target.variants[0]}"
         )
     return names
 

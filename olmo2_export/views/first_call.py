@@ -17,10 +17,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from olmo2_export.dtypes import HALVES
 from olmo2_export.fuse.edit import constant, find_input, is_op, new_cast
 from runtimes.errors import FusionError
-
-_SMALL = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 
 
 def first_call(model: ir.Model, tokens: int) -> int:
@@ -93,7 +92,7 @@ def _expose(graph: ir.Graph) -> None:
                 continue
             if value.dtype == ir.DataType.FLOAT:
                 graph.outputs.append(value)
-            elif value.dtype in _SMALL and value.name is not None and not value.name.endswith(".rounded"):
+            elif value.dtype in HALVES and value.name is not None and not value.name.endswith(".rounded"):
                 name = float32_name(value.name)
                 if name not in names:
                     cast = new_cast(value, name, to_precision=False)

@@ -16,8 +16,9 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from olmo2_export.catalog import BlockFormat
 from olmo2_export.fuse.matmul_integer import multiply_floats
-from olmo2_export.quantize.blocks import BlockFormat, QuantizedMatrix
+from olmo2_export.quantize.blocks import QuantizedMatrix
 from olmo2_export.views.lazy_tensors import LazyTensors
 
 

@@ -23,6 +23,7 @@ import onnx_ir as ir
 import torch
 
 from olmo2_export.config import ModelConfig
+from olmo2_export.dtypes import HALVES, torch_dtype
 from olmo2_export.fuse.dequantize_weights import CODES, SCALES
 from olmo2_export.fuse.edit import find_input, is_op, name_of, new_node
 from olmo2_export.fuse.merge_projections import JOINT
@@ -32,8 +33,6 @@ from olmo2_export.weights.stored_names import EMBEDDING, weight_shapes
 from runtimes.errors import FusionError, PackageError
 
 FLOAT = ir.DataType.FLOAT
-_TORCH = {ir.DataType.BFLOAT16: torch.bfloat16, ir.DataType.FLOAT16: torch.float16, FLOAT: torch.float32}
-_SMALL = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 # These hand numbers on as they are, so that there is nothing to round.
 _MOVES = ("Gather", "GatherND", "Reshape", "Transpose", "TensorScatter", "Split")
 
@@ -45,12 +44,12 @@ def device_form(graph: ir.Model) -> ir.Model:
         if not is_op(node, "QuantizeLinear") and not is_op(node, "DequantizeLinear"):
             continue
         for position, value in enumerate(node.inputs):
-            if value is not None and value.dtype in _SMALL:
+            if value is not None and value.dtype in HALVES:
                 cast = _cast(value, f"{name_of(node.outputs[0])}.input_{position}", FLOAT)
                 node.replace_input_with(position, cast.outputs[0])
                 model.graph.insert_before(node, cast)
         result = node.outputs[0]
-        if result.dtype in _SMALL:
+        if result.dtype in HALVES:
             down = _cast(result, f"{result.name}.rounded", result.dtype)
             result.type = ir.TensorType(FLOAT)  # a clone shares the old one
             result.replace_all_uses_with(down.outputs[0])
@@ -156,7 +155,7 @@ def stored_tensors(graph: ir.Model) -> LazyTensors[torch.Tensor]:
 
 def _tensor(name: str, value: ir.Value) -> torch.Tensor:
     assert value.dtype is not None  # loaded from a file
-    tensor = torch.from_numpy(_array(value).astype(np.float32)).to(_TORCH[value.dtype])
+    tensor = torch.from_numpy(_array(value).astype(np.float32)).to(torch_dtype(value.dtype))
     return tensor.T if tensor.ndim == 2 and name != EMBEDDING else tensor
 
 
@@ -173,11 +172,11 @@ def _dequantized(linears: LazyTensors[QuantizedLinear], name: str) -> torch.Tens
 def _in_float32(model: ir.Model, *, rounded: bool) -> ir.Model:
     graph = model.graph
     for value in graph.inputs:
-        if value.dtype in _SMALL:
+        if value.dtype in HALVES:
             value.type = ir.TensorType(FLOAT)  # a clone shares the old one
     nodes = list(graph)
     for value in list(graph.initializers.values()):
-        if value.dtype in _SMALL:
+        if value.dtype in HALVES:
             cast = _cast(value, f"{value.name}.float32", FLOAT)
             value.replace_all_uses_with(cast.outputs[0])
             cast.replace_input_with(0, value)
@@ -185,7 +184,7 @@ def _in_float32(model: ir.Model, *, rounded: bool) -> ir.Model:
     for node in nodes:
         for value in node.outputs:
             dtype = value.dtype
-            if dtype not in _SMALL:
+            if dtype not in HALVES:
                 continue
             value.type = ir.TensorType(FLOAT)
             if is_op(node, "Cast"):

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -36,26 +36,27 @@ from typing import Literal
 import onnx_ir as ir
 import torch
 
+import olmo2_export.catalog as catalog
 from olmo2_export.config import ModelConfig
+from olmo2_export.dtypes import HALVES, float_dtype
 from olmo2_export.fuse.merge_projections import JOINT
-from olmo2_export.graphs.device import DTYPES
 from olmo2_export.graphs.trace import ROTARY_TABLES
 from olmo2_export.measure.parity import GATES, KERNELS, Gate
 from olmo2_export.quantize.linear import QuantizedLinear
 from olmo2_export.stored_graph import load_graph
-from olmo2_export.truth.reference import Rounding, fp8_scaled, int8_blocks, int8_scaled
+from olmo2_export.truth.reference import SCALED, Rounding, int8_blocks
 from olmo2_export.truth.torch_layers import Weights
 from olmo2_export.views import shared_forms, static_forms
 from olmo2_export.views.first_call import at_first_call
 from olmo2_export.views.lazy_tensors import LazyTensors
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.stored_names import stored_weight
-from runtimes import Backend, Device, Package
+from runtimes import Package
 from runtimes.errors import PackageError
 from runtimes.manifest import Variant
+from runtimes.targets import Target
 
 Label = Literal["as stored", "exact", "rounded", "kernels", "int8 exact", "int8"]
-Precision = Literal["fp32", "bf16", "fp16"]
 
 FLOAT32_FACTOR, ROUNDED_FACTOR = 4.0, 2.0
 """most: error / PyTorch's own, of one operation on the graph's inputs. 4 is the fp32 gate of verify; where rounding to
@@ -63,9 +64,6 @@ fewer bits dominates, the same places are rounded, and less is ample"""
 FIRST_CALL = 16
 """tokens of the one call of a TensorRT"""
 
-_SMALL = {ir.DataType.BFLOAT16: torch.bfloat16, ir.DataType.FLOAT16: torch.float16}
-_SCALED: dict[str, Callable[[float], Rounding]] = {"int8": int8_scaled, "fp8": fp8_scaled}
-_PRECISIONS: dict[str, Precision] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _KV_ERROR_RATIO = {8: 4.0, 4: math.inf}  # where the cache is rounded too; what 4 bits cost, quality must tell
 _ENGINE = dataclasses.replace(KERNELS, near_tie=GATES["bf16"].near_tie)
 
@@ -87,8 +85,8 @@ class View:
     """each weight as the form should have it: dequantised, or the checkpoint's, rounded to the graph's dtype"""
     replaced: Mapping[str, torch.Tensor]
     """the weights that transformers' whole model takes from the graph instead of the checkpoint; {}: none"""
-    precision: Precision
-    """of PyTorch's own arithmetic"""
+    precision: str
+    """of PyTorch's own arithmetic: fp32 | bf16 | fp16"""
     gate: Gate
     """of the logits of whole sequences"""
     factor: float
@@ -104,7 +102,7 @@ class View:
         """of the rotary tables: GroupQueryAttention wants them in the precision of its queries"""
         stored = self.model.graph.initializers.get(ROTARY_TABLES[0])
         dtype = stored.dtype if stored is not None else None
-        return torch.float32 if dtype is None else _SMALL.get(dtype, torch.float32)
+        return torch.float32 if dtype is None else HALVES.get(dtype, torch.float32)
 
 
 def variant_views(
@@ -112,29 +110,27 @@ def variant_views(
     entry: Variant,
     checkpoint: Checkpoint,
     config: ModelConfig,
-    backend: Backend = "ort",
-    device: Device = "cpu",
+    target: Target,
 ) -> list[View]:
-    """Return the views of a variant on a backend and a device, the sharpest first.
+    """Return the views of a variant where it runs, the sharpest first.
 
     Args:
         package: the variant's.
         entry: the variant.
         checkpoint: the reference weights.
         config: their shape.
-        backend: what runs it. A TensorRT has one view, as a CPU alone runs forms made in memory.
-        device: of ort.
+        target: where it runs. A GPU has one view, as a CPU alone runs forms made in memory.
 
     Raises:
         PackageError: a graph stores other quantised weights than the manifest says.
     """
     graph = _Graph.load(package, entry, checkpoint, config)
     _check_names(graph, package)
-    if backend != "ort" or device != "cpu":
-        return [_on_gpu(graph, backend)]
+    if target.on_gpu:
+        return [_on_gpu(graph, target)]
     if entry.kv_cache.form == "static":
         return _static_views(graph)
-    if entry.name in DTYPES:
+    if catalog.is_for_devices(entry.name):
         return [_exact(graph, static_forms.exact_form(graph.model)), _rounded(graph)]
     if entry.quantization is None:
         return [_portable(graph)]
@@ -176,10 +172,10 @@ def stored_weights(
 ) -> Weights:
     """Return what gives a weight as the graph should have it: dequantised, or the checkpoint's rounded to its dtype."""
     dtypes = {
-        part: _SMALL[value.dtype]
+        part: HALVES[value.dtype]
         for name, value in graph.graph.initializers.items()
         for part in name.split(JOINT)
-        if value.dtype in _SMALL
+        if value.dtype in HALVES
     }
 
     def weight(name: str) -> torch.Tensor:
@@ -221,14 +217,16 @@ class _Graph:
         return cls(path, model, entry, stored_weights(model, checkpoint, config, quantized), quantized, stored)
 
     @property
-    def precision(self) -> Precision:
-        return _PRECISIONS.get(self.variant.kv_cache.dtype, "fp32")
+    def precision(self) -> str:
+        """Of what PyTorch computes in: that of the cache, but for a quantised one."""
+        cache = self.variant.kv_cache
+        return "fp32" if cache.quantization is not None else float_dtype(cache.dtype).precision
 
     @property
     def input_rounding(self) -> dict[str, Rounding]:
         quantization = self.variant.quantization
         scales = quantization.input_scales if quantization is not None else {}
-        return {name: _SCALED[self.variant.precision](scale) for name, scale in scales.items()}
+        return {name: SCALED[self.variant.precision](scale) for name, scale in scales.items()}
 
     def as_run(self, label: Label, form: ir.Model, variant: Variant, *, as_stored: bool) -> View:
         """Return the view of what users run, in a form that this machine has."""
@@ -257,17 +255,17 @@ def _check_names(graph: _Graph, package: Package) -> None:
         )
 
 
-def _on_gpu(graph: _Graph, backend: Backend) -> View:
+def _on_gpu(graph: _Graph, target: Target) -> View:
     """The graph, or the engine made of it: it has no other form there."""
     quantised_static = graph.variant.kv_cache.form == "static" and bool(graph.quantized)
     form, as_stored = graph.model, True
-    if backend != "ort":
+    if target.needs_engine:
         form = at_first_call(graph.model, FIRST_CALL)
     elif quantised_static:
         form, as_stored = static_forms.device_form(graph.model), False
     view = graph.as_run("as stored", form, graph.variant, as_stored=as_stored)
     gate = _ENGINE if quantised_static else view.gate
-    return dataclasses.replace(view, gate=gate, first_call_only=backend != "ort")
+    return dataclasses.replace(view, gate=gate, first_call_only=target.needs_engine)
 
 
 def _portable(graph: _Graph) -> View:

@@ -11,6 +11,7 @@ were it used, is refused.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +21,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from olmo2_export.dtypes import STORED
 from olmo2_export.weights import stored_tensors
 from olmo2_export.weights.hub import INDEX, SINGLE, locate, read_index, refuse_other_formats
-from olmo2_export.weights.stored_tensors import DTYPES, TensorInfo
+from olmo2_export.weights.stored_tensors import TensorInfo
 from runtimes.errors import CheckpointError, CheckpointNotFoundError, UsageError, broken_link, first_names
+from runtimes.manifest import SourceKind
 from runtimes.threads import default_threads
 
 logger = logging.getLogger(__name__)
@@ -53,8 +56,7 @@ class Checkpoint:
     folder: Path
     model: str
     """Hub id, `demo`, or the name of the local folder"""
-    kind: str
-    """hub | folder | demo"""
+    kind: SourceKind
     revision: str | None
     """the resolved commit, for kind hub"""
     files: tuple[str, ...]
@@ -102,7 +104,7 @@ class Checkpoint:
                 continue
             elif name.endswith(".bias"):
                 info = self.tensors[name]
-                if info.dtype not in DTYPES or not stored_tensors.all_zero(*self._place(name)):
+                if info.dtype not in STORED or not stored_tensors.all_zero(*self._place(name)):
                     found[name] = "biases that config.json does not tell of (attention_bias?)"
             else:
                 found[name] = "not of this model"
@@ -133,8 +135,8 @@ class Checkpoint:
             if name not in self.tensors:
                 continue
             info = self.tensors[name]
-            if info.dtype not in DTYPES:
-                problems.append(f"{name}: dtype {info.dtype}, expected one of {', '.join(DTYPES)}")
+            if info.dtype not in STORED:
+                problems.append(f"{name}: dtype {info.dtype}, expected one of {', '.join(STORED)}")
             elif info.shape != expected[name]:
                 problems.append(f"{name}: shape {list(info.shape)}, expected {list(expected[name])}")
             else:
@@ -150,7 +152,7 @@ class Checkpoint:
             bar = tqdm(counts, total=len(readable), desc="checking weights", unit="tensor", leave=False)
             for name, count in zip(readable, bar, strict=True):
                 if count:
-                    of = self.tensors[name].size // DTYPES[self.tensors[name].dtype].width
+                    of = math.prod(self.tensors[name].shape)
                     problems.append(f"{name}: {count} NaN or Inf of {of}")
         for name, target in aliases.items():
             if name in self.tensors and target in readable and not self._equal(name, target):
@@ -164,7 +166,7 @@ class Checkpoint:
     def _equal(self, name: str, other: str) -> bool:
         if stored_tensors.same_bytes(*self._place(name), *self._place(other)):
             return True
-        return self.tensors[name].dtype in DTYPES and torch.equal(self.tensor(name).float(), self.tensor(other).float())
+        return self.tensors[name].dtype in STORED and torch.equal(self.tensor(name).float(), self.tensor(other).float())
 
     def _why_missing(self, missing: Iterable[str]) -> str:
         """Return what explains missing tensors, in brackets; empty if nothing does."""

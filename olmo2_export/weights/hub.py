@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from olmo2_export.config import LFS_POINTER
 from runtimes.errors import CheckpointError, CheckpointNotFoundError, broken_link, first_names
+from runtimes.manifest import SourceKind
 
 DEMO = "demo"
 TEXT_FILES = (
@@ -34,7 +35,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def locate(model: str, revision: str | None) -> tuple[Path, str, str]:
+def locate(model: str, revision: str | None) -> tuple[Path, str, SourceKind]:
     """Find a checkpoint and download what is on the Hub: its texts, then the weight files that its index names.
 
     Args:
@@ -42,7 +43,7 @@ def locate(model: str, revision: str | None) -> tuple[Path, str, str]:
         revision: branch, tag or commit; Hub ids only.
 
     Returns:
-        The folder; the Hub id, `demo`, or the folder's name; and hub | folder | demo.
+        The folder; the Hub id, `demo`, or the folder's name; and which of these it is.
 
     Raises:
         CheckpointNotFoundError: no such folder, repository or revision.

@@ -8,6 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from runtimes.manifest import SourceKind
+
 
 class WeightSource(Protocol):
     """A checkpoint, or a package that holds the same weights."""
@@ -18,8 +20,8 @@ class WeightSource(Protocol):
         ...
 
     @property
-    def kind(self) -> str:
-        """hub | folder | demo"""
+    def kind(self) -> SourceKind:
+        """where it came from"""
         ...
 
     def tensor(self, name: str) -> Tensor:

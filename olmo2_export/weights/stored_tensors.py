@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from olmo2_export.dtypes import STORED, FloatRow, stored_dtype
 from runtimes.errors import CheckpointError
 
 _MAX_HEADER = 16 << 20
@@ -35,28 +36,6 @@ _FOREIGN = {
     b"\x1f\x8b": "a gzip archive: unpack it",
     b"\x80": "a pickle: convert it to safetensors",
 }
-
-
-@dataclass(frozen=True)
-class StoredDtype:
-    """A dtype of safetensors that weights can have."""
-
-    torch: torch.dtype
-    width: int
-    """bytes"""
-    infinity: int
-    """the bits of +Inf, or of the first NaN where there is no Inf"""
-
-
-DTYPES = {
-    "F64": StoredDtype(torch.float64, 8, 0x7FF << 52),
-    "F32": StoredDtype(torch.float32, 4, 0x7F800000),
-    "F16": StoredDtype(torch.float16, 2, 0x7C00),
-    "BF16": StoredDtype(torch.bfloat16, 2, 0x7F80),
-    "F8_E4M3": StoredDtype(torch.float8_e4m3fn, 1, 0x7F),
-    "F8_E5M2": StoredDtype(torch.float8_e5m2, 1, 0x7C),
-}
-"""safetensors' name -> what it is; each is read into float32 as it is, without a scale"""
 
 
 @dataclass(frozen=True)
@@ -132,9 +111,16 @@ def _tensor_info(entry: Any, file: str, data: int) -> TensorInfo:
     shape, (begin, end), dtype = tuple(entry["shape"]), entry["data_offsets"], str(entry["dtype"])
     if any(type(number) is not int or number < 0 for number in (*shape, begin, end)) or end < begin:
         raise TypeError("sizes are integers of at least 0")
-    if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].width != end - begin:
+    if (known := stored_dtype(dtype)) is not None and math.prod(shape) * known.size != end - begin:
         raise ValueError("the shape is not of that many bytes")
     return TensorInfo(file, dtype, shape, data + begin, end - begin)
+
+
+def _of_weights(info: TensorInfo) -> FloatRow:
+    found = stored_dtype(info.dtype)
+    if found is None:
+        raise CheckpointError(f"{info.file}: a tensor of dtype {info.dtype}, expected {', '.join(STORED)}")
+    return found
 
 
 def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -152,7 +138,7 @@ def read_tensor(path: Path, info: TensorInfo) -> torch.Tensor:
     Raises:
         CheckpointError: the file is shorter than its header said.
     """
-    tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype].torch)
+    tensor = torch.empty(info.shape, dtype=_of_weights(info).torch)
     with _opened(path) as file:
         _read_range(file, info.start, tensor.view(-1).view(torch.uint8).numpy() if info.size else np.empty(0, np.uint8))
     return tensor
@@ -177,7 +163,7 @@ def read_rows(path: Path, info: TensorInfo) -> Iterator[torch.Tensor]:
             count = min(step, rows - first)
             part = block[: count * row_size]
             _read_range(file, info.start + first * row_size, part)
-            typed = torch.from_numpy(part).view(DTYPES[info.dtype].torch)
+            typed = torch.from_numpy(part).view(_of_weights(info).torch)
             yield typed.view(count, *info.shape[1:]) if info.shape else typed.view(())
 
 
@@ -188,11 +174,11 @@ def count_non_finite(path: Path, info: TensorInfo) -> int:
     largest signed integer tells of the positive ones, the largest unsigned integer of the negative ones. Both are found
     faster than memory gives the bytes.
     """
-    dtype = DTYPES[info.dtype]
-    sign = 1 << (8 * dtype.width - 1)
+    dtype = _of_weights(info)
+    sign = 1 << (8 * dtype.size - 1)
     count = 0
     for piece in _pieces(path, info):
-        signed, unsigned = piece.view(f"<i{dtype.width}"), piece.view(f"<u{dtype.width}")
+        signed, unsigned = piece.view(f"<i{dtype.size}"), piece.view(f"<u{dtype.size}")
         if int(signed.max()) >= dtype.infinity or int(unsigned.max()) >= sign | dtype.infinity:
             count += int(((unsigned & unsigned.dtype.type(sign - 1)) >= dtype.infinity).sum())
     return count
@@ -200,7 +186,7 @@ def count_non_finite(path: Path, info: TensorInfo) -> int:
 
 def all_zero(path: Path, info: TensorInfo) -> bool:
     """Tell whether every number of a tensor is 0 or -0."""
-    width = DTYPES[info.dtype].width
+    width = _of_weights(info).size
     sign = np.zeros(width, np.uint8)
     sign[-1] = 0x80  # little-endian
     return not any((piece.reshape(-1, width) & ~sign).any() for piece in _pieces(path, info))

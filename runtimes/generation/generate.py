@@ -7,29 +7,18 @@ prefill and one sampling.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
 
 from runtimes.errors import ContextLengthError, InputError
+from runtimes.generation.text_state import FinishReason, Piece, TextState
 from runtimes.integers import as_integer
-from runtimes.runners.runner import HeldText, Runner, check_rows, common_prefix
+from runtimes.runners.runner import HeldText, Logits, Runner, check_rows, common_prefix
 from runtimes.speculate.speculation import Drafter, Speculation, speculate_tokens
+from runtimes.text.logit_rules import Penalties
 from runtimes.text.sampling import Sampler
 from runtimes.text.tokenizer import Tokenizer
-
-FinishReason: TypeAlias = Literal["eos", "stop", "length"]
-"""an end-of-sequence token, a stop string, or as many tokens as were asked for or fit"""
-
-
-class Piece(NamedTuple):
-    """A piece of generated text."""
-
-    text: str
-    """whole characters; empty only in the last piece"""
-    finish_reason: FinishReason | None
-    """set in the last piece"""
 
 
 @dataclass(frozen=True)
@@ -91,6 +80,7 @@ def generate_tokens(
     max_new_tokens: int | None = None,
     speculate: Drafter | None = None,
     eos_token_ids: Collection[int] = (),
+    penalties: Penalties | None = None,
 ) -> Generator[int, None, None]:
     """Append a prompt to what the runner holds and sample new ids, forever or until the limit.
 
@@ -104,6 +94,7 @@ def generate_tokens(
         max_new_tokens: None means as many as fit.
         speculate: guesses ids, which are checked several at a time; the ids have the same distribution as without.
         eos_token_ids: nothing after them is guessed; they do not end the iterator.
+        penalties: change the logits before the sampler; they count the prompt's ids and every id that is sampled.
 
     Returns:
         An iterator of ids; the model runs when it is advanced.
@@ -119,7 +110,10 @@ def generate_tokens(
         raise InputError("expected at least one prompt id, found none")
     used = len(prompt_ids) + sum(runner.cache_lengths)
     limit = _new_token_limit(runner, used, max_new_tokens)
-    return _sample(runner, prompt_ids, sampler, limit, _speculation(runner, speculate), eos_token_ids)
+    if penalties is not None:
+        penalties.begin(prompt_ids)
+    draw = _Draw(sampler, penalties)
+    return _sample(runner, prompt_ids, draw, limit, _speculation(runner, speculate), eos_token_ids)
 
 
 def stream_text(
@@ -131,8 +125,7 @@ def stream_text(
 ) -> Iterator[Piece]:
     """Turn ids into text as they come; ask for no id after the end of the text.
 
-    Text that could be the beginning of a stop string is held back until it is decided, so no part of one is given out.
-    Special tokens give no text; a stop string that holds the name of one is found where the token is.
+    See `TextState` for what is held back, and where a text ends.
 
     Args:
         tokenizer: of the package.
@@ -144,11 +137,21 @@ def stream_text(
         An iterator of pieces; the last one, and only it, has a finish_reason.
 
     Raises:
-        InputError: stop is a single string, or holds an empty one. At once.
+        InputError: as `TextState`, at once.
     """
-    if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
-        raise InputError(f"stop {stop!r}: expected a list of strings, none of them empty")
-    return _pieces(tokenizer, token_ids, stop, tokenizer.eos_token_ids if eos_token_ids is None else eos_token_ids)
+    return _pieces(TextState(tokenizer, stop=stop, eos_token_ids=eos_token_ids), token_ids)
+
+
+def _pieces(state: TextState, token_ids: Iterable[int]) -> Iterator[Piece]:
+    for token_id in token_ids:
+        text = state.push(token_id)
+        if state.finish_reason is not None:
+            yield Piece(text, state.finish_reason)
+            return
+        if text:
+            yield Piece(text, None)
+    text = state.finish()
+    yield Piece(text, state.finish_reason)
 
 
 def generate(
@@ -163,6 +166,7 @@ def generate(
     on_text: Callable[[str], object] | None = None,
     speculate: Drafter | None = None,
     parse_special: bool = False,
+    penalties: Penalties | None = None,
 ) -> Generation:
     """Generate the continuation of one prompt.
 
@@ -180,6 +184,7 @@ def generate(
         on_text: called with each piece of text as soon as it is there.
         speculate: guesses ids, which are checked several at a time; the text has the same distribution as without.
         parse_special: names of special tokens in the prompt are these tokens; see `Tokenizer.encode`.
+        penalties: change the logits before the sampler; they count the prompt's ids and every id that is sampled.
 
     Raises:
         InputError, ContextLengthError, UsageError: as `encode_prompt`, `generate_tokens` and `stream_text`, or another
@@ -210,7 +215,9 @@ def generate(
     def recorded() -> Generator[int, None, None]:
         nonlocal reused
         reused = _keep_common_prefix(runner, prompt_ids)
-        with closing(_sample(runner, prompt_ids[reused:], sampler, limit, speculation, ends)) as ids:
+        if penalties is not None:
+            penalties.begin(prompt_ids)
+        with closing(_sample(runner, prompt_ids[reused:], _Draw(sampler, penalties), limit, speculation, ends)) as ids:
             for token_id in ids:
                 times.append(time.perf_counter())
                 sampled.append(token_id)
@@ -272,23 +279,44 @@ def _keep_common_prefix(runner: Runner, prompt_ids: Sequence[int]) -> int:
     return kept
 
 
+@dataclass(frozen=True)
+class _Draw:
+    """A sampler behind the penalties of its text."""
+
+    sampler: Sampler
+    penalties: Penalties | None
+
+    @property
+    def candidates(self) -> int:
+        """As of `Sampler`; 0 with penalties, which may bring any token among the likeliest."""
+        return 0 if self.penalties else self.sampler.candidates
+
+    def __call__(self, logits: Logits) -> int:
+        if self.penalties is None:
+            return self.sampler(logits)
+        self.penalties.apply(logits)
+        token_id = self.sampler(logits)
+        self.penalties.push(token_id)
+        return token_id
+
+
 def _sample(
     runner: Runner,
     prompt_ids: Sequence[int],
-    sampler: Sampler,
+    draw: _Draw,
     limit: int,
     speculation: Speculation | None,
     eos_token_ids: Collection[int],
 ) -> Generator[int, None, None]:
     """Return the iterator of ids; what the runner holds now, not when it is first advanced, is what they continue."""
-    return _continue(runner, HeldText(runner), prompt_ids, sampler, limit, speculation, eos_token_ids)
+    return _continue(runner, HeldText(runner), prompt_ids, draw, limit, speculation, eos_token_ids)
 
 
 def _continue(
     runner: Runner,
     text: HeldText,
     prompt_ids: Sequence[int],
-    sampler: Sampler,
+    draw: _Draw,
     limit: int,
     speculation: Speculation | None,
     eos_token_ids: Collection[int],
@@ -296,14 +324,14 @@ def _continue(
     if limit == 0:
         return
     with text.step():
-        token_id = sampler(runner.prefill([prompt_ids])[0][-1])
+        token_id = draw(runner.prefill([prompt_ids])[0][-1])
     yield token_id
     if speculation is not None:
         yield from speculate_tokens(
             runner,
             token_id,
             limit - 1,
-            sampler=sampler,
+            sampler=draw,
             speculation=speculation,
             eos_token_ids=eos_token_ids,
             text=text,
@@ -311,115 +339,16 @@ def _continue(
         return
     for _ in range(limit - 1):
         with text.step():
-            token_id = _next(runner, sampler, token_id)
+            token_id = _next(runner, draw, token_id)
         yield token_id
 
 
-def _next(runner: Runner, sampler: Sampler, token_id: int) -> int:
+def _next(runner: Runner, draw: _Draw, token_id: int) -> int:
     """Append an id to the only row and sample the next, from candidates that the graph picked where these will do."""
-    if 0 < sampler.candidates <= runner.top_k:
+    if 0 < draw.candidates <= runner.top_k:
         ids, logits = runner.decode_top([token_id])
-        chosen = sampler.choose(ids[0], logits[0])
+        chosen = draw.sampler.choose(ids[0], logits[0])
         if chosen is not None:
             return chosen
         runner.truncate([runner.cache_lengths[0] - 1])  # undecided: compute it again, for all logits
-    return sampler(runner.decode([token_id])[0])
-
-
-def _pieces(
-    tokenizer: Tokenizer, token_ids: Iterable[int], stop: Sequence[str], eos_token_ids: Collection[int]
-) -> Iterator[Piece]:
-    stream = tokenizer.stream()
-    held = _Held(stop, tokenizer.special_tokens)
-    reason: FinishReason = "length"
-    for token_id in token_ids:
-        if token_id in eos_token_ids:
-            reason = "eos"
-            break
-        held.push(stream.push(token_id), held.hidden(token_id))
-        if held.stopped is not None:
-            yield Piece(held.stopped, "stop")
-            return
-        if free := held.free():
-            yield Piece(free, None)
-    held.push(stream.flush())
-    yield Piece(held.text, reason) if held.stopped is None else Piece(held.stopped, "stop")
-
-
-class _Held:
-    """Text that is not given out yet, and the names of special tokens in it, which are never given out.
-
-    Stop strings are looked for in the text, as it is given out; those that hold the name of a special token in the text
-    with these names in their places.
-    """
-
-    def __init__(self, stop: Sequence[str], special_tokens: Mapping[int, str]) -> None:
-        self._stop = stop
-        self._stop_with_names = [s for s in stop if any(name in s for name in special_tokens.values())]
-        self._names = special_tokens if self._stop_with_names else {}
-        self._parts: list[tuple[str, bool]] = []  # (text, whether it is given out)
-        self.stopped: str | None = None
-        """the text in front of the first stop string that is complete"""
-
-    @property
-    def text(self) -> str:
-        """What would be given out."""
-        return "".join(text for text, shown in self._parts if shown)
-
-    def hidden(self, token_id: int) -> str:
-        """Return the name of a special token, where a stop string holds any."""
-        return self._names.get(token_id, "")
-
-    def push(self, text: str, hidden: str = "") -> None:
-        """Add what a token gives, and its name if it is special."""
-        self._parts += [part for part in ((text, True), (hidden, False)) if part[0]]
-        cuts = [cut for cut in (_find_stop(self.text, self._stop), self._find_with_names()) if cut is not None]
-        if cuts:
-            self.stopped = self.text[: min(cuts)]
-
-    def free(self) -> str:
-        """Drop and return the text that can be no part of a stop string."""
-        text, names = self.text, self._with_names()
-        kept = len(names) - _undecided(names, self._stop_with_names)
-        count = min(len(text) - _undecided(text, self._stop), self._shown(kept))
-        free, left = text[:count], count
-        while self._parts:  # what is given out, and the names in front that can be no part of a stop string
-            part, shown = self._parts[0]
-            gone = min(left, len(part)) if shown else len(part)
-            if not gone or (not shown and not left and gone > kept):
-                break
-            self._parts[:1] = [(part[gone:], True)] if gone < len(part) else []
-            left -= gone if shown else 0
-            kept -= gone
-        return free
-
-    def _with_names(self) -> str:
-        return "".join(text for text, _ in self._parts) if self._stop_with_names else ""
-
-    def _find_with_names(self) -> int | None:
-        cut = _find_stop(self._with_names(), self._stop_with_names)
-        return None if cut is None else self._shown(cut)
-
-    def _shown(self, length: int) -> int:
-        """Return how many characters are given out of the first `length` with names; all where there are no names."""
-        if not self._stop_with_names:
-            return len(self.text)
-        count = 0
-        for text, shown in self._parts:
-            part = min(length, len(text))
-            count += part if shown else 0
-            length -= part
-        return count
-
-
-def _find_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Return where the stop string begins that is complete first; the longest, if several end there."""
-    ends = [(at + len(s), at) for s in stop if (at := text.find(s)) >= 0]
-    return min(ends)[1] if ends else None
-
-
-def _undecided(text: str, stop: Sequence[str]) -> int:
-    """Return the length of the longest end of `text` that could become a stop string."""
-    longest = max((len(s) for s in stop), default=1) - 1
-    sizes = range(min(longest, len(text)), 0, -1)
-    return next((n for n in sizes if any(s.startswith(text[-n:]) for s in stop)), 0)
+    return draw(runner.decode([token_id])[0])

@@ -1,19 +1,18 @@
 """Runners on onnxruntime, one per form of KV cache; see `ConcatRunner` for the portable graph.
 
-Its KV cache stays in onnxruntime's memory: the present values of one call are bound as the past of the next, under the
-name `.replace("present.", "past_key_values.")`.
+Its KV cache stays in onnxruntime's memory: the present values of one call are bound as the past of the next. Which
+outputs these are, the manifest says by their role; others than them and the logits are not asked for.
 """
 
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Self, TypeAlias, TypeVar
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
@@ -26,7 +25,7 @@ from runtimes.ort.devices import find_device
 from runtimes.ort.session import one_line, open_session
 from runtimes.ort.shared import SharedRunner
 from runtimes.ort.static_session import OrtStaticSession
-from runtimes.ort.versions import check_padded_rows, new_enough, runnable
+from runtimes.ort.versions import check_padded_rows, new_enough, without_too_new
 from runtimes.package import Package
 from runtimes.runners.runner import (
     Ids,
@@ -39,26 +38,7 @@ from runtimes.runners.runner import (
     no_candidates,
 )
 from runtimes.runners.static import StaticRunner
-
-CACHE_DTYPES: dict[str, dict[str, tuple[str, ...]]] = {
-    "cpu": {
-        "concat": ("float32", "float16"),
-        "static": ("float32", "float16"),
-        "shared": ("float32", "float16", "int8", "uint8"),
-    },
-    "cuda": {
-        "concat": ("float32", "float16"),
-        "static": ("float32", "float16", "bfloat16"),
-        "shared": ("float16", "bfloat16"),
-    },
-    "nv-rtx": {
-        "shared": ("float16", "bfloat16"),
-    },
-}
-"""device -> form of the KV cache -> its dtypes that run there; concat moves its cache over the host"""
-
-FASTEST = {"cpu": ("q4", "q8", "fp32"), "cuda": ("bf16", "fp16", "q4f16"), "nv-rtx": ("bf16", "fp16", "q4f16")}
-"""device -> the variants made for it, the best first: what it runs where no variant is named"""
+from runtimes.targets import engine_backend_words, find_target, ort_targets, runnable, runs
 
 PREFILL_CHUNK = 512
 """tokens of a row per call of a concat graph"""
@@ -75,34 +55,43 @@ _NOTHING: Ids = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
-class OrtCache:
-    """The cache between two calls of a graph; never changed, each call makes the next one."""
+class ConcatCache:
+    """The cache between two calls of the graph; never changed, each call makes the next one."""
 
     tokens: tuple[Ids, ...]
     """per row, the ids of the tokens in it"""
     values: Values
+    mask: Ids
+    """[B, slots]: 1 where the slot holds a token, 0 where padding was put or a token was dropped"""
 
     @property
     def lengths(self) -> tuple[int, ...]:
         return tuple(len(row) for row in self.tokens)
 
 
-@dataclass(frozen=True)
-class ConcatCache(OrtCache):
-    """The cache between two calls of a `concat` graph."""
+class ConcatRunner:
+    """The portable graph: present = past + new tokens; implements `runtimes.runners.runner.Runner`.
 
-    mask: Ids
-    """[B, slots]: 1 where the slot holds a token, 0 where padding was put or a token was dropped"""
+    | tensor                          | shape                                                   | dtype          |
+    |---------------------------------|---------------------------------------------------------|----------------|
+    | input_ids, position_ids         | [batch_size, sequence_length]                           | int64          |
+    | attention_mask                  | [batch_size, total_sequence_length]                     | int64          |
+    | past_key_values.N.key, .value   | [batch_size, kv_heads, past_sequence_length, head_dim]  | kv_cache.dtype |
+    | num_logits_to_keep              | []: the last rows that get logits; 0, the default: all  | int64          |
+    | -> logits                       | [batch_size, num_logits, vocab_size]                    | float32        |
+    | -> present.N.key, .value        | [batch_size, kv_heads, total_sequence_length, head_dim] | kv_cache.dtype |
 
+    Rows of different lengths are padded on the left, call by call, so that the last position is every row's last
+    token. The mask hides the padding for good, also in the middle of the cache, and position_ids skip it. `truncate`
+    hides what it drops, and copies what is left where slots at the end are hidden in every row.
 
-Cache = TypeVar("Cache", bound=OrtCache)
+    Prompts are computed in pieces of `prefill_chunk` tokens, since the attention weights of a call take heads x
+    sequence_length x total_sequence_length numbers; where all positions are asked for, in one.
 
-
-class OrtRunner(ABC, Generic[Cache]):
-    """What both forms share; implements `runtimes.runners.runner.Runner`.
-
-    A subclass computes a new cache and leaves the old one untouched, so that a call that fails changes nothing.
+    A new cache is computed and the old one left untouched, so that a call that fails changes nothing.
     """
+
+    prefill_chunk = PREFILL_CHUNK
 
     def __init__(self, session: ort.InferenceSession, variant: Variant, model: ModelSpec) -> None:
         self.variant = variant
@@ -111,8 +100,10 @@ class OrtRunner(ABC, Generic[Cache]):
         self.top_k = 0
         self.exclusive = OneThread()
         self._session: ort.InferenceSession | None = session
-        self._outputs = [output.name for output in session.get_outputs()]
-        self._cache: Cache | None = None
+        self._logits = variant.name_of("logits")
+        self._pasts = list(variant.caches)
+        self._outputs = [self._logits, *variant.caches.values()]
+        self._cache: ConcatCache | None = None
 
     @property
     def cache_lengths(self) -> tuple[int, ...]:
@@ -170,67 +161,15 @@ class OrtRunner(ABC, Generic[Cache]):
     ) -> None:
         self.close()
 
-    @abstractmethod
-    def _empty_cache(self, batch_size: int) -> Cache: ...
-
-    @abstractmethod
-    def _extend(self, cache: Cache, rows: list[Ids], all_positions: bool) -> tuple[list[Logits], Cache]:
-        """Return the logits of `rows` appended to `cache`, and the cache that holds them."""
-
-    @abstractmethod
-    def _shortened(self, cache: Cache, lengths: tuple[int, ...]) -> Cache:
-        """Return the cache with only the first tokens of each row; `lengths` was checked."""
-
-    def _call(self, feeds: Mapping[str, Ids], past: Values) -> tuple[Logits, Values]:
-        """Run the graph once; return the logits, copied out, and the past of the next call, not copied."""
-        if self._session is None:
-            raise UsageError("the runner is closed; open another")
-        binding = self._session.io_binding()
-        for name, array in feeds.items():  # read in place, so `feeds` must live until the run is over; here it does
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-        for name, value in past.items():
-            binding.bind_ortvalue_input(name, value)
-        for name in self._outputs:
-            binding.bind_output(name)
-        try:
-            self._session.run_with_iobinding(binding)
-        except RuntimeError as error:
-            raise FailedError(f"onnxruntime failed in {self.variant.graph}: {one_line(error)}") from error
-        present: Values = dict(zip(self._outputs, binding.get_outputs(), strict=True))
-        logits: Logits = present.pop("logits").numpy()
-        return logits, {name.replace("present.", "past_key_values."): value for name, value in present.items()}
-
-
-class ConcatRunner(OrtRunner[ConcatCache]):
-    """The portable graph: present = past + new tokens.
-
-    | tensor                          | shape                                                   | dtype          |
-    |---------------------------------|---------------------------------------------------------|----------------|
-    | input_ids, position_ids         | [batch_size, sequence_length]                           | int64          |
-    | attention_mask                  | [batch_size, total_sequence_length]                     | int64          |
-    | past_key_values.N.key, .value   | [batch_size, kv_heads, past_sequence_length, head_dim]  | kv_cache.dtype |
-    | num_logits_to_keep              | []: the last rows that get logits; 0, the default: all  | int64          |
-    | -> logits                       | [batch_size, num_logits, vocab_size]                    | float32        |
-    | -> present.N.key, .value        | [batch_size, kv_heads, total_sequence_length, head_dim] | kv_cache.dtype |
-
-    Rows of different lengths are padded on the left, call by call, so that the last position is every row's last
-    token. The mask hides the padding for good, also in the middle of the cache, and position_ids skip it. `truncate`
-    hides what it drops, and copies what is left where slots at the end are hidden in every row.
-
-    Prompts are computed in pieces of `prefill_chunk` tokens, since the attention weights of a call take heads x
-    sequence_length x total_sequence_length numbers; where all positions are asked for, in one.
-    """
-
-    prefill_chunk = PREFILL_CHUNK
-
     def _empty_cache(self, batch_size: int) -> ConcatCache:
         return ConcatCache(
             tokens=(_NOTHING,) * batch_size,
-            values=_zeros(self.variant.kv_cache, batch_size, length=0),
+            values=dict.fromkeys(self._pasts, _zeros(self.variant.kv_cache, batch_size, length=0)),
             mask=np.zeros((batch_size, 0), np.int64),
         )
 
     def _extend(self, cache: ConcatCache, rows: list[Ids], all_positions: bool) -> tuple[list[Logits], ConcatCache]:
+        """Return the logits of `rows` appended to `cache`, and the cache that holds them."""
         width = max(len(row) for row in rows)
         if any(len(row) < width for row in rows):
             check_padded_rows(self.variant, ort.__version__)
@@ -254,17 +193,30 @@ class ConcatRunner(OrtRunner[ConcatCache]):
         return [logits[b, -n:] for b, n in enumerate(wanted)], ConcatCache(_joined(cache.tokens, rows), values, mask)
 
     def _shortened(self, cache: ConcatCache, lengths: tuple[int, ...]) -> ConcatCache:
+        """Return the cache with only the first tokens of each row; `lengths` was checked."""
         kept = np.array(lengths, np.int64)[:, None]
         mask = np.where(cache.mask.cumsum(axis=1) <= kept, cache.mask, 0)  # (B, P)
         slots = int(np.flatnonzero(mask.any(axis=0)).max(initial=-1)) + 1  # all after are hidden in every row
         values = cache.values if slots == mask.shape[1] else _first_slots(cache.values, slots)
         return ConcatCache(_cut(cache.tokens, lengths), values, mask[:, :slots])
 
-
-def runs_on(variant: Variant, device: str) -> bool:
-    """Tell whether the provider of a device has kernels for a variant's graph."""
-    cache = variant.kv_cache
-    return cache.dtype in CACHE_DTYPES[device].get(cache.form, ())
+    def _call(self, feeds: Mapping[str, Ids], past: Values) -> tuple[Logits, Values]:
+        """Run the graph once; return the logits, copied out, and the past of the next call, not copied."""
+        if self._session is None:
+            raise UsageError("the runner is closed; open another")
+        binding = self._session.io_binding()
+        for name, array in feeds.items():  # read in place, so `feeds` must live until the run is over; here it does
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        for name, value in past.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            binding.bind_output(name)
+        try:
+            self._session.run_with_iobinding(binding)
+        except RuntimeError as error:
+            raise FailedError(f"onnxruntime failed in {self.variant.graph}: {one_line(error)}") from error
+        logits, *present = binding.get_outputs()
+        return logits.numpy(), dict(zip(self._pasts, present, strict=True))
 
 
 def default_variant(package: Package, device: str) -> str | None:
@@ -280,15 +232,14 @@ def default_variant(package: Package, device: str) -> str | None:
     Raises:
         BackendError: a GPU, and no variant for it.
     """
-    made_for, manifest = FASTEST[device], package.manifest
-    able = [name for name in made_for if name in manifest.variants]
-    if device == "cpu":
-        able += [n for n, variant in manifest.variants.items() if n not in made_for and runs_on(variant, device)]
-        able = able or list(manifest.variants)  # opening it says why not
-    elif not able:
+    target, manifest = find_target("ort", device), package.manifest
+    able = runnable(package, target)
+    if not able and not target.takes_others:
         raise BackendError(
-            f"device {device}: the package has {', '.join(manifest.variants)}; export it with --variant {made_for[0]}"
+            f"device {device}: the package has {', '.join(manifest.variants)}; "
+            f"export it with --variant {target.variants[0]}"
         )
+    able = able or list(manifest.variants)  # opening it says why not
     able = [name for name in able if new_enough(manifest.variants[name], ort.__version__)] or able
     passed = package.verdicts
     ranked = sorted(able, key=lambda name: {True: 0, None: 1, False: 2}[passed.get(name)])  # stable: the fastest first
@@ -328,22 +279,22 @@ def open_ort(
         BackendError: the device, its provider or its libraries are not there, it does not run this variant, or
             onnxruntime is too old for it.
     """
-    spec = variant.kv_cache
-    if spec.form not in CACHE_DTYPES["cpu"]:
-        known = ", ".join(CACHE_DTYPES["cpu"])
-        raise PackageError(f"variant {variant.name}: KV cache form {spec.form!r}, this version runs {known}")
+    spec, target = variant.kv_cache, find_target("ort", device)
+    known = dict.fromkeys(form for other in ort_targets() for form in other.caches)
+    if spec.form not in known:
+        raise PackageError(f"variant {variant.name}: KV cache form {spec.form!r}, this version runs {', '.join(known)}")
     if spec.form == "static" and variant.quantization is not None:
         raise BackendError(
             f"variant {variant.name}: onnxruntime has no kernel that dequantises to {spec.dtype}; run an engine of it "
-            "with --backend trt_rtx or trt"
+            f"with {engine_backend_words()}"
         )
-    if not runs_on(variant, device):
-        others = [name for name in CACHE_DTYPES if runs_on(variant, name)]
+    if not runs(variant, target):
+        others = [other.device for other in ort_targets() if runs(variant, other)]
         raise BackendError(
             f"variant {variant.name}: a {spec.dtype} KV cache does not run on device {device}; "
-            f"it runs on {', '.join(others) or 'none'}, and {_which(device)} run on {device}"
+            f"it runs on {', '.join(others) or 'none'}, and {', '.join(target.variants)} are made for {device}"
         )
-    variant = runnable(variant, ort.__version__, device)
+    variant = without_too_new(variant, ort.__version__, device)
     found = find_device(device)
     capture = device == "cuda" and spec.form == "shared"
     shapes = compiled_shapes(spec) if device == "nv-rtx" else None
@@ -372,11 +323,6 @@ def open_ort(
             return SharedRunner(session, prefill, variant, model)
 
 
-def _which(device: str) -> str:
-    names = {"cpu": "fp32, fp16, q4, q8 and q4f16", "cuda": f"{', '.join(FASTEST['cuda'])} and fp32"}
-    return names.get(device, ", ".join(FASTEST[device]))
-
-
 def _load_checked(
     load: Callable[[], ort.InferenceSession], graph: str, data: Sequence[str], check: FileCheck | None
 ) -> ort.InferenceSession:
@@ -392,11 +338,10 @@ def _load_checked(
             pending.result()
 
 
-def _zeros(spec: KVCacheSpec, batch_size: int, length: int) -> Values:
-    """Return an empty past of `length` slots. One value serves as all, since nothing is written to inputs."""
+def _zeros(spec: KVCacheSpec, batch_size: int, length: int) -> ort.OrtValue:
+    """Return an empty past of `length` slots; it serves as all of them, since nothing is written to inputs."""
     shape = (batch_size, spec.num_key_value_heads, length, spec.head_dim)
-    zeros = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.dtype(spec.dtype)))
-    return {f"past_key_values.{n}.{kind}": zeros for n in range(spec.num_layers) for kind in ("key", "value")}
+    return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.dtype(spec.dtype)))
 
 
 def _first_slots(values: Values, slots: int) -> Values:

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort  # type: ignore[import-untyped]
 
+from runtimes.dtypes import find_dtype
 from runtimes.errors import ContextLengthError, InputError, UsageError
 from runtimes.manifest import KVCacheSpec, ModelSpec, Variant
 from runtimes.one_thread import one_thread
@@ -38,12 +39,7 @@ MAX_COMPILED_ROWS = 16
 _BATCHED_LOGITS = 512  # as in SharedRunner; a GPU has more room
 _GRAPH_ID = "gpu_graph_id"  # of a run: the captured graph to make or replay
 _NO_CAPTURE = "-1"
-_ONNX_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "float16": 10, "bfloat16": 16}
 _INT64 = np.dtype(np.int64)
-_STORED = {
-    size: np.dtype(f"uint{8 * size}") for size in (1, 2, 4)
-}  # bytes per element -> how the host sees it; numpy has no bfloat16
-_SIZES = {"float32": 4, "uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -130,7 +126,7 @@ class DeviceRunner(SharedRunner):
         """Allocate and bind a step of so many rows; the first run of its id captures it."""
         input_ids = self._memory.allocate((rows, 1), _INT64)
         mask = self._memory.allocate((rows, self.max_cache_length), _INT64)
-        names = ("logits", "top_ids", "top_logits") if self.top_k else ("logits",)
+        names = (self._logits, *self._candidates)
         outputs = {
             name: self._memory.allocate(array.shape, array.dtype)
             for name, array in self._outputs(rows, 1, names).items()
@@ -181,7 +177,8 @@ class DeviceBuffer:
         if self._max_rows is not None and rows > self._max_rows:
             raise InputError(f"{rows} rows; this device takes {self._max_rows}, device cuda any number")
         self._bindings.clear()
-        dtype = _STORED[_SIZES[self._spec.dtype]]
+        stored = find_dtype(self._spec.dtype)
+        dtype = stored.raw  # the host does not compute with it
         grown: dict[str, Any] = {}
         try:
             for name in self._names:
@@ -192,7 +189,7 @@ class DeviceBuffer:
                 value.update_inplace(content)
                 grown[name] = value
         except RuntimeError as error:
-            size = len(self._names) * rows * int(np.prod(self._row_shape)) * _SIZES[self._spec.dtype]
+            size = len(self._names) * rows * int(np.prod(self._row_shape)) * stored.size
             raise ContextLengthError(
                 f"a KV cache of {rows} rows of {self._spec.max_cache_length} tokens needs {size:,} bytes of the GPU's "
                 "memory; use fewer rows"
@@ -212,14 +209,14 @@ class DeviceBuffer:
         """Return a binding of rows start to stop as past and present, both at one address."""
         binding = session.io_binding()
         shape = [stop - start, *self._row_shape]
-        offset = start * int(np.prod(self._row_shape)) * _SIZES[self._spec.dtype]
-        onnx_type = _ONNX_TYPES[self._spec.dtype]
+        stored = find_dtype(self._spec.dtype)
+        offset = start * int(np.prod(self._row_shape)) * stored.size
         for name, value in self._values.items():
             address = value.data_ptr() + offset
             binding.bind_input(
-                f"past_key_values.{name}", self._memory.kind, self._memory.index, onnx_type, shape, address
+                f"past_key_values.{name}", self._memory.kind, self._memory.index, stored.onnx, shape, address
             )
-            binding.bind_output(f"present.{name}", self._memory.kind, self._memory.index, onnx_type, shape, address)
+            binding.bind_output(f"present.{name}", self._memory.kind, self._memory.index, stored.onnx, shape, address)
         return binding
 
     def clear(self, row: int, start: int) -> None:

@@ -163,7 +163,7 @@ class SharedRunner(RowRunner):
         *,
         keep: int,
         exact: bool = False,
-        wanted: Sequence[str] = ("logits",),
+        wanted: Sequence[str] | None = None,
     ) -> list[npt.NDArray[Any]]:
         """Run the graph for some rows of the buffer.
 
@@ -173,7 +173,7 @@ class SharedRunner(RowRunner):
             lengths: tokens per row, these included, int [B].
             keep: rows of logits; 0 means all.
             exact: use the decode graph whatever the number of tokens.
-            wanted: outputs.
+            wanted: outputs; None: the logits.
 
         Returns:
             Each output, [B, keep or S, ...], an array of its own.
@@ -183,6 +183,7 @@ class SharedRunner(RowRunner):
         session = self._decode_session
         if self._prefill is not None and not exact and input_ids.size >= self._prefill_rows:
             session = self._prefill.result()
+        wanted = (self._logits,) if wanted is None else wanted
         outputs = self._outputs(len(input_ids), keep or input_ids.shape[1], wanted)
         inputs = {
             "input_ids": np.ascontiguousarray(input_ids),
@@ -198,11 +199,8 @@ class SharedRunner(RowRunner):
         return list(outputs.values())
 
     def _outputs(self, batch: int, count: int, wanted: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
-        shapes = {"logits": self.model.vocab_size, "top_ids": self.top_k, "top_logits": self.top_k}
-        return {
-            name: np.empty((batch, count, shapes[name]), np.int64 if name == "top_ids" else np.float32)
-            for name in wanted
-        }
+        specs = self.variant.results
+        return {name: np.empty((batch, count, int(specs[name].shape[-1])), specs[name].dtype) for name in wanted}
 
     def _run_bound(self, session: ort.InferenceSession, binding: Any, options: ort.RunOptions | None) -> None:
         try:

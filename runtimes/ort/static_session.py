@@ -54,8 +54,8 @@ class OrtStaticSession:
         self._max_batch_size = max_batch_size
         spec = variant.kv_cache
         self._buffer = _HostBuffer(spec) if memory is None else DeviceBuffer(spec, memory)
-        outputs = [spec for spec in variant.outputs if not spec.name.startswith("present.")]
-        self._outputs = {spec.name: (int(spec.shape[-1]), np.dtype(spec.dtype)) for spec in outputs}
+        results = variant.results.items()
+        self._outputs = {name: (int(spec.shape[-1]), np.dtype(spec.dtype)) for name, spec in results}
 
     def reserve(self, rows: int) -> None:
         if self._max_batch_size is not None and rows > self._max_batch_size:

@@ -25,6 +25,7 @@ from dataclasses import replace
 
 from runtimes.errors import BackendError
 from runtimes.manifest import KVCacheSpec, Variant
+from runtimes.targets import engine_backend_words
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:3] if part.isdecimal())
 
 
-def runnable(variant: Variant, found: str, device: str) -> Variant:
+def without_too_new(variant: Variant, found: str, device: str) -> Variant:
     """Return what an onnxruntime runs of a variant: without its prefill graph, and a warning, where that is too new.
 
     Args:
@@ -71,7 +72,7 @@ def runnable(variant: Variant, found: str, device: str) -> Variant:
         raise BackendError(_too_old("device nv-rtx", _PLUGIN_DEVICE, found, device))
     needed = variant.min_onnxruntime or oldest_onnxruntime(cache)
     if release(found) < release(needed):
-        ways_out = {"static": ", or run an engine of it with --backend trt_rtx or trt"}
+        ways_out = {"static": f", or run an engine of it with {engine_backend_words()}"}
         way_out = ", or export it with --kv-cache fp32" if cache.quantization else ways_out.get(cache.form, "")
         raise BackendError(_too_old(f"variant {variant.name}", needed, found, device) + way_out)
     if prefill is None or device != "cpu":

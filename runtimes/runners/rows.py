@@ -44,6 +44,8 @@ class RowRunner(ABC):
         self.variant = variant
         self.model = model
         self.top_k = variant.top_k
+        self._logits = variant.name_of("logits")
+        self._candidates = (variant.name_of("candidate_ids"), variant.name_of("candidate_logits")) if self.top_k else ()
         self.max_cache_length = variant.kv_cache.max_cache_length
         self.exclusive = OneThread()
         self._tokens: list[Ids | None] = []  # per row; None: a slot that is free
@@ -79,7 +81,7 @@ class RowRunner(ABC):
         if not self.top_k:
             raise no_candidates(self.variant)
         rows = self._checked(check_token_ids(token_ids, self.cache_lengths))
-        ids, logits = self._step(np.stack(rows), np.array(self.cache_lengths), ("top_ids", "top_logits"))
+        ids, logits = self._step(np.stack(rows), np.array(self.cache_lengths), self._candidates)
         self._check_candidates(ids, logits)
         self._hold(rows)
         return ids, logits
@@ -200,11 +202,11 @@ class RowRunner(ABC):
     def _step(self, ids: Ids, starts: Ids, wanted: Sequence[str]) -> list[npt.NDArray[Any]]:
         """Compute one token, [B, 1], of each of the first B rows at the positions `starts`.
 
-        Returns the outputs that are wanted, each [B, ...], out of logits, top_ids and top_logits.
+        Returns the outputs that are wanted, each [B, ...], by name: the logits, or the candidates and their logits.
         """
 
     def _append(self, ids: Ids, starts: Ids) -> Logits:
-        (logits,) = self._step(ids, starts, ("logits",))
+        (logits,) = self._step(ids, starts, (self._logits,))
         return logits
 
     def _undo(self, rows: Sequence[int]) -> None:  # noqa: B027  # most graphs do not read what lies behind

@@ -51,7 +51,7 @@ class StaticSession(Protocol):
             input_ids: int64 [B, S].
             write_indices: int64 [B].
             logit_index: int64 [B].
-            wanted: out of logits, top_ids, top_logits; what is not wanted stays where it was computed.
+            wanted: names of outputs, none of the KV cache; what is not wanted stays where it was computed.
 
         Returns:
             What is wanted, in that order, each an array of its own.
@@ -136,7 +136,7 @@ class StaticRunner(RowRunner):
             for n in range(0 if all_positions else width - 1, width):
                 use = counts > n if all_positions else ending
                 index = np.minimum(done - starts + np.clip(counts - 1, 0, n), width - 1)  # (B,)
-                wanted = ("logits",) if use.any() else ()
+                wanted = (self._logits,) if use.any() else ()
                 for logits in self._session.run(first_row, ids, starts, index, wanted):
                     for b in np.flatnonzero(use).tolist():
                         pieces[b].append(logits[b][None])

@@ -23,8 +23,7 @@ import numpy as np
 
 from runtimes.errors import InputError, UsageError
 from runtimes.one_thread import OneThread, one_thread
-from runtimes.runners.runner import HeldText, Runner, common_prefix
-from runtimes.text.sampling import Sampler
+from runtimes.runners.runner import HeldText, Logits, Runner, common_prefix
 
 STEP_COSTS: Mapping[int, float] = {1: 1.0, 2: 1.3, 4: 2.2, 8: 3.8, 16: 7.0}
 """rows of a call -> its time relative to one row: int4 weights on a CPU, until it is measured"""
@@ -393,7 +392,7 @@ def speculate_tokens(
     token_id: int,
     limit: int,
     *,
-    sampler: Sampler,
+    sampler: Callable[[Logits], int],
     speculation: Speculation,
     eos_token_ids: Collection[int] = (),
     text: HeldText | None = None,
@@ -407,7 +406,7 @@ def speculate_tokens(
         runner: with one row; its cache holds all of the text but `token_id`.
         token_id: the last of the text.
         limit: so many ids are given out, and never more fed.
-        sampler: picks each id.
+        sampler: picks each id; called once for every id, in the text's order.
         speculation: guesses, and counts.
         eos_token_ids: nothing after them is guessed.
         text: that the cache holds; None: what it holds now.
@@ -429,7 +428,12 @@ def speculate_tokens(
 
 
 def _step(
-    runner: Runner, text: HeldText, token_id: int, guess: Guess, sampler: Sampler, speculation: Speculation
+    runner: Runner,
+    text: HeldText,
+    token_id: int,
+    guess: Guess,
+    sampler: Callable[[Logits], int],
+    speculation: Speculation,
 ) -> Generator[int, None, tuple[int, int]]:
     """Check a guess with one call; return the last id given out and how many there were."""
     draft, clock = guess.token_ids, speculation.clock

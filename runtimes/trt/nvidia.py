@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from runtimes.errors import BackendError, FailedError
 
@@ -68,6 +68,18 @@ class TensorRT:
         """Yield the list to which the warnings and errors of the body are added."""
         self.messages.clear()
         yield self.messages
+
+
+def tensorrt_backend(name: str) -> TensorRTBackend:
+    """Return the backend of that name, which is a TensorRT.
+
+    Raises:
+        BackendError: it is another one.
+    """
+    found: TensorRTBackend | None = next((known for known in get_args(TensorRTBackend) if known == name), None)
+    if found is None:
+        raise BackendError(f"backend {name}: no TensorRT; there is {', '.join(get_args(TensorRTBackend))}")
+    return found
 
 
 def check_installed(backend: TensorRTBackend) -> None:

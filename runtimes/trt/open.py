@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import runtimes.trt.cuda as cuda
+from runtimes.dtypes import tensorrt_dtype
 from runtimes.errors import BackendError, FailedError, PackageError, ResourceError, VariantNotFoundError, first_names
 from runtimes.manifest import Engine, ModelSpec, TrtManifest, Variant
 from runtimes.package import Package
 from runtimes.runners.static import StaticRunner
+from runtimes.targets import find_target, runnable
 from runtimes.trt.jit_cache import JitCache
 from runtimes.trt.nvidia import TensorRT, TensorRTBackend, check_version, load_engine, load_tensorrt
 from runtimes.trt.session import TrtSession, plan_memory
@@ -32,7 +34,6 @@ _PORTABLE_FROM = {"fp32": 8.0, "fp16": 8.0, "bf16": 8.0, "int4": 8.0, "int8": 8.
 _HEADROOM = 256_000_000
 """bytes of the GPU's memory, or a twentieth of it if that is more: left free when weights are streamed, for contexts,
 kernels and what other programs take meanwhile"""
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
 _PHASES = ("decode", "prefill")
 
 
@@ -127,7 +128,9 @@ def find_engine(package: Package, backend: TensorRTBackend, variant: str | None)
     """
     manifest, folder = package.trt, package.folder
     engines = {e.variant: e for e in manifest.engines.values() if e.backend == backend} if manifest else {}
-    name = min(engines, default=None) if variant is None else variant
+    name = variant
+    if name is None:
+        name = next(iter(runnable(package, find_target(backend))), None)
     if manifest is None or name not in engines:
         there = f"it has those of {', '.join(sorted(engines))}" if engines else "it has none"
         wanted = "" if variant is None else f" of variant {variant!r}"
@@ -171,15 +174,14 @@ def check_entry(entry: Engine, graph: Variant, model: ModelSpec, remedy: str) ->
     Raises:
         PackageError: naming what differs.
     """
-    pasts = [spec.name for spec in graph.inputs if spec.name.startswith("past_key_values.")]
-    spec = graph.kv_cache
+    caches, spec = graph.caches, graph.kv_cache
     cache = (model.num_key_value_heads, entry.max_cache_length, model.head_dim)
     sizes = {name: {r.name: r for r in ranges} for name, ranges in entry.profiles.items()}
     wrong = []
-    if entry.aliases != {name.replace("past_key_values.", "present."): name for name in pasts}:
+    if entry.aliases != {present: past for past, present in caches.items()}:
         wrong.append("its alias table is not that of its graph")
-    if len(pasts) != 2 * model.num_hidden_layers or spec.num_layers != model.num_hidden_layers:
-        wrong.append(f"{len(pasts)} caches, the model has {model.num_hidden_layers} layers")
+    if len(caches) != 2 * model.num_hidden_layers or spec.num_layers != model.num_hidden_layers:
+        wrong.append(f"{len(caches)} caches, the model has {model.num_hidden_layers} layers")
     if (spec.num_key_value_heads, spec.max_cache_length, spec.head_dim) != cache:
         wrong.append(f"a KV cache of {spec.num_key_value_heads} x {spec.max_cache_length} x {spec.head_dim}, "
                      f"expected {' x '.join(map(str, cache))}")  # fmt: skip
@@ -210,7 +212,7 @@ def check_engine(tensorrt: TensorRT, engine: Any, entry: Engine, graph: Variant,
         shape = tuple(-1 if isinstance(d, str) else d for d in tensor.shape)
         found = (
             engine.get_tensor_mode(name).name,
-            _DTYPES.get(engine.get_tensor_dtype(name).name, engine.get_tensor_dtype(name).name),
+            tensorrt_dtype(engine.get_tensor_dtype(name).name),
             tuple(engine.get_tensor_shape(name)),
         )
         if found != (mode, tensor.dtype, shape):

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 import runtimes.trt.cuda as cuda
+from runtimes.dtypes import find_dtype
 from runtimes.errors import FailedError, InputError, UsageError
 from runtimes.manifest import Engine, KVCacheSpec, TensorSpec, Variant
 from runtimes.runners.runner import Ids
@@ -24,9 +25,6 @@ from runtimes.trt.jit_cache import JitCache
 from runtimes.trt.nvidia import TensorRT, captures_itself, create_context, create_runtime_cache, said
 
 logger = logging.getLogger(__name__)
-
-ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8}
-"""bytes"""
 
 
 class _Resource(Protocol):
@@ -60,13 +58,13 @@ def plan_memory(engine: Engine, variant: Variant) -> Sizes:
     for kind, tensors in (("inputs", variant.inputs), ("outputs", variant.outputs)):
         end = 0
         # Those of a fixed size first, so that what a call copies is one piece.
-        for tensor in sorted(_flat(tensors), key=lambda t: (t.name in ("input_ids", "logits"), t.name)):
+        for tensor in sorted(_flat(tensors), key=lambda t: (t.role in ("token_ids", "logits"), t.name)):
             sizes = {"batch_size": batch, "sequence_length": engine.prefill_chunk}
             count = prod(sizes[d] if isinstance(d, str) else d for d in tensor.shape)
             offsets[kind][tensor.name] = end
-            end += _aligned(count * ITEM_SIZES[tensor.dtype])
+            end += _aligned(count * find_dtype(tensor.dtype).size)
         ends[kind] = end
-    row = spec.num_key_value_heads * spec.max_cache_length * spec.head_dim * ITEM_SIZES[spec.dtype]
+    row = spec.num_key_value_heads * spec.max_cache_length * spec.head_dim * find_dtype(spec.dtype).size
     names = [f"{layer}.{kind}" for layer in range(spec.num_layers) for kind in ("key", "value")]
     step = _aligned(batch * row)
     return Sizes(
@@ -82,7 +80,7 @@ def plan_memory(engine: Engine, variant: Variant) -> Sizes:
 
 def _flat(tensors: Iterable[TensorSpec]) -> list[TensorSpec]:
     """Return those that are not part of the KV cache."""
-    return [t for t in tensors if not t.name.startswith(("past_key_values.", "present."))]
+    return [t for t in tensors if t.role not in ("past", "present")]
 
 
 def _aligned(size: int) -> int:
@@ -210,7 +208,7 @@ class TrtSession:
 
     def clear(self, row: int, start: int) -> None:
         spec = self._spec
-        slot = spec.head_dim * ITEM_SIZES[spec.dtype]
+        slot = spec.head_dim * find_dtype(spec.dtype).size
         free = (spec.max_cache_length - start) * slot
         for offset in self._sizes.caches.values() if free else ():
             self._caches.clear(

@@ -14,9 +14,9 @@ from support.checkpoints import make_checkpoint
 
 from olmo2_export import cli
 from olmo2_export.atomic import locked
+from olmo2_export.catalog import precisions
 from olmo2_export.engine import build as engine
 from olmo2_export.engine.options import EngineOptions, Profile
-from olmo2_export.graphs.static import PRECISIONS
 from runtimes.errors import UsageError
 from runtimes.manifest import load_manifest
 from runtimes.trt.nvidia import TensorRTBackend
@@ -193,7 +193,7 @@ def test_refit_from_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("flag", ["precision", "backend", "profile"])
 def test_choices_are_those_of_the_library(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    known = {"precision": PRECISIONS, "backend": get_args(TensorRTBackend), "profile": get_args(Profile)}[flag]
+    known = {"precision": precisions(), "backend": get_args(TensorRTBackend), "profile": get_args(Profile)}[flag]
     for value in known:
         assert getattr(cli.parse_args(["build", "x", f"--{flag}", value]), flag) == value
     assert cli.main(["build", "x", f"--{flag}", "other"]) == 2
@@ -306,6 +306,6 @@ def test_a_package_that_may_not_be_written_is_not_built(
         "olmo2_export.atomic.os.access",
         lambda path, mode: access(path, mode) and not (mode & os.W_OK and Path(path).resolve() in (copy, copy / "trt")),
     )
-    monkeypatch.setattr("olmo2_export.engine.build.check_files", None)
+    monkeypatch.setattr("runtimes.package.Package.check", None)
     assert cli.main(["build", str(copy), "--compute-capability", "8.9"]) == 2
     assert f"{copy}/trt: it is not writable; choose another" in capsys.readouterr().err

@@ -49,6 +49,7 @@ def test_optional_fields_are_read() -> None:
     )
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("change", "named"),
     [

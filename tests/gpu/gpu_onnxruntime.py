@@ -18,12 +18,12 @@ from transformers import Olmo2ForCausalLM
 
 from olmo2_export.engine.build import build
 from olmo2_export.engine.options import EngineOptions
-from olmo2_export.graphs.static import Precision
 from olmo2_export.package.export import export
 from olmo2_export.verify.verify import verify
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
 from runtimes import open_runner
 from runtimes.generation.generate import generate_tokens
+from runtimes.manifest import Precision
 from runtimes.text.sampling import Sampler
 
 Record = Callable[[str, object], None]

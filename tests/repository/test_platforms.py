@@ -99,6 +99,7 @@ def test_peak_memory_is_in_bytes(platform: str, expected: int) -> None:
     assert int(done.stdout) == expected
 
 
+@pytest.mark.alone
 def test_peak_memory_is_what_this_process_had() -> None:
     held = bytearray(1 << 26)
     peak = peak_memory.peak_bytes()

@@ -22,6 +22,8 @@ from runtimes.speculate.speculation import PromptLookup
 from runtimes.text.sampling import Sampler
 from runtimes.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.alone  # threads that meet by chance do so on more than one CPU
+
 GREEDY = Sampler()
 FIRST, SECOND = "And it came to pass", "In the beginning God created"
 

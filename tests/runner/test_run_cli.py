@@ -10,16 +10,18 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import runtimes
-from runtimes import cli, open_runner
+from runtimes import Package, cli, open_package, open_runner
 from runtimes.cli import main, parse_args
-from runtimes.generation.generate import generate
+from runtimes.generation.generate import generate, stream_text
 from runtimes.manifest import package_checksum
 from runtimes.sealed import FORMAT_VERSION, seal
+from runtimes.text.logit_rules import Penalties
 from runtimes.text.sampling import Sampler
 from runtimes.text.tokenizer import Tokenizer
 
@@ -100,6 +102,32 @@ def test_sampling_flags_are_used(demo_package: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == same + "\n" != other + "\n"
 
 
+@pytest.mark.parametrize(
+    ("flags", "min_p", "penalties"),
+    [
+        (["--min-p", "0.4"], 0.4, None),
+        (["--repetition-penalty", "1.5"], 0.0, Penalties(repetition=1.5)),
+        (["--presence-penalty", "2"], 0.0, Penalties(presence=2.0)),
+        (["--frequency-penalty", "1.5"], 0.0, Penalties(frequency=1.5)),
+    ],
+)
+def test_min_p_and_penalties_are_used(
+    demo_package: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    min_p: float,
+    penalties: Penalties | None,
+) -> None:
+    usual = ["--temperature", "1.4", "--seed", "5", "--max-new-tokens", "24"]
+    assert main(["generate", str(demo_package), "--prompt", PROMPT, *usual, *flags]) == 0
+    tokenizer = Tokenizer.from_package(demo_package)
+    with open_runner(demo_package) as runner:
+        sampler = Sampler(1.4, seed=5, min_p=min_p)
+        same = generate(runner, tokenizer, PROMPT, sampler=sampler, max_new_tokens=24, penalties=penalties).text
+        other = generate(runner, tokenizer, PROMPT, sampler=Sampler(1.4, seed=5), max_new_tokens=24).text
+    assert capsys.readouterr().out == same + "\n" != other + "\n"
+
+
 def test_stop_flag_may_be_repeated(demo_package: Path, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     stop = expected[10:15]
     flags = ["--stop", "never in this text", "--stop", stop, "--max-new-tokens", "24", "--stats"]
@@ -153,7 +181,25 @@ def test_a_stop_string_of_windows_ends_at_a_line_of_any(demo_package: Path, monk
 
     monkeypatch.setattr(cli, "generate", spy)
     assert main(["generate", str(demo_package), "--prompt", "x", "--stop", "\r\nUser:", "--stop", "\r"]) == 0
-    assert seen == ["\nUser:", "\n"]
+    assert seen == ["\r\nUser:", "\nUser:", "\r", "\n"]
+
+
+@pytest.mark.parametrize("stop", ["\r\n", "\r\nUser:"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_no_half_of_a_line_end_is_given_out(
+    demo_package: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stop: str, end: str
+) -> None:
+    """Where the model ends its lines as the stop string does, and where it does not."""
+    tokenizer = Tokenizer.from_package(demo_package)
+    text = f"Yes{end}User: no"
+
+    def scripted(*_: object, stop: list[str], on_text: Callable[[str], object], **__: object) -> None:
+        for piece in stream_text(tokenizer, tokenizer.encode(text), stop=stop):
+            on_text(piece.text)
+
+    monkeypatch.setattr(cli, "generate", scripted)
+    assert main(["generate", str(demo_package), "--prompt", "x", "--stop", stop]) == 0
+    assert capsys.readouterr().out == "Yes\n"
 
 
 def test_a_special_token_in_a_prompt_is_text_and_said_or_the_token(demo_package: Path) -> None:
@@ -288,15 +334,15 @@ def test_speculation_gives_the_same_text(
 def test_draft_model_is_opened_like_the_model(demo_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def spy(package: str, **options: object) -> object:
-        seen.append((package, options))
+    def spy(package: str | Package, **options: object) -> object:
+        seen.append((open_package(package).folder, options))
         return open_runner(package, **options)
 
     monkeypatch.setattr(cli, "open_runner", spy)
     flags = ["--variant", "fp32", "--threads", "1", "--skip-hash-check", "--max-new-tokens", "3"]
     assert main(["generate", str(demo_package), "--prompt", "x", "--draft", f"{demo_package}/", *flags]) == 0
     same = {"backend": "ort", "device": None, "threads": 1, "check_hashes": False}
-    assert seen == [(str(demo_package), {"variant": "fp32", **same}), (f"{demo_package}/", same)]
+    assert seen == [(demo_package, {"variant": "fp32", **same}), (demo_package, same)]
 
 
 def test_draft_model_of_another_vocabulary_is_one_line(
@@ -332,6 +378,8 @@ def test_default_length_gives_way_to_the_context_and_an_asked_one_does_not(
         (["--temperature", "nan"], "temperature nan"),
         (["--top-k", "-3"], "top_k -3"),
         (["--top-p", "0"], "top_p 0.0"),
+        (["--min-p", "2"], "min_p 2.0"),
+        (["--repetition-penalty", "0"], "repetition penalty 0.0"),
         (["--seed", "-1"], "seed -1"),
         (["--stop", ""], "none of them empty"),
         (["--backend", "cuda"], "backend 'cuda': there is ort, trt_rtx, trt"),
@@ -454,6 +502,7 @@ def start_endless(package: Path) -> subprocess.Popen[bytes]:
     return start("generate", package, "--prompt", PROMPT, "--max-new-tokens", "1000", "--skip-hash-check")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_interrupt_ends_quietly(endless_package: Path, name: str, code: int) -> None:
     process = start_endless(endless_package)
@@ -464,6 +513,7 @@ def test_interrupt_ends_quietly(endless_package: Path, name: str, code: int) -> 
     assert process.returncode == code
 
 
+@pytest.mark.alone
 def test_reader_that_goes_away_is_no_error(endless_package: Path) -> None:
     process = start_endless(endless_package)
     assert process.stdout is not None

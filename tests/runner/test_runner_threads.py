@@ -29,6 +29,8 @@ from runtimes.speculate.speculation import Drafter, DraftModel, PromptLookup
 from runtimes.text.sampling import Sampler
 from runtimes.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.alone  # threads that meet by chance do so on more than one CPU
+
 GREEDY = Sampler()
 PROMPTS = ("And it came to pass, that it came", "In the beginning God created")
 OPTIONS: dict[str, Any] = {"sampler": GREEDY, "max_new_tokens": 12, "eos_token_ids": ()}

@@ -9,11 +9,11 @@ from pathlib import Path
 import onnx_ir as ir
 
 from olmo2_export.graphs.files import save_graph
-from olmo2_export.graphs.static import Precision
 from olmo2_export.package.trt_variants import TrtOptions, write_trt_variant
 from runtimes.manifest import (
     MANIFEST_NAME,
     TRT_FOLDER,
+    Precision,
     TrtManifest,
     load_manifest,
     package_checksum,

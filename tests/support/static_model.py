@@ -23,6 +23,7 @@ from runtimes.manifest import (
     TrtManifest,
     Variant,
     package_checksum,
+    role_of,
     to_document,
 )
 from runtimes.sealed import FORMAT_VERSION, hash_files, seal
@@ -136,6 +137,7 @@ def variant(capacity: int = CAPACITY) -> Variant:
                 v.name,
                 dtypes[v.type.tensor_type.elem_type],
                 tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim),
+                role_of(v.name),
             )
             for v in values
         )

@@ -1,7 +1,7 @@
 """What every worker shares; standard library only, for it runs in the interpreters of the peers too.
 
 A worker is one contender, in a process of its own, that measures one thing and prints one JSON object as its last line.
-A task says what to measure; `cpu.TASKS` and `compare.points_task` have them all:
+A task says what to measure; `cpu.TASKS` and `compare.Setting.task` have them all:
 
 | kind    | task                        | result                                                                     |
 |---------|-----------------------------|----------------------------------------------------------------------------|

@@ -28,6 +28,7 @@ from olmo2_export.bench.workers.common import OpenEngine, finish, measure
 from runtimes import Runner, open_runner
 from runtimes.generation.generate import generate, generate_tokens
 from runtimes.speculate.speculation import Drafter, PromptLookup
+from runtimes.targets import find_target
 from runtimes.text.sampling import Sampler
 from runtimes.text.tokenizer import Tokenizer
 
@@ -128,7 +129,7 @@ def main() -> None:
             variant=args.variant,
             backend=args.backend,
             device=args.device,
-            threads=task["threads"] if args.backend == "ort" else None,
+            threads=task["threads"] if find_target(args.backend, args.device).takes_threads else None,
             check_hashes=check_hashes,
         )
 

@@ -50,6 +50,22 @@ def last_line(text: str) -> dict[str, Any]:
     return result
 
 
+def test_what_goes_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("x")
+    command = ["profile", "--size", "demo", "--keep", str(tmp_path / "file" / "kept")]
+    assert main(command) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("bench: error: [Errno 20] Not a directory: ")
+    assert printed.count("\n") == 1
+    assert main([*command, "--debug"]) == 2
+    assert capsys.readouterr().err.startswith("Traceback")
+    assert main(["profile", "--fast"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "bench: error: unrecognized arguments: --fast; see python -m olmo2_export"
+    )
+
+
+@pytest.mark.alone
 def test_stages(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["stages", "--size", "demo", "--work", str(tmp_path), "--precision", "fp16"]) == 0
     result = last_line(capfd.readouterr().out)
@@ -60,6 +76,7 @@ def test_stages(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.alone
 def test_cpu_with_ours_alone(kept: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     options = ["--size", "demo", "--keep", str(kept), "--peers", str(tmp_path), "--variant", "fp32", "--threads", "1"]
     only = ["decode_128", "streams_8", "load_trusted", "memory_1024", "lookup_repeats", "lookup_demo"]
@@ -361,6 +378,7 @@ def test_what_cannot_be_started_has_failed(tmp_path: Path) -> None:
         run([tmp_path / "nothing"])
 
 
+@pytest.mark.alone
 def test_an_interruption_ends_the_process_and_what_it_started(tmp_path: Path) -> None:
     started = tmp_path / "started"
     grandchild = f"import pathlib, time; pathlib.Path({str(started)!r}).touch(); time.sleep(60)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import pytest
 from support import fake_peers
 from support.checkpoints import SHAPE
 
+import olmo2_export.catalog as catalog
 from olmo2_export.bench import command, compare, entries, machine, turns
 from olmo2_export.bench.arguments import PEERS
 from olmo2_export.bench.bytes_moved import Traffic, WeightBytes, graph_weight_bytes
@@ -47,6 +49,7 @@ def document_of(out: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.alone
 def test_a_package_alone(tiny_package: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "bench.json"
     flags = ["--variant", "fp32", "--backend", "ort", "--device", "cpu", "--repeats", "1", "--out", str(out)]
@@ -111,7 +114,9 @@ def test_peers_take_turns_and_one_that_dies_is_a_result(
         return sample(self, task)
 
     monkeypatch.setattr(Contender, "sample", noted)
-    monkeypatch.setattr(entries, "_LLAMA_TYPES", {"fp32": "Q8_0", "q4": "Q4_K_M"})
+    peers = {"fp32": {"llama.cpp": "Q8_0"}, "q4": {"llama.cpp": "Q4_K_M"}}
+    rows = [dataclasses.replace(row, peers=row.peers | peers.get(row.name, {})) for row in catalog.VARIANTS]
+    monkeypatch.setattr(catalog, "VARIANTS", tuple(rows))
     vs = ["--vs", "optimum-onnx", "onnxruntime-genai", "llama.cpp", "--reference", str(tiny_checkpoint)]
     kept = ["--keep", str(tmp_path / "kept"), "--peers", str(tmp_path)]
     assert main(["bench", str(tiny_package), *SMALL, "--repeats", "3", *vs, *kept]) == 0

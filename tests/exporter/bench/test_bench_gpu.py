@@ -168,6 +168,7 @@ def test_a_contender_that_fails_in_time_is_a_failure(monkeypatch: pytest.MonkeyP
     assert take_turns(one, {"t": {}}, 1, deadline=time.monotonic() - 1) == ({"t": {"a": [{}]}}, [])
 
 
+@pytest.mark.alone
 def test_a_process_that_takes_too_long_is_ended_with_its_children(tmp_path: Path) -> None:
     note = tmp_path / "child"
     code = f"import subprocess; subprocess.run(['sh', '-c', 'echo $$ > {note}; exec sleep 60'])"

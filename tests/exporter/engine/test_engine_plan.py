@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 from support.checkpoints import make_checkpoint
 
+from olmo2_export.catalog import precisions
 from olmo2_export.engine.build import build
 from olmo2_export.engine.options import EngineOptions
 from olmo2_export.engine.plan import Kernel, count_kernels, materialized_weights, read_kernels, reads_cache_in_place
-from olmo2_export.graphs.static import PRECISIONS, Precision
 from olmo2_export.package.export import export
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes.errors import EngineBuildError
+from runtimes.manifest import Precision
 
 # An even vocabulary, and rows of more than one block of 128: else int4 weights are dequantised apart.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -76,7 +77,7 @@ def check_decode(kernels: list[Kernel], layers: int, *, products: int = 4, write
     assert len(set(first.values())) == products * layers + 1  # and the head
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", precisions())
 def test_kernels_of_every_precision_and_head_layout(
     package: tuple[str, Path], precision: Precision, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -117,6 +117,7 @@ def test_unknown_capability_is_a_backend_error(tmp_path: Path) -> None:
         compile_plan(request_for(graph_of([MATMUL], tmp_path), compute_capabilities=("13.7",)), lambda *_: None)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
@@ -142,6 +143,7 @@ def test_dead_process_leaves_the_folder_as_it_was(
     assert not list(package.glob(".trt*"))
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for it")
 def test_process_dies_with_its_parent() -> None:
     """A build that is killed must not go on, unseen, for minutes and with gigabytes."""

@@ -252,6 +252,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.alone
 def test_a_long_text_is_read_in_little_memory(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "long.txt"
     path.write_bytes(HELDOUT.read_bytes() * 20)  # 3.9 MB

@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.checkpoints import make_checkpoint
 
+from olmo2_export.catalog import BlockFormat
 from olmo2_export.config import ModelConfig
 from olmo2_export.fuse import ONNXRUNTIME, apply, op_counts
 from olmo2_export.fuse.gather_block_quantized import gather_block_quantized
@@ -30,7 +31,6 @@ from olmo2_export.graphs.shared import (
     shared_outputs,
 )
 from olmo2_export.graphs.trace import trace
-from olmo2_export.quantize.blocks import BlockFormat
 from olmo2_export.quantize.recipes import quantize
 from olmo2_export.truth.reference import int8_blocks, open_reference
 from olmo2_export.views.shared_forms import exact_form, stored_int8, stored_matrices

@@ -16,6 +16,7 @@ import torch
 from support.checkpoints import make_checkpoint
 from transformers import Olmo2ForCausalLM
 
+from olmo2_export.catalog import precisions
 from olmo2_export.config import ModelConfig
 from olmo2_export.fuse import TENSORRT, apply, op_counts
 from olmo2_export.fuse.drop_unused import drop_unused
@@ -31,11 +32,11 @@ from olmo2_export.fuse.top_candidates import top_candidates
 from olmo2_export.fuse.trt_attention import DOMAIN, NAME, trt_attention_function
 from olmo2_export.fuse.write_index_positions import write_index_positions
 from olmo2_export.graphs.files import attach_weights, save_graph
-from olmo2_export.graphs.static import PRECISIONS, Precision, load_static_graph, static_graph
+from olmo2_export.graphs.static import load_static_graph, static_graph
 from olmo2_export.graphs.trace import trace
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes.errors import FailedError, FusionError
-from runtimes.manifest import load_manifest
+from runtimes.manifest import Precision, load_manifest
 
 # max abs difference of logits of order 3 from transformers' float32. Both add the same few hundred products in float32,
 # in another order; measured up to 6e-6. A wrong mask, slot or position gives more than 1e-2.
@@ -509,4 +510,4 @@ def test_another_interface_is_refused(portable: ir.Model, spec: Any) -> None:
 
 
 def test_precisions_are_the_documented_ones() -> None:
-    assert PRECISIONS == ("bf16", "fp16", "fp32", "int4", "int8", "fp8")
+    assert precisions() == ("bf16", "fp16", "fp32", "int4", "int8", "fp8")

@@ -16,9 +16,9 @@ import torch
 from support.checkpoints import make_checkpoint
 from support.rebuilt_packages import rebuilt, rebuilt_trt, with_trt_graph
 
+from olmo2_export.catalog import precisions
 from olmo2_export.cli import main
 from olmo2_export.debug.debug import onnxruntime_runner
-from olmo2_export.graphs.static import PRECISIONS, Precision
 from olmo2_export.locate import locate as locate_module
 from olmo2_export.locate.locate import Location, TensorParity, format_location, locate, locate_all
 from olmo2_export.locate.taps import cut, find_segments
@@ -31,7 +31,7 @@ from olmo2_export.views.openers import Run, onnxruntime_opener, tensorrt_opener
 from olmo2_export.views.static_forms import rounded_form
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
 from runtimes.errors import ConfigError, PackageError, UsageError, VariantNotFoundError
-from runtimes.manifest import find_variant
+from runtimes.manifest import Precision, find_variant
 from runtimes.ort.devices import Device, find_device
 
 CAPACITY = 64
@@ -86,7 +86,7 @@ def test_nothing_departs_in_a_good_variant(variant: str, package: Path, checkpoi
     assert least < location.layers[-1].relative < 100 * least  # of the graph as users run it
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", precisions())
 def test_nothing_departs_in_a_good_trt_graph(
     precision: Precision, trt_packages: Callable[[Precision], Path], checkpoint: Checkpoint
 ) -> None:
@@ -416,7 +416,7 @@ def test_what_cannot_be_located_in_is_refused(tiny_package: Path, checkpoint: Ch
     other = open_checkpoint(str(make_checkpoint(tmp_path / "other", num_hidden_layers=2)))
     with pytest.raises(ConfigError, match="not of the reference's shape"):
         locate(tiny_package, other, "fp32")
-    with pytest.raises(VariantNotFoundError, match="no variant for trt on cpu"):
+    with pytest.raises(VariantNotFoundError, match="no variant for trt on cuda; run: olmo2-export build"):
         locate_all(tiny_package, checkpoint, backend="trt")
     short = with_trt_graph(tiny_package, tmp_path / "short", TrtOptions("fp32", 12))
     with pytest.raises(PackageError, match="a cache of 12 tokens; --locate needs 16"):

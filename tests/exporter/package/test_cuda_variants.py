@@ -21,7 +21,7 @@ from olmo2_export.fuse import DEVICE, check_op_counts, op_counts
 from olmo2_export.fuse.float32_lengths import float32_lengths
 from olmo2_export.fuse.grouped_top_candidates import grouped_top_candidates
 from olmo2_export.fuse.host_logit_count import host_logit_count
-from olmo2_export.graphs.device import DTYPE_NAMES, device_graph
+from olmo2_export.graphs.device import device_graph
 from olmo2_export.graphs.files import save_graph
 from olmo2_export.graphs.shared import shared_graph
 from olmo2_export.graphs.trace import trace
@@ -80,9 +80,14 @@ def test_the_graph_has_one_kernel_per_norm_and_no_float32_between(package: Path,
 
 @pytest.mark.parametrize("name", SMALL)
 def test_the_manifest_says_what_the_graph_has(package: Path, name: str) -> None:
+    names = {
+        ir.DataType.FLOAT: "float32",
+        ir.DataType.INT64: "int64",
+        ir.DataType.FLOAT16: "float16",
+        ir.DataType.BFLOAT16: "bfloat16",
+    }
     variant = load_manifest(package).variants[name]
     model = ir.load(package / variant.graph)
-    names = {ir.DataType.FLOAT: "float32", ir.DataType.INT64: "int64"} | DTYPE_NAMES
     for specs, values in ((variant.inputs, model.graph.inputs), (variant.outputs, model.graph.outputs)):
         assert {spec.name: spec.dtype for spec in specs} == {str(v.name): names[v.dtype] for v in values if v.dtype}
     assert [spec.name for spec in variant.outputs[:3]] == ["logits", "top_ids", "top_logits"]

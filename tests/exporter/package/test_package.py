@@ -415,6 +415,7 @@ def test_a_disk_that_fills_up_while_writing(
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.alone
 def test_a_second_writer_is_kept_out(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with replace_folder(tmp_path / "out", force=False) as staging:
         (staging / "manifest.json").write_text("{}")
@@ -447,6 +448,7 @@ def test_the_swap_replaces_everything(tmp_path: Path, exchange_works: bool, monk
     assert leftovers(tmp_path / "out") == []
 
 
+@pytest.mark.alone
 def test_killed_exports_leave_the_old_package_and_no_debris(
     tiny_checkpoint: Path, tiny_package: Path, tmp_path: Path
 ) -> None:
@@ -472,6 +474,7 @@ def test_killed_exports_leave_the_old_package_and_no_debris(
     assert leftovers(out) == []
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_export_cleans_up(
     tmp_path: Path, number: signal.Signals, code: int, tiny_checkpoint: Path
@@ -588,6 +591,7 @@ def test_a_folder_without_manifest_is_no_package(tmp_path: Path) -> None:
             load_manifest(place)
 
 
+@pytest.mark.alone
 def test_the_lock_is_the_kernels_and_dies_with_its_process(tmp_path: Path) -> None:
     with replace_folder(tmp_path / "out", force=False):
         with (tmp_path / ".out.lock").open() as handle, pytest.raises(BlockingIOError):

@@ -13,8 +13,9 @@ import pytest
 from support.checkpoints import make_checkpoint
 
 import olmo2_export.demo
+from olmo2_export.catalog import QualityGate, find
 from olmo2_export.cli import main
-from olmo2_export.measure.quality import GATES, QualityGate, broken_limits, quality_tokens
+from olmo2_export.measure.quality import broken_limits, quality_tokens
 from olmo2_export.package import variants
 from olmo2_export.package.export import export
 from olmo2_export.package.variants import Options
@@ -45,7 +46,9 @@ def test_one_command_makes_both_variants_of_the_demo(tmp_path: Path, capsys: pyt
         assert variant.quality is not None
         assert variant.quality.tokens == 4096
         assert variant.quality.tokens_from == "text"
-        assert broken_limits(variant.quality, GATES[variant.precision][0]) == []
+        gates = find(variant.name).weights.gates
+        assert gates is not None
+        assert broken_limits(variant.quality, gates[0]) == []
         assert variant.quantization is not None
         assert len(variant.quantization.tensors) == 6 * 7 + 2
         assert all(0 < t.nmse < 0.02 for t in variant.quantization.tensors.values())

@@ -11,7 +11,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from olmo2_export.quantize.blocks import BlockFormat, QuantizedMatrix, pack
+from olmo2_export.catalog import BlockFormat
+from olmo2_export.quantize.blocks import QuantizedMatrix, pack
 from olmo2_export.quantize.round_to_nearest import round_to_nearest
 from olmo2_export.quantize.search import search
 from runtimes.errors import CheckpointError, UsageError

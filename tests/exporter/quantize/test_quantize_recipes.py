@@ -11,22 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import make_checkpoint
 
+from olmo2_export.catalog import Q4, Q4_EMBEDDING, Q8, BlockFormat
 from olmo2_export.config import ModelConfig
 from olmo2_export.measure.parity import kl_divergence
-from olmo2_export.quantize.blocks import BlockFormat
 from olmo2_export.quantize.calibration import calibration_tokens
 from olmo2_export.quantize.gptq import Hessian, factor, gptq
 from olmo2_export.quantize.int8 import LARGEST_CODE, quantize_int8
-from olmo2_export.quantize.recipes import (
-    MIXED,
-    Q4,
-    Q4_EMBEDDING,
-    Q8,
-    QUANTIZERS,
-    RECIPES,
-    QuantizedWeights,
-    quantize,
-)
+from olmo2_export.quantize.recipes import MIXED, QUANTIZERS, RECIPES, QuantizedWeights, quantize
 from olmo2_export.quantize.search import search
 from olmo2_export.quantize.sensitivity import choose_formats, measure_sensitivity
 from olmo2_export.quantize.spool import Spool

@@ -11,14 +11,14 @@ import pytest
 import torch
 from support.checkpoints import make_checkpoint
 
+from olmo2_export.catalog import BlockFormat
 from olmo2_export.config import ModelConfig
 from olmo2_export.package.export import export
 from olmo2_export.package.trt_variants import TrtOptions, check_trt_options, write_trt_variant
-from olmo2_export.quantize.blocks import BlockFormat
 from olmo2_export.quantize.linear import fp8_linear, int4_linear, int8_linear, side_by_side, squared_error
 from olmo2_export.quantize.round_to_nearest import round_to_nearest
 from olmo2_export.quantize.search import search
-from olmo2_export.quantize.static import check_recipe, int4_block_size, static_weights
+from olmo2_export.quantize.static import check_recipe, static_block_size, static_weights
 from olmo2_export.weights.checkpoint import open_checkpoint
 from olmo2_export.weights.package_weights import PackageWeights
 from olmo2_export.weights.stored_names import HEAD, linear_names
@@ -140,7 +140,7 @@ def test_shapes_that_no_block_divides_are_refused(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "c", intermediate_size=168, num_hidden_layers=1)
     config = ModelConfig.from_json(folder / "config.json")
     with pytest.raises(UsageError, match="blocks of 32, 64, 128 weights do not divide 96, 168 inputs"):
-        int4_block_size(config)
+        static_block_size(config, "int4")
     check_recipe(config, "int8", None)
 
 

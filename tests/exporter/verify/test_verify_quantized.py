@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints import make_checkpoint
 from support.rebuilt_packages import rebuilt
 
+from olmo2_export.catalog import INT4_BLOCKS
 from olmo2_export.measure.parity import DRAWS, ParityReport
-from olmo2_export.measure.quality import GATES
 from olmo2_export.package.export import export
 from olmo2_export.package.variants import Options
 from olmo2_export.verify.feeds import MODES
@@ -330,7 +330,8 @@ def test_the_demo_passes_all_with_gptq_and_an_8_bit_cache(tmp_path: Path) -> Non
     assert variant.kv_cache.dtype == "int8"
     assert variant.prefill is not None
     assert variant.quality is not None
-    assert variant.quality.kl_mean < 0.005 < GATES["int4"][0].kl_mean
+    assert INT4_BLOCKS.gates is not None
+    assert variant.quality.kl_mean < 0.005 < INT4_BLOCKS.gates[0].kl_mean
     (report,) = verify(out, demo)
     assert report.passed, format_reports([report])
     text = format_reports([report])

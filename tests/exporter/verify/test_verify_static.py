@@ -16,7 +16,6 @@ from support.cases import assert_full_matrix, large
 from support.rebuilt_packages import rebuilt_trt, with_trt_graph
 
 from olmo2_export.config import ModelConfig
-from olmo2_export.graphs.static import Precision
 from olmo2_export.measure.parity import GATES, Check, ParityReport
 from olmo2_export.measure.quality import gate_of, measure_quality, quality_check, quality_tokens
 from olmo2_export.package.trt_variants import TrtOptions
@@ -33,7 +32,7 @@ from olmo2_export.views.static_forms import device_form, rounded_form, stored_in
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes import open_package, open_runner
 from runtimes.errors import BackendError, PackageError, UsageError, VariantNotFoundError
-from runtimes.manifest import MANIFEST_NAME, Variant, find_variant, load_manifest
+from runtimes.manifest import MANIFEST_NAME, Precision, Variant, find_variant, load_manifest
 from runtimes.ort import concat as ort_runner
 from runtimes.ort.devices import Device, GpuMemory, Shapes
 from runtimes.sealed import read_sealed, seal

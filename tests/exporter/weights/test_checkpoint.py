@@ -370,6 +370,7 @@ def test_rows_are_the_tensor(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert [len(block) for block in checkpoint.rows("lm_head.weight")] == [13] * 10 + [1]
 
 
+@pytest.mark.alone
 def test_a_file_larger_than_memory_is_checked_in_little_memory(tmp_path: Path) -> None:
     """A hole of a file: 64 GB that take no disk; what would map or hold it fails under this limit of address space."""
     size = 64 << 30

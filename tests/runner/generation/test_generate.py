@@ -13,10 +13,12 @@ import pytest
 
 from runtimes import open_runner
 from runtimes.errors import ContextLengthError, InputError, NumericError, UsageError
-from runtimes.generation.generate import Generation, Piece, _Held, generate, generate_tokens, stream_text
+from runtimes.generation.generate import Generation, generate, generate_tokens, stream_text
+from runtimes.generation.text_state import Piece, TextState, _Held
 from runtimes.one_thread import OneThread
 from runtimes.runners.runner import Runner
 from runtimes.speculate.speculation import DraftModel, PromptLookup
+from runtimes.text.logit_rules import Penalties
 from runtimes.text.sampling import Sampler
 from runtimes.text.tokenizer import Tokenizer
 
@@ -156,6 +158,61 @@ def test_a_stop_string_that_names_a_special_token_is_found_where_the_token_is(
     found = streamed_with_names(pieces, stop)
     assert ("".join(piece.text for piece in found), found[-1].finish_reason) == (expected, reason)
     assert all(piece.finish_reason is None and piece.text for piece in found[:-1])
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stop", "expected", "reason"),
+    [
+        (["yes", "<|end|>", "no"], ["s<|end|>"], "ye", "stop"),
+        (["ye", "s", "<|end|>"], ["es<|end|>"], "y", "stop"),
+        (["yes", "<|end|>", "no"], ["<|end|>"], "yes", "stop"),
+        (["yes", "<|pad|>", "<|end|>"], ["s<|pad|><|end|>"], "ye", "stop"),
+        (["yes", "<|end|>", "no"], ["s<|end|>n"], "yes", "eos"),
+        (["yes", "<|end|>", "no"], ["s<|pad|>"], "yes", "eos"),
+        (["yes", "<|end|>", "no"], ["st"], "yes", "eos"),
+    ],
+)
+def test_a_stop_string_with_the_name_of_the_token_that_ends_the_text_is_found(
+    pieces: Sequence[str], stop: Sequence[str], expected: str, reason: str
+) -> None:
+    tokenizer = PieceTokenizer(pieces, special=("<|pad|>", "<|end|>"))
+    found = list(stream_text(tokenizer, range(len(pieces)), stop=stop, eos_token_ids=[pieces.index("<|end|>")]))
+    assert ("".join(piece.text for piece in found), found[-1].finish_reason) == (expected, reason)
+    assert "".join(piece.text for piece in found[:-1]) in expected
+
+
+def test_a_stop_string_with_the_name_of_the_end_cuts_the_text_of_a_real_tokenizer(tokenizer: Tokenizer) -> None:
+    (eos,) = tokenizer.eos_token_ids
+    runner = ScriptedRunner([*tokenizer.encode("the ends"), eos, 5])
+    result = generate(runner, tokenizer, "x", sampler=GREEDY, stop=["ds<|endoftext|>"])
+    assert (result.text, result.finish_reason, result.token_ids[-1]) == ("the en", "stop", eos)
+
+
+def test_ids_are_pushed_into_a_text_until_it_ends(tokenizer: Tokenizer) -> None:
+    """Half a character is held back, and so is what a stop string may begin with; other texts do not disturb it."""
+    texts = ["a 👍 st", "ay and stop it now"]
+    ids = [tokenizer.encode(text) for text in texts]
+    states = [TextState(tokenizer, stop=["stop it"]) for _ in texts]
+    pushed = ["", ""]
+    for n in range(max(map(len, ids))):  # in turns
+        for k, state in enumerate(states):
+            if n < len(ids[k]) and state.finish_reason is None:
+                pushed[k] += state.push(ids[k][n])
+                assert texts[k].startswith(pushed[k])
+    assert pushed == ["a 👍 ", "ay and "]
+    assert [state.finish_reason for state in states] == [None, "stop"]
+    assert states[0].finish() == "st"
+    assert states[0].finish_reason == "length"
+    for call in (lambda: states[1].push(5), states[1].finish):
+        with pytest.raises(UsageError, match="the text has ended"):
+            call()
+
+
+def test_half_a_character_in_front_of_the_end_is_a_replacement_character(tokenizer: Tokenizer) -> None:
+    (eos,) = tokenizer.eos_token_ids
+    state = TextState(tokenizer)
+    assert [state.push(i) for i in tokenizer.encode("👍")[:1]] == [""]
+    assert (state.push(eos), state.finish_reason) == ("\ufffd", "eos")
 
 
 def test_names_of_special_tokens_do_not_pile_up() -> None:
@@ -456,6 +513,32 @@ def test_same_seed_gives_the_same_text(demo_package: Path, tokenizer: Tokenizer)
 
         assert text(1) == text(1)
         assert text(1) != text(2)
+
+
+def test_penalties_are_those_of_transformers_with_and_without_speculation(
+    demo_runner: Runner, tokenizer: Tokenizer
+) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    import olmo2_export.demo
+
+    model = AutoModelForCausalLM.from_pretrained(Path(olmo2_export.demo.__file__).parent)
+    prompt_ids = tokenizer.encode("And it came to pass, that it came to pass")
+    plain, expected = (
+        model.generate(torch.tensor([prompt_ids]), max_new_tokens=24, do_sample=False, repetition_penalty=penalty)[0]
+        for penalty in (1.0, 1.2)
+    )
+    assert not torch.equal(plain, expected)
+    wanted = expected[len(prompt_ids) :].tolist()
+    options: dict[str, Any] = {"sampler": GREEDY, "max_new_tokens": 24, "penalties": Penalties(repetition=1.2)}
+    assert list(fresh(demo_runner, tokenizer, prompt_ids, **options).token_ids) == wanted
+    assert list(fresh(demo_runner, tokenizer, prompt_ids, **options, speculate=PromptLookup()).token_ids) == wanted
+    candidates: Any = CandidateRunner(demo_runner, 1, 1e-6)
+    assert list(fresh(candidates, tokenizer, prompt_ids, **options).token_ids) == wanted
+    assert "decode_top" not in candidates.calls  # a penalty may bring up what the graph did not pick
+    demo_runner.reset()
+    assert list(generate_tokens(demo_runner, prompt_ids, **options)) == wanted
 
 
 class CandidateRunner:

@@ -28,8 +28,8 @@ from runtimes.errors import (
     VariantNotFoundError,
 )
 from runtimes.manifest import MANIFEST_NAME, load_manifest
-from runtimes.ort.concat import OrtRunner
-from runtimes.sealed import read_sealed, seal
+from runtimes.ort.concat import ConcatRunner
+from runtimes.sealed import hash_file, read_sealed, seal
 
 VOCAB, CONTEXT = 131, 256
 # float32 on both sides, products summed in another order: 5e-6 measured on logits of size 1 to 4.
@@ -48,13 +48,13 @@ def reference(tiny_logits: list[np.ndarray]) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def shared_runner(tiny_package: Path) -> Iterator[OrtRunner]:
+def shared_runner(tiny_package: Path) -> Iterator[ConcatRunner]:
     with open_runner(tiny_package, threads=1) as runner:
         yield runner
 
 
 @pytest.fixture
-def runner(shared_runner: OrtRunner) -> OrtRunner:
+def runner(shared_runner: ConcatRunner) -> ConcatRunner:
     shared_runner.reset()
     return shared_runner
 
@@ -81,7 +81,7 @@ def copy(tiny_package: Path, tmp_path: Path) -> Path:
 
 
 def test_prefill_equals_pytorch_at_all_positions(
-    runner: OrtRunner, sequences: list[np.ndarray], reference: list[np.ndarray]
+    runner: ConcatRunner, sequences: list[np.ndarray], reference: list[np.ndarray]
 ) -> None:
     for ids, expected in zip(sequences, reference, strict=True):
         runner.reset()
@@ -91,33 +91,33 @@ def test_prefill_equals_pytorch_at_all_positions(
 
 
 def test_prefill_gives_the_last_row_and_computes_no_other(
-    runner: OrtRunner, sequences: list[np.ndarray], reference: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+    runner: ConcatRunner, sequences: list[np.ndarray], reference: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes = []
-    call = OrtRunner._call
+    call = ConcatRunner._call
 
-    def spy(self: OrtRunner, *args: Any) -> Any:
+    def spy(self: ConcatRunner, *args: Any) -> Any:
         logits, values = call(self, *args)
         shapes.append(logits.shape)
         return logits, values
 
-    monkeypatch.setattr(OrtRunner, "_call", spy)
+    monkeypatch.setattr(ConcatRunner, "_call", spy)
     (logits,) = runner.prefill([sequences[0]])
     close(logits, reference[0][-1:])
     assert shapes == [(1, 1, VOCAB)]
 
 
 def test_long_prompts_are_computed_in_pieces_whose_attention_is_small(
-    runner: OrtRunner, sequences: list[np.ndarray], reference: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+    runner: ConcatRunner, sequences: list[np.ndarray], reference: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes = []
-    call = OrtRunner._call
+    call = ConcatRunner._call
 
-    def spy(self: OrtRunner, feeds: Any, past: Any) -> Any:
+    def spy(self: ConcatRunner, feeds: Any, past: Any) -> Any:
         shapes.append((feeds["input_ids"].shape[1], feeds["attention_mask"].shape[1]))
         return call(self, feeds, past)
 
-    monkeypatch.setattr(OrtRunner, "_call", spy)
+    monkeypatch.setattr(ConcatRunner, "_call", spy)
     monkeypatch.setattr(type(runner), "prefill_chunk", 12)
     for logits, expected in zip(runner.prefill(sequences), reference, strict=True):  # 17, 5 and 29 tokens
         close(logits, expected[-1:])
@@ -131,11 +131,11 @@ def test_long_prompts_are_computed_in_pieces_whose_attention_is_small(
 
 
 def test_a_prompt_that_fails_in_its_second_piece_leaves_the_runner_as_it_was(
-    runner: OrtRunner, sequences: list[np.ndarray], reference: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+    runner: ConcatRunner, sequences: list[np.ndarray], reference: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call, calls = OrtRunner._call, []
+    call, calls = ConcatRunner._call, []
 
-    def failing(self: OrtRunner, *args: Any) -> Any:
+    def failing(self: ConcatRunner, *args: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
             raise FailedError("no memory")
@@ -144,7 +144,7 @@ def test_a_prompt_that_fails_in_its_second_piece_leaves_the_runner_as_it_was(
     monkeypatch.setattr(type(runner), "prefill_chunk", 10)
     runner.prefill([sequences[2][:9]])
     with monkeypatch.context() as patch:
-        patch.setattr(OrtRunner, "_call", failing)
+        patch.setattr(ConcatRunner, "_call", failing)
         calls.append(1)
         with pytest.raises(FailedError):
             runner.prefill([sequences[2][9:]])
@@ -153,7 +153,7 @@ def test_a_prompt_that_fails_in_its_second_piece_leaves_the_runner_as_it_was(
 
 
 def test_prefill_and_decode_equal_the_full_forward(
-    runner: OrtRunner, sequences: list[np.ndarray], reference: list[np.ndarray]
+    runner: ConcatRunner, sequences: list[np.ndarray], reference: list[np.ndarray]
 ) -> None:
     ids, expected = sequences[2], reference[2]
     close(runner.prefill([ids[:4]])[0], expected[3:4])
@@ -162,14 +162,14 @@ def test_prefill_and_decode_equal_the_full_forward(
 
 
 def test_chunked_prefill_equals_the_whole(
-    runner: OrtRunner, sequences: list[np.ndarray], reference: list[np.ndarray]
+    runner: ConcatRunner, sequences: list[np.ndarray], reference: list[np.ndarray]
 ) -> None:
     found = [runner.prefill([chunk], all_positions=True)[0] for chunk in np.split(sequences[2], [1, 12, 14])]
     close(np.concatenate(found), reference[2])
 
 
 def test_ragged_batch_equals_the_single_runs(
-    runner: OrtRunner, sequences: list[np.ndarray], reference: list[np.ndarray]
+    runner: ConcatRunner, sequences: list[np.ndarray], reference: list[np.ndarray]
 ) -> None:
     for logits, expected in zip(runner.prefill(sequences, all_positions=True), reference, strict=True):
         close(logits, expected)
@@ -177,7 +177,7 @@ def test_ragged_batch_equals_the_single_runs(
 
 
 def test_ragged_chunks_leave_holes_that_nothing_sees(
-    runner: OrtRunner, sequences: list[np.ndarray], reference: list[np.ndarray]
+    runner: ConcatRunner, sequences: list[np.ndarray], reference: list[np.ndarray]
 ) -> None:
     bounds = [(0, 2, 11, 15, 16, 17), (0, 1, 2, 3, 4, 5), (0, 14, 15, 27, 28, 29)]
     for chunk in range(5):
@@ -192,14 +192,14 @@ def test_ragged_chunks_leave_holes_that_nothing_sees(
         assert runner.cache_lengths == tuple(b[chunk + 1] for b in bounds)
 
 
-def test_reset_forgets(runner: OrtRunner, sequences: list[np.ndarray], reference: list[np.ndarray]) -> None:
+def test_reset_forgets(runner: ConcatRunner, sequences: list[np.ndarray], reference: list[np.ndarray]) -> None:
     runner.prefill(sequences)
     runner.reset()
     assert runner.cache_lengths == ()
     close(runner.prefill([sequences[1]])[0], reference[1][-1:])
 
 
-def test_exactly_the_context_works_and_one_more_is_refused(runner: OrtRunner, tiny_checkpoint: Path) -> None:
+def test_exactly_the_context_works_and_one_more_is_refused(runner: ConcatRunner, tiny_checkpoint: Path) -> None:
     torch = pytest.importorskip("torch")
     from transformers import Olmo2ForCausalLM
 
@@ -225,13 +225,13 @@ def test_exactly_the_context_works_and_one_more_is_refused(runner: OrtRunner, ti
 # What it keeps
 
 
-def ids_held(runner: OrtRunner) -> list[list[int]]:
+def ids_held(runner: ConcatRunner) -> list[list[int]]:
     return [row.tolist() for row in runner.cached_tokens]
 
 
 @pytest.mark.parametrize("kept", [(17, 5, 29), (9, 5, 2), (0, 3, 29), (16, 0, 11), (4, 1, 7), (0, 0, 0)])
 def test_truncated_rows_continue_like_fresh_ones(
-    runner: OrtRunner, sequences: list[np.ndarray], reference: list[np.ndarray], kept: tuple[int, ...]
+    runner: ConcatRunner, sequences: list[np.ndarray], reference: list[np.ndarray], kept: tuple[int, ...]
 ) -> None:
     wrong = [np.concatenate([ids[:n], (ids[n:] + 1) % VOCAB]) for ids, n in zip(sequences, kept, strict=True)]
     runner.prefill([ids[:3] for ids in wrong])
@@ -249,7 +249,7 @@ def test_truncated_rows_continue_like_fresh_ones(
     assert ids_held(runner) == [ids.tolist() for ids in sequences]
 
 
-def test_truncating_one_row_copies_only_what_is_kept(runner: OrtRunner, sequences: list[np.ndarray]) -> None:
+def test_truncating_one_row_copies_only_what_is_kept(runner: ConcatRunner, sequences: list[np.ndarray]) -> None:
     runner.prefill([sequences[2]])
     runner.truncate([7])
     assert {value.shape()[2] for value in runner._cache.values.values()} == {7}
@@ -258,7 +258,7 @@ def test_truncating_one_row_copies_only_what_is_kept(runner: OrtRunner, sequence
     assert runner._cache is before
 
 
-def test_cached_tokens_are_those_that_were_fed(runner: OrtRunner, sequences: list[np.ndarray]) -> None:
+def test_cached_tokens_are_those_that_were_fed(runner: ConcatRunner, sequences: list[np.ndarray]) -> None:
     assert runner.cached_tokens == ()
     given = sequences[1].copy()
     runner.prefill([given, [1, 2]])
@@ -287,7 +287,7 @@ def test_cached_tokens_are_those_that_were_fed(runner: OrtRunner, sequences: lis
     ],
 )
 def test_lengths_that_cannot_be_kept_are_refused_and_nothing_changes(
-    runner: OrtRunner, lengths: Any, message: str
+    runner: ConcatRunner, lengths: Any, message: str
 ) -> None:
     with pytest.raises(InputError, match="the cache holds 0 rows"):
         runner.truncate([0])
@@ -316,12 +316,12 @@ def test_lengths_that_cannot_be_kept_are_refused_and_nothing_changes(
     ids=["big-endian", "big-endian u2", "int32", "uint8", "uint64", "strided", "reversed", "list", "numpy scalars"],
 )
 def test_any_integers_give_the_same_logits(
-    runner: OrtRunner, sequences: list[np.ndarray], reference: list[np.ndarray], convert: Any
+    runner: ConcatRunner, sequences: list[np.ndarray], reference: list[np.ndarray], convert: Any
 ) -> None:
     close(runner.prefill([convert(sequences[0])])[0], reference[0][-1:])
 
 
-def test_rows_of_one_array_are_sequences(runner: OrtRunner, reference: list[np.ndarray]) -> None:
+def test_rows_of_one_array_are_sequences(runner: ConcatRunner, reference: list[np.ndarray]) -> None:
     ids = np.random.default_rng(0).integers(0, VOCAB, packages.LENGTHS[0])
     both = runner.prefill(np.stack([ids, ids]))
     assert len(both) == 2
@@ -353,14 +353,38 @@ def test_rows_of_one_array_are_sequences(runner: OrtRunner, reference: list[np.n
         ([None], "found NoneType"),
     ],
 )
-def test_ids_that_are_none_are_refused_and_nothing_changes(runner: OrtRunner, rows: Any, message: str) -> None:
+def test_ids_that_are_none_are_refused_and_nothing_changes(runner: ConcatRunner, rows: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         runner.prefill(rows)
     assert runner.cache_lengths == ()
 
 
+def test_an_output_that_is_neither_logits_nor_cache_changes_nothing(
+    copy: Path, sequences: list[np.ndarray], reference: list[np.ndarray]
+) -> None:
+    """A graph with one output more, hidden states: they are no part of the cache, and are not fed back as such."""
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.load(copy / "onnx/model.onnx", load_external_data=False)
+    (embed,) = (node for node in graph.graph.node if "model.embed_tokens.weight" in node.input)
+    graph.graph.node.append(onnx.helper.make_node("Identity", [embed.output[0]], ["hidden"]))
+    shape = ["batch_size", "sequence_length", 96]
+    graph.graph.output.append(onnx.helper.make_tensor_value_info("hidden", onnx.TensorProto.FLOAT, shape))
+    onnx.save(graph, copy / "onnx/model.onnx")
+
+    def change(manifest: dict[str, Any]) -> None:
+        spec = {"name": "hidden", "dtype": "float32", "shape": shape, "role": "hidden_state"}
+        manifest["variants"]["fp32"]["outputs"].append(spec)
+        manifest["files"]["onnx/model.onnx"] = vars(hash_file(copy / "onnx/model.onnx"))
+
+    edit_manifest(copy, change)
+    with open_runner(copy) as runner:
+        runner.prefill([ids[:-1] for ids in sequences])
+        logits = runner.decode([int(ids[-1]) for ids in sequences])
+    close(logits, np.stack([expected[-1] for expected in reference]))
+
+
 def test_another_number_of_rows_is_refused(
-    runner: OrtRunner, sequences: list[np.ndarray], reference: list[np.ndarray]
+    runner: ConcatRunner, sequences: list[np.ndarray], reference: list[np.ndarray]
 ) -> None:
     with pytest.raises(InputError, match="prefill first"):
         runner.decode([1])
@@ -401,7 +425,7 @@ def test_nan_weight_gives_an_error_that_names_row_and_position_and_nothing_chang
 # How it is opened
 
 
-def test_runner_says_what_it_is(runner: OrtRunner, tiny_package: Path) -> None:
+def test_runner_says_what_it_is(runner: ConcatRunner, tiny_package: Path) -> None:
     manifest = load_manifest(tiny_package)
     assert runner.variant == manifest.variants["fp32"]
     assert runner.model == manifest.model

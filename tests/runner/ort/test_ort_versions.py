@@ -17,7 +17,7 @@ from runtimes.errors import BackendError, PackageError
 from runtimes.manifest import MANIFEST_NAME, KVCacheQuantization, KVCacheSpec, Variant, load_manifest
 from runtimes.ort.concat import ConcatRunner
 from runtimes.ort.shared import SharedRunner
-from runtimes.ort.versions import oldest_onnxruntime, release, runnable
+from runtimes.ort.versions import oldest_onnxruntime, release, without_too_new
 from runtimes.sealed import read_sealed, seal
 
 PIP = "pip install --upgrade 'onnxruntime>="
@@ -119,7 +119,7 @@ def test_a_new_enough_onnxruntime_keeps_the_prefill_graph_and_says_nothing(
     q4: Variant, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        assert runnable(q4, "1.24.0", "cpu") is q4
+        assert without_too_new(q4, "1.24.0", "cpu") is q4
     assert caplog.messages == []
 
 
@@ -140,7 +140,7 @@ def test_the_sentence_says_what_to_install_or_to_do_instead(
 ) -> None:
     variant = replace(q4, name="x", kv_cache=cache(form, bits), min_onnxruntime=None)
     with pytest.raises(BackendError) as caught:
-        runnable(variant, "1.22.1", device)
+        without_too_new(variant, "1.22.1", device)
     assert str(caught.value) == message
 
 

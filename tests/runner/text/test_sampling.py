@@ -64,6 +64,90 @@ def test_survivors_equal_those_of_transformers(temperature: float, top_k: int, t
         np.testing.assert_allclose(found, torch.softmax(scores[0], -1).numpy(), atol=2e-6)
 
 
+def slowly(logits: np.ndarray, options: dict[str, float]) -> np.ndarray:
+    """The distribution in float64, with every step over the whole vocabulary and nothing left out early."""
+    temperature, top_k, top_p, min_p = (options.get(n, 0) for n in ("temperature", "top_k", "top_p", "min_p"))
+    kept = logits > -np.inf
+    if 0 < top_k < np.count_nonzero(kept):
+        kept &= logits >= np.sort(logits)[-int(top_k)]
+    scores = (logits.astype(np.float64) - np.float64(logits.max())) / temperature
+    weights = np.where(kept, np.exp(scores), 0.0)
+    if top_p:
+        order = np.argsort(-weights, kind="stable")
+        shares = (weights[order] / weights.sum()).cumsum()
+        weights[order[int(shares.searchsorted(top_p)) + 1 :]] = 0
+    weights[weights < min_p] = 0
+    return np.asarray(weights / weights.sum())
+
+
+OPTIONS: list[dict[str, float]] = [
+    {"temperature": 1.0},
+    {"temperature": 0.6},
+    {"temperature": 0.8, "top_k": 40},
+    {"temperature": 1.0, "top_k": 127},
+    {"temperature": 1.0, "top_k": 129},
+    {"temperature": 1.5, "top_k": 3000},
+    {"temperature": 1.0, "top_k": 100_352},
+    {"temperature": 0.8, "top_p": 0.95},
+    {"temperature": 1.0, "top_p": 0.3},
+    {"temperature": 3.0, "top_p": 0.999},
+    {"temperature": 0.8, "top_k": 40, "top_p": 0.9},
+    {"temperature": 0.8, "min_p": 0.05},
+    {"temperature": 2.0, "min_p": 1.0},
+    {"temperature": 1.3, "top_p": 0.9, "min_p": 0.1},
+    {"temperature": 0.7, "top_k": 60, "top_p": 0.95, "min_p": 0.02},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_short_cuts_change_no_candidate_no_probability_and_no_token(options: dict[str, float]) -> None:
+    """At a real vocabulary: peaked, flat and tied logits, and some that are excluded."""
+    random = np.random.default_rng(4)
+    peaked = random.normal(0, 2, 100_352).astype(np.float32)
+    peaked[random.integers(0, 100_352, 25)] += random.exponential(7, 25).astype(np.float32)
+    tied = np.round(peaked * 8) / np.float32(8)
+    excluded = np.where(random.random(100_352) < 0.999, -np.inf, peaked).astype(np.float32)
+    for logits in (peaked, tied, excluded, peaked * np.float32(0.05)):
+        sampler, twin = Sampler(seed=9, **options), np.random.default_rng(9)  # type: ignore[arg-type]
+        expected = slowly(logits, options)
+        found = sampler.probabilities(logits)
+        np.testing.assert_array_equal(found > 0, expected > 0)
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+        # Survivors of top-p are drawn from in the order of their probabilities, others in the order of their ids.
+        order = np.argsort(-expected, kind="stable") if "top_p" in options else np.arange(len(expected))
+        cumulative = expected[order].cumsum()
+        drawn = [order[cumulative.searchsorted(twin.random() * cumulative[-1], side="right")] for _ in range(20)]
+        assert [sampler(logits) for _ in range(20)] == drawn
+
+
+@pytest.mark.parametrize("min_p", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize("temperature", [0.7, 1.9])
+def test_min_p_keeps_what_transformers_keeps(temperature: float, min_p: float) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import MinPLogitsWarper, TemperatureLogitsWarper
+
+    random = np.random.default_rng(2)
+    for _ in range(20):
+        logits = random.normal(0, 3, VOCAB).astype(np.float32)
+        scores = TemperatureLogitsWarper(temperature)(None, torch.from_numpy(logits)[None])
+        scores = MinPLogitsWarper(min_p)(None, scores)
+        found = Sampler(temperature, seed=0, min_p=min_p).probabilities(logits)
+        np.testing.assert_array_equal(found > 0, (scores[0] > -math.inf).numpy())
+        np.testing.assert_allclose(found, torch.softmax(scores[0], -1).numpy(), atol=2e-6)
+
+
+def test_a_draw_at_the_end_of_the_range_is_a_token_that_can_be_drawn() -> None:
+    class Last:
+        def random(self) -> float:
+            return math.nextafter(1.0, 0.0)
+
+    logits = np.full(5000, -1e5, np.float32)  # whose weights are 0
+    logits[:3] = (0.1, 0.2, 0.3)
+    sampler = Sampler(temperature=1.0)
+    object.__setattr__(sampler, "_random", Last())
+    assert sampler(logits) == 2
+
+
 def test_draws_follow_the_distribution() -> None:
     sampler = Sampler(temperature=0.8, top_k=4, top_p=0.97, seed=7)
     draws = 20_000
@@ -162,6 +246,9 @@ def test_logits_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
         ({"top_p": 0.0}, "top_p 0.0"),
         ({"top_p": 1.01}, "top_p 1.01"),
         ({"top_p": math.nan}, "top_p nan"),
+        ({"min_p": -0.1}, "min_p -0.1"),
+        ({"min_p": 1.5}, "min_p 1.5"),
+        ({"min_p": math.nan}, "min_p nan"),
         ({"seed": -1}, "seed -1"),
         ({"seed": 1.5}, "seed 1.5"),
         ({"seed": False}, "seed False"),
@@ -197,6 +284,7 @@ def largest(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         {"temperature": 1.3, "top_k": 5},
         {"temperature": 1.3, "top_k": 7, "top_p": 0.8},
         {"temperature": 2.0, "top_k": 3, "top_p": 0.05},
+        {"temperature": 1.3, "top_k": 7, "top_p": 0.9, "min_p": 0.2},
     ],
 )
 @pytest.mark.parametrize("step", [0.0, 0.125], ids=["float32", "ties"])

@@ -1,0 +1,40 @@
+"""Arguments that several verbs have: which variants of a package, and where they run, as `runtimes.targets` has it."""
+
+from __future__ import annotations
+
+import argparse
+
+from runtimes.targets import backends, devices
+
+
+def declare_target(verb: argparse.ArgumentParser, *, variant: str, many: bool, what: str = "it") -> None:
+    """Declare --variant, --backend and --device.
+
+    Args:
+        verb: the command line.
+        variant: help of --variant.
+        many: --variant may be repeated, and is a list.
+        what: runs there, in the help.
+    """
+    declare_variant(verb, variant, many=many)
+    declare_backend(verb, f"what runs {what}: onnxruntime (ort, the default), or the engines of a TensorRT")
+    declare_device(verb, f"where ort runs {what}; default {devices('ort')[0]}")
+
+
+def declare_variant(
+    verb: argparse.ArgumentParser, help_text: str, *, many: bool = False, default: str | None = None
+) -> None:
+    """Declare --variant, the name of a package's graph; a list where it may be repeated."""
+    verb.add_argument("--variant", action="append" if many else "store", default=default, metavar="V", help=help_text)
+
+
+def declare_backend(
+    verb: argparse.ArgumentParser, help_text: str, *, default: str | None = "ort", engines: bool | None = None
+) -> None:
+    """Declare --backend; `engines`: only backends that need an engine, or only those that need none."""
+    verb.add_argument("--backend", choices=backends(engines=engines), default=default, help=help_text)
+
+
+def declare_device(verb: argparse.ArgumentParser, help_text: str, *, backend: str | None = None) -> None:
+    """Declare --device; None where it is not given, which is the backend's first. `backend`: only its devices."""
+    verb.add_argument("--device", choices=devices(backend), help=help_text)

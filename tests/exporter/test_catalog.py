@@ -1,0 +1,214 @@
+"""The variants, a row each: the rows agree, and a row that is added is offered, gated, drawn and run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast, get_args
+
+import pytest
+from support.checkpoints import SHAPE
+
+import olmo2_export.catalog as catalog
+import runtimes.targets as targets
+from olmo2_export.bench.gpu import _backend_and_variant
+from olmo2_export.catalog import INT4_BLOCKS, TRT_INT8, VARIANTS, QualityGate, VariantRow
+from olmo2_export.cli import parse_args
+from olmo2_export.config import ModelConfig
+from olmo2_export.engine.options import EngineOptions, settle
+from olmo2_export.measure.quality import gate_of
+from olmo2_export.package.trt_variants import TrtOptions
+from olmo2_export.package.variants import Options, check_variants
+from olmo2_export.report.data import _order
+from olmo2_export.report.plots import colour
+from runtimes.errors import PackageError, UsageError, VariantNotFoundError
+from runtimes.manifest import KVCacheSpec, Precision, Variant
+from runtimes.ort.concat import default_variant
+from runtimes.package import Package
+from runtimes.targets import TARGETS, find_target, runnable, runs
+
+PATHS = {
+    "fp32": "onnx/model.onnx",
+    "q4": "onnx/model_q4.onnx",
+    "q8": "onnx/model_q8.onnx",
+    "fp16": "onnx/model_fp16.onnx",
+    "bf16": "onnx/model_bf16.onnx",
+    "q4f16": "onnx/model_q4f16.onnx",
+    "trt_bf16": "trt/model_bf16.onnx",
+    "trt_fp16": "trt/model_fp16.onnx",
+    "trt_fp32": "trt/model_fp32.onnx",
+    "trt_int4": "trt/model_int4.onnx",
+    "trt_int8": "trt/model_int8.onnx",
+    "trt_fp8": "trt/model_fp8.onnx",
+}
+
+
+def entry(name: str, form: str = "shared", dtype: str = "float32") -> Variant:
+    return Variant(name, "", "", (), 23, (), (), KVCacheSpec(form, dtype, 3, 2, 16, 256), {})
+
+
+def package(*entries: Variant) -> Package:
+    manifest = SimpleNamespace(variants={variant.name: variant for variant in entries})
+    return cast("Package", SimpleNamespace(manifest=manifest, trt=None, verdicts={}))
+
+
+@pytest.fixture
+def config(tiny_checkpoint: Path) -> ModelConfig:
+    return ModelConfig.from_json(tiny_checkpoint / "config.json")
+
+
+def test_the_rows_agree_with_each_other_and_with_the_targets() -> None:
+    assert {row.name: row.path for row in VARIANTS} == PATHS
+    assert sorted(catalog.precisions()) == sorted(get_args(Precision))
+    assert catalog.exported() == ["fp32", "q4", "q8", "fp16", "bf16", "q4f16"]
+    assert max(Counter(row.colour for row in VARIANTS).values()) == 1
+    known = {target.name: target for target in TARGETS}
+    for row in VARIANTS:
+        assert (row.weights.gates is not None) == row.weights.quantized
+        assert (row.defaults is not None) == (row.weights.quantized and row.graph != "static")
+        for name in row.targets:
+            assert runs(entry(row.name, row.form, row.dtype), known[name])
+    for target in TARGETS:
+        made = {row.name for row in VARIANTS if target.name in row.targets}
+        assert set(target.variants) == (set() if target.needs_engine else made)
+
+
+def test_what_this_version_does_not_know_is_refused(config: ModelConfig) -> None:
+    with pytest.raises(VariantNotFoundError, match="variant q3: this version knows fp32, q4"):
+        gate_of(entry("q3"), config)
+    with pytest.raises(PackageError, match="variant bf16: its weights are not quantised"):
+        gate_of(entry("bf16"), config)
+    with pytest.raises(UsageError, match="precision 'int3': expected one of bf16, fp16"):
+        catalog.static_row("int3")
+    with pytest.raises(UsageError, match="KV cache int2: this version writes fp32, int8, int4"):
+        catalog.kv_cache("int2")
+    assert not catalog.is_for_devices("q3")
+
+
+@pytest.mark.parametrize(
+    ("name", "small", "large"),
+    [
+        ("q4", (0.01, 0.08, 0.93, 0.01), (0.03, None, 0.91, 0.02)),
+        ("q4f16", (0.01, 0.08, 0.93, 0.01), (0.03, None, 0.91, 0.02)),
+        ("q8", (2e-4, None, 0.99, 0.001), (0.003, None, 0.97, 0.003)),
+        ("trt_int4", (0.01, 0.08, 0.93, 0.01), (0.03, None, 0.91, 0.02)),
+        ("trt_int8", (4e-4, None, 0.975, 0.003), (0.0035, None, 0.955, 0.005)),
+        ("trt_fp8", (0.0025, 0.02, 0.96, 0.004), (0.008, None, 0.945, 0.01)),
+    ],
+)
+def test_the_gates_are_what_they_were(
+    name: str, small: tuple[Any, ...], large: tuple[Any, ...], config: ModelConfig
+) -> None:
+    assert gate_of(entry(name), config) == QualityGate(*small)
+    wide = dataclasses.replace(config, vocab_size=49_000_000 // SHAPE["hidden_size"])
+    assert gate_of(entry(name), wide) == QualityGate(*small)  # 100 M and a bit less
+    assert gate_of(entry(name), dataclasses.replace(config, vocab_size=2_000_000)) == QualityGate(*large)
+
+
+GATE = QualityGate(0.5, None, 0.5, 0.5)
+Q2 = VariantRow(
+    name="q2",
+    graph="blocks",
+    targets=("cpu",),
+    form="shared",
+    dtype="float32",
+    weights=dataclasses.replace(INT4_BLOCKS, precision="int2", bits=2, gates=(GATE, GATE)),
+    colour="#123456",
+    defaults=catalog.find("q4").defaults,
+    prefill_graph=True,
+    quantized_cache=True,
+    peers={"llama.cpp": "Q2_K"},
+)
+Q2F16 = dataclasses.replace(
+    Q2,
+    name="q2f16",
+    graph="device",
+    targets=("cuda",),
+    dtype="float16",
+    colour="#234567",
+    prefill_graph=False,
+    quantized_cache=False,
+)
+NVFP4 = VariantRow(
+    name="trt_nvfp4",
+    graph="static",
+    targets=("trt_rtx", "trt"),
+    form="static",
+    dtype="bfloat16",
+    weights=dataclasses.replace(TRT_INT8, precision="nvfp4", bits=4, oldest_gpu="10.0", on_older="fp8"),
+    colour="#345678",
+)
+
+
+@pytest.fixture
+def more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three variants that are not there, as another author would add them."""
+    monkeypatch.setattr(catalog, "VARIANTS", (*VARIANTS, Q2, Q2F16, NVFP4))
+    fastest = {"cpu": ("q2", *TARGETS[0].variants), "cuda": (*TARGETS[1].variants, "q2f16")}
+    rows = [dataclasses.replace(t, variants=fastest.get(t.name, t.variants)) for t in TARGETS]
+    monkeypatch.setattr(targets, "TARGETS", tuple(rows))
+
+
+@pytest.mark.usefixtures("more")
+def test_a_new_variant_is_offered(capsys: pytest.CaptureFixture[str], config: ModelConfig) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(["export", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "fp32 (the default); q4, q8, q2 for CPUs; fp16, bf16, q4f16, q2f16 for --device cuda" in said
+    assert "q4, q8 and q2: leave the int8 prefill graph out" in said
+    assert parse_args(["build", "p", "--precision", "nvfp4"]).precision == "nvfp4"
+    assert parse_args(["fp16", "demo", "--variant", "q2f16"]).variant == ["q2f16"]
+    with pytest.raises(UsageError, match="invalid choice: 'q2'"):
+        parse_args(["fp16", "demo", "--variant", "q2"])
+    check_variants(["q2", "q2f16"], config, Options(kv_cache="int8", fp16_islands=True))
+    with pytest.raises(UsageError, match="KV cache and prefill graph are for q4, q8 and q2"):
+        check_variants(["q2f16"], config, Options(kv_cache="int8"))
+    with pytest.raises(UsageError, match=r"variant q5: this version writes fp32, .*q4f16, q2, q2f16"):
+        check_variants(["q5"], config, Options())
+    with pytest.raises(UsageError, match="variant trt_nvfp4: this version writes"):
+        check_variants(["trt_nvfp4"], config, Options())
+    assert _backend_and_variant("trt:nvfp4") == ("trt", "trt_nvfp4")
+
+
+@pytest.mark.usefixtures("more")
+def test_a_new_variant_is_gated_drawn_and_compared(config: ModelConfig) -> None:
+    assert gate_of(entry("q2"), config) == GATE
+    assert [colour(label) for label in ("q2", "ours q2f16", "trt_nvfp4")] == ["#123456", "#234567", "#345678"]
+    assert colour("q3") not in {row.colour for row in catalog.VARIANTS}
+    assert sorted(["trt_nvfp4", "x", "q2", "trt_fp8", "fp32"], key=_order) == [
+        "fp32",
+        "trt_fp8",
+        "q2",
+        "trt_nvfp4",
+        "x",
+    ]
+    assert catalog.like_peer("llama.cpp", "Q2_K") == ("q2", "q2f16")
+    assert catalog.like_peer("llama.cpp", "Q4_K_M") == ("q4", "q4f16")
+    assert catalog.is_for_devices("q2f16")
+    assert not catalog.is_for_devices("q2")
+
+
+@pytest.mark.usefixtures("more")
+def test_a_new_variant_is_chosen_where_it_runs() -> None:
+    whole = package(
+        entry("fp32", "concat"),
+        entry("q4"),
+        entry("q2"),
+        entry("fp16", dtype="float16"),
+        entry("q2f16", dtype="float16"),
+    )
+    assert runnable(whole, find_target()) == ["q2", "q4", "fp32", "fp16", "q2f16"]
+    assert runnable(whole, find_target("ort", "cuda")) == ["fp16", "q2f16"]
+    assert runnable(whole, find_target("ort", "nv-rtx")) == ["fp16"]
+    assert default_variant(whole, "cpu") == "q2"
+    assert default_variant(whole, "cuda") == "fp16"
+
+
+@pytest.mark.usefixtures("more")
+def test_a_new_precision_of_engines_has_its_oldest_gpu(config: ModelConfig) -> None:
+    options: Any = {"precision": "nvfp4", "compute_capabilities": ["8.9"]}
+    with pytest.raises(UsageError, match=r"compute capability 8\.9: nvfp4 needs 10\.0 or newer; use --precision fp8"):
+        settle(EngineOptions(**options), config.spec)
+    assert TrtOptions("nvfp4", 8).precision == "nvfp4"  # type: ignore[arg-type]

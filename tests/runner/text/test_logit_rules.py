@@ -1,0 +1,62 @@
+"""Penalties: agreement with transformers and with the definition, and options out of range."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from runtimes.errors import InputError
+from runtimes.text.logit_rules import Penalties
+
+VOCAB = 131
+
+
+def test_repetition_equals_transformers() -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    random = np.random.default_rng(0)
+    prompt, text = random.integers(0, 40, 30).tolist(), random.integers(20, 60, 50).tolist()
+    penalties = Penalties(repetition=1.3)
+    penalties.begin(prompt)
+    for token_id in text:
+        penalties.push(token_id)
+    logits = random.normal(0, 3, VOCAB).astype(np.float32)
+    expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([prompt + text]), torch.from_numpy(logits)[None])
+    penalties.apply(logits)
+    np.testing.assert_allclose(logits, expected[0].numpy(), rtol=1e-6)
+
+
+def test_presence_and_frequency_count_what_was_generated_and_not_the_prompt() -> None:
+    random = np.random.default_rng(1)
+    text = random.integers(0, 100, 300).tolist()  # more different ones than the table first has room for
+    penalties = Penalties(presence=0.5, frequency=0.25)
+    penalties.begin([120, 121, 5])
+    for token_id in text:
+        penalties.push(token_id)
+    logits = random.normal(0, 3, VOCAB).astype(np.float32)
+    counts = Counter(text)
+    expected = [x - (0.5 + 0.25 * counts[i] if i in counts else 0) for i, x in enumerate(logits.tolist())]
+    penalties.apply(logits)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    penalties.begin([])
+    penalties.apply(logits)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"repetition": 0.0}, "repetition penalty 0.0"),
+        ({"repetition": math.inf}, "repetition penalty inf"),
+        ({"presence": math.nan}, "presence penalty nan"),
+        ({"frequency": "1"}, "frequency penalty '1'"),
+        ({"frequency": True}, "frequency penalty True"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Penalties(**options)  # type: ignore[arg-type]
