@@ -51,10 +51,10 @@ from olmo2_export.truth.torch_layers import TorchModel
 from olmo2_export.views.openers import Arrays, Opener, view_opener
 from olmo2_export.views.table import FIRST_CALL, FLOAT32_FACTOR, View, variant_views
 from olmo2_export.weights.checkpoint import Checkpoint
-from runtimes import Backend, Device, Package, open_package
+from runtimes import Backend, Device, Package
 from runtimes.errors import ConfigError, PackageError, UsageError, VariantNotFoundError
 from runtimes.manifest import Variant
-from runtimes.package import AnyPackage
+from runtimes.package import AnyPackage, open_package
 from runtimes.targets import Target, find_target, runnable
 
 TOKENS = (17, 6, 1)
@@ -128,14 +128,12 @@ def locate(
     target = find_target(backend, device)
     _check_runs(entry, target)
     wrong = weight_check(opened, entry, checkpoint, config)
-    views = _looked_at(variant_views(opened, entry, checkpoint, config, target.backend, target.device))
+    views = _looked_at(variant_views(opened, entry, checkpoint, config, target))
     location = None
     steps = len(views) * (config.num_hidden_layers + 2)
     with tqdm(total=steps, desc=f"locating in {variant}", unit="segment", leave=False) as bar:
         for view in views:
-            found = _Locator(
-                view, opener or view_opener(view, target.backend, target.device), checkpoint, config, bar
-            ).run()
+            found = _Locator(view, opener or view_opener(view, target), checkpoint, config, bar).run()
             if location is None or found.first is not None or view.label != "int8":
                 location = replace(found, variant=variant, backend=backend)
             if found.first is not None or wrong is not None:
@@ -169,17 +167,16 @@ def _all_variants(package: Package, target: Target) -> list[str]:
     Raises:
         VariantNotFoundError: there is nothing.
     """
-    folder = package.folder
     graphs = list(package.trt.variants) if package.trt is not None else []
     if not target.needs_engine:
         graphs = [*(runnable(package, target) if target.on_gpu else package.manifest.variants), *graphs]
     if not graphs:
         way_out = (
-            f"run: olmo2-export build {folder}"
+            f"run: olmo2-export build {package.folder}"
             if target.needs_engine
             else f"export it with --variant {target.variants[0]}"
         )
-        raise VariantNotFoundError(f"{folder}: no variant for {target.backend} on {target.device}; {way_out}")
+        raise VariantNotFoundError(f"{package.folder}: no variant for {target.backend} on {target.device}; {way_out}")
     return graphs
 
 
@@ -189,13 +186,15 @@ def _check_runs(entry: Variant, target: Target) -> None:
     Raises:
         UsageError: it does not.
     """
-    if entry.kv_cache.form == "static" or not target.on_gpu:
+    static = entry.kv_cache.form == "static"
+    if static or not target.on_gpu:
         return
     if target.needs_engine:
         raise UsageError(f"variant {entry.name}: backend {target.backend} runs the graphs for TensorRT, trt_*")
     if not catalog.is_for_devices(entry.name):
-        names = ", ".join(catalog.names("device"))
-        raise UsageError(f"variant {entry.name}: device {target.device} runs {names} and trt_*")
+        raise UsageError(
+            f"variant {entry.name}: device {target.device} runs {', '.join(catalog.names('device'))} and trt_*"
+        )
 
 
 def _looked_at(views: list[View]) -> list[View]:

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import torch
 
 from olmo2_export.config import ModelConfig
+from olmo2_export.dtypes import float_dtype
 from olmo2_export.graphs.trace import ROTARY_TABLES
 from olmo2_export.locate.explain import relative_error
 from olmo2_export.locate.layer_checks import TensorParity
@@ -23,7 +24,7 @@ from olmo2_export.weights.stored_names import stored_weight
 from runtimes import Package
 from runtimes.manifest import Quantization, Variant
 
-_TABLE_ERROR = 2.0**-8  # of a number from -1 to 1: what rounding to bfloat16 costs
+_TABLE_ERROR = float_dtype("bfloat16").roundoff  # of a number from -1 to 1
 
 
 def tables_check(package: Package, entry: Variant, checkpoint: Checkpoint) -> tuple[TensorParity, str] | None:

@@ -23,11 +23,12 @@ from olmo2_export.truth.torch_layers import reference_logits
 from olmo2_export.views.runners import open_all_positions, open_view
 from olmo2_export.views.table import View
 from olmo2_export.weights.checkpoint import Checkpoint
-from runtimes import Backend, Device, Package
+from runtimes import Package
 from runtimes.errors import FailedError
 from runtimes.manifest import Variant
 from runtimes.ort.concat import open_ort
 from runtimes.sealed import hash_file
+from runtimes.targets import Target
 
 QUALITY_LENGTH = 256
 """tokens of a sequence on which quality is measured, where the cache holds them"""
@@ -71,8 +72,7 @@ def quality_checks(
     report: ParityReport,
     checkpoint: Checkpoint,
     config: ModelConfig,
-    backend: Backend = "ort",
-    device: Device = "cpu",
+    target: Target,
 ) -> tuple[list[Check], PerplexityChange | None]:
     """Measure a variant on held-out text: each graph it has, and both in turns on one cache.
 
@@ -85,8 +85,7 @@ def quality_checks(
         report: of its cases.
         checkpoint: the original weights.
         config: their shape.
-        backend: what runs it.
-        device: of ort.
+        target: where it runs.
 
     Returns:
         A check for each, and the change of perplexity of the first; None where it could not be measured.
@@ -96,7 +95,7 @@ def quality_checks(
     wanted = list(reference_logits(checkpoint, config, sequences))
     checks: list[Check] = []
     changes: list[PerplexityChange] = []
-    for run in _runs(package, entry, view, backend, device):
+    for run in _runs(package, entry, view, target):
         try:
             with run.opened as runner:
                 measured = measure_quality(runner, sequences, wanted, origin, alternate=run.alternate)
@@ -112,12 +111,11 @@ def quality_checks(
     return checks, changes[0] if changes else None
 
 
-def _runs(package: Package, entry: Variant, view: View, backend: Backend, device: Device) -> Iterator[_Run]:
-    on_cpu = backend == "ort" and device == "cpu"
-    if entry.kv_cache.form == "static" and on_cpu:
+def _runs(package: Package, entry: Variant, view: View, target: Target) -> Iterator[_Run]:
+    if entry.kv_cache.form == "static" and not target.on_gpu:
         yield _Run("quality", _all_positions(package, entry))
-    elif entry.quantization is None or catalog.is_for_devices(entry.name) or not on_cpu:
-        yield _Run("quality", open_view(package, view, backend, device))
+    elif entry.quantization is None or catalog.is_for_devices(entry.name) or target.on_gpu:
+        yield _Run("quality", open_view(package, view, target))
     else:
         decode = dataclasses.replace(entry, prefill=None)
         yield _Run("quality", open_ort(package.folder, decode, package.model, None))

@@ -36,9 +36,9 @@ from olmo2_export.views.table import View, variant_views
 from olmo2_export.views.weight_checks import check_cache_scales, weight_checks
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.source import Replaced
-from runtimes import Backend, Device, open_package
 from runtimes.manifest import Variant
-from runtimes.package import AnyPackage
+from runtimes.package import AnyPackage, open_package
+from runtimes.targets import Target, find_target
 
 
 def measure_variant(
@@ -47,8 +47,7 @@ def measure_variant(
     checkpoint: Checkpoint,
     *,
     truth: Truth | None = None,
-    backend: Backend = "ort",
-    device: Device = "cpu",
+    target: Target | None = None,
     longest: int = LONGEST,
 ) -> ParityReport:
     """Run a variant through every case and check.
@@ -59,8 +58,7 @@ def measure_variant(
         checkpoint: the reference weights.
         truth: what `ask_pytorch` found of the checkpoint itself, at the variant's precision; needed where its weights
             are not quantised.
-        backend: ort, or the TensorRT whose engine is run.
-        device: where ort runs it.
+        target: where it runs; None: onnxruntime on the CPU.
         longest: tokens of the longest rows, where the cache holds more.
 
     Raises:
@@ -68,11 +66,11 @@ def measure_variant(
         PackageError: its graph is not one of this exporter.
         BackendError: the device is not there.
     """
-    opened = open_package(package)
+    opened, target = open_package(package), target or find_target("ort")
     entry = opened.variant(name)
     opened.check(entry.files)
     config = ModelConfig.from_json(checkpoint.folder / "config.json")
-    views = variant_views(opened, entry, checkpoint, config, backend, device)
+    views = variant_views(opened, entry, checkpoint, config, target)
     as_run = views[-1]
     views = _compared(views, entry)
     capacity = min(entry.kv_cache.max_cache_length, longest)
@@ -91,10 +89,12 @@ def measure_variant(
             asked = view.replaced, found
         own = _own_logits(view, found, entry, checkpoint, config)
         draws = _draws(view, found, checkpoint)
-        with open_view(opened, view, backend, device) as runner:
+        with open_view(opened, view, target) as runner:
             if report is None:
                 sha256 = opened.files_of(entry)[entry.graph].sha256
-                report = measure_runner(runner, found, own, view.gate, draws, name, entry.precision, sha256, backend)
+                report = measure_runner(
+                    runner, found, own, view.gate, draws, name, entry.precision, sha256, target.backend
+                )
                 cases += report.cases
             else:
                 more = feed(runner, found, found.exact, own, view.gate, draws)
@@ -102,7 +102,7 @@ def measure_variant(
     assert report is not None  # there is a view of every variant
     checks = weight_checks(opened, entry, checkpoint, config)
     checks += calibration_checks(opened, entry, checkpoint, config)
-    quality, change = quality_checks(opened, entry, as_run, report, checkpoint, config, backend, device)
+    quality, change = quality_checks(opened, entry, as_run, report, checkpoint, config, target)
     checks += quality
     if entry.kv_cache.quantization is not None:
         checks.append(check_cache_scales(opened, entry))

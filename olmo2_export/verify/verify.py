@@ -21,11 +21,11 @@ from olmo2_export.verify.feeds import MIN_CAPACITY
 from olmo2_export.verify.measure import LONGEST, ask_pytorch
 from olmo2_export.verify.variant import measure_variant
 from olmo2_export.weights.checkpoint import Checkpoint
-from runtimes import Backend, Device, Package, open_package, open_runner
+from runtimes import Backend, Device, Package, open_runner
 from runtimes.errors import IntegrityError, PackageError, UsageError, VariantNotFoundError
 from runtimes.manifest import PARITY_NAME, Variant, package_checksum
 from runtimes.ort.devices import find_device
-from runtimes.package import AnyPackage
+from runtimes.package import AnyPackage, open_package
 from runtimes.sealed import FORMAT_VERSION, read_sealed, seal
 from runtimes.targets import Target, find_target, runnable
 
@@ -83,7 +83,7 @@ def verify(
     for entry in entries.values():
         _check_runs(entry, target)
     if target.needs_engine:
-        open_runner(opened, variant=names[0], backend=backend).close()  # likewise
+        open_runner(opened, variant=names[0], backend=target.backend).close()  # likewise
     reports = []
     try:
         for report in _measure(opened, entries, checkpoint, target, longest):
@@ -119,15 +119,7 @@ def _measure(
             capacity = min(entry.kv_cache.max_cache_length for entry in rounded)
             truth = ask_pytorch(package, checkpoint, precisions, min(capacity, longest), bar)
         for name in entries:
-            yield measure_variant(
-                package,
-                name,
-                checkpoint,
-                truth=truth,
-                backend=target.backend,
-                device=target.device,
-                longest=longest,
-            )
+            yield measure_variant(package, name, checkpoint, truth=truth, target=target, longest=longest)
             bar.update()
 
 
@@ -139,8 +131,8 @@ def _check_runs(entry: Variant, target: Target) -> None:
     """
     static = entry.kv_cache.form == "static" and "static" in target.caches
     if target.on_gpu and not target.needs_engine and not static and not catalog.is_for_devices(entry.name):
-        names = ", ".join(catalog.names("device"))
-        raise UsageError(f"variant {entry.name}: verify has {names} for device {target.device}")
+        known = ", ".join(catalog.names("device"))
+        raise UsageError(f"variant {entry.name}: verify has {known} for device {target.device}")
 
 
 def _check_the_same(package: Package, cause: Exception | None = None) -> None:
@@ -178,14 +170,15 @@ def _all_variants(package: Package, target: Target) -> list[str]:
     """
     if not target.on_gpu:
         return [*package.manifest.variants, *(package.trt.variants if package.trt is not None else ())]
-    names, folder = runnable(package, target), package.folder
+    names = runnable(package, target)
     if not names and target.needs_engine:
+        folder = package.folder
         raise VariantNotFoundError(
             f"{folder}: no engine for {target.backend}; run: olmo2-export build {folder} --backend {target.backend}"
         )
     if not names:
         raise VariantNotFoundError(
-            f"{folder}: no variant for {target.device}; export it with --variant {target.variants[0]}"
+            f"{package.folder}: no variant for {target.device}; export it with --variant {target.variants[0]}"
         )
     return names
 

@@ -18,12 +18,13 @@ import onnx_ir as ir
 
 from olmo2_export.graphs.files import save_graph
 from olmo2_export.views.table import View
-from runtimes import Backend, Device
+from runtimes import Device
 from runtimes.errors import BackendError
 from runtimes.manifest import TensorSpec, Variant
 from runtimes.ort.devices import find_device
 from runtimes.ort.session import open_session
-from runtimes.trt.nvidia import TensorRTBackend, load_tensorrt
+from runtimes.targets import Target
+from runtimes.trt.nvidia import TensorRTBackend, load_tensorrt, tensorrt_backend
 
 Arrays = dict[str, np.ndarray]
 Run = Callable[[Mapping[str, np.ndarray]], Arrays]
@@ -32,13 +33,15 @@ Opener = Callable[[ir.Model], AbstractContextManager[Run]]
 """makes a graph ready to run"""
 
 
-def view_opener(view: View, backend: Backend = "ort", device: Device = "cpu") -> Opener:
-    """Return what opens segments of a view.
+def view_opener(view: View, target: Target) -> Opener:
+    """Return what opens segments of a view where it runs.
 
     Raises:
         BackendError: what shall run it is not there.
     """
-    return onnxruntime_opener(view.graph, view.variant, device) if backend == "ort" else tensorrt_opener(backend)
+    if target.needs_engine:
+        return tensorrt_opener(tensorrt_backend(target.backend))
+    return onnxruntime_opener(view.graph, view.variant, target.device)
 
 
 def onnxruntime_opener(graph: Path, variant: Variant, device: Device = "cpu") -> Opener:

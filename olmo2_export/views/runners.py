@@ -15,7 +15,7 @@ from olmo2_export.measure.quality import Measured
 from olmo2_export.stored_graph import load_graph
 from olmo2_export.views.static_forms import all_positions, rounded_form
 from olmo2_export.views.table import View, has_rounded_form, in_float32
-from runtimes import Backend, Device, Package, Runner, open_runner
+from runtimes import Device, Package, Runner, open_runner
 from runtimes.errors import UsageError
 from runtimes.manifest import ModelSpec, Variant
 from runtimes.ort.concat import open_ort
@@ -25,27 +25,27 @@ from runtimes.ort.shared import SharedRunner
 from runtimes.ort.static_session import OrtStaticSession
 from runtimes.runners.runner import Logits, TokenIds
 from runtimes.runners.static import StaticRunner
+from runtimes.targets import Target
 
 
 @contextmanager
-def open_view(package: Package, view: View, backend: Backend = "ort", device: Device = "cpu") -> Iterator[Runner]:
+def open_view(package: Package, view: View, target: Target) -> Iterator[Runner]:
     """Open a view.
 
     Args:
         package: the view's.
-        view: one of `variant_views` for that backend and device.
-        backend: what runs it.
-        device: of ort.
+        view: one of `variant_views` there.
+        target: where it runs.
 
     Raises:
         Olmo2ExportError: as `open_runner`.
     """
     if not view.as_stored:
-        with open_form(view.graph, view.model, view.variant, package.model, device) as runner:
+        with open_form(view.graph, view.model, view.variant, package.model, target.device) as runner:
             yield runner
     elif view.variant == package.variant(view.variant.name):
-        place = device if backend == "ort" else None
-        with open_runner(package, variant=view.variant.name, backend=backend, device=place) as runner:
+        name = view.variant.name
+        with open_runner(package, variant=name, backend=target.backend, device=target.device) as runner:
             yield runner
     else:  # one of its two graphs alone
         with open_ort(package.folder, view.variant, package.model, None) as runner:

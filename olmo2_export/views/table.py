@@ -31,7 +31,7 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import onnx_ir as ir
 import torch
@@ -51,12 +51,12 @@ from olmo2_export.views.first_call import at_first_call
 from olmo2_export.views.lazy_tensors import LazyTensors
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.stored_names import stored_weight
-from runtimes import Backend, Device, Package
+from runtimes import Package
 from runtimes.errors import PackageError
 from runtimes.manifest import Variant
+from runtimes.targets import Target
 
 Label = Literal["as stored", "exact", "rounded", "kernels", "int8 exact", "int8"]
-Precision = Literal["fp32", "bf16", "fp16"]
 
 FLOAT32_FACTOR, ROUNDED_FACTOR = 4.0, 2.0
 """most: error / PyTorch's own, of one operation on the graph's inputs. 4 is the fp32 gate of verify; where rounding to
@@ -85,8 +85,8 @@ class View:
     """each weight as the form should have it: dequantised, or the checkpoint's, rounded to the graph's dtype"""
     replaced: Mapping[str, torch.Tensor]
     """the weights that transformers' whole model takes from the graph instead of the checkpoint; {}: none"""
-    precision: Precision
-    """of PyTorch's own arithmetic"""
+    precision: str
+    """of PyTorch's own arithmetic: fp32 | bf16 | fp16"""
     gate: Gate
     """of the logits of whole sequences"""
     factor: float
@@ -110,26 +110,24 @@ def variant_views(
     entry: Variant,
     checkpoint: Checkpoint,
     config: ModelConfig,
-    backend: Backend = "ort",
-    device: Device = "cpu",
+    target: Target,
 ) -> list[View]:
-    """Return the views of a variant on a backend and a device, the sharpest first.
+    """Return the views of a variant where it runs, the sharpest first.
 
     Args:
         package: the variant's.
         entry: the variant.
         checkpoint: the reference weights.
         config: their shape.
-        backend: what runs it. A TensorRT has one view, as a CPU alone runs forms made in memory.
-        device: of ort.
+        target: where it runs. A GPU has one view, as a CPU alone runs forms made in memory.
 
     Raises:
         PackageError: a graph stores other quantised weights than the manifest says.
     """
     graph = _Graph.load(package, entry, checkpoint, config)
     _check_names(graph, package)
-    if backend != "ort" or device != "cpu":
-        return [_on_gpu(graph, backend)]
+    if target.on_gpu:
+        return [_on_gpu(graph, target)]
     if entry.kv_cache.form == "static":
         return _static_views(graph)
     if catalog.is_for_devices(entry.name):
@@ -219,10 +217,10 @@ class _Graph:
         return cls(path, model, entry, stored_weights(model, checkpoint, config, quantized), quantized, stored)
 
     @property
-    def precision(self) -> Precision:
+    def precision(self) -> str:
+        """Of what PyTorch computes in: that of the cache, but for a quantised one."""
         cache = self.variant.kv_cache
-        of = "fp32" if cache.quantization is not None else float_dtype(cache.dtype).precision
-        return cast(Precision, of)
+        return "fp32" if cache.quantization is not None else float_dtype(cache.dtype).precision
 
     @property
     def input_rounding(self) -> dict[str, Rounding]:
@@ -257,17 +255,17 @@ def _check_names(graph: _Graph, package: Package) -> None:
         )
 
 
-def _on_gpu(graph: _Graph, backend: Backend) -> View:
+def _on_gpu(graph: _Graph, target: Target) -> View:
     """The graph, or the engine made of it: it has no other form there."""
     quantised_static = graph.variant.kv_cache.form == "static" and bool(graph.quantized)
     form, as_stored = graph.model, True
-    if backend != "ort":
+    if target.needs_engine:
         form = at_first_call(graph.model, FIRST_CALL)
     elif quantised_static:
         form, as_stored = static_forms.device_form(graph.model), False
     view = graph.as_run("as stored", form, graph.variant, as_stored=as_stored)
     gate = _ENGINE if quantised_static else view.gate
-    return dataclasses.replace(view, gate=gate, first_call_only=backend != "ort")
+    return dataclasses.replace(view, gate=gate, first_call_only=target.needs_engine)
 
 
 def _portable(graph: _Graph) -> View:
