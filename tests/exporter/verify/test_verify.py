@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,9 @@ import transformers
 from support.checkpoints import make_checkpoint
 from transformers import Olmo2ForCausalLM
 
-import runtimes.package
 from olmo2_export import atomic, cli
 from olmo2_export.engine.build import build
 from olmo2_export.engine.options import EngineOptions
-from olmo2_export.locate.locate import locate_all
 from olmo2_export.package.export import export
 from olmo2_export.summary.text import summarize
 from olmo2_export.truth.reference import open_reference
@@ -30,8 +27,7 @@ from olmo2_export.verify.feeds import LENGTHS, MODES
 from olmo2_export.verify.verify import format_reports, verify
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes.errors import ConfigError, IntegrityError, PackageError, UsageError, VariantNotFoundError
-from runtimes.manifest import load_manifest
-from runtimes.sealed import hash_files, read_sealed
+from runtimes.sealed import read_sealed
 
 FORMS: dict[str, dict[str, Any]] = {
     "mha": {"num_key_value_heads": 6},
@@ -263,22 +259,6 @@ def test_the_report_of_a_read_only_package_goes_elsewhere(
     assert document["reference"]["quality"] == f"{version}, its layers one at a time"
     assert list(document["variants"]) == ["fp32"]
     assert not (copy / "parity.json").exists()
-
-
-def test_each_file_is_hashed_once(copy: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checked as a whole, again with its variant, and by each runner: read once, to verify and to locate."""
-    hashed: list[str] = []
-
-    def counted(folder: Path, names: Iterable[str]) -> Any:
-        hashed.extend(names := list(names))
-        return hash_files(folder, names)
-
-    monkeypatch.setattr(runtimes.package, "hash_files", counted)
-    verify(copy, open_checkpoint(str(tiny_checkpoint)), longest=16)
-    assert sorted(hashed) == sorted(load_manifest(copy).files)
-    hashed.clear()
-    locate_all(copy, open_checkpoint(str(tiny_checkpoint)))
-    assert sorted(hashed) == sorted(load_manifest(copy).variants["fp32"].files)
 
 
 @pytest.mark.parametrize("out", ["nowhere/report.json", "copy"])
