@@ -36,6 +36,8 @@ from olmo2_export.config import ModelConfig
 Kind = Literal["gather", "linear", "rms_norm", "layer_norm", "rotary", "attention", "add", "silu", "multiply"]
 NORMS: tuple[Kind, ...] = ("rms_norm", "layer_norm")
 """OLMo 2 has no layer_norm; that one may have no weight"""
+NORM_OPERATORS = ("RMSNormalization", "LayerNormalization")
+"""of ONNX, in the same order"""
 EMBED, FINAL_NORM, LOGITS = "model.embed_tokens", "model.norm", "lm_head"
 
 
@@ -136,8 +138,8 @@ def count(rows: Iterable[Operation], *kinds: Kind) -> int:
 
 def norm_counts(rows: Sequence[Operation]) -> dict[str, int]:
     """Return how often each ONNX operator of a norm occurs, of those that the model has."""
-    found = {"RMSNormalization": count(rows, "rms_norm"), "LayerNormalization": count(rows, "layer_norm")}
-    return {op: n for op, n in found.items() if n}
+    found = {operator: count(rows, kind) for kind, operator in zip(NORMS, NORM_OPERATORS, strict=True)}
+    return {operator: n for operator, n in found.items() if n}
 
 
 def tensor_shapes(rows: Iterable[Operation]) -> dict[str, tuple[int, ...]]:

@@ -1,8 +1,8 @@
-"""Compute RMSNorm in float32 whatever the precision of the graph.
+"""Compute norms in float32 whatever the precision of the graph.
 
 Matches:
 
-    y = RMSNormalization(x, weight)
+    y = RMSNormalization(x, weight)         or LayerNormalization
 
 Becomes:
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from olmo2_export.architecture import NORM_OPERATORS
 from olmo2_export.fuse.edit import TO_PRECISION, is_op, name_of, new_cast
 
 
@@ -25,10 +26,10 @@ def float32_norm(model: ir.Model) -> int:
     graph = model.graph
     rewritten = 0
     for node in list(graph):
-        if not is_op(node, "RMSNormalization") or _is_done(node):
+        if not any(is_op(node, operator) for operator in NORM_OPERATORS) or _is_done(node):
             continue
         x, y = node.inputs[0], node.outputs[0]
-        assert x is not None  # RMSNormalization requires it
+        assert x is not None  # both operators require it
         up = new_cast(x, f"{name_of(y)}_input_float32", to_precision=False)
         down = new_cast(y, f"{name_of(y)}_rounded", to_precision=True)
         graph.insert_before(node, up)

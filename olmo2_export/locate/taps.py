@@ -34,7 +34,16 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from olmo2_export.architecture import EMBED, FINAL_NORM, NORMS, Operation, after_layers, of_layer, within_layer
+from olmo2_export.architecture import (
+    EMBED,
+    FINAL_NORM,
+    NORM_OPERATORS,
+    NORMS,
+    Operation,
+    after_layers,
+    of_layer,
+    within_layer,
+)
 from olmo2_export.dtypes import HALVES
 from olmo2_export.fuse.edit import is_op, name_of
 from olmo2_export.fuse.merge_projections import JOINT
@@ -45,7 +54,6 @@ HIDDEN = "hidden"
 PRODUCTS = ("MatMul", "MatMulNBits", "MatMulInteger", "Gather", "GatherBlockQuantized")
 _OWN_NAMES = {"attention_residual": "after_attention", "mlp.product": "mlp.gated", "mlp_residual": "output"}
 """tensors that are called otherwise here than in `architecture`"""
-_NORM_OPERATORS = ("RMSNormalization", "LayerNormalization")
 _SUFFIXES = ("", ".packed", ".int8", ".codes")
 _FLOATS = (ir.DataType.FLOAT, *HALVES)
 
@@ -199,7 +207,7 @@ class _Values:
         """Return the input of a norm, found from its result; that is the result where the norm is ignored."""
         normed = self.of(norm.name)
         node = _back(normed, "Cast").producer()
-        x = node.inputs[0] if node is not None and node.op_type in _NORM_OPERATORS else None
+        x = node.inputs[0] if node is not None and node.op_type in NORM_OPERATORS else None
         return _back(x or normed, "Cast")
 
     def rotated(self, row: Operation) -> ir.Value | None:
@@ -314,7 +322,7 @@ def _biased(y: ir.Value, bias: str) -> ir.Value:
 def _norm(graph: ir.Graph, weight: str) -> ir.Value | None:
     """Return the result of the norm with that weight, if somebody reads it."""
     for node in graph:
-        if is_op(node, "RMSNormalization") and node.inputs[1] is not None:
+        if node.op_type in NORM_OPERATORS and node.inputs[1] is not None:
             scale = _back(node.inputs[1], "Cast")
             if scale.name == weight and node.outputs[0].uses():
                 return _seen(node.outputs[0])
