@@ -25,7 +25,7 @@ from olmo2_export.measure.parity import (
     failed_case,
 )
 from olmo2_export.truth.reference import Rounding, open_reference
-from olmo2_export.verify.feeds import MIN_CAPACITY, Fed, compared_positions, feed_all, row_lengths
+from olmo2_export.verify.feeds import MIN_CAPACITY, ModeResult, compared_positions, feed_all, row_lengths
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.stored_names import HEAD, linear_names
 from runtimes import Runner, open_package
@@ -230,7 +230,7 @@ def feed(
         draws: of `own`; None: its error is taken as it is.
     """
     cases: list[CaseResult] = []
-    kept: list[Fed] | None = []
+    kept: list[ModeResult] | None = []
     held = 0
     for fed in feed_all(runner, truth.sequences, truth.capacity):
         cases.append(_compared(fed, truth, exact, own, gate, ()))
@@ -244,7 +244,7 @@ def feed(
 
 
 def _compared(
-    fed: Fed,
+    fed: ModeResult,
     truth: Truth,
     exact: Sequence[np.ndarray],
     own: Sequence[np.ndarray],

@@ -13,7 +13,7 @@ from support.remembered import remember
 from olmo2_export.measure.parity import GATES
 from olmo2_export.truth import reference
 from olmo2_export.verify import measure
-from olmo2_export.verify.feeds import Fed
+from olmo2_export.verify.feeds import ModeResult
 from olmo2_export.weights.checkpoint import open_checkpoint
 
 RANDOM = np.random.default_rng(0)
@@ -30,7 +30,7 @@ def test_a_graph_that_is_off_runs_again_only_where_its_logits_are_large(
 
     def feed_all(*_: object) -> Any:
         asked.append("run")
-        yield Fed("prefill", (30,), (np.arange(30),), (OFF,), "")
+        yield ModeResult("prefill", (30,), (np.arange(30),), (OFF,), "")
 
     monkeypatch.setattr(measure, "feed_all", feed_all)
     monkeypatch.setattr(measure, "_KEPT", most)
