@@ -33,8 +33,8 @@ from olmo2_export.graphs.trace import trace
 from olmo2_export.package.export import export
 from olmo2_export.package.trt_variants import TrtOptions, write_trt_variant
 from olmo2_export.package.variants import Options
-from olmo2_export.quantize.sweep import reference_logits
 from olmo2_export.summary.text import summarize
+from olmo2_export.truth.torch_layers import reference_logits
 from olmo2_export.verify.verify import verify
 from olmo2_export.views.static_forms import rounded_form
 from olmo2_export.weights.checkpoint import open_checkpoint
