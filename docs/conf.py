@@ -33,6 +33,7 @@ apidoc_modules = [
 ]
 
 autodoc_member_order = "bysource"
+autodoc_default_options = {"ignore-module-all": True}  # a name is explained where it is defined
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 default_role = "code"
