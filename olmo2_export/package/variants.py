@@ -138,7 +138,8 @@ def _defaults(row: VariantRow) -> QuantizationDefaults:
     return row.defaults
 
 
-_trace_once = lru_cache(maxsize=1)(trace)  # many revisions of a model have one graph; it holds no weights
+# Many revisions of a model have one graph, and some sizes are exported in turns; without weights a layer is 0.1 MB.
+_trace_once = lru_cache(maxsize=8)(trace)
 
 
 class VariantWriter:

@@ -25,7 +25,7 @@ from olmo2_export.measure.parity import (
     failed_case,
 )
 from olmo2_export.truth.reference import Rounding, open_reference
-from olmo2_export.verify.feeds import MIN_CAPACITY, compared_positions, feed_all, row_lengths
+from olmo2_export.verify.feeds import MIN_CAPACITY, ModeResult, compared_positions, feed_all, row_lengths
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.stored_names import HEAD, linear_names
 from runtimes import Runner, open_package
@@ -35,6 +35,8 @@ from runtimes.package import AnyPackage
 SEED = 0
 LONGEST = 4096
 """tokens of the longest rows where a cache holds more; PyTorch in float64 has to compute them too"""
+_KEPT = 64 << 20
+"""bytes of logits, at most, that are kept for a second comparison"""
 GREEDY_TOKENS = 24
 GREEDY_PROMPT = 5
 _TEXT = Path(__file__).parents[1] / "demo" / "heldout.txt"
@@ -217,6 +219,8 @@ def feed(
 ) -> list[CaseResult]:
     """Run every case of `feeds.feed_all` and compare; if one is off, all again with several draws of PyTorch's error.
 
+    What the runner gave is compared again as it is where it is small; else it runs again.
+
     Args:
         runner: of any graph.
         truth: for its sequences, and the positions that are compared.
@@ -225,29 +229,33 @@ def feed(
         gate: the limits.
         draws: of `own`; None: its error is taken as it is.
     """
-    cases = _feed_once(runner, truth, exact, own, gate, ())
+    cases: list[CaseResult] = []
+    kept: list[ModeResult] | None = []
+    held = 0
+    for fed in feed_all(runner, truth.sequences, truth.capacity):
+        cases.append(_compared(fed, truth, exact, own, gate, ()))
+        held += sum(logits.nbytes for logits in fed.logits)
+        kept = [*kept, fed] if kept is not None and held <= _KEPT else None
     if draws is None or all(case.passed for case in cases):
         return cases
-    return _feed_once(runner, truth, exact, own, gate, draws())
+    drawn = draws()
+    again = kept if kept is not None else feed_all(runner, truth.sequences, truth.capacity)
+    return [_compared(fed, truth, exact, own, gate, drawn) for fed in again]
 
 
-def _feed_once(
-    runner: Runner,
+def _compared(
+    fed: ModeResult,
     truth: Truth,
     exact: Sequence[np.ndarray],
     own: Sequence[np.ndarray],
     gate: Gate,
     draws: Sequence[Sequence[np.ndarray]],
-) -> list[CaseResult]:
-    cases = []
-    for fed in feed_all(runner, truth.sequences, truth.capacity):
-        if fed.error:
-            cases.append(failed_case(fed.mode, fed.lengths, fed.error))
-            continue
-        found = [np.searchsorted(truth.positions[row], at) for row, at in enumerate(fed.positions)]
-        wanted, ours, *others = ([a[row][index] for row, index in enumerate(found)] for a in (exact, own, *draws))
-        cases.append(compare(fed.mode, fed.lengths, fed.logits, wanted, ours, gate, others))
-    return cases
+) -> CaseResult:
+    if fed.error:
+        return failed_case(fed.mode, fed.lengths, fed.error)
+    found = [np.searchsorted(truth.positions[row], at) for row, at in enumerate(fed.positions)]
+    wanted, ours, *others = ([a[row][index] for row, index in enumerate(found)] for a in (exact, own, *draws))
+    return compare(fed.mode, fed.lengths, fed.logits, wanted, ours, gate, others)
 
 
 def _greedy(runner: Runner, prompt: np.ndarray, new_tokens: int) -> np.ndarray:

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import transformers
 from support.checkpoints import make_checkpoint
 from transformers import Olmo2ForCausalLM
 
-import runtimes.package
 from olmo2_export import atomic, cli
 from olmo2_export.engine.build import build
 from olmo2_export.engine.options import EngineOptions
@@ -26,12 +25,13 @@ from olmo2_export.package.export import export
 from olmo2_export.summary.text import summarize
 from olmo2_export.truth.reference import open_reference
 from olmo2_export.verify import verify as verify_module
-from olmo2_export.verify.feeds import LENGTHS, MODES
+from olmo2_export.verify.feeds import LENGTHS, MIN_CAPACITY, MODES
 from olmo2_export.verify.verify import format_reports, verify
 from olmo2_export.weights.checkpoint import open_checkpoint
+from runtimes import sealed
 from runtimes.errors import ConfigError, IntegrityError, PackageError, UsageError, VariantNotFoundError
 from runtimes.manifest import load_manifest
-from runtimes.sealed import hash_files, read_sealed
+from runtimes.sealed import FileEntry, read_sealed
 
 FORMS: dict[str, dict[str, Any]] = {
     "mha": {"num_key_value_heads": 6},
@@ -265,22 +265,6 @@ def test_the_report_of_a_read_only_package_goes_elsewhere(
     assert not (copy / "parity.json").exists()
 
 
-def test_each_file_is_hashed_once(copy: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checked as a whole, again with its variant, and by each runner: read once, to verify and to locate."""
-    hashed: list[str] = []
-
-    def counted(folder: Path, names: Iterable[str]) -> Any:
-        hashed.extend(names := list(names))
-        return hash_files(folder, names)
-
-    monkeypatch.setattr(runtimes.package, "hash_files", counted)
-    verify(copy, open_checkpoint(str(tiny_checkpoint)), longest=16)
-    assert sorted(hashed) == sorted(load_manifest(copy).files)
-    hashed.clear()
-    locate_all(copy, open_checkpoint(str(tiny_checkpoint)))
-    assert sorted(hashed) == sorted(load_manifest(copy).variants["fp32"].files)
-
-
 @pytest.mark.parametrize("out", ["nowhere/report.json", "copy"])
 def test_a_report_that_cannot_be_written_is_refused_before_anything_is_run(
     copy: Path, tiny_checkpoint: Path, tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch
@@ -310,3 +294,22 @@ def test_a_full_disk_does_not_take_the_verdict(
     last = said.err.splitlines()[-1]
     assert "parity.json: writing failed (No space left on device)" in last
     assert sorted(p.name for p in copy.iterdir() if "parity" in p.name) == []
+
+
+def test_verify_and_locate_hash_each_file_once(
+    tiny_package: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(tiny_package, tmp_path / "copy"))
+    counts: Counter[str] = Counter()
+    hash_file = sealed.hash_file
+
+    def counting(path: Path) -> FileEntry:
+        counts[path.relative_to(copy).as_posix()] += 1
+        return hash_file(path)
+
+    monkeypatch.setattr(sealed, "hash_file", counting)
+    verify(copy, open_checkpoint(str(tiny_checkpoint)), longest=MIN_CAPACITY)
+    assert counts == Counter(load_manifest(copy).files.keys())
+    counts.clear()
+    locate_all(copy, open_checkpoint(str(tiny_checkpoint)))
+    assert counts == Counter(load_manifest(copy).variants["fp32"].files)
