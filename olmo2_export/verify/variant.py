@@ -40,6 +40,9 @@ from runtimes.manifest import Variant
 from runtimes.package import AnyPackage, open_package
 from runtimes.targets import Target, find_target
 
+WITH_ISLANDS = "this project's layers, rounded as transformers rounds but for the float32 islands"
+"""what gives the unit of error where transformers in float16 overflows"""
+
 
 def measure_variant(
     package: AnyPackage,
@@ -106,6 +109,8 @@ def measure_variant(
     checks += quality
     if entry.kv_cache.quantization is not None:
         checks.append(check_cache_scales(opened, entry))
+    if entry.float32_islands:
+        report = dataclasses.replace(report, own_error_of=WITH_ISLANDS)
     return dataclasses.replace(report, cases=tuple(cases), checks=tuple(checks), perplexity=change)
 
 

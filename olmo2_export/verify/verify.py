@@ -236,6 +236,8 @@ def _notes(report: ParityReport) -> list[str]:
     for check in report.checks:
         notes.append(f"{name} {check.name}: {check.found}: {'ok' if check.passed else 'FAIL'}")
         notes += [f"{name} {check.name}: {failure}" for failure in check.failures]
+    if report.own_error_of != "transformers":
+        notes.append(f"{name} err/torch: in units of the error of {report.own_error_of}")
     lengths = ", ".join(str(n) for n in sorted({case.length for case in report.cases}))
     batches = " and ".join(str(n) for n in sorted({case.batch_size for case in report.cases}))
     held = "" if report.capacity == report.max_cache_length else f"; its cache holds {report.max_cache_length}"
