@@ -3,12 +3,12 @@
 Matches:
 
     x'     = Slice(x, -num_logits_to_keep, end, axis 1)     x: [batch_size, sequence_length, hidden]
-    logits = MatMul(RMSNormalization(x'), lm_head)          [batch_size, num_logits, vocab]
+    logits = MatMul(Norm(x'), lm_head)                      [batch_size, num_logits, vocab]
 
 Becomes:
 
     x'     = GatherND(x, logit_index, batch_dims=1)         logit_index: input, int64 [batch_size, 1]
-    logits = MatMul(RMSNormalization(x'), lm_head)          [batch_size, vocab]
+    logits = MatMul(Norm(x'), lm_head)                      [batch_size, vocab]
 
 In a batch of right-padded prompts the last token of each is at a row of its own, which a slice cannot express.
 """
@@ -19,6 +19,7 @@ import logging
 
 import onnx_ir as ir
 
+from olmo2_export.architecture import NORM_OPERATORS
 from olmo2_export.fuse.edit import constant_ints, ensure_input, find_input, is_op, new_node, only_user
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,8 @@ def _why_not(graph: ir.Graph, node: ir.Node) -> str | None:
         return "does not start at -num_logits_to_keep"
     following = _to_the_end(node.outputs[0])
     producers = [value.producer() for value in following]
-    if len(producers) != 2 or not is_op(producers[0], "RMSNormalization") or not is_op(producers[1], "MatMul"):
+    normed = any(is_op(producers[0], operator) for operator in NORM_OPERATORS) if producers else False
+    if len(producers) != 2 or not normed or not is_op(producers[1], "MatMul"):
         return f"leads to {len(producers)} nodes and an output, not to the final norm and the head"
     if any(value.shape is None or len(value.shape) != 3 for value in (node.outputs[0], *following)):
         return "not of three dimensions"

@@ -31,6 +31,7 @@ from olmo2_export.fp16.values import Wide
 from olmo2_export.fuse import DEVICE
 from olmo2_export.fuse.edit import new_node
 from olmo2_export.fuse.float32_islands import find_operations
+from olmo2_export.fuse.gather_logit_row import gather_logit_row
 from olmo2_export.graphs import device, shared, static, trace
 from olmo2_export.graphs.device import device_graph
 from olmo2_export.graphs.shared import shared_graph
@@ -194,6 +195,13 @@ def test_graphs_follow(
     graph, _ = static_graph(portable.clone(), config, "fp16", 40)
     made = [node.outputs[0].dtype for node in graph.graph if node.op_type == "LayerNormalization"]
     assert made == [ir.DataType.FLOAT] * LAYERS
+
+
+@pytest.mark.parametrize(("operator", "applied"), [("LayerNormalization", 1), ("Softmax", 0)])
+def test_the_row_of_the_logits_is_found_before_another_norm(operator: str, applied: int, portable: ir.Model) -> None:
+    last = [node for node in portable.graph if node.op_type == "RMSNormalization"][-1]
+    last.op_type = operator
+    assert gather_logit_row(portable) == applied
 
 
 def without(portable: ir.Model) -> ir.Model:
