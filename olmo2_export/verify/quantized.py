@@ -39,7 +39,7 @@ from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.stored_names import EMBEDDING
 from runtimes.errors import PackageError
 from runtimes.manifest import ModelSpec, Variant, find_variant, load_manifest
-from runtimes.ort.concat import open_ort
+from runtimes.ort.open import open_ort
 from runtimes.ort.session import open_session
 from runtimes.ort.shared import SharedRunner
 from runtimes.sealed import check_files

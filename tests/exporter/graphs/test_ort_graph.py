@@ -39,7 +39,7 @@ from olmo2_export.truth.reference import int8_blocks, open_reference
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes.errors import FailedError, FusionError
 from runtimes.manifest import KVCacheSpec, Variant
-from runtimes.ort.concat import open_ort
+from runtimes.ort.open import open_ort
 from runtimes.ort.shared import SharedRunner
 
 NMSE = 1e-11  # a pass changes the order of float32 operations, nothing else

@@ -21,10 +21,10 @@ from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes import open_runner
 from runtimes.errors import BackendError, ContextLengthError, InputError, UsageError
 from runtimes.manifest import KVCacheSpec, Manifest, Variant, load_manifest
-from runtimes.ort import concat as ort_runner
-from runtimes.ort.concat import default_variant
+from runtimes.ort import open as ort_runner
 from runtimes.ort.device import DeviceRunner, compiled_shapes
 from runtimes.ort.devices import PROVIDERS, Device, GpuMemory, find_device
+from runtimes.ort.open import default_variant
 from runtimes.ort.session import open_session
 from runtimes.package import Package
 
