@@ -19,20 +19,21 @@ html_title = "olmo2-export"
 
 extensions = ["myst_parser", "sphinx.ext.apidoc", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 
-# A page per module of both packages, written into docs/api/, which git ignores.
+# A page per room of both packages, written into docs/api/, which git ignores.
 apidoc_modules = [
     {
         "path": ROOT / package,
         "destination": f"api/{package}",
         # the workers import the peers
         "exclude_patterns": [str(ROOT / "*/__main__.py"), str(ROOT / "*/bench/workers*")],
-        "separate_modules": True,
+        "separate_modules": False,
         "module_first": True,
     }
     for package in ("runtimes", "olmo2_export")
 ]
 
 autodoc_member_order = "bysource"
+autodoc_default_options = {"ignore-module-all": True}  # a name is explained where it is defined
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 default_role = "code"

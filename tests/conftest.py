@@ -5,6 +5,8 @@ Numpy is imported where it is used, and so is what imports it: before that, `tak
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure() -> None:
     take_one_cpu()
+
+
+def pytest_collection_finish() -> None:
+    """What all tests have imported is garbage to nobody: a collection, as after each PyTorch model, passes over it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +73,12 @@ def _package(request: pytest.FixtureRequest, name: str) -> Path:
 
 
 @pytest.fixture(scope="session")
+def package_of(request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """The packages of `packages.PACKAGES`, by name. Do not change them."""
+    return lambda name: _package(request, name)
+
+
+@pytest.fixture(scope="session")
 def tiny_package(request: pytest.FixtureRequest) -> Path:
     """The package of tiny_checkpoint. Do not change it."""
     return _package(request, "tiny")
@@ -92,3 +106,16 @@ def demo_package(request: pytest.FixtureRequest) -> Path:
 def demo_two_package(request: pytest.FixtureRequest) -> Path:
     """The demo in fp32 and q4, verified by nobody. Do not change it."""
     return _package(request, "demo_two")
+
+
+@pytest.fixture(scope="session")
+def trt_package(tiny_package: Path, shared: Shared) -> Callable[[str], Path]:
+    """tiny_package with a graph for TensorRT of a precision and a cache of 64 tokens, no engine. Do not change it."""
+    from support.rebuilt_packages import with_trt_graph
+
+    from olmo2_export.package.trt_variants import TrtOptions
+
+    def of(precision: str) -> Path:
+        return shared.made("trt", precision, lambda out: with_trt_graph(tiny_package, out, TrtOptions(precision, 64)))
+
+    return of

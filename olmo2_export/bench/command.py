@@ -16,7 +16,7 @@ from olmo2_export.bench.arguments import CONTEXTS, PEERS
 from olmo2_export.bench.compare import Setting, compare
 from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes.errors import UsageError
-from runtimes.manifest import load_manifest
+from runtimes.package import open_package
 from runtimes.threads import default_threads
 
 
@@ -75,7 +75,7 @@ def write_out(out: Path | None, document: dict[str, Any]) -> None:
 
 def _fitting(package: Path, new_tokens: int) -> list[int]:
     """Return the usual context lengths that the model's context leaves room for; half of it, if none is."""
-    room = load_manifest(package).model.max_position_embeddings - new_tokens
+    room = open_package(package).model.max_position_embeddings - new_tokens
     return [length for length in CONTEXTS if length <= room] or [max(1, room // 2)]
 
 

@@ -30,9 +30,8 @@ from olmo2_export.bench.turns import take_turns
 from olmo2_export.config import ModelConfig
 from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes.errors import ConfigError, ContextLengthError, UsageError, VariantNotFoundError
-from runtimes.manifest import find_variant, load_manifest, load_trt_manifest
 from runtimes.ort.devices import find_device
-from runtimes.sealed import check_files
+from runtimes.package import Package, open_package
 from runtimes.targets import Target, find_target
 
 METRICS = ("decode_tokens_per_s", "prefill_tokens_per_s")
@@ -128,17 +127,17 @@ def compare(
         ConfigError: package and reference are not of one shape.
     """
     setting.check()
-    model = load_manifest(package).model
+    opened = open_package(package)
+    model = opened.model
     target = setting.target
     if target.on_gpu and not target.needs_engine:
         find_device(target.device)
-    names = list(dict.fromkeys(variants)) or default_variants(package, target)
+    names = list(dict.fromkeys(variants)) or default_variants(opened, target)
     if not names:
         raise VariantNotFoundError(f"{package}: no variant for backend {target.backend} on device {target.device}")
     for name in names:
-        _check_room(package, name, setting)
-        variant, files = find_variant(package, name)
-        check_files(package, files, variant.files)
+        _check_room(opened, name, setting)
+        opened.check(opened.variant(name).files)
     found_peers = None
     if peers:
         if reference is None:
@@ -148,7 +147,7 @@ def compare(
             raise ConfigError(f"{package}: not of the shape of the reference {reference.model}")
         workshop = Workshop(work, f"of-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}", folder)
         found_peers = peer_entries(peers, names, workshop, peers_folder, setting.threads, setting.hardware)
-    entries = [our_entry(package.resolve(), name, target) for name in names]
+    entries = [our_entry(opened, name, target) for name in names]
     entries += found_peers.entries if found_peers else ()
 
     busy = os.getloadavg()[0]
@@ -192,8 +191,8 @@ def ours_failed(document: Mapping[str, Any]) -> bool:
     return any(entry["ours"] and entry["repeats"] < document["repeats"] for entry in document["contenders"].values())
 
 
-def _check_room(package: Path, name: str, setting: Setting) -> None:
-    variant = find_variant(package, name)[0]
+def _check_room(package: Package, name: str, setting: Setting) -> None:
+    variant = package.variant(name)
     most, longest = variant.kv_cache.max_cache_length, max(setting.contexts)
     if longest + setting.new_tokens > most:
         raise ContextLengthError(
@@ -201,8 +200,7 @@ def _check_room(package: Path, name: str, setting: Setting) -> None:
             "choose smaller --contexts"
         )
     if setting.target.needs_engine:
-        trt = load_trt_manifest(package)
-        engines = [] if trt is None else [e for e in trt.engines.values() if e.variant == name]
+        engines = [e for e in package.trt.engines.values() if e.variant == name] if package.trt is not None else []
         rows = min((engine.max_batch_size for engine in engines), default=max(setting.batch_sizes))
         if max(setting.batch_sizes) > rows:
             raise UsageError(f"batch size {max(setting.batch_sizes)}: the engine of {name} was built for {rows}")

@@ -14,7 +14,7 @@ import olmo2_export.demo
 from olmo2_export.bench.checkpoint import SIZES, Form, shape_of, write_checkpoint
 from olmo2_export.bench.processes import run, stage, worker
 from olmo2_export.catalog import find
-from runtimes.manifest import find_variant
+from runtimes.package import open_package
 
 LLAMA_VENV, GENAI_VENV, OPTIMUM_VENV = ".venv-peers-llama", ".venv-peers-genai", ".venv-peers-optimum"
 SPEED = ("decode_128", "decode_3000", "prefill_512", "streams_8", "load", "memory_1024")
@@ -181,7 +181,7 @@ def ours(workshop: Workshop, variants: Sequence[str]) -> list[Contender]:
     first, *others = variants
     package, made = workshop.package("bench", workshop.checkpoint("olmo2"), first)
     tasks = [*SPEED, "load_trusted", "lookup_repeats", "lookup_new"]
-    if find_variant(package, first)[0].prefill is None:  # nothing to say then about the memory of two graphs
+    if open_package(package).variant(first).prefill is None:  # nothing to say then about the memory of two graphs
         tasks.remove("memory_1024")
         one = _ours("one_graph", f"ours {first}, one graph", package, first, ("memory_1024",), made)
     else:

@@ -38,8 +38,7 @@ from olmo2_export.catalog import known, like_peer
 from olmo2_export.config import ModelConfig
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes.errors import FailedError
-from runtimes.manifest import find_variant, load_trt_manifest
-from runtimes.package import open_package
+from runtimes.package import Package
 from runtimes.targets import Target, runnable
 
 POINTS = "points"
@@ -66,19 +65,17 @@ class Entry:
         return self.contender.name
 
 
-def our_entry(package: Path, name: str, target: Target) -> Entry:
+def our_entry(package: Package, name: str, target: Target) -> Entry:
     """Return a variant of a package where it runs."""
-    variant, files = find_variant(package, name)
+    folder, variant = package.folder.resolve(), package.variant(name)
+    files = package.files_of(variant)
     sizes = [files[path].size for path in variant.files]
     if target.needs_engine:
-        trt = load_trt_manifest(package)
-        engines = (
-            [] if trt is None else [e for e in trt.engines.values() if (e.variant, e.backend) == (name, target.backend)]
-        )
-        sizes = [files[engine.plan].size for engine in engines]
-    arguments = (str(package), name, *target.flags)
+        engines = package.trt.engines.values() if package.trt is not None else ()
+        sizes = [files[e.plan].size for e in engines if (e.variant, e.backend) == (name, target.backend)]
+    arguments = (str(folder), name, *target.flags)
     contender = Contender(f"ours_{name}", f"ours {name}", Path(sys.executable), "ours", arguments, (POINTS,), _NO_COST)
-    return Entry(contender, True, (name,), sum(sizes), package_traffic(package, variant))
+    return Entry(contender, True, (name,), sum(sizes), package_traffic(folder, variant))
 
 
 @dataclass(frozen=True)
@@ -238,7 +235,7 @@ def _folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def default_variants(package: Path, target: Target) -> list[str]:
+def default_variants(package: Package, target: Target) -> list[str]:
     """Return the variants of a package that are measured where none is named: those made for the target."""
-    names = runnable(open_package(package), target)
+    names = runnable(package, target)
     return [name for name in names if name in target.variants or target.needs_engine]

@@ -23,7 +23,7 @@ from olmo2_export.bench.machine import BANDWIDTH, device_limits
 from olmo2_export.bench.turns import take_turns
 from olmo2_export.catalog import find, static_row
 from runtimes.errors import UsageError, VariantNotFoundError
-from runtimes.manifest import find_variant, load_manifest
+from runtimes.package import open_package
 from runtimes.targets import backends, find_target
 
 TASKS = ("decode_128", "decode_2048", "prefill_2048", "streams_8")
@@ -110,7 +110,7 @@ def check(
     if minutes is not None and not minutes > 0:
         raise UsageError(f"--minutes {minutes:g}: expected more than 0; without it all is measured")
     for folder in packages:
-        load_manifest(folder)
+        open_package(folder)
     for folder in (*packages, *([] if reference is None else [reference])):
         try:
             found = shape_of(folder)
@@ -151,7 +151,7 @@ def _backend_and_variant(text: str) -> tuple[str, str]:
 
 def _has(package: Path, variant: str) -> bool:
     try:
-        find_variant(package, variant)
+        open_package(package).variant(variant)
     except VariantNotFoundError:
         return False
     return True

@@ -25,7 +25,7 @@ from olmo2_export.measure.quality import token_losses
 from olmo2_export.truth.reference import open_reference
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes import Runner, open_runner
-from runtimes.manifest import find_variant
+from runtimes.package import open_package
 
 WINDOW = 512
 OURS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -108,7 +108,7 @@ def run(
         variant, flags = OURS[name]
         package = work / f"package-{name}"
         stage("export", ["demo", "--out", package, "--variant", variant, *flags])
-        found = find_variant(package, variant)[0]
+        found = open_package(package).variant(variant)
         assert found.quantization is not None  # all of OURS are
         test = _run_ours(package, variant, rows, work / "test.f32", exact=True)
         size = found.quantization.bits_per_weight

@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
-import polygraphy.config  # type: ignore[import-untyped]
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx  # type: ignore[import-untyped]
 from polygraphy.comparator import Comparator  # type: ignore[import-untyped]
 from polygraphy.logger import G_LOGGER  # type: ignore[import-untyped]
@@ -30,8 +29,9 @@ from olmo2_export.atomic import can_write
 from olmo2_export.graphs.files import save_graph
 from olmo2_export.stored_graph import load_graph
 from olmo2_export.views.first_call import first_call, float32_name
+from olmo2_export.views.openers import tensorrt_runner
 from olmo2_export.views.static_forms import exact_form, rounded_form
-from runtimes.errors import BackendError, FailedError, UsageError, VariantNotFoundError
+from runtimes.errors import FailedError, UsageError, VariantNotFoundError
 from runtimes.manifest import Variant
 from runtimes.package import AnyPackage, open_package
 from runtimes.trt.nvidia import TensorRTBackend, load_tensorrt
@@ -204,31 +204,6 @@ def onnxruntime_runner(path: Path) -> OnnxrtRunner:
     return OnnxrtRunner(SessionFromOnnx(str(path), providers=["cpu"]), name=path.stem)
 
 
-def tensorrt_runner(backend: TensorRTBackend) -> Callable[[Path], Any]:
-    """Return what makes Polygraphy's runner of a graph on a TensorRT, compiled for the GPU at hand.
-
-    Raises:
-        BackendError: the library is not installed, or there is no GPU.
-    """
-    _choose(backend)
-    from polygraphy.backend.trt import (  # type: ignore[import-untyped]  # after the choice
-        CreateConfig,
-        EngineFromNetwork,
-        NetworkFromOnnxPath,
-        TrtRunner,
-    )
-    from polygraphy.exception import PolygraphyException  # type: ignore[import-untyped]
-
-    def make(path: Path) -> Any:
-        network = NetworkFromOnnxPath(str(path), strongly_typed=True)
-        try:
-            return TrtRunner(EngineFromNetwork(network, CreateConfig())(), name=backend)
-        except PolygraphyException as error:
-            raise BackendError(f"backend {backend}: no engine for this machine's GPU: {error}") from error
-
-    return make
-
-
 def first_difference(differences: Sequence[TensorDifference], tolerance: float) -> TensorDifference | None:
     """Return the first tensor that differs by more than a tolerance, or that is not finite."""
     return next((d for d in differences if not d.relative <= tolerance), None)
@@ -287,14 +262,6 @@ def _difference(name: str, op_type: str, wanted: np.ndarray, found: np.ndarray) 
     return TensorDifference(
         name, op_type, float(np.abs(a - b).max()), float(np.sqrt(np.mean((a - b) ** 2))) / max(size, 1e-30)
     )
-
-
-def _choose(backend: Literal["trt_rtx", "trt"]) -> None:
-    """Let Polygraphy use one of the two TensorRTs from here on."""
-    module = load_tensorrt(backend).module
-    if backend == "trt_rtx":
-        polygraphy.config.USE_TENSORRT_RTX = True
-        sys.modules.setdefault("tensorrt_rtx", module)
 
 
 def _polygraphy(backend: TensorRTBackend, arguments: Sequence[str], folder: Path) -> str:

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from olmo2_export.atomic import locked, replace_folder
 from olmo2_export.engine.compiler import CompileRequest, CompileResult
-from olmo2_export.engine.options import EngineOptions, gpu_at_hand, settle
+from olmo2_export.engine.options import EngineOptions, gpu_at_hand, resolve_options
 from olmo2_export.engine.plan import count_kernels
 from olmo2_export.engine.process import run_worker
 from olmo2_export.engine.refitter import RefitRequest
@@ -96,8 +96,8 @@ def build(package: Path, options: EngineOptions, *, progress: bool = True) -> Bu
     start = time.monotonic()
     opened = open_package(package)
     manifest = opened.manifest
-    settled = settle(options, manifest.model)
-    graph = TrtOptions(options.precision, settled.max_cache_length, options.top_k, options.recipe, options.calibration)
+    resolved = resolve_options(options, manifest.model)
+    graph = TrtOptions(options.precision, resolved.max_cache_length, options.top_k, options.recipe, options.calibration)
     check_trt_options(package, manifest, graph)
     with _staged(opened, options.precision) as (staging, kept):
         variant = write_trt_variant(package, manifest, staging, graph)
@@ -110,12 +110,12 @@ def build(package: Path, options: EngineOptions, *, progress: bool = True) -> Bu
             graph=Path(variant.graph).name,
             plan=Path(plan).name,
             profiles={
-                "decode": _profile(variant, settled.max_batch_size, 1),
-                "prefill": _profile(variant, settled.max_batch_size, settled.prefill_chunk),
+                "decode": _profile(variant, resolved.max_batch_size, 1),
+                "prefill": _profile(variant, resolved.max_batch_size, resolved.prefill_chunk),
             },
-            compute_capabilities=settled.compute_capabilities,
+            compute_capabilities=resolved.compute_capabilities,
             layer_counts=_expected_layers(manifest.model),
-            flags=settled.flags,
+            flags=resolved.flags,
             timing_cache=str(options.timing_cache.resolve()) if options.timing_cache else None,
         )
         result = run_worker(request, staging, progress=progress)
@@ -127,13 +127,13 @@ def build(package: Path, options: EngineOptions, *, progress: bool = True) -> Bu
             precision=options.precision,
             backend=options.backend,
             backend_version=result.backend_version,
-            compute_capabilities=settled.compute_capabilities,
+            compute_capabilities=resolved.compute_capabilities,
             profiles=request.profiles,
-            max_batch_size=settled.max_batch_size,
-            max_cache_length=settled.max_cache_length,
-            prefill_chunk=settled.prefill_chunk,
-            profile=settled.profile,
-            flags=settled.flags,
+            max_batch_size=resolved.max_batch_size,
+            max_cache_length=resolved.max_cache_length,
+            prefill_chunk=resolved.prefill_chunk,
+            profile=resolved.profile,
+            flags=resolved.flags,
             layer_counts=result.layer_counts,
             aliases=_checked_aliases(variant, result),
         )

@@ -48,7 +48,7 @@ _FULL_CAPABILITIES = (
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What to build; None leaves the choice to `settle`."""
+    """What to build; None leaves the choice to `resolve_options`."""
 
     precision: Precision = "bf16"
     """of weights, activations and cache. fp32 is for comparison: TensorRT has no attention kernel for it and composes
@@ -85,7 +85,7 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
-class Settled:
+class ResolvedOptions:
     """What an engine will be: nothing is left to choose."""
 
     compute_capabilities: tuple[str, ...]
@@ -97,7 +97,7 @@ class Settled:
     """portable, refit, weight_streaming: those that were asked for"""
 
 
-def settle(options: EngineOptions, model: ModelSpec) -> Settled:
+def resolve_options(options: EngineOptions, model: ModelSpec) -> ResolvedOptions:
     """Choose what is left open, and refuse what TensorRT would refuse, or accept and not do.
 
     Args:
@@ -123,7 +123,7 @@ def settle(options: EngineOptions, model: ModelSpec) -> Settled:
     _check_capabilities(options, [c for c in asked if c != CURRENT])
     check_installed(options.backend)
     capabilities = _with_gpu_at_hand(options, asked)
-    return Settled(capabilities, profile, batch, capacity, chunk, _flags(options))
+    return ResolvedOptions(capabilities, profile, batch, capacity, chunk, _flags(options))
 
 
 def _check_backend_options(options: EngineOptions) -> None:

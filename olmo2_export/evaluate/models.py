@@ -17,11 +17,9 @@ import torch
 from olmo2_export.config import ModelConfig
 from olmo2_export.evaluate.text import Window
 from olmo2_export.measure.quality import Measured
-from olmo2_export.quantize.sweep import Head, embed, staged_layers
-from olmo2_export.stored_graph import load_graph
 from olmo2_export.truth.reference import Reference, open_reference
-from olmo2_export.verify.device import open_device_graph
-from olmo2_export.verify.static import StaticForms
+from olmo2_export.truth.torch_layers import open_layers
+from olmo2_export.views import runners
 from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes import Backend, Device, open_runner
 from runtimes.manifest import ModelSpec, Variant
@@ -107,7 +105,7 @@ class TorchModel:
 
 
 class LayeredTorchModel:
-    """A checkpoint in float32 with one layer in memory: a group of windows goes through all layers together.
+    """transformers' model in float32, one layer in memory: a group of windows goes through all layers together.
 
     Implements `Evaluated`.
     """
@@ -118,21 +116,22 @@ class LayeredTorchModel:
         self.vocab_size = config.vocab_size
         self.max_context = config.max_position_embeddings
         self.group_tokens = max(1, _HIDDEN_BYTES // (4 * config.hidden_size))
-        self._checkpoint, self._config = checkpoint, config
-        self._head = Head(checkpoint, config)
+        self._model, self._layers = open_layers(checkpoint, config), config.num_hidden_layers
         self._hidden: list[torch.Tensor] = []
 
     @torch.no_grad()
     def begin(self, windows: Sequence[Window]) -> None:
-        hidden = embed(self._checkpoint, [window.ids for window in windows])
-        for layer in staged_layers(self._checkpoint, self._config):
+        hidden = [self._model.embed(torch.from_numpy(window.ids)) for window in windows]
+        for index in range(self._layers):
+            layer = self._model.layer(index)
             hidden = [layer(x) for x in hidden]
+            del layer
         self._hidden = [x[0, w.first :] for x, w in zip(hidden, windows, strict=True)]
 
     @torch.no_grad()
     def logits(self, index: int, piece: int) -> Iterator[Logits]:
         for part in torch.split(self._hidden[index], piece):
-            yield self._head.logits(part).numpy()
+            yield self._model.head(self._model.norm(part)).numpy()
 
 
 @contextmanager
@@ -173,12 +172,8 @@ def open_measured(package: AnyPackage, variant: str) -> Iterator[Measured]:
         PackageError: the graph does not load.
     """
     opened = open_package(package)
-    entry, folder = opened.variant(variant), opened.folder
-    if entry.kv_cache.form == "static":
-        yield StaticForms(folder, entry, opened.model, load_graph(folder / entry.graph)).open_all_positions()
-        return
-    with open_device_graph(folder, entry, "cpu") as runner:
-        yield runner
+    with runners.open_measured(opened, opened.variant(variant)) as measured:
+        yield measured
 
 
 def _rounded_here(variant: Variant) -> bool:
@@ -192,7 +187,7 @@ def open_torch_model(checkpoint: Checkpoint, *, low_memory: bool = False) -> Ite
 
     Args:
         checkpoint: the weights.
-        low_memory: this project's own model, with one layer in memory at a time, instead of transformers'.
+        low_memory: with one layer in memory at a time, instead of all.
 
     Raises:
         ConfigError, CheckpointError: it cannot be loaded.

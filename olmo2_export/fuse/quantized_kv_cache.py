@@ -22,7 +22,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from olmo2_export.catalog import KV_CACHES
+import olmo2_export.catalog as catalog
 from olmo2_export.dtypes import ir_dtype
 from olmo2_export.fuse.group_query_attention import DOMAIN, NAME
 
@@ -38,7 +38,7 @@ def quantized_kv_cache(model: ir.Model, scales: Mapping[str, np.ndarray], bits: 
         bits: 8 or 4.
     """
     graph = model.graph
-    (dtype,) = {ir_dtype(cache.dtype) for cache in KV_CACHES if cache.bits == bits}
+    (dtype,) = {ir_dtype(cache.dtype) for cache in catalog.KV_CACHES if cache.bits == bits}
     rewritten = 0
     for node in list(graph):
         if node.domain != DOMAIN or node.op_type != NAME or len(node.inputs) != _INPUTS:

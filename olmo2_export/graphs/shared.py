@@ -24,12 +24,10 @@ from functools import lru_cache
 import numpy as np
 import onnx_ir as ir
 
-from olmo2_export.catalog import BlockFormat
 from olmo2_export.fuse import ONNXRUNTIME, Pass, apply, check_op_counts
 from olmo2_export.fuse.gather_block_quantized import gather_block_quantized
-from olmo2_export.fuse.matmul_integer import matmul_integer, multiply_floats
+from olmo2_export.fuse.matmul_integer import matmul_integer
 from olmo2_export.fuse.matmul_nbits import matmul_nbits
-from olmo2_export.quantize.blocks import QuantizedMatrix
 from olmo2_export.quantize.int8 import quantize_int8
 from olmo2_export.quantize.recipes import QuantizedWeights
 from runtimes.errors import FusionError
@@ -113,81 +111,6 @@ def prefill_graph(
     linears = _LINEARS_PER_LAYER * model.num_hidden_layers - len(kept) + 1
     expected = {"com.microsoft::MatMulNBits": len(kept), "MatMulInteger": linears, "MatMul": 0}
     return graph, check_op_counts(graph, _expected(model) | expected)
-
-
-def exact_form(graph: ir.Model) -> ir.Model:
-    """Return a graph that computes in float32 with the same weights: no rounding of activations or cache."""
-    exact = graph.clone()
-    for node in list(exact.graph):
-        if node.op_type == "MatMulInteger":
-            multiply_floats(exact.graph, node)
-        if node.op_type == "MatMulNBits":
-            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
-        if node.op_type == "GroupQueryAttention" and "kv_cache_bit_width" in node.attributes:
-            bits = node.attributes["kv_cache_bit_width"].as_int()
-            for name in ("k_quant_type", "v_quant_type", "kv_cache_bit_width"):
-                del node.attributes[name]
-            for index in range(9, len(node.inputs)):
-                node.replace_input_with(index, None)
-            for value in (*node.inputs[3:5], *node.outputs[1:3]):
-                assert value is not None  # past and present
-                assert value.shape is not None
-                *outer, size = value.shape
-                value.type = ir.TensorType(ir.DataType.FLOAT)
-                value.shape = ir.Shape([*outer, int(str(size)) * 8 // bits])
-    return exact
-
-
-def stored_matrices(graph: ir.Model) -> dict[str, QuantizedMatrix]:
-    """Return the weights in blocks as a written graph has them, by the checkpoint's names."""
-    initializers = graph.graph.initializers
-    found: dict[str, QuantizedMatrix] = {}
-    for node in graph.graph:
-        if node.op_type not in ("MatMulNBits", "GatherBlockQuantized"):
-            continue
-        gather = node.op_type == "GatherBlockQuantized"
-        packed = node.inputs[0 if gather else 1]
-        assert packed is not None  # the operators need it
-        name = str(packed.name).removesuffix(".packed")
-        parts = {part: initializers.get(f"{name}.{part}") for part in ("packed", "scales", "zero_points")}
-        codes, scales, zeros = (
-            None if v is None or v.const_value is None else np.array(v.const_value.numpy())  # its file is mapped
-            for v in parts.values()
-        )
-        assert codes is not None
-        assert scales is not None
-        bits, block = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
-        form = BlockFormat(bits, block, symmetric=zeros is None)
-        columns = codes.shape[1] * 8 // bits if gather else node.attributes["K"].as_int()
-        if gather:  # without the padding of the last block
-            width = form.blocks(columns) * block * bits // 8
-            codes = np.pad(codes, ((0, 0), (0, width - codes.shape[1])))
-        rows, blocks = len(codes), form.blocks(columns)
-        found[name] = QuantizedMatrix(form, rows, columns, codes.reshape(rows, blocks, -1), scales, zeros)
-    return found
-
-
-def block_sizes(graph: ir.Model) -> dict[str, int]:
-    """Return the weights per scale of each linear in blocks, by the checkpoint's names, without reading weights."""
-    return {
-        str(node.inputs[1].name).removesuffix(".packed"): node.attributes["block_size"].as_int()
-        for node in graph.graph
-        if node.op_type == "MatMulNBits" and node.inputs[1] is not None
-    }
-
-
-def stored_int8(graph: ir.Model) -> dict[str, np.ndarray]:
-    """Return the dequantised int8 weights of a written prefill graph, float32 [out, in], by the checkpoint's names."""
-    initializers = graph.graph.initializers
-    found: dict[str, np.ndarray] = {}
-    for name, value in initializers.items():
-        scales = initializers.get(f"{name.removesuffix('.int8')}.channel_scales")
-        if name.endswith(".int8") and scales is not None:
-            assert value.const_value is not None  # loaded from a file
-            assert scales.const_value is not None
-            codes = value.const_value.numpy().astype(np.float32)
-            found[name.removesuffix(".int8")] = (codes * scales.const_value.numpy()).T
-    return found
 
 
 def _expected(model: ModelSpec) -> dict[str, int]:

@@ -2,9 +2,8 @@
 
 taps.py          the same tensor names in every form of graph; cut a graph where its layers meet
 segments.py      run the cut graph, one segment in memory at a time
-torch_layers.py  transformers' own layer, operation by operation
 explain.py       which known mistake gives these numbers
 layer_checks.py  compare each operation on what it was given
-views.py         which graphs of a variant are looked at, against which weights, how exactly
+stored_values.py compare stored weights, scales and rotary tables
 locate.py        the first tensor that departs; the words of `verify --locate`
 """

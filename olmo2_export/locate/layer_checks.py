@@ -17,9 +17,10 @@ from torch import Tensor
 
 from olmo2_export.locate import explain
 from olmo2_export.locate.explain import relative_error
-from olmo2_export.locate.segments import Arrays, Calls, joined
+from olmo2_export.locate.segments import Calls, joined
 from olmo2_export.locate.taps import HIDDEN, layer_name
 from olmo2_export.truth.torch_layers import TorchLayer, TorchModel
+from olmo2_export.views.openers import Arrays
 
 NORM, LINEAR, ROTARY, ATTENTION = "RMS norm", "linear", "rotary embedding", "attention"
 CACHE, ADD, GATED = "KV cache write", "residual add", "gated activation (SiLU x up)"

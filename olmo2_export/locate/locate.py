@@ -24,13 +24,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+import olmo2_export.catalog as catalog
 from olmo2_export.config import ModelConfig
 from olmo2_export.dtypes import float_dtype
 from olmo2_export.locate.explain import relative_error
@@ -44,25 +44,17 @@ from olmo2_export.locate.layer_checks import (
     embedding_check,
     head_checks,
 )
-from olmo2_export.locate.segments import Arrays, Calls, Opener, joined, run_segments
+from olmo2_export.locate.segments import Calls, joined, run_segments
+from olmo2_export.locate.stored_values import tables_check, weight_check
 from olmo2_export.locate.taps import layer_name
-from olmo2_export.locate.views import (
-    EXACT,
-    FIRST_CALL,
-    INT8,
-    View,
-    check_runs,
-    tables_check,
-    variant_views,
-    weight_check,
-)
 from olmo2_export.truth.torch_layers import TorchModel
+from olmo2_export.views.openers import Arrays, Opener, view_opener
+from olmo2_export.views.table import FIRST_CALL, FLOAT32_FACTOR, View, variant_views
 from olmo2_export.weights.checkpoint import Checkpoint
-from runtimes import Backend, Device
-from runtimes.errors import ConfigError, PackageError, VariantNotFoundError
-from runtimes.manifest import find_variant, load_manifest
-from runtimes.package import open_package
-from runtimes.sealed import check_files
+from runtimes import Backend, Device, Package
+from runtimes.errors import ConfigError, PackageError, UsageError, VariantNotFoundError
+from runtimes.manifest import Variant
+from runtimes.package import AnyPackage, open_package
 from runtimes.targets import Target, find_target, runnable
 
 TOKENS = (17, 6, 1)
@@ -96,7 +88,7 @@ class Location:
 
 
 def locate(
-    package: Path,
+    package: AnyPackage,
     checkpoint: Checkpoint,
     variant: str,
     *,
@@ -121,31 +113,34 @@ def locate(
         BackendError: what shall run it is not there.
         UsageError: the variant does not run there.
     """
-    entry, files = find_variant(package, variant)
-    check_files(package, files, entry.files)
+    opened = open_package(package)
+    entry = opened.variant(variant)
+    opened.check(entry.files)
     config = ModelConfig.from_json(checkpoint.folder / "config.json")
-    if load_manifest(package).model != config.spec:
-        raise ConfigError(f"{package}: not of the reference's shape; give the checkpoint that it was exported from")
+    if opened.model != config.spec:
+        raise ConfigError(
+            f"{opened.folder}: not of the reference's shape; give the checkpoint that it was exported from"
+        )
     if entry.kv_cache.max_cache_length < MIN_TOKENS:
         raise PackageError(
-            f"{package}: a cache of {entry.kv_cache.max_cache_length} tokens; --locate needs {MIN_TOKENS}"
+            f"{opened.folder}: a cache of {entry.kv_cache.max_cache_length} tokens; --locate needs {MIN_TOKENS}"
         )
     target = find_target(backend, device)
-    check_runs(entry, target)
-    wrong = weight_check(package, entry, checkpoint, config)
-    views = variant_views(package, entry, checkpoint, config, target, opener)
+    _check_runs(entry, target)
+    wrong = weight_check(opened, entry, checkpoint, config)
+    views = _looked_at(variant_views(opened, entry, checkpoint, config, target))
     location = None
     steps = len(views) * (config.num_hidden_layers + 2)
     with tqdm(total=steps, desc=f"locating in {variant}", unit="segment", leave=False) as bar:
         for view in views:
-            found = _Locator(view, checkpoint, config, bar).run()
-            if location is None or found.first is not None or view.label != INT8:
+            found = _Locator(view, opener or view_opener(view, target), checkpoint, config, bar).run()
+            if location is None or found.first is not None or view.label != "int8":
                 location = replace(found, variant=variant, backend=backend)
             if found.first is not None or wrong is not None:
                 break
     assert location is not None  # there is a view of every variant
     if location.first is None and wrong is None:
-        wrong = tables_check(package, entry, checkpoint)
+        wrong = tables_check(opened, entry, checkpoint)
     if wrong is not None:
         first, explanation = wrong
         return replace(location, first=first, tensors=(first, *location.tensors), explanation=explanation)
@@ -153,7 +148,7 @@ def locate(
 
 
 def locate_all(
-    package: Path,
+    package: AnyPackage,
     checkpoint: Checkpoint,
     variants: Sequence[str] = (),
     *,
@@ -161,28 +156,52 @@ def locate_all(
     device: Device | None = None,
 ) -> list[Location]:
     """Locate in several variants; none means all that the backend can run, as in `verify`."""
-    names = list(dict.fromkeys(variants)) or _all_variants(package, find_target(backend, device))
-    return [locate(package, checkpoint, name, backend=backend, device=device) for name in names]
+    opened = open_package(package)
+    names = list(dict.fromkeys(variants)) or _all_variants(opened, find_target(backend, device))
+    return [locate(opened, checkpoint, name, backend=backend, device=device) for name in names]
 
 
-def _all_variants(package: Path, target: Target) -> list[str]:
+def _all_variants(package: Package, target: Target) -> list[str]:
     """Return what can be looked at there: on a CPU every graph, in a form that it runs; no engine is needed.
 
     Raises:
         VariantNotFoundError: there is nothing.
     """
-    opened = open_package(package)
-    graphs = list(opened.trt.variants) if opened.trt is not None else []
+    graphs = list(package.trt.variants) if package.trt is not None else []
     if not target.needs_engine:
-        graphs = [*(runnable(opened, target) if target.on_gpu else opened.manifest.variants), *graphs]
+        graphs = [*(runnable(package, target) if target.on_gpu else package.manifest.variants), *graphs]
     if not graphs:
         way_out = (
-            f"run: olmo2-export build {package}"
+            f"run: olmo2-export build {package.folder}"
             if target.needs_engine
             else f"export it with --variant {target.variants[0]}"
         )
-        raise VariantNotFoundError(f"{package}: no variant for {target.backend} on {target.device}; {way_out}")
+        raise VariantNotFoundError(f"{package.folder}: no variant for {target.backend} on {target.device}; {way_out}")
     return graphs
+
+
+def _check_runs(entry: Variant, target: Target) -> None:
+    """Refuse a variant that does not run there.
+
+    Raises:
+        UsageError: it does not.
+    """
+    static = entry.kv_cache.form == "static"
+    if static or not target.on_gpu:
+        return
+    if target.needs_engine:
+        raise UsageError(f"variant {entry.name}: backend {target.backend} runs the graphs for TensorRT, trt_*")
+    if not catalog.is_for_devices(entry.name):
+        raise UsageError(
+            f"variant {entry.name}: device {target.device} runs {', '.join(catalog.names('device'))} and trt_*"
+        )
+
+
+def _looked_at(views: list[View]) -> list[View]:
+    """Leave out the views that show nothing more; of a quantised cache all but the exact one show codes."""
+    if any(v.variant.kv_cache.quantization is not None for v in views):
+        return views[:1]
+    return [view for view in views if view.label != "int8 exact"]
 
 
 def _floor(precision: str) -> float:
@@ -194,8 +213,8 @@ def _floor(precision: str) -> float:
 class _Locator:
     """Looks at one view."""
 
-    def __init__(self, view: View, checkpoint: Checkpoint, config: ModelConfig, bar: tqdm[Any]) -> None:
-        self._view, self._config, self._bar = view, config, bar
+    def __init__(self, view: View, opener: Opener, checkpoint: Checkpoint, config: ModelConfig, bar: tqdm[Any]) -> None:
+        self._view, self._opener, self._config, self._bar = view, opener, config, bar
         self._in_order = any(node.op_type == "MatMulNBits" for node in view.model.graph)
         folder = checkpoint.folder
         self._exact = TorchModel(folder, view.weights, "fp64", tables=view.tables)
@@ -215,7 +234,7 @@ class _Locator:
         bad: tuple[TensorParity, list[TensorParity], str] | None = None
         ids = torch.from_numpy(calls.ids)
         exact, own = self._exact.embed(ids), self._own.embed(ids)
-        segments = run_segments(view.model, view.variant, calls, view.opener, first_call_only=view.first_call_only)
+        segments = run_segments(view.model, view.variant, calls, self._opener, first_call_only=view.first_call_only)
         depth = 0
         for segment, found in segments:
             if segment.source is None:
@@ -249,7 +268,7 @@ class _Locator:
         add products one after the other, so that their error grows with the root of the number of products; PyTorch's
         hardly does. At the 1B shape that of down_proj is 5.7 x PyTorch's, and 0.27 x 2^-24 x sqrt(8192).
         """
-        units = EXACT
+        units = FLOAT32_FACTOR
         if parity.operation == GATED:
             units *= 4
         elif parity.operation == LINEAR and self._in_order:
@@ -302,7 +321,8 @@ class _Locator:
         return x[:, [start + self._calls.logit_index(stop - start) for start, stop in self._calls.spans()]]
 
     def _label(self) -> str:
-        return f"In the {self._view.label} view, " if self._view.label else "In the graph as it is, "
+        label = self._view.label
+        return f"In the {label} view, " if label != "as stored" else "In the graph as it is, "
 
     def _nothing(self, growth: Sequence[TensorParity]) -> str:
         logits = growth[-1]

@@ -8,31 +8,15 @@ segment in memory.
 from __future__ import annotations
 
 import dataclasses
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from olmo2_export.debug.debug import tensorrt_runner
-from olmo2_export.graphs.files import save_graph
 from olmo2_export.locate.taps import HIDDEN, Segment, cut, find_segments
-from olmo2_export.views.first_call import first_call
-from runtimes import Device
+from olmo2_export.views.openers import Arrays, Opener
 from runtimes.errors import PackageError
-from runtimes.manifest import TensorSpec, Variant
-from runtimes.ort.devices import find_device
-from runtimes.ort.session import open_session
-from runtimes.trt.nvidia import TensorRTBackend
-
-Arrays = dict[str, np.ndarray]
-Run = Callable[[Mapping[str, np.ndarray]], Arrays]
-"""inputs by name -> outputs by name"""
-Opener = Callable[[ir.Model], AbstractContextManager[Run]]
-"""makes a segment ready to run"""
+from runtimes.manifest import Variant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,53 +38,6 @@ class Calls:
     def logit_index(self, size: int) -> int:
         """Return the token of a call whose logits are asked for, where a graph gives one: not the last, if it can."""
         return max(size - 3, 0)
-
-
-def onnxruntime_opener(graph: Path, variant: Variant, device: Device = "cpu") -> Opener:
-    """Return what opens segments on a provider of onnxruntime; the weights stay in the graph's file.
-
-    Raises:
-        BackendError: the device is not there.
-    """
-
-    @contextmanager
-    def open_segment(part: ir.Model) -> Iterator[Run]:
-        inputs, outputs = (tuple(_spec(v) for v in values) for values in (part.graph.inputs, part.graph.outputs))
-        entry = dataclasses.replace(variant, inputs=inputs, outputs=outputs)
-        proto = ir.to_proto(part).SerializeToString()
-        session = open_session(graph, entry, None, proto, device=find_device(device))
-        names = [spec.name for spec in outputs]
-        yield lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))
-
-    return open_segment
-
-
-def _spec(value: ir.Value) -> TensorSpec:
-    """Return what `open_session` compares of a tensor, its name; what it is, nobody asks."""
-    return TensorSpec(str(value.name), "float32", (), "hidden_state")
-
-
-def tensorrt_opener(backend: TensorRTBackend, runner: Callable[[Path], Any] | None = None) -> Opener:
-    """Return what compiles segments of a graph's first call for the GPU at hand.
-
-    Args:
-        backend: which TensorRT.
-        runner: path of an ONNX file -> Polygraphy's runner of it; None: that TensorRT's.
-
-    Raises:
-        BackendError: the library is not installed, or there is no GPU.
-    """
-    make = runner or tensorrt_runner(backend)
-
-    @contextmanager
-    def open_segment(part: ir.Model) -> Iterator[Run]:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "segment.onnx"
-            save_graph(part, path)
-            with make(path) as running:
-                yield lambda feeds: {k: np.array(v) for k, v in running.infer(dict(feeds)).items()}
-
-    return open_segment
 
 
 def run_segments(
@@ -152,13 +89,6 @@ def _check_caches(part: ir.Model, segment: Segment) -> None:
     for name in names:
         if name.startswith("past_key_values.") and name.split(".")[1] != str(segment.layer):
             raise PackageError(f"the attention of layer {segment.layer} reads {name}, the KV cache of another layer")
-
-
-def one_call(model: ir.Model, tokens: int) -> ir.Model:
-    """Return a static-cache graph at its first call, which knows nothing of a cache that is written in place."""
-    form = model.clone()
-    first_call(form, tokens)
-    return form
 
 
 def _feeds(

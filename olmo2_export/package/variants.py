@@ -35,7 +35,7 @@ from olmo2_export.measure.quality import broken_limits, gate_of, measure_quality
 from olmo2_export.quantize.calibration import calibration_tokens
 from olmo2_export.quantize.kv_cache import kv_cache_scales
 from olmo2_export.quantize.recipes import CALIBRATED, MIXED, RECIPES, QuantizedWeights, quantize
-from olmo2_export.quantize.sweep import reference_logits
+from olmo2_export.truth.torch_layers import reference_logits
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.stored_names import EMBEDDING, weight_shapes
 from runtimes.errors import ConfigError, FusionError, UsageError
@@ -138,7 +138,8 @@ def _defaults(row: VariantRow) -> QuantizationDefaults:
     return row.defaults
 
 
-_trace_once = lru_cache(maxsize=1)(trace)  # many revisions of a model have one graph; it holds no weights
+# Many revisions of a model have one graph, and some sizes are exported in turns; without weights a layer is 0.1 MB.
+_trace_once = lru_cache(maxsize=8)(trace)
 
 
 class VariantWriter:

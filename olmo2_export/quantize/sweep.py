@@ -115,25 +115,3 @@ def staged_layers(checkpoint: WeightSource, config: ModelConfig) -> Iterator[Sta
     rotary = rotary_tables(config)
     for index in range(config.num_hidden_layers):
         yield StagedLayer(checkpoint, config, index, rotary)
-
-
-@torch.no_grad()
-def reference_logits(
-    checkpoint: WeightSource, config: ModelConfig, sequences: Sequence[np.ndarray]
-) -> Iterator[np.ndarray]:
-    """Run each sequence alone through the original weights in float32.
-
-    Args:
-        checkpoint: the weights.
-        config: their shape.
-        sequences: int64 [S] each.
-
-    Yields:
-        Per sequence the logits of all positions, float32 [S, V]; one at a time, for they are large.
-    """
-    hidden = embed(checkpoint, sequences)
-    for layer in staged_layers(checkpoint, config):
-        hidden = [layer(x) for x in hidden]
-    head = Head(checkpoint, config)
-    for x in hidden:
-        yield head.logits(x)[0].numpy()

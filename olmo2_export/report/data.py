@@ -14,10 +14,10 @@ from olmo2_export.catalog import QualityGate, names
 from olmo2_export.config import ModelConfig
 from olmo2_export.locate.locate import Location, locate
 from olmo2_export.measure.quality import gate_of, quality_tokens
-from olmo2_export.quantize.sweep import reference_logits
 from olmo2_export.report.bench_file import Bench, read_bench
 from olmo2_export.report.logit_samples import LogitSample, sample_logits
 from olmo2_export.summary.package import PackageSummary, VariantSummary, describe
+from olmo2_export.truth.torch_layers import reference_logits
 from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes.errors import ConfigError, Olmo2ExportError, UsageError, VariantNotFoundError
 from runtimes.manifest import PARITY_NAME

@@ -9,7 +9,7 @@ from pathlib import PurePath
 from olmo2_export.report import plots
 from olmo2_export.report.bench_file import Bench, Ratio
 from olmo2_export.report.data import ReportData, number
-from olmo2_export.report.parts import FAILED, NONE, Drawing, Grid, Section, figures, rate, seconds, sized
+from olmo2_export.report.parts import FAILED, NONE, Drawing, Section, Table, figures, rate, seconds, sized
 from olmo2_export.summary.text import short_name, size
 
 _MOST_GRAPHS = 4  # in one figure
@@ -70,12 +70,12 @@ def throughput(data: ReportData) -> Section:
     if series:
         caption = f"Tokens per second at batch {batch}, over the tokens in the context. Dashed: peers."
         drawings = (Drawing("throughput", "Throughput against context", caption, plots.throughput_figure(series)),)
-    grids = (
-        Grid("Per contender", ("contender", "load", "peak memory", "on disk"), tuple(whole)),
+    tables = (
+        Table("Per contender", ("contender", "load", "peak memory", "on disk"), tuple(whole)),
         *_ratios(bench),
-        Grid("Per context", columns, tuple(rows), folded=len(rows) > 12),
+        Table("Per context", columns, tuple(rows), folded=len(rows) > 12),
     )
-    return Section("throughput", "Throughput", text, drawings, grids, _notes(bench))
+    return Section("throughput", "Throughput", text, drawings, tables, _notes(bench))
 
 
 def _notes(bench: Bench) -> tuple[str, ...]:
@@ -99,7 +99,7 @@ def _machine(bench: Bench) -> Iterable[str]:
             yield f"{name.replace('_', ' ')} {value}"
 
 
-def _ratios(bench: Bench) -> list[Grid]:
+def _ratios(bench: Bench) -> list[Table]:
     """Return the ratios as a table: a row of each pair and phase, a column of each context and batch size."""
     points = sorted({(r.context_tokens, r.batch_size) for r in bench.ratios})
     lines: dict[tuple[str, str, str], dict[tuple[int, int], str]] = {}
@@ -110,7 +110,7 @@ def _ratios(bench: Bench) -> list[Grid]:
     columns = ("phase", "ours", "peer", *(f"{context:,} tokens, batch {batch}" for context, batch in points))
     rows = tuple((*key, *(row.get(point, NONE) for point in points)) for key, row in lines.items())
     title = "Ours / peer: quotient of the medians (least to largest of one repeat); = weights of as many bits"
-    return [Grid(title, columns, rows, folded=len(rows) > 12)] if rows else []
+    return [Table(title, columns, rows, folded=len(rows) > 12)] if rows else []
 
 
 def _quotient(ratio: Ratio) -> str:
@@ -147,7 +147,7 @@ def memory(data: ReportData) -> Section:
     )
     drawing = Drawing("memory", "Memory", caption, plots.memory_figure(bars))
     columns = ("variant", "weights", "KV cache", "a token", "a row of so many tokens", "peak measured")
-    return Section("memory", "Memory", (), (drawing,), (Grid("", columns, tuple(rows)),))
+    return Section("memory", "Memory", (), (drawing,), (Table("", columns, tuple(rows)),))
 
 
 def operators(data: ReportData) -> Section:
@@ -179,7 +179,7 @@ def operators(data: ReportData) -> Section:
             ),
         )
     columns = ("graph", "file", "nodes before", "nodes after", "new operators", "gone")
-    return Section("operators", "The graphs", text, drawings, (Grid("", columns, tuple(rows)),))
+    return Section("operators", "The graphs", text, drawings, (Table("", columns, tuple(rows)),))
 
 
 def package(data: ReportData) -> Section:
@@ -239,13 +239,13 @@ def package(data: ReportData) -> Section:
         "Bytes of each graph's tensors: codes, scales, norms, tables.",
         plots.weights_figure(groups),
     )
-    grids = [
-        Grid("Files", ("file", "bytes", "share", "dtypes", "sha256"), tuple(files)),
-        Grid("Largest tensors", ("variant", "tensor", "dtype", "shape", "bytes each"), tuple(largest), folded=True),
+    tables = [
+        Table("Files", ("file", "bytes", "share", "dtypes", "sha256"), tuple(files)),
+        Table("Largest tensors", ("variant", "tensor", "dtype", "shape", "bytes each"), tuple(largest), folded=True),
     ]
     if bits:
-        grids.append(
-            Grid(
+        tables.append(
+            Table(
                 "Quantisation per layer",
                 ("variant", "part", "stored as", "bytes", "bits/weight", "worst NMSE"),
                 tuple(bits),
@@ -253,8 +253,8 @@ def package(data: ReportData) -> Section:
             )
         )
     if engines:
-        grids.append(
-            Grid(
+        tables.append(
+            Table(
                 "Engines",
                 ("engine", "plan", "size", "needs", "compute capability", "rows x cache", "kernels: decode / prefill"),
                 tuple(engines),
@@ -265,7 +265,7 @@ def package(data: ReportData) -> Section:
         "Package contents",
         (f"{len(package.files)} files, {size(total)}, each as the manifest says.",),
         (drawing,),
-        tuple(grids),
+        tuple(tables),
     )
 
 

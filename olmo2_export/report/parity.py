@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from olmo2_export.report import plots
 from olmo2_export.report.data import ReportData, VariantData, number
 from olmo2_export.report.logit_samples import PIECE
-from olmo2_export.report.parts import FAILED, NONE, PASSED, UNKNOWN, Drawing, Grid, Section, figures, percent
+from olmo2_export.report.parts import FAILED, NONE, PASSED, UNKNOWN, Drawing, Section, Table, figures, percent
 from olmo2_export.summary.text import size
 
 _METRICS = (
@@ -79,7 +79,7 @@ def verdicts(data: ReportData) -> Section:
         stale = " (an earlier graph was)" if any(v.stale for v in data.variants) else ""
         text.append(f"Not verified yet{stale}: {', '.join(missing)}. Run: {shlex.join(command)}")
     text += [f"{v.name}: {failure}" for v in data.variants for failure in _failures(v)]
-    return Section("verdicts", "Verdicts", tuple(text), (), (Grid("", columns, tuple(rows)),))
+    return Section("verdicts", "Verdicts", tuple(text), (), (Table("", columns, tuple(rows)),))
 
 
 def _prefilled(data: ReportData) -> list[str]:
@@ -200,7 +200,7 @@ def perplexity(data: ReportData) -> Section:
     drawing = Drawing("perplexity", "Perplexity beside PyTorch", caption, plots.perplexity_figure(reference, rows))
     columns = ("variant", "perplexity", "change", "95 % interval", "tokens", "of")
     lines.insert(0, ("PyTorch float32", figures(reference, ".3f"), "", "", "", ""))
-    return Section("perplexity", "Perplexity", (), (drawing,), (Grid("", columns, tuple(lines)),))
+    return Section("perplexity", "Perplexity", (), (drawing,), (Table("", columns, tuple(lines)),))
 
 
 def gates(data: ReportData) -> Section:
@@ -230,12 +230,12 @@ def gates(data: ReportData) -> Section:
         for v in data.variants
         if (g := v.quality_gate) is not None
     ]
-    grids = []
+    tables = []
     if rows:
-        grids.append(Grid("Kernel parity", ("variant", *(title for _, title, _ in limits)), tuple(rows)))
+        tables.append(Table("Kernel parity", ("variant", *(title for _, title, _ in limits)), tuple(rows)))
     if quality:
-        grids.append(
-            Grid(
+        tables.append(
+            Table(
                 "Quality of quantised weights", ("variant", "KL mean", "KL p99", "top-1", "perplexity"), tuple(quality)
             )
         )
@@ -256,9 +256,9 @@ def gates(data: ReportData) -> Section:
                 )
             )
     if checks:
-        grids.append(Grid("Other checks", ("variant", "check", "found", "verdict"), tuple(checks)))
+        tables.append(Table("Other checks", ("variant", "check", "found", "verdict"), tuple(checks)))
     text = ("Each limit must hold at every way of feeding the graph; one that is exceeded fails the variant.",)
-    return Section("gates", "Gates", text if grids else ("Nothing was verified yet.",), (), tuple(grids))
+    return Section("gates", "Gates", text if tables else ("Nothing was verified yet.",), (), tuple(tables))
 
 
 def _limit(value: float, sign: str, key: str) -> str:
@@ -275,7 +275,7 @@ def _rise(value: float) -> str:
 
 def cases(data: ReportData) -> Section:
     """Every metric of every case."""
-    grids = []
+    tables = []
     for v in data.variants:
         if v.parity is None:
             continue
@@ -288,14 +288,14 @@ def cases(data: ReportData) -> Section:
             )
             rows.append((*where, *numbers, FAILED if case.get("failures") else PASSED))
         columns = ("mode", "batch", "length", "positions", *(title for _, title, _ in _METRICS), "verdict")
-        grids.append(
-            Grid(f"{v.name} on {v.parity.get('backend', '?')}: {len(rows)} cases", columns, tuple(rows), folded=True)
+        tables.append(
+            Table(f"{v.name} on {v.parity.get('backend', '?')}: {len(rows)} cases", columns, tuple(rows), folded=True)
         )
     text = (
         "Errors are against PyTorch in float64; max abs against PyTorch at the gate's precision; length is that of the "
         "first row. Cases with another name before the mode ran another form of the graph, at that form's gate.",
     )
-    return Section("cases", "Every parity case", text if grids else ("Nothing was verified yet.",), (), tuple(grids))
+    return Section("cases", "Every parity case", text if tables else ("Nothing was verified yet.",), (), tuple(tables))
 
 
 def passed_all(data: ReportData) -> tuple[int, int, int]:

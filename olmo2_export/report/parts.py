@@ -29,7 +29,7 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class Grid:
+class Table:
     """One table."""
 
     title: str
@@ -48,7 +48,7 @@ class Section:
     title: str
     text: tuple[str, ...] = ()
     drawings: tuple[Drawing, ...] = ()
-    grids: tuple[Grid, ...] = ()
+    tables: tuple[Table, ...] = ()
     notes: tuple[str, ...] = ()
     """below the tables"""
 

@@ -1,4 +1,4 @@
-"""transformers' own OLMo 2, a layer at a time: each operation by itself, and the layer as it runs it.
+"""transformers' own OLMo 2, a layer at a time: each operation by itself, the layer as it runs it, and all of them.
 
 The modules, the rotary embedding and the order of operations are those of transformers' Olmo2DecoderLayer, so that a
 bug in this project's model is one too. One layer's weights are in memory, in one dtype.
@@ -6,10 +6,12 @@ bug in this project's model is one too. One layer's weights are in memory, in on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,8 +23,11 @@ from transformers.models.olmo2.modeling_olmo2 import (
     repeat_kv,
 )
 
+from olmo2_export.config import ModelConfig
 from olmo2_export.dtypes import float_dtype
 from olmo2_export.truth.reference import Rounding, reference_config, use_float64_norms
+from olmo2_export.weights.checkpoint import Checkpoint
+from olmo2_export.weights.stored_names import stored_weight
 
 Weights = Callable[[str], Tensor]
 """a weight by the checkpoint's name, in the checkpoint's layout"""
@@ -184,6 +189,37 @@ class TorchLayer:
         """Return down_proj's input."""
         y: Tensor = self.module.mlp.act_fn(gate.to(self.dtype)) * up.to(self.dtype)
         return y
+
+
+def open_layers(checkpoint: Checkpoint, config: ModelConfig) -> TorchModel:
+    """Return transformers' float32 model of a checkpoint, whose layers are read when they are asked for."""
+    return TorchModel(checkpoint.folder, partial(stored_weight, checkpoint, config), "fp32")
+
+
+@torch.inference_mode()
+def reference_logits(
+    checkpoint: Checkpoint, config: ModelConfig, sequences: Sequence[np.ndarray]
+) -> Iterator[np.ndarray]:
+    """Run each sequence alone through transformers in float32, with one layer in memory at a time.
+
+    The logits are those of transformers' whole model, bit for bit.
+
+    Args:
+        checkpoint: the weights.
+        config: their shape.
+        sequences: int64 [S] each.
+
+    Yields:
+        Per sequence the logits of all positions, float32 [S, V]; one at a time, for they are large.
+    """
+    model = open_layers(checkpoint, config)
+    hidden = [model.embed(torch.from_numpy(ids)) for ids in sequences]
+    for index in range(config.num_hidden_layers):
+        layer = model.layer(index)
+        hidden = [layer(x) for x in hidden]
+        del layer
+    for x in hidden:
+        yield model.head(model.norm(x))[0].numpy()
 
 
 def rotary_tables(folder: Path, positions: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""olmo2-export build: package -> TensorRT engine. What the options may be together, `engine.options.settle` decides."""
+"""olmo2-export build: package -> TensorRT engine; `engine.options` decides what the options may be together."""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ import argparse
 import time
 from pathlib import Path
 
-from olmo2_export.catalog import BLOCK_SIZES, KV_CACHES, exported, listed, names
+import olmo2_export.catalog as catalog
+from olmo2_export.catalog import BLOCK_SIZES, exported, listed, names
 from olmo2_export.verbs.arguments import declare_variant
 from olmo2_export.verbs.words import megabytes
 
@@ -29,7 +30,7 @@ def declare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="weights that share a scale; default 128")
     cached, prefilled = listed(exported(lambda row: row.quantized_cache)), listed(exported(lambda r: r.prefill_graph))
     halves = listed(exported(lambda row: row.dtype == "float16"))
-    caches = [cache.name for cache in KV_CACHES]
+    caches = [cache.name for cache in catalog.KV_CACHES]
     verb.add_argument("--kv-cache", choices=caches, default=caches[0], help=f"of {cached}; default {caches[0]}")
     verb.add_argument("--no-prefill-graph", action="store_true", help=f"{prefilled}: leave the int8 prefill graph out")
     verb.add_argument(

@@ -40,7 +40,7 @@ def declare(verb: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run it; return the exit code."""
     from olmo2_export.verify.measure import LONGEST
-    from olmo2_export.verify.verify import format_reports, verify
+    from olmo2_export.verify.verify import REFERENCE, format_reports, verify
     from olmo2_export.weights.checkpoint import open_checkpoint
     from runtimes.errors import UsageError
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     def verdict(reports: Sequence[ParityReport]) -> str:
         word = "verified" if all(report.passed for report in reports) else "NOT verified"
-        return f"{format_reports(reports)}\n{word}: {args.package} against {checkpoint.model}"
+        return f"{format_reports(reports)}\n{word}: {args.package} against {checkpoint.model} in {REFERENCE}"
 
     reports = verify(
         args.package,

@@ -1,8 +1,8 @@
 """Is a package what PyTorch computes?
 
-feeds.py                            the ways to feed a graph: modes x rows x lengths
-measure.py                          run them and compare; decode freely
-weight_checks.py                    stored weights against the checkpoint's
-quantized.py, static.py, device.py  what variants for CPUs, for TensorRT and for CUDA must show beyond that
-verify.py                           the verdict on a package; parity.json
+feeds.py    the ways to feed a graph: modes x rows x lengths
+measure.py  what PyTorch says; run a graph in all ways and compare; decode freely
+checks.py   calibration that repeats; quality on text
+variant.py  one variant: a loop over its views
+verify.py   the verdict on a package; parity.json
 """

@@ -39,7 +39,7 @@ _TAIL = 9
 
 
 @dataclass(frozen=True)
-class Fed:
+class ModeResult:
     """One case: what came out of a runner for a batch."""
 
     mode: str
@@ -79,7 +79,7 @@ def compared_positions(capacity: int) -> list[np.ndarray]:
     return [np.array(sorted(first), np.int64), *(np.arange(n, dtype=np.int64) for n in short[1:])]
 
 
-def feed_all(runner: Runner, sequences: Sequence[np.ndarray], capacity: int) -> Iterator[Fed]:
+def feed_all(runner: Runner, sequences: Sequence[np.ndarray], capacity: int) -> Iterator[ModeResult]:
     """Run every case on an open runner.
 
     Args:
@@ -105,19 +105,19 @@ def feed_all(runner: Runner, sequences: Sequence[np.ndarray], capacity: int) -> 
 
 def _case(
     mode: str, batch: list[np.ndarray], feed: Callable[[Runner, list[np.ndarray]], list[Pieces]], runner: Runner
-) -> Fed:
+) -> ModeResult:
     runner.reset()
-    return _fed(mode, batch, partial(feed, runner, batch))
+    return _result(mode, batch, partial(feed, runner, batch))
 
 
-def _fed(mode: str, batch: list[np.ndarray], feed: Callable[[], list[Pieces]]) -> Fed:
+def _result(mode: str, batch: list[np.ndarray], feed: Callable[[], list[Pieces]]) -> ModeResult:
     lengths = tuple(len(ids) for ids in batch)
     try:
         rows = feed()
     except FailedError as error:
-        return Fed(mode, lengths, (), (), str(error))
+        return ModeResult(mode, lengths, (), (), str(error))
     positions = tuple(np.concatenate([p for p, _ in pieces]) for pieces in rows)
-    return Fed(mode, lengths, positions, tuple(np.concatenate([x for _, x in pieces]) for pieces in rows), "")
+    return ModeResult(mode, lengths, positions, tuple(np.concatenate([x for _, x in pieces]) for pieces in rows), "")
 
 
 def _prefill(runner: Runner, batch: list[np.ndarray]) -> list[Pieces]:
@@ -171,7 +171,7 @@ def _long_prefill(runner: Runner, batch: list[np.ndarray]) -> list[Pieces]:
     return [[(np.array([len(ids) - 1]), x)] for ids, x in zip(batch, logits, strict=True)]
 
 
-def _long_cases(runner: Runner, sequences: Sequence[np.ndarray], capacity: int) -> Iterator[Fed]:
+def _long_cases(runner: Runner, sequences: Sequence[np.ndarray], capacity: int) -> Iterator[ModeResult]:
     """Fill the rows up to their last tokens once, and feed these in each way."""
     filled = [len(ids) - _TAIL - 1 for ids in sequences]
     runner.reset()
@@ -184,11 +184,11 @@ def _long_cases(runner: Runner, sequences: Sequence[np.ndarray], capacity: int) 
         batch = [ids[: len(ids) - (capacity - length)] for ids in sequences]
         for mode, feed in _LONG.items():
             if failed:
-                yield Fed(mode, tuple(len(ids) for ids in batch), (), (), failed)
+                yield ModeResult(mode, tuple(len(ids) for ids in batch), (), (), failed)
                 continue
             start: list[Pieces] = [[(np.array([n - 1]), x)] for n, x in zip(filled, beginnings, strict=True)]
             runner.truncate(filled)
-            yield _fed(mode, batch, partial(feed, runner, batch, filled, start))
+            yield _result(mode, batch, partial(feed, runner, batch, filled, start))
 
 
 def _long_decode(runner: Runner, batch: list[np.ndarray], filled: list[int], rows: list[Pieces]) -> list[Pieces]:

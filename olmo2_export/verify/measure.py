@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,31 +17,26 @@ from tqdm import tqdm
 from olmo2_export.config import ModelConfig
 from olmo2_export.measure.parity import (
     DRAWS,
-    GATES,
-    QUALITY,
     CaseResult,
-    Check,
     Gate,
     ParityReport,
     compare,
     compare_greedy,
     failed_case,
 )
-from olmo2_export.measure.quality import Measured, measure_quality, perplexity_check, quality_tokens
-from olmo2_export.quantize.sweep import reference_logits
 from olmo2_export.truth.reference import Rounding, open_reference
-from olmo2_export.verify.feeds import MIN_CAPACITY, compared_positions, feed_all, row_lengths
+from olmo2_export.verify.feeds import MIN_CAPACITY, ModeResult, compared_positions, feed_all, row_lengths
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.stored_names import HEAD, linear_names
-from runtimes import Backend, Runner, open_runner
+from runtimes import Runner, open_package
 from runtimes.errors import ConfigError, FailedError, PackageError
-from runtimes.manifest import find_variant, load_manifest
+from runtimes.package import AnyPackage
 
 SEED = 0
 LONGEST = 4096
 """tokens of the longest rows where a cache holds more; PyTorch in float64 has to compute them too"""
-QUALITY_LENGTH = 256
-"""tokens of a sequence on which quality is measured, where the cache holds them"""
+_KEPT = 64 << 20
+"""bytes of logits, at most, that are kept for a second comparison"""
 GREEDY_TOKENS = 24
 GREEDY_PROMPT = 5
 _TEXT = Path(__file__).parents[1] / "demo" / "heldout.txt"
@@ -76,7 +70,7 @@ class Truth:
 
 
 def ask_pytorch(
-    package: Path,
+    package: AnyPackage,
     checkpoint: Checkpoint,
     precisions: Collection[str],
     capacity: int | None = None,
@@ -98,14 +92,15 @@ def ask_pytorch(
         ConfigError: package and reference are not of one shape.
     """
     config = ModelConfig.from_json(checkpoint.folder / "config.json")
-    spec = load_manifest(package).model
+    opened = open_package(package)
+    spec = opened.model
     if spec != config.spec:
         different = [k for k, v in vars(config.spec).items() if getattr(spec, k) != v]
-        raise ConfigError(f"{package}: not of the reference's shape: {', '.join(different)} differ")
+        raise ConfigError(f"{opened.folder}: not of the reference's shape: {', '.join(different)} differ")
     capacity = min(config.max_position_embeddings, LONGEST) if capacity is None else capacity
     if capacity < MIN_CAPACITY:
-        raise PackageError(f"{package}: a cache of {capacity} tokens; verification needs {MIN_CAPACITY}")
-    sequences, origin = _sequences(package, config.vocab_size, row_lengths(capacity))
+        raise PackageError(f"{opened.folder}: a cache of {capacity} tokens; verification needs {MIN_CAPACITY}")
+    sequences, origin = _sequences(opened.folder, config.vocab_size, row_lengths(capacity))
     positions = compared_positions(capacity)
     new_tokens = min(GREEDY_TOKENS, capacity - GREEDY_PROMPT)
     exact: list[np.ndarray] = []
@@ -166,51 +161,37 @@ def _linears(config: ModelConfig) -> list[str]:
     return [*linear_names(config), HEAD]
 
 
-def measure(package: Path, variant: str, truth: Truth, backend: Backend = "ort") -> ParityReport:
-    """Run one variant through every case and compare.
-
-    Args:
-        package: the package folder.
-        variant: its name.
-        truth: what `ask_pytorch` found.
-        backend: what runs the graph.
-
-    Raises:
-        IntegrityError: the variant's files changed.
-    """
-    entry, files = find_variant(package, variant)
-    with open_runner(package, variant=variant, backend=backend) as runner:
-        return measure_runner(runner, truth, entry.precision, variant, files[entry.graph].sha256, backend)
-
-
 def measure_runner(
     runner: Runner,
     truth: Truth,
+    own: Sequence[np.ndarray],
+    gate: Gate,
+    draws: Draws | None,
+    variant: str,
     precision: str,
-    label: str,
     graph_sha256: str,
     backend: str = "ort",
-    gate: Gate | None = None,
 ) -> ParityReport:
-    """Run every case on an open runner and compare.
+    """Run every case on an open runner, and let it decode freely; compare.
 
     Args:
         runner: of any graph.
-        truth: what `ask_pytorch` found, with that precision among its own.
-        precision: a name out of `GATES`, unless a gate is given.
-        label: the report's name of the variant.
+        truth: what `ask_pytorch` found.
+        own: per sequence float32 [n, vocab_size], PyTorch's logits in the arithmetic that the gate is for.
+        gate: the limits.
+        draws: of `own`; None: its error is taken as it is.
+        variant: the report's name of the variant.
+        precision: of the variant.
         graph_sha256: of the ONNX file that is run.
         backend: what runs it.
-        gate: the limits; None: those of the precision.
     """
-    gate, own = gate or GATES[precision], truth.own[precision]
-    cases = feed(runner, truth, truth.exact, own, gate, truth.draws if precision == "fp32" else None)
+    cases = feed(runner, truth, truth.exact, own, gate, draws)
     tokens = [
         _greedy(runner, ids[:GREEDY_PROMPT], len(wanted))
         for ids, (wanted, _) in zip(truth.sequences, truth.continuations, strict=True)
     ]
     return ParityReport(
-        variant=label,
+        variant=variant,
         backend=backend,
         precision=precision,
         graph_sha256=graph_sha256,
@@ -228,27 +209,6 @@ def measure_runner(
     )
 
 
-def with_quality(report: ParityReport, runner: Measured, checkpoint: Checkpoint) -> ParityReport:
-    """Return the report of a graph that is not quantised, with its change of perplexity on text added.
-
-    Args:
-        report: of that graph.
-        runner: of it; what its cache holds is dropped.
-        checkpoint: the original weights.
-    """
-    config = ModelConfig.from_json(checkpoint.folder / "config.json")
-    length = min(report.max_cache_length, config.max_position_embeddings, QUALITY_LENGTH)
-    sequences, origin = quality_tokens(checkpoint, config, length=length)
-    runner.reset()
-    try:
-        measured = measure_quality(runner, sequences, reference_logits(checkpoint, config, sequences), origin)
-    except FailedError as error:
-        check = Check("quality", "not measured", (str(error),), QUALITY)
-        return dataclasses.replace(report, checks=(*report.checks, check))
-    check = perplexity_check(measured.perplexity, length, report.gate)
-    return dataclasses.replace(report, checks=(*report.checks, check), perplexity=measured.perplexity)
-
-
 def feed(
     runner: Runner,
     truth: Truth,
@@ -259,6 +219,8 @@ def feed(
 ) -> list[CaseResult]:
     """Run every case of `feeds.feed_all` and compare; if one is off, all again with several draws of PyTorch's error.
 
+    What the runner gave is compared again as it is where it is small; else it runs again.
+
     Args:
         runner: of any graph.
         truth: for its sequences, and the positions that are compared.
@@ -267,29 +229,33 @@ def feed(
         gate: the limits.
         draws: of `own`; None: its error is taken as it is.
     """
-    cases = _feed_once(runner, truth, exact, own, gate, ())
+    cases: list[CaseResult] = []
+    kept: list[ModeResult] | None = []
+    held = 0
+    for fed in feed_all(runner, truth.sequences, truth.capacity):
+        cases.append(_compared(fed, truth, exact, own, gate, ()))
+        held += sum(logits.nbytes for logits in fed.logits)
+        kept = [*kept, fed] if kept is not None and held <= _KEPT else None
     if draws is None or all(case.passed for case in cases):
         return cases
-    return _feed_once(runner, truth, exact, own, gate, draws())
+    drawn = draws()
+    again = kept if kept is not None else feed_all(runner, truth.sequences, truth.capacity)
+    return [_compared(fed, truth, exact, own, gate, drawn) for fed in again]
 
 
-def _feed_once(
-    runner: Runner,
+def _compared(
+    fed: ModeResult,
     truth: Truth,
     exact: Sequence[np.ndarray],
     own: Sequence[np.ndarray],
     gate: Gate,
     draws: Sequence[Sequence[np.ndarray]],
-) -> list[CaseResult]:
-    cases = []
-    for fed in feed_all(runner, truth.sequences, truth.capacity):
-        if fed.error:
-            cases.append(failed_case(fed.mode, fed.lengths, fed.error))
-            continue
-        found = [np.searchsorted(truth.positions[row], at) for row, at in enumerate(fed.positions)]
-        wanted, ours, *others = ([a[row][index] for row, index in enumerate(found)] for a in (exact, own, *draws))
-        cases.append(compare(fed.mode, fed.lengths, fed.logits, wanted, ours, gate, others))
-    return cases
+) -> CaseResult:
+    if fed.error:
+        return failed_case(fed.mode, fed.lengths, fed.error)
+    found = [np.searchsorted(truth.positions[row], at) for row, at in enumerate(fed.positions)]
+    wanted, ours, *others = ([a[row][index] for row, index in enumerate(found)] for a in (exact, own, *draws))
+    return compare(fed.mode, fed.lengths, fed.logits, wanted, ours, gate, others)
 
 
 def _greedy(runner: Runner, prompt: np.ndarray, new_tokens: int) -> np.ndarray:

@@ -1,13 +1,13 @@
 """Verify a package: run each variant against PyTorch, print one verdict per case, write `parity.json`.
 
-How a graph is fed and compared is in `measure.py`; what else quantised variants and the graphs for GPUs and TensorRT
-must show, in `quantized.py`, `device.py` and `static.py`.
+What is run and compared of one variant is in `variant.py`.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +17,26 @@ from tqdm import tqdm
 import olmo2_export.catalog as catalog
 from olmo2_export.atomic import can_write, write_file
 from olmo2_export.measure.parity import GATES, CaseResult, ParityReport
-from olmo2_export.verify.device import measure_device
 from olmo2_export.verify.feeds import MIN_CAPACITY
-from olmo2_export.verify.measure import LONGEST, ask_pytorch, measure, with_quality
-from olmo2_export.verify.quantized import measure_quantized
-from olmo2_export.verify.static import measure_static
+from olmo2_export.verify.measure import LONGEST, ask_pytorch
+from olmo2_export.verify.variant import measure_variant
 from olmo2_export.weights.checkpoint import Checkpoint
-from runtimes import Backend, Device, open_runner
-from runtimes.errors import PackageError, UsageError, VariantNotFoundError
-from runtimes.manifest import (
-    PARITY_NAME,
-    find_variant,
-    load_manifest,
-    package_checksum,
-)
+from runtimes import Backend, Device, Package, open_runner
+from runtimes.errors import IntegrityError, PackageError, UsageError, VariantNotFoundError
+from runtimes.manifest import PARITY_NAME, Variant, package_checksum
 from runtimes.ort.devices import find_device
-from runtimes.package import open_package
-from runtimes.sealed import FORMAT_VERSION, check_files, read_sealed, seal
+from runtimes.package import AnyPackage, open_package
+from runtimes.sealed import FORMAT_VERSION, read_sealed, seal
 from runtimes.targets import Target, find_target, runnable
+
+REFERENCE = f"transformers {importlib.metadata.version('transformers')}"
+"""what computes the logits that are taken as true"""
 
 logger = logging.getLogger(__name__)
 
 
 def verify(
-    package: Path,
+    package: AnyPackage,
     checkpoint: Checkpoint,
     *,
     variants: Sequence[str] = (),
@@ -76,51 +72,77 @@ def verify(
     """
     if longest < MIN_CAPACITY:
         raise UsageError(f"longest rows of {longest} tokens: verification needs {MIN_CAPACITY}")
-    manifest = load_manifest(package)
-    checksum = package_checksum(package)
-    check_files(package, manifest.files)
-    path = _report_path(package, out)
+    opened = open_package(package)
+    opened.check()
+    path = _report_path(opened.folder, out)
     target = find_target(backend, device)
-    device = target.device
     if target.on_gpu and not target.needs_engine:
-        find_device(device)  # before PyTorch is asked
-    names = list(dict.fromkeys(variants)) or _all_variants(package, target)
-    entries = {name: find_variant(package, name)[0] for name in names}
+        find_device(target.device)  # before PyTorch is asked
+    names = list(dict.fromkeys(variants)) or _all_variants(opened, target)
+    entries = {name: opened.variant(name) for name in names}
+    for entry in entries.values():
+        _check_runs(entry, target)
     if target.needs_engine:
-        open_runner(package, variant=names[0], backend=backend).close()  # likewise
-    precisions = {entry.precision for entry in entries.values() if entry.quantization is None}
-    if unknown := precisions - GATES.keys():
-        raise PackageError(f"{package}: precision {', '.join(sorted(unknown))}; there are gates for {', '.join(GATES)}")
-    steps = len(names) + (1 + len(precisions | {"fp32"}) if precisions else 0)
-    with tqdm(total=steps, desc="verifying", unit="step", leave=False) as bar:
-        truth = None
-        if precisions:
-            capacity = min(e.kv_cache.max_cache_length for e in entries.values() if e.quantization is None)
-            truth = ask_pytorch(package, checkpoint, precisions, min(capacity, longest), bar)
-        reports = []
-        for name, entry in entries.items():
-            own = truth if entry.quantization is None else None
-            if catalog.is_for_devices(name):
-                reports.append(measure_device(package, name, checkpoint, own, device, longest))
-            elif entry.kv_cache.form == "static" and "static" in target.caches:
-                reports.append(measure_static(package, name, checkpoint, own, backend, device, longest))
-            elif target.on_gpu and not target.needs_engine:
-                raise UsageError(f"variant {name}: verify has {', '.join(catalog.names('device'))} for device {device}")
-            elif entry.quantization is not None:
-                reports.append(measure_quantized(package, name, checkpoint, longest))
-            else:
-                assert truth is not None  # its precision is among those asked for
-                report = measure(package, name, truth, backend)
-                with open_runner(package, variant=name, backend=backend) as runner:
-                    reports.append(with_quality(report, runner, checkpoint))
-            bar.update()
+        open_runner(opened, variant=names[0], backend=target.backend).close()  # likewise
+    reports = []
+    try:
+        for report in _measure(opened, entries, checkpoint, target, longest):
+            reports.append(report)
+    except IntegrityError as error:
+        _check_the_same(opened, error)
+        raise
     if show is not None:
         show(reports)
-    if package_checksum(package) != checksum:
-        raise PackageError(f"{package}: was replaced while it was verified; verify it again")
+    _check_the_same(opened)
     if path is not None:
-        _write(path, checksum, checkpoint, reports)
+        _write(path, opened.checksum, checkpoint, reports)
     return reports
+
+
+def _measure(
+    package: Package,
+    entries: Mapping[str, Variant],
+    checkpoint: Checkpoint,
+    target: Target,
+    longest: int,
+) -> Iterator[ParityReport]:
+    """Ask PyTorch once about the checkpoint itself, then measure each variant."""
+    rounded = [entry for entry in entries.values() if entry.quantization is None]
+    precisions = {entry.precision for entry in rounded}
+    if unknown := precisions - GATES.keys():
+        found = ", ".join(sorted(unknown))
+        raise PackageError(f"{package.folder}: precision {found}; there are gates for {', '.join(GATES)}")
+    steps = len(entries) + (1 + len(precisions | {"fp32"}) if precisions else 0)
+    with tqdm(total=steps, desc="verifying", unit="step", leave=False) as bar:
+        truth = None
+        if rounded:
+            capacity = min(entry.kv_cache.max_cache_length for entry in rounded)
+            truth = ask_pytorch(package, checkpoint, precisions, min(capacity, longest), bar)
+        for name in entries:
+            yield measure_variant(package, name, checkpoint, truth=truth, target=target, longest=longest)
+            bar.update()
+
+
+def _check_runs(entry: Variant, target: Target) -> None:
+    """Refuse a variant that is not verified there.
+
+    Raises:
+        UsageError: it is not.
+    """
+    static = entry.kv_cache.form == "static" and "static" in target.caches
+    if target.on_gpu and not target.needs_engine and not static and not catalog.is_for_devices(entry.name):
+        known = ", ".join(catalog.names("device"))
+        raise UsageError(f"variant {entry.name}: verify has {known} for device {target.device}")
+
+
+def _check_the_same(package: Package, cause: Exception | None = None) -> None:
+    """Refuse a package that another has taken the place of.
+
+    Raises:
+        PackageError: it has.
+    """
+    if package_checksum(package.folder) != package.checksum:
+        raise PackageError(f"{package.folder}: was replaced while it was verified; verify it again") from cause
 
 
 def _report_path(package: Path, out: Path | None) -> Path | None:
@@ -140,23 +162,23 @@ def _report_path(package: Path, out: Path | None) -> Path | None:
     return None
 
 
-def _all_variants(package: Path, target: Target) -> list[str]:
+def _all_variants(package: Package, target: Target) -> list[str]:
     """Return what can be verified there: on a CPU every graph, in a form that it runs.
 
     Raises:
         VariantNotFoundError: there is nothing.
     """
-    opened = open_package(package)
     if not target.on_gpu:
-        return [*opened.manifest.variants, *(opened.trt.variants if opened.trt is not None else ())]
-    names = runnable(opened, target)
+        return [*package.manifest.variants, *(package.trt.variants if package.trt is not None else ())]
+    names = runnable(package, target)
     if not names and target.needs_engine:
+        folder = package.folder
         raise VariantNotFoundError(
-            f"{package}: no engine for {target.backend}; run: olmo2-export build {package} --backend {target.backend}"
+            f"{folder}: no engine for {target.backend}; run: olmo2-export build {folder} --backend {target.backend}"
         )
     if not names:
         raise VariantNotFoundError(
-            f"{package}: no variant for {target.device}; export it with --variant {target.variants[0]}"
+            f"{package.folder}: no variant for {target.device}; export it with --variant {target.variants[0]}"
         )
     return names
 
@@ -214,6 +236,8 @@ def _notes(report: ParityReport) -> list[str]:
     for check in report.checks:
         notes.append(f"{name} {check.name}: {check.found}: {'ok' if check.passed else 'FAIL'}")
         notes += [f"{name} {check.name}: {failure}" for failure in check.failures]
+    if report.own_error_of != "transformers":
+        notes.append(f"{name} err/torch: in units of the error of {report.own_error_of}")
     lengths = ", ".join(str(n) for n in sorted({case.length for case in report.cases}))
     batches = " and ".join(str(n) for n in sorted({case.batch_size for case in report.cases}))
     held = "" if report.capacity == report.max_cache_length else f"; its cache holds {report.max_cache_length}"
@@ -239,7 +263,12 @@ def _write(path: Path, checksum: str, checkpoint: Checkpoint, reports: Sequence[
     document = {
         "format_version": FORMAT_VERSION,
         "package_checksum": checksum,
-        "reference": {"model": checkpoint.model, "revision": checkpoint.revision},
+        "reference": {
+            "model": checkpoint.model,
+            "revision": checkpoint.revision,
+            "kernel_parity": f"{REFERENCE}, its whole model",
+            "quality": f"{REFERENCE}, its layers one at a time",
+        },
         "variants": kept | {report.variant: report.to_document() for report in reports},
     }
     write_file(path, seal(document))

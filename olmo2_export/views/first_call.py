@@ -70,6 +70,13 @@ def first_call(model: ir.Model, tokens: int) -> int:
     return rewritten
 
 
+def at_first_call(graph: ir.Model, tokens: int) -> ir.Model:
+    """Return a static-cache graph at its first call, which knows nothing of a cache that is written in place."""
+    form = graph.clone()
+    first_call(form, tokens)
+    return form
+
+
 def float32_name(name: str) -> str:
     """Return the name of the output that has a value of fewer bits in float32."""
     return f"{name}.float32"

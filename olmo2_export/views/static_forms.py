@@ -15,9 +15,8 @@ bfloat16 and back, as that changes numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -29,11 +28,11 @@ from olmo2_export.fuse.dequantize_weights import CODES, SCALES
 from olmo2_export.fuse.edit import find_input, is_op, name_of, new_node
 from olmo2_export.fuse.merge_projections import JOINT
 from olmo2_export.quantize.linear import QuantizedLinear
+from olmo2_export.views.lazy_tensors import LazyTensors
 from olmo2_export.weights.stored_names import EMBEDDING, weight_shapes
 from runtimes.errors import FusionError, PackageError
 
 FLOAT = ir.DataType.FLOAT
-Made = TypeVar("Made")
 # These hand numbers on as they are, so that there is nothing to round.
 _MOVES = ("Gather", "GatherND", "Reshape", "Transpose", "TensorScatter", "Split")
 
@@ -103,26 +102,7 @@ def all_positions(form: ir.Model) -> ir.Model:
     return model
 
 
-class Lazy(Mapping[str, Made]):
-    """Values that are made when they are asked for, anew each time: they are large."""
-
-    def __init__(self, makers: Mapping[str, Callable[[], Made]]) -> None:
-        self._makers = makers
-
-    def __getitem__(self, name: str) -> Made:
-        return self._makers[name]()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._makers
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._makers)
-
-    def __len__(self) -> int:
-        return len(self._makers)
-
-
-def stored_linears(graph: ir.Model, config: ModelConfig) -> Lazy[QuantizedLinear]:
+def stored_linears(graph: ir.Model, config: ModelConfig) -> LazyTensors[QuantizedLinear]:
     """Return the quantised weights as a written graph has them, by the checkpoint's names.
 
     The parts of a merged weight are told apart by the widths that the checkpoint has, not by how the graph splits.
@@ -143,7 +123,7 @@ def stored_linears(graph: ir.Model, config: ModelConfig) -> Lazy[QuantizedLinear
             stop = start + shapes[part][0]
             makers[part] = partial(_channels, codes, scales, start, stop)
             start = stop
-    return Lazy(makers)
+    return LazyTensors(makers)
 
 
 def _channels(codes: ir.Value, scales: ir.Value, start: int, stop: int) -> QuantizedLinear:
@@ -167,10 +147,10 @@ def stored_input_scales(graph: ir.Model) -> dict[str, float]:
     return found
 
 
-def stored_tensors(graph: ir.Model) -> Lazy[torch.Tensor]:
+def stored_tensors(graph: ir.Model) -> LazyTensors[torch.Tensor]:
     """Return the weights that are not quantised, by the checkpoint's names and in its layout and the stored dtype."""
     values = {n: v for n, v in graph.graph.initializers.items() if n.endswith((".weight", ".bias"))}
-    return Lazy({name: partial(_tensor, name, value) for name, value in values.items()})
+    return LazyTensors({name: partial(_tensor, name, value) for name, value in values.items()})
 
 
 def _tensor(name: str, value: ir.Value) -> torch.Tensor:
@@ -179,13 +159,13 @@ def _tensor(name: str, value: ir.Value) -> torch.Tensor:
     return tensor.T if tensor.ndim == 2 and name != EMBEDDING else tensor
 
 
-def all_weights(linears: Lazy[QuantizedLinear], tensors: Lazy[torch.Tensor]) -> Lazy[torch.Tensor]:
+def all_weights(linears: LazyTensors[QuantizedLinear], tensors: LazyTensors[torch.Tensor]) -> LazyTensors[torch.Tensor]:
     """Return all weights as a graph stores them, dequantised, by the checkpoint's names."""
     dequantized = {name: partial(_dequantized, linears, name) for name in linears}
-    return Lazy(dequantized | {name: partial(tensors.__getitem__, name) for name in tensors})
+    return LazyTensors(dequantized | {name: partial(tensors.__getitem__, name) for name in tensors})
 
 
-def _dequantized(linears: Lazy[QuantizedLinear], name: str) -> torch.Tensor:
+def _dequantized(linears: LazyTensors[QuantizedLinear], name: str) -> torch.Tensor:
     return linears[name].dequantize()
 
 

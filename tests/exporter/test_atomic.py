@@ -60,7 +60,8 @@ def in_a_mount_namespace(script: str, folder: Path) -> str:
         cwd=folder,
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PYTHONDONTWRITEBYTECODE": "1"},
+        env=os.environ
+        | {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}:{ROOT / 'tests'}", "PYTHONDONTWRITEBYTECODE": "1"},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr

@@ -17,7 +17,7 @@ from olmo2_export.bench.gpu import _backend_and_variant
 from olmo2_export.catalog import INT4_BLOCKS, TRT_INT8, VARIANTS, QualityGate, VariantRow
 from olmo2_export.cli import parse_args
 from olmo2_export.config import ModelConfig
-from olmo2_export.engine.options import EngineOptions, settle
+from olmo2_export.engine.options import EngineOptions, resolve_options
 from olmo2_export.measure.quality import gate_of
 from olmo2_export.package.trt_variants import TrtOptions
 from olmo2_export.package.variants import Options, check_variants
@@ -25,7 +25,7 @@ from olmo2_export.report.data import _order
 from olmo2_export.report.plots import colour
 from runtimes.errors import PackageError, UsageError, VariantNotFoundError
 from runtimes.manifest import KVCacheSpec, Precision, Variant
-from runtimes.ort.concat import default_variant
+from runtimes.ort.open import default_variant
 from runtimes.package import Package
 from runtimes.targets import TARGETS, find_target, runnable, runs
 
@@ -210,5 +210,5 @@ def test_a_new_variant_is_chosen_where_it_runs() -> None:
 def test_a_new_precision_of_engines_has_its_oldest_gpu(config: ModelConfig) -> None:
     options: Any = {"precision": "nvfp4", "compute_capabilities": ["8.9"]}
     with pytest.raises(UsageError, match=r"compute capability 8\.9: nvfp4 needs 10\.0 or newer; use --precision fp8"):
-        settle(EngineOptions(**options), config.spec)
+        resolve_options(EngineOptions(**options), config.spec)
     assert TrtOptions("nvfp4", 8).precision == "nvfp4"  # type: ignore[arg-type]

@@ -118,7 +118,7 @@ def test_a_process_is_measured_in_the_unit_of_its_system(monkeypatch: pytest.Mon
     usage = namedtuple("usage", "ru_maxrss")  # as os.wait4's
     monkeypatch.setattr(processes.os, "posix_spawn", lambda *_, **__: 1 << 30)
     monkeypatch.setattr(processes.Path, "read_text", lambda *_, **__: "")
-    monkeypatch.setattr(processes.os, "wait4", lambda *_: (0, 0, usage(70_000_000)))
+    monkeypatch.setattr(processes.os, "wait4", lambda child, _: (child, 0, usage(70_000_000)))
     monkeypatch.setattr(processes, "MAXRSS_UNIT", 1)
     assert processes.run(["true"]).peak_memory_mb == 70
 

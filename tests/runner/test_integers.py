@@ -8,9 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from olmo2_export.package.export import export
-from olmo2_export.package.variants import Options
-from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes import open_runner
 from runtimes.errors import InputError, UsageError
 from runtimes.generation.generate import generate
@@ -57,9 +54,8 @@ def test_every_size_and_id_of_a_generation(demo_package: Path, kind: Any) -> Non
         assert runner.cached_tokens[0].tolist() == ids[:2]
 
 
-def test_slots(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    export(open_checkpoint(str(tiny_checkpoint)), tmp_path / "p", variants=["q8"], options=Options(prefill_graph=False))
-    with open_runner(tmp_path / "p", threads=1) as runner:
+def test_slots(q8_package: Path) -> None:
+    with open_runner(q8_package, threads=1) as runner:
         slot, _ = runner.admit([1, 2])  # type: ignore[attr-defined]
         logits = runner.step({np.int64(slot): np.int64(3)})  # type: ignore[attr-defined]
         assert logits[slot].shape == (131,)

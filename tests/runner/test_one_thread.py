@@ -11,9 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from olmo2_export.package.export import export
-from olmo2_export.package.variants import Options
-from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes import open_runner
 from runtimes.errors import UsageError
 from runtimes.generation.generate import generate, generate_tokens
@@ -29,13 +26,12 @@ FIRST, SECOND = "And it came to pass", "In the beginning God created"
 
 
 @pytest.fixture(scope="module", params=["fp32", "q4"])
-def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
     """A graph whose cache is handed on, and one whose cache is a buffer."""
     if request.param == "fp32":
-        out: Path = request.getfixturevalue("demo_package")
+        out = request.getfixturevalue("demo_package")
     else:
-        out = tmp_path_factory.mktemp("package") / "demo"
-        export(open_checkpoint("demo"), out, variants=["q4"], options=Options(prefill_graph=False))
+        out = request.getfixturevalue("package_of")("demo_q4_decode")
     with open_runner(out, threads=1) as opened:
         yield opened
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import runtimes
-from runtimes import cli, open_runner
+from runtimes import Package, cli, open_package, open_runner
 from runtimes.cli import main, parse_args
 from runtimes.generation.generate import generate, stream_text
 from runtimes.manifest import package_checksum
@@ -334,15 +334,15 @@ def test_speculation_gives_the_same_text(
 def test_draft_model_is_opened_like_the_model(demo_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def spy(package: str, **options: object) -> object:
-        seen.append((package, options))
+    def spy(package: str | Package, **options: object) -> object:
+        seen.append((open_package(package).folder, options))
         return open_runner(package, **options)
 
     monkeypatch.setattr(cli, "open_runner", spy)
     flags = ["--variant", "fp32", "--threads", "1", "--skip-hash-check", "--max-new-tokens", "3"]
     assert main(["generate", str(demo_package), "--prompt", "x", "--draft", f"{demo_package}/", *flags]) == 0
     same = {"backend": "ort", "device": None, "threads": 1, "check_hashes": False}
-    assert seen == [(str(demo_package), {"variant": "fp32", **same}), (f"{demo_package}/", same)]
+    assert seen == [(demo_package, {"variant": "fp32", **same}), (demo_package, same)]
 
 
 def test_draft_model_of_another_vocabulary_is_one_line(
@@ -473,6 +473,10 @@ def test_defaults() -> None:
         "temperature": 0.0,
         "top_k": 0,
         "top_p": 1.0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
         "seed": None,
         "stop": [],
         "backend": "ort",

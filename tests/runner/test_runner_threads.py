@@ -13,9 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from olmo2_export.package.export import export
-from olmo2_export.package.variants import Options
-from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes import open_runner
 from runtimes.errors import InputError, UsageError
 from runtimes.generation.generate import generate, generate_tokens
@@ -44,7 +41,7 @@ class FakeRunner(RowRunner):
 
     def __init__(self) -> None:
         spec = SimpleNamespace(max_cache_length=64)
-        variant = SimpleNamespace(top_k=0, kv_cache=spec, name_of=lambda role: role)
+        variant = SimpleNamespace(top_k=0, kv_cache=spec, name_of=str)
         super().__init__(variant, SimpleNamespace(vocab_size=VOCAB))  # type: ignore[arg-type]
         self.buffer = np.zeros((4, 64), np.int64)
         self.inside, self.go_on = threading.Event(), threading.Event()
@@ -124,10 +121,8 @@ def tokenizer(demo_package: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def q4_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("package") / "demo"
-    export(open_checkpoint("demo"), out, variants=["q4"], options=Options(prefill_graph=False))
-    return out
+def q4_demo(package_of: Callable[[str], Path]) -> Path:
+    return package_of("demo_q4_decode")
 
 
 @pytest.fixture(scope="module", params=["fp32", "q4"])

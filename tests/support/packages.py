@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-PACKAGES = {
-    "tiny": (["fp32"], True),
-    "tiny_q8": (["q8"], False),
-    "tiny_q4": (["q4"], True),
-    "demo": (["fp32"], True),
-    "demo_two": (["fp32", "q4"], False),
+FOR_RUNNERS = ("tiny", "tiny_q8", "tiny_q4", "demo", "demo_two")
+"""what the runner's tests need on Pythons that have no exporter"""
+PACKAGES: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "tiny": (["fp32"], {}),
+    "tiny_q8": (["q8"], {"prefill_graph": False}),
+    "tiny_q4": (["q4"], {}),
+    "tiny_q4_int8": (["q4"], {"kv_cache": "int8"}),
+    "tiny_all": (["fp32", "q4", "q8", "bf16", "fp16", "q4f16"], {}),
+    "demo": (["fp32"], {}),
+    "demo_two": (["fp32", "q4"], {"prefill_graph": False}),
+    "demo_q4": (["q4"], {}),
+    "demo_q4_decode": (["q4"], {"prefill_graph": False}),
 }
-"""name -> variants, and whether those for CPUs may have a prefill graph"""
+"""name -> variants, and fields of `Options`"""
 LOGITS = "logits.npz"
 LENGTHS = (17, 5, 29)
 VOCAB = 131
@@ -37,9 +44,9 @@ def make_package(name: str, tiny_checkpoint: Path, out: Path) -> None:
     from olmo2_export.package.variants import Options
     from olmo2_export.weights.checkpoint import open_checkpoint
 
-    variants, prefill_graph = PACKAGES[name]
+    variants, options = PACKAGES[name]
     checkpoint = open_checkpoint("demo" if name.startswith("demo") else str(tiny_checkpoint))
-    export(checkpoint, out, variants=variants, options=Options(prefill_graph=prefill_graph))
+    export(checkpoint, out, variants=variants, options=Options(**options))
 
 
 def make_logits(tiny_checkpoint: Path) -> list[np.ndarray]:
@@ -53,11 +60,11 @@ def make_logits(tiny_checkpoint: Path) -> list[np.ndarray]:
 
 
 def main(out: Path) -> None:
-    """Write everything to a folder."""
+    """Write what the runner's tests need to a folder."""
     from support.checkpoints import make_checkpoint
 
     tiny = make_checkpoint(out / "checkpoint" / "tiny")
-    for name in PACKAGES:
+    for name in FOR_RUNNERS:
         make_package(name, tiny, out / name)
     np.savez(out / LOGITS, *make_logits(tiny))
 

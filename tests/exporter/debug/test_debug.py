@@ -23,12 +23,12 @@ from olmo2_export.debug.debug import (
     format_differences,
     onnxruntime_runner,
     reduce,
-    tensorrt_runner,
 )
 from olmo2_export.engine.build import build
 from olmo2_export.engine.options import EngineOptions
 from olmo2_export.graphs.files import save_graph
 from olmo2_export.views.first_call import first_call
+from olmo2_export.views.openers import tensorrt_runner
 from runtimes import open_runner
 from runtimes.errors import BackendError, FusionError, IntegrityError, UsageError, VariantNotFoundError
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from olmo2_export.engine import options as engine_options
-from olmo2_export.engine.options import EngineOptions, Settled, gpu_at_hand, settle
+from olmo2_export.engine.options import EngineOptions, ResolvedOptions, gpu_at_hand, resolve_options
 from runtimes.errors import BackendError, UsageError
 from runtimes.manifest import ModelSpec
 
@@ -28,8 +28,10 @@ def with_gpu(monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
 
 
 def test_defaults() -> None:
-    assert settle(EngineOptions(), MODEL) == Settled(("8.0", "8.6", "8.9", "12.0"), "compact", 4, 256, 256, ())
-    assert settle(EngineOptions(), replace(MODEL, max_position_embeddings=9000)) == Settled(
+    assert resolve_options(EngineOptions(), MODEL) == ResolvedOptions(
+        ("8.0", "8.6", "8.9", "12.0"), "compact", 4, 256, 256, ()
+    )
+    assert resolve_options(EngineOptions(), replace(MODEL, max_position_embeddings=9000)) == ResolvedOptions(
         ("8.0", "8.6", "8.9", "12.0"), "compact", 4, 4096, 512, ()
     )
 
@@ -44,8 +46,8 @@ def test_defaults() -> None:
     ],
 )
 def test_profile_and_batch(options: EngineOptions, profile: str, batch: int) -> None:
-    settled = settle(options, MODEL)
-    assert (settled.profile, settled.max_batch_size) == (profile, batch)
+    resolved = resolve_options(options, MODEL)
+    assert (resolved.profile, resolved.max_batch_size) == (profile, batch)
 
 
 @pytest.mark.usefixtures("installed")
@@ -54,24 +56,24 @@ def test_every_option_of_full_tensorrt(monkeypatch: pytest.MonkeyPatch, tmp_path
     options = EngineOptions(
         backend="trt", portable=True, weight_streaming=True, refit=True, timing_cache=tmp_path / "cache"
     )
-    settled = settle(options, MODEL)
-    assert settled.compute_capabilities == ("9.0",)
-    assert settled.flags == ("portable", "refit", "weight_streaming")
-    assert settle(replace(options, compute_capabilities=["9.0"]), MODEL).compute_capabilities == ("9.0",)
+    resolved = resolve_options(options, MODEL)
+    assert resolved.compute_capabilities == ("9.0",)
+    assert resolved.flags == ("portable", "refit", "weight_streaming")
+    assert resolve_options(replace(options, compute_capabilities=["9.0"]), MODEL).compute_capabilities == ("9.0",)
     with pytest.raises(UsageError, match=r"8\.9: backend trt builds for the GPU at hand, which is 9\.0"):
-        settle(replace(options, compute_capabilities=["8.9"]), MODEL)
+        resolve_options(replace(options, compute_capabilities=["8.9"]), MODEL)
 
 
 def test_current_is_the_gpu_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     with_gpu(monkeypatch, "8.9")
     options = EngineOptions(compute_capabilities=["current", "12.0", "8.9"])
-    assert settle(options, MODEL).compute_capabilities == ("8.9", "12.0")
+    assert resolve_options(options, MODEL).compute_capabilities == ("8.9", "12.0")
     with_gpu(monkeypatch, "9.0")
     with pytest.raises(UsageError, match=r"9\.0: TensorRT for RTX compiles for .*--backend trt on that GPU"):
-        settle(options, MODEL)
+        resolve_options(options, MODEL)
     with_gpu(monkeypatch, "7.5")
     with pytest.raises(UsageError, match=r"7\.5: bf16 needs 8\.0 or newer; use --precision fp16"):
-        settle(options, MODEL)
+        resolve_options(options, MODEL)
 
 
 def no_gpu() -> None:
@@ -92,7 +94,7 @@ def test_current_without_a_gpu(monkeypatch: pytest.MonkeyPatch, backend: Any, re
 def test_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(BackendError, match=r"tensorrt .*not installed; pip install tensorrt"):
-        settle(EngineOptions(backend="trt"), MODEL)
+        resolve_options(EngineOptions(backend="trt"), MODEL)
 
 
 @pytest.mark.parametrize(
@@ -131,24 +133,24 @@ def test_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        settle(EngineOptions(**options), MODEL)
+        resolve_options(EngineOptions(**options), MODEL)
 
 
 def test_fp8_is_built_for_those_that_have_it() -> None:
     options = EngineOptions("fp8")
-    assert settle(options, MODEL).compute_capabilities == ("8.9", "12.0")
+    assert resolve_options(options, MODEL).compute_capabilities == ("8.9", "12.0")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_head_dim_that_tensorrt_cannot_compile(precision: Any) -> None:
     """With head_dim 20 its compiler failed in a check of its own."""
     with pytest.raises(UsageError, match=f"head_dim 20: in {precision} TensorRT takes multiples of 8; use --precision"):
-        settle(EngineOptions(precision), replace(MODEL, head_dim=20))
-    assert settle(EngineOptions("fp32"), replace(MODEL, head_dim=20)).max_batch_size == 4
+        resolve_options(EngineOptions(precision), replace(MODEL, head_dim=20))
+    assert resolve_options(EngineOptions("fp32"), replace(MODEL, head_dim=20)).max_batch_size == 4
 
 
 def test_unusual_head_dim_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    settle(EngineOptions(), replace(MODEL, head_dim=8))
+    resolve_options(EngineOptions(), replace(MODEL, head_dim=8))
     assert "head_dim 8: TensorRT has attention kernels for 16 to 256" in caplog.text
 
 
@@ -157,4 +159,4 @@ def test_timings_that_cannot_be_kept_are_said_before_the_build(monkeypatch: pyte
     with_gpu(monkeypatch, "9.0")
     monkeypatch.setattr(engine_options.os, "access", lambda *_: False)
     with pytest.raises(UsageError, match=r"cache: its folder is not writable; choose another file"):
-        settle(EngineOptions(backend="trt", timing_cache=tmp_path / "cache"), MODEL)
+        resolve_options(EngineOptions(backend="trt", timing_cache=tmp_path / "cache"), MODEL)

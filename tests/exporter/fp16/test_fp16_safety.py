@@ -33,9 +33,9 @@ from olmo2_export.graphs.trace import trace
 from olmo2_export.package.export import export
 from olmo2_export.package.trt_variants import TrtOptions, write_trt_variant
 from olmo2_export.package.variants import Options
-from olmo2_export.quantize.sweep import reference_logits
 from olmo2_export.summary.text import summarize
-from olmo2_export.verify.verify import verify
+from olmo2_export.truth.torch_layers import reference_logits
+from olmo2_export.verify.verify import format_reports, verify
 from olmo2_export.views.static_forms import rounded_form
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes import open_runner
@@ -269,6 +269,8 @@ def test_apply_writes_a_package_that_verifies(
     (report,) = verify(out, open_checkpoint(str(folder)), variants=["fp16"])
     assert report.passed
     assert max(case.error_ratio for case in large(report)) < 1.3
+    assert report.own_error_of.startswith("this project's layers, rounded as transformers rounds")
+    assert "err/torch: in units of the error of this project's layers" in format_reports([report])
     with open_runner(out, variant="q4f16", threads=1) as runner:
         assert np.isfinite(runner.prefill([[1, 2, 3, 4, 5]])[0]).all()
 

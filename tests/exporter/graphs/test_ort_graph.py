@@ -25,17 +25,15 @@ from olmo2_export.fuse.quick_gelu import quick_gelu
 from olmo2_export.graphs.files import attach_weights, save_graph
 from olmo2_export.graphs.shared import (
     decode_graph,
-    exact_form,
     prefill_graph,
     shared_graph,
     shared_inputs,
     shared_outputs,
-    stored_int8,
-    stored_matrices,
 )
 from olmo2_export.graphs.trace import trace
 from olmo2_export.quantize.recipes import quantize
 from olmo2_export.truth.reference import int8_blocks, open_reference
+from olmo2_export.views.shared_forms import exact_form, stored_int8, stored_matrices
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes.errors import FailedError, FusionError
 from runtimes.manifest import KVCacheSpec, Variant
@@ -282,7 +280,7 @@ def test_the_int8_graph_computes_with_its_int8_weights(case: Case, tmp_path: Pat
     with case.open(graph, tmp_path) as runner:
         logits = runner.prefill(case.sequences, all_positions=True)
     written = ir.load(tmp_path / "model.onnx")
-    int8 = {name: torch.from_numpy(weight) for name, weight in stored_int8(written).items()}
+    int8 = dict(stored_int8(written))
     blocks = {name: matrix.dequantize() for name, matrix in stored_matrices(written).items()}
     assert {*int8, *blocks} == set(weights.formats)
     rounding = dict.fromkeys(int8, int8_blocks(0)) | {"lm_head.weight": int8_blocks(32)}

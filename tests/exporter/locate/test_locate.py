@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-import test_injected_bugs as portable
-import test_verify_quantized as quantized
-import test_verify_static as static
 import torch
+from support.bugs import portable, quantized, static
+from support.bugs.edits import Bug
 from support.checkpoints import make_checkpoint
 from support.rebuilt_packages import rebuilt, rebuilt_trt, with_trt_graph
 
@@ -20,14 +19,13 @@ from olmo2_export.catalog import precisions
 from olmo2_export.cli import main
 from olmo2_export.debug.debug import onnxruntime_runner
 from olmo2_export.locate import locate as locate_module
-from olmo2_export.locate import segments
 from olmo2_export.locate.locate import Location, TensorParity, format_location, locate, locate_all
-from olmo2_export.locate.segments import Run, onnxruntime_opener, tensorrt_opener
 from olmo2_export.locate.taps import cut, find_segments
 from olmo2_export.package.export import export
 from olmo2_export.package.trt_variants import TrtOptions
-from olmo2_export.package.variants import Options
 from olmo2_export.truth.torch_layers import TorchModel
+from olmo2_export.views import openers
+from olmo2_export.views.openers import Run, onnxruntime_opener, tensorrt_opener
 from olmo2_export.views.static_forms import rounded_form
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
 from runtimes.errors import ConfigError, PackageError, UsageError, VariantNotFoundError
@@ -36,7 +34,6 @@ from runtimes.ort.devices import Device, find_device
 
 CAPACITY = 64
 VARIANTS = ["fp32", "q4", "q8", "bf16", "fp16", "q4f16"]
-Bug = Callable[[ir.Model], None]
 
 
 @pytest.fixture(scope="module")
@@ -45,25 +42,9 @@ def checkpoint(tiny_checkpoint: Path) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def package(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def package(package_of: Callable[[str], Path]) -> Path:
     """Every variant of the random model."""
-    out = tmp_path_factory.mktemp("package") / "tiny"
-    export(checkpoint, out, variants=VARIANTS)
-    return out
-
-
-@pytest.fixture(scope="module")
-def trt_packages(tiny_package: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Precision], Path]:
-    """Packages of the random model with a graph for TensorRT; each is made once."""
-    made: dict[str, Path] = {}
-
-    def of(precision: Precision) -> Path:
-        if precision not in made:
-            out = tmp_path_factory.mktemp(precision) / "tiny"
-            made[precision] = with_trt_graph(tiny_package, out, TrtOptions(precision, CAPACITY))
-        return made[precision]
-
-    return of
+    return package_of("tiny_all")
 
 
 def assert_nothing(location: Location, layers: int = 3) -> None:
@@ -88,9 +69,9 @@ def test_nothing_departs_in_a_good_variant(variant: str, package: Path, checkpoi
 
 @pytest.mark.parametrize("precision", precisions())
 def test_nothing_departs_in_a_good_trt_graph(
-    precision: Precision, trt_packages: Callable[[Precision], Path], checkpoint: Checkpoint
+    precision: Precision, trt_package: Callable[[Precision], Path], checkpoint: Checkpoint
 ) -> None:
-    assert_nothing(locate(trt_packages(precision), checkpoint, f"trt_{precision}"))
+    assert_nothing(locate(trt_package(precision), checkpoint, f"trt_{precision}"))
 
 
 def test_nothing_departs_in_the_demo(demo_package: Path) -> None:
@@ -98,11 +79,9 @@ def test_nothing_departs_in_the_demo(demo_package: Path) -> None:
     assert_nothing(location, layers=len(location.layers) - 3)
 
 
-def test_nothing_departs_in_the_quantised_demo(tmp_path: Path) -> None:
+def test_nothing_departs_in_the_quantised_demo(package_of: Callable[[str], Path]) -> None:
     """Where the sigmoid of onnxruntime is 3 times as far from exact as PyTorch's."""
-    demo = open_checkpoint("demo")
-    export(demo, tmp_path / "package", variants=["q4"])
-    location = locate(tmp_path / "package", demo, "q4")
+    location = locate(package_of("demo_q4"), open_checkpoint("demo"), "q4")
     assert_nothing(location, layers=len(location.layers) - 3)
 
 
@@ -123,10 +102,12 @@ def test_nothing_departs_in_other_shapes(shape: dict[str, object], tmp_path: Pat
     assert_nothing(locate(trt, model, "trt_int4"))
 
 
-def test_a_quantised_cache_is_looked_at_without_its_codes(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    export(checkpoint, tmp_path / "p", variants=["q4"], options=Options(kv_cache="int8"))
-    assert_nothing(locate(tmp_path / "p", checkpoint, "q4"))
-    bad = rebuilt(tmp_path / "p", tmp_path / "bad", quantized.key_and_value_cache_swapped, quantized.GRAPH)
+def test_a_quantised_cache_is_looked_at_without_its_codes(
+    checkpoint: Checkpoint, package_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    good = package_of("tiny_q4_int8")
+    assert_nothing(locate(good, checkpoint, "q4"))
+    bad = rebuilt(good, tmp_path / "bad", quantized.key_and_value_cache_swapped, quantized.GRAPH)
     found = first_of(bad, checkpoint, "q4")[0]
     assert (found.name, found.operation) == ("model.layers.1.self_attn.key_cache", "KV cache write")
 
@@ -256,9 +237,9 @@ def test_bug_in_the_portable_graph(
 @pytest.mark.parametrize(("bug", "layer", "name", "operation", "words"), TRT, ids=ids)
 def test_bug_in_the_trt_graph(
     bug: Bug, layer: int | None, name: str, operation: str, words: str,
-    trt_packages: Callable[[Precision], Path], checkpoint: Checkpoint, tmp_path: Path,
+    trt_package: Callable[[Precision], Path], checkpoint: Checkpoint, tmp_path: Path,
 ) -> None:  # fmt: skip
-    bad = rebuilt_trt(trt_packages("fp32"), tmp_path / "p", bug)
+    bad = rebuilt_trt(trt_package("fp32"), tmp_path / "p", bug)
     check(first_of(bad, checkpoint, "trt_fp32"), layer, name, operation, words)
 
 
@@ -292,9 +273,9 @@ def test_a_wrong_int8_scale(package: Path, checkpoint: Checkpoint, tmp_path: Pat
 @pytest.mark.parametrize(("precision", "bug", "layer", "name", "operation", "words"), STATIC, ids=ids)
 def test_bug_in_a_trt_graph_of_fewer_bits(
     precision: Precision, bug: Bug, layer: int | None, name: str, operation: str, words: str,
-    trt_packages: Callable[[Precision], Path], checkpoint: Checkpoint, tmp_path: Path,
+    trt_package: Callable[[Precision], Path], checkpoint: Checkpoint, tmp_path: Path,
 ) -> None:  # fmt: skip
-    bad = rebuilt_trt(trt_packages(precision), tmp_path / "p", bug, precision)
+    bad = rebuilt_trt(trt_package(precision), tmp_path / "p", bug, precision)
     check(first_of(bad, checkpoint, f"trt_{precision}"), layer, name, operation, words)
 
 
@@ -360,7 +341,7 @@ def test_on_cuda_the_graph_is_looked_at_as_it_is(
         asked.append(name)
         return find_device("cpu")
 
-    monkeypatch.setattr(segments, "find_device", fake)
+    monkeypatch.setattr(openers, "find_device", fake)
     both = with_trt_graph(package, tmp_path / "both", TrtOptions("fp16", CAPACITY))
     assert_nothing(locate(both, checkpoint, variant, device="cuda"))
     assert set(asked) == {"cuda"}
@@ -378,15 +359,15 @@ def stand_in(path: Path) -> object:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_on_a_tensorrt_each_segment_is_compiled(
-    precision: Precision, trt_packages: Callable[[Precision], Path], checkpoint: Checkpoint, tmp_path: Path
+    precision: Precision, trt_package: Callable[[Precision], Path], checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     """onnxruntime stands in, through Polygraphy's interface; the one call of 16 tokens has no past."""
     opener = tensorrt_opener("trt_rtx", runner=stand_in)
     name = f"trt_{precision}"
-    good = locate(trt_packages(precision), checkpoint, name, backend="trt_rtx", opener=opener)
+    good = locate(trt_package(precision), checkpoint, name, backend="trt_rtx", opener=opener)
     assert_nothing(good)
     assert good.backend == "trt_rtx"
-    bad = rebuilt_trt(trt_packages(precision), tmp_path / "p", portable.query_scale_wrong, precision)
+    bad = rebuilt_trt(trt_package(precision), tmp_path / "p", portable.query_scale_wrong, precision)
     found = locate(bad, checkpoint, name, backend="trt_rtx", opener=opener)
     if precision != "bf16":  # 2 % of the scale is less than its rounding
         assert found.first is not None

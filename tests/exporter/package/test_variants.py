@@ -195,12 +195,12 @@ ODD: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("fields", ODD.values(), ids=ODD.keys())
 def test_odd_shapes_export_and_verify_exactly(tmp_path: Path, fields: dict[str, Any]) -> None:
-    from olmo2_export.verify.quantized import measure_quantized
+    from olmo2_export.verify.variant import measure_variant
 
     checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "c", **fields)))
     export(checkpoint, tmp_path / "p", variants=["q4", "q8"])
     for name in ("q4", "q8"):
-        report = measure_quantized(tmp_path / "p", name, checkpoint)
+        report = measure_variant(tmp_path / "p", name, checkpoint)
         assert all(case.passed for case in report.cases), [c for c in report.cases if not c.passed]
         assert report.greedy.passed
         assert {check.name for check in report.checks if not check.passed if "quality" not in check.name} == set()

@@ -14,7 +14,7 @@ from support.checkpoints import make_checkpoint
 from olmo2_export.config import ModelConfig
 from olmo2_export.quantize.calibration import calibration_tokens
 from olmo2_export.quantize.input_scales import fp8_scale, input_scales, int8_scale
-from olmo2_export.quantize.sweep import embed, reference_logits, staged_layers
+from olmo2_export.quantize.sweep import Head, embed, staged_layers
 from olmo2_export.truth.reference import open_reference
 from olmo2_export.weights.checkpoint import open_checkpoint
 from olmo2_export.weights.stored_names import GROUPS, linear_names, weight_name, weight_shapes
@@ -38,7 +38,11 @@ def test_sweep_equals_transformers(tmp_path: Path, fields: dict[str, object]) ->
     sequences = random_ids(config, 1, 37, 256)
     with open_reference(checkpoint, "fp32") as reference:
         truth = reference.logits(sequences)
-    for got, wanted in zip(reference_logits(checkpoint, config, sequences), truth, strict=True):
+    hidden = embed(checkpoint, sequences)
+    for layer in staged_layers(checkpoint, config):
+        hidden = [layer(x) for x in hidden]
+    head = Head(checkpoint, config)
+    for got, wanted in zip((head.logits(x)[0].numpy() for x in hidden), truth, strict=True):
         assert got.dtype == np.float32
         assert got.shape == wanted.shape
         assert np.square(got - wanted).mean() <= NMSE * wanted.var()

@@ -19,12 +19,12 @@ from olmo2_export import cli
 from olmo2_export.config import ModelConfig
 from olmo2_export.measure.quality import quality_tokens
 from olmo2_export.package.export import export
-from olmo2_export.quantize.sweep import reference_logits
 from olmo2_export.report import data as report_data
 from olmo2_export.report import plots
 from olmo2_export.report.bench_file import read_bench
 from olmo2_export.report.logit_samples import sample_logits
 from olmo2_export.report.parts import FIGURES, NONE, figures
+from olmo2_export.truth.torch_layers import reference_logits
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes.errors import UsageError
 

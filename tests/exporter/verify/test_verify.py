@@ -6,27 +6,32 @@ import errno
 import json
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from support.checkpoints import make_checkpoint
 from transformers import Olmo2ForCausalLM
 
 from olmo2_export import atomic, cli
 from olmo2_export.engine.build import build
 from olmo2_export.engine.options import EngineOptions
+from olmo2_export.locate.locate import locate_all
 from olmo2_export.package.export import export
 from olmo2_export.summary.text import summarize
 from olmo2_export.truth.reference import open_reference
 from olmo2_export.verify import verify as verify_module
-from olmo2_export.verify.feeds import LENGTHS, MODES
+from olmo2_export.verify.feeds import LENGTHS, MIN_CAPACITY, MODES
 from olmo2_export.verify.verify import format_reports, verify
 from olmo2_export.weights.checkpoint import open_checkpoint
+from runtimes import sealed
 from runtimes.errors import ConfigError, IntegrityError, PackageError, UsageError, VariantNotFoundError
-from runtimes.sealed import read_sealed
+from runtimes.manifest import load_manifest
+from runtimes.sealed import FileEntry, read_sealed
 
 FORMS: dict[str, dict[str, Any]] = {
     "mha": {"num_key_value_heads": 6},
@@ -150,14 +155,14 @@ def test_a_package_replaced_meanwhile_gets_no_verdict(
     copy: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = open_checkpoint(str(make_checkpoint(tmp_path / "other", seed=1)))
-    measure = verify_module.measure
+    measure = verify_module.measure_variant
 
-    def replace_then_measure(*arguments: Any) -> Any:
-        report = measure(*arguments)
+    def measure_then_replace(*arguments: Any, **options: Any) -> Any:
+        report = measure(*arguments, **options)
         export(other, copy, force=True)
         return report
 
-    monkeypatch.setattr(verify_module, "measure", replace_then_measure)
+    monkeypatch.setattr(verify_module, "measure_variant", measure_then_replace)
     with pytest.raises(PackageError, match="was replaced while it was verified"):
         verify(copy, open_checkpoint(str(tiny_checkpoint)))
     assert not (copy / "parity.json").exists()
@@ -253,6 +258,9 @@ def test_the_report_of_a_read_only_package_goes_elsewhere(
     assert caplog.records == []
     document = read_sealed(out)
     assert document["package_checksum"] == read_sealed(copy / "manifest.json")["checksum"]
+    version = f"transformers {transformers.__version__}"
+    assert document["reference"]["kernel_parity"] == f"{version}, its whole model"
+    assert document["reference"]["quality"] == f"{version}, its layers one at a time"
     assert list(document["variants"]) == ["fp32"]
     assert not (copy / "parity.json").exists()
 
@@ -286,3 +294,22 @@ def test_a_full_disk_does_not_take_the_verdict(
     last = said.err.splitlines()[-1]
     assert "parity.json: writing failed (No space left on device)" in last
     assert sorted(p.name for p in copy.iterdir() if "parity" in p.name) == []
+
+
+def test_verify_and_locate_hash_each_file_once(
+    tiny_package: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(tiny_package, tmp_path / "copy"))
+    counts: Counter[str] = Counter()
+    hash_file = sealed.hash_file
+
+    def counting(path: Path) -> FileEntry:
+        counts[path.relative_to(copy).as_posix()] += 1
+        return hash_file(path)
+
+    monkeypatch.setattr(sealed, "hash_file", counting)
+    verify(copy, open_checkpoint(str(tiny_checkpoint)), longest=MIN_CAPACITY)
+    assert counts == Counter(load_manifest(copy).files.keys())
+    counts.clear()
+    locate_all(copy, open_checkpoint(str(tiny_checkpoint)))
+    assert counts == Counter(load_manifest(copy).variants["fp32"].files)

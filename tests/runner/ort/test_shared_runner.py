@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -343,14 +343,9 @@ def test_a_closed_runner_says_so(package: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def demo_q4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo_q4(package_of: Callable[[str], Path]) -> Path:
     pytest.importorskip("torch")
-    from olmo2_export.package.export import export
-    from olmo2_export.weights.checkpoint import open_checkpoint
-
-    out = tmp_path_factory.mktemp("package") / "demo"
-    export(open_checkpoint("demo"), out, variants=["q4"])
-    return out
+    return package_of("demo_q4")
 
 
 NEAR_TIE = 0.1  # logits: what activation codes that tip over can move; seen: up to 0.02

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 
 import torch
@@ -11,9 +12,14 @@ from olmo2_export.measure.parity import Check
 from olmo2_export.quantize.blocks import QuantizedMatrix
 from olmo2_export.quantize.encode import cut
 from olmo2_export.quantize.linear import QuantizedLinear
+from olmo2_export.stored_graph import load_graph
+from olmo2_export.views.shared_forms import stored_int8, stored_matrices
+from olmo2_export.views.static_forms import stored_input_scales, stored_linears, stored_tensors
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.stored_names import stored_weight
+from runtimes import Package
 from runtimes.errors import first_names
+from runtimes.manifest import Variant
 
 SCALE_ERROR = 0.25
 """a block's scale against the one that fits its codes best; seen: 0.1 with GPTQ"""
@@ -100,3 +106,50 @@ def scale_error(truth: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
     fit = (truth * stored).sum(1) / energy.clamp_min(1e-30)
     lost = (energy <= 1e-12 * truth.square().sum(1)) & (truth.square().sum(1) > 1e-30)  # all zero where weights were
     return torch.where(lost, torch.ones_like(energy), torch.where(energy > 1e-30, (fit - 1).abs(), energy))
+
+
+def check_input_scales(stored: Mapping[str, float], expected: Mapping[str, float]) -> Check:
+    """Compare the scales in the graph with the manifest's, which the reference rounds with."""
+    wrong = [name for name in sorted(stored.keys() | expected.keys()) if stored.get(name) != expected.get(name)]
+    failures = [f"{n}: {stored.get(n)}, the manifest says {expected.get(n)}" for n in wrong[:5]]
+    return Check("input scales", f"{len(stored)} in the graph, {len(wrong)} not the manifest's", tuple(failures))
+
+
+def check_cache_scales(package: Package, entry: Variant) -> Check:
+    """Every graph rounds a quantised cache with the scales of the manifest."""
+    assert entry.kv_cache.quantization is not None  # the caller has seen to it
+    scales = entry.kv_cache.quantization.scales
+    failures = []
+    for path in (entry.graph, entry.prefill.graph) if entry.prefill else (entry.graph,):
+        initializers = load_graph(package.folder / path).graph.initializers
+        for name, text in scales.items():
+            value = initializers.get(f"kv_cache.{name}.scale")
+            stored = None if value is None or value.const_value is None else value.const_value.numpy()
+            if stored is None or stored.astype("<f4").tobytes() != base64.b64decode(text):
+                failures.append(f"{path}: kv_cache.{name}.scale is not the manifest's")
+    return Check("cache scales", f"{len(scales)} in each graph", tuple(failures[:5]))
+
+
+def weight_checks(package: Package, entry: Variant, checkpoint: Checkpoint, config: ModelConfig) -> list[Check]:
+    """Compare all that a variant's graphs store with the checkpoint, and the scales of inputs with the manifest.
+
+    Args:
+        package: the variant's.
+        entry: the variant; of one with a float32 or rounded shared cache nothing is compared, as parity shows it.
+        checkpoint: the reference weights.
+        config: their shape.
+    """
+    graph = load_graph(package.folder / entry.graph)
+    if entry.kv_cache.form == "static":
+        rounded = check_rounded(stored_tensors(graph), checkpoint, config)
+        if entry.quantization is None:
+            return [rounded]
+        scales = check_input_scales(stored_input_scales(graph), entry.quantization.input_scales)
+        return [rounded, check_linears(stored_linears(graph, config), checkpoint, config), scales]
+    if entry.quantization is None:
+        return []
+    checks = [check_matrices(stored_matrices(graph), checkpoint, config)]
+    if entry.prefill is not None:
+        int8 = stored_int8(load_graph(package.folder / entry.prefill.graph))
+        checks.append(check_int8(int8, checkpoint, config))
+    return checks

@@ -1,0 +1,129 @@
+"""What a variant must show besides its logits in every case: calibration that repeats, and quality on text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import olmo2_export.catalog as catalog
+from olmo2_export.config import ModelConfig
+from olmo2_export.measure.parity import QUALITY, Check, ParityReport, PerplexityChange
+from olmo2_export.measure.quality import (
+    Measured,
+    gate_of,
+    measure_quality,
+    perplexity_check,
+    quality_check,
+    quality_tokens,
+)
+from olmo2_export.package.trt_variants import default_text
+from olmo2_export.quantize.static import static_input_scales
+from olmo2_export.truth.torch_layers import reference_logits
+from olmo2_export.views.runners import open_all_positions, open_view
+from olmo2_export.views.table import View
+from olmo2_export.weights.checkpoint import Checkpoint
+from runtimes import Package
+from runtimes.errors import FailedError
+from runtimes.manifest import Variant
+from runtimes.ort.open import open_ort
+from runtimes.sealed import hash_file
+from runtimes.targets import Target
+
+QUALITY_LENGTH = 256
+"""tokens of a sequence on which quality is measured, where the cache holds them"""
+LONG = 4096
+"""tokens on which a quantised KV cache is measured, where the context holds them"""
+_CALIBRATION_RATIO = 1.15  # two steps of clipping; the same tokens, summed in another order, seldom give one
+
+
+def calibration_checks(package: Package, entry: Variant, checkpoint: Checkpoint, config: ModelConfig) -> list[Check]:
+    """Calibrate again where the text is at hand, and compare: quality hardly shows one scale that is off by 2."""
+    quantization = entry.quantization
+    if quantization is None or not quantization.input_scales:
+        return []
+    text = default_text(package.folder)
+    if quantization.calibration != (None if text is None else hash_file(text).sha256):
+        return [Check("calibration", "on a text that is not at hand: not repeated", ())]
+    again = static_input_scales(checkpoint, config, entry.precision, text)
+    ratios = {name: scale / again[name] for name, scale in quantization.input_scales.items()}
+    off = {name: ratio for name, ratio in ratios.items() if not 1 / _CALIBRATION_RATIO < ratio < _CALIBRATION_RATIO}
+    failures = [f"{name}: its input scale is {ratio:.2f} x what calibration gives" for name, ratio in off.items()]
+    worst = max(max(ratio, 1 / ratio) for ratio in ratios.values())
+    found = f"{len(ratios)} input scales repeated, within a factor {worst:.3f}"
+    return [Check("calibration", found, tuple(failures[:5]))]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """One way of running a variant on text."""
+
+    name: str
+    """of its check"""
+    opened: AbstractContextManager[Measured]
+    alternate: bool = False
+    """the decode graph reads every other piece, so that each graph reads what the other wrote"""
+
+
+def quality_checks(
+    package: Package,
+    entry: Variant,
+    view: View,
+    report: ParityReport,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    target: Target,
+) -> tuple[list[Check], PerplexityChange | None]:
+    """Measure a variant on held-out text: each graph it has, and both in turns on one cache.
+
+    A quantised variant has the gates of its kind; of any other the perplexity may hardly change.
+
+    Args:
+        package: the variant's.
+        entry: the variant.
+        view: of it, as users run it.
+        report: of its cases.
+        checkpoint: the original weights.
+        config: their shape.
+        target: where it runs.
+
+    Returns:
+        A check for each, and the change of perplexity of the first; None where it could not be measured.
+    """
+    length = LONG if entry.kv_cache.quantization is not None else min(report.max_cache_length, QUALITY_LENGTH)
+    sequences, origin = quality_tokens(checkpoint, config, length=length)
+    wanted = list(reference_logits(checkpoint, config, sequences))
+    checks: list[Check] = []
+    changes: list[PerplexityChange] = []
+    for run in _runs(package, entry, view, target):
+        try:
+            with run.opened as runner:
+                measured = measure_quality(runner, sequences, wanted, origin, alternate=run.alternate)
+        except FailedError as error:
+            checks.append(Check(run.name, "not measured", (str(error),), QUALITY))
+            continue
+        tokens = len(sequences[0])
+        if entry.quantization is not None:
+            checks.append(quality_check(run.name, measured, tokens, gate_of(entry, config)))
+        else:
+            checks.append(perplexity_check(measured.perplexity, tokens, report.gate))
+        changes.append(measured.perplexity)
+    return checks, changes[0] if changes else None
+
+
+def _runs(package: Package, entry: Variant, view: View, target: Target) -> Iterator[_Run]:
+    if entry.kv_cache.form == "static" and not target.on_gpu:
+        yield _Run("quality", _all_positions(package, entry))
+    elif entry.quantization is None or catalog.is_for_devices(entry.name) or target.on_gpu:
+        yield _Run("quality", open_view(package, view, target))
+    else:
+        decode = dataclasses.replace(entry, prefill=None)
+        yield _Run("quality", open_ort(package.folder, decode, package.model, None))
+        if entry.prefill is not None:
+            for name, alternate in (("int8 quality", False), ("quality of both in turns", True)):
+                yield _Run(name, open_ort(package.folder, entry, package.model, None), alternate)
+
+
+@contextmanager
+def _all_positions(package: Package, entry: Variant) -> Iterator[Measured]:
+    yield open_all_positions(package, entry)

@@ -1,0 +1,150 @@
+"""Verify one variant: each of its views against PyTorch, then what it stores, then what its weights cost.
+
+| part          | what                                             | against                       | gate        |
+|---------------|--------------------------------------------------|-------------------------------|-------------|
+| cases, greedy | the first view, in all ways of `feeds`           | PyTorch: see `views.table`    | of the view |
+| cases         | the other views; a mode bears its view's name    | the same                      | of the view |
+| weights ...   | `views.weight_checks`                            | the checkpoint, the manifest  | there       |
+| calibration   | scales of inputs, calibrated again               | the manifest                  | 1.15 x      |
+| quality       | the graph as users run it, on held-out text      | the checkpoint in float32     | quality     |
+| cache scales  | those in each graph with a quantised cache       | the manifest                  | equal       |
+
+The exact view finds bugs that no measure of quality shows, such as a norm ignored, even where rounding costs so much
+that no other error is seen behind it; quality is what users get. A float16 graph on the CPU says nothing of overflows
+on a GPU: the operators of this one sum in float32 there, see `graphs/device.py`; `verify --device cuda` shows it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+
+import numpy as np
+import torch
+
+import olmo2_export.catalog as catalog
+from olmo2_export.config import ModelConfig
+from olmo2_export.fp16.simulate import simulated_logits
+from olmo2_export.fp16.values import wide_of
+from olmo2_export.measure.parity import CaseResult, ParityReport
+from olmo2_export.truth.reference import open_reference
+from olmo2_export.verify.checks import calibration_checks, quality_checks
+from olmo2_export.verify.measure import LONGEST, Draws, Truth, ask_pytorch, draw_logits, feed, measure_runner
+from olmo2_export.views.runners import open_view
+from olmo2_export.views.table import View, variant_views
+from olmo2_export.views.weight_checks import check_cache_scales, weight_checks
+from olmo2_export.weights.checkpoint import Checkpoint
+from olmo2_export.weights.source import Replaced
+from runtimes.manifest import Variant
+from runtimes.package import AnyPackage, open_package
+from runtimes.targets import Target, find_target
+
+WITH_ISLANDS = "this project's layers, rounded as transformers rounds but for the float32 islands"
+"""what gives the unit of error where transformers in float16 overflows"""
+
+
+def measure_variant(
+    package: AnyPackage,
+    name: str,
+    checkpoint: Checkpoint,
+    *,
+    truth: Truth | None = None,
+    target: Target | None = None,
+    longest: int = LONGEST,
+) -> ParityReport:
+    """Run a variant through every case and check.
+
+    Args:
+        package: the package folder, or one that is open.
+        name: of the variant.
+        checkpoint: the reference weights.
+        truth: what `ask_pytorch` found of the checkpoint itself, at the variant's precision; needed where its weights
+            are not quantised.
+        target: where it runs; None: onnxruntime on the CPU.
+        longest: tokens of the longest rows, where the cache holds more.
+
+    Raises:
+        IntegrityError: the variant's files changed.
+        PackageError: its graph is not one of this exporter.
+        BackendError: the device is not there.
+    """
+    opened, target = open_package(package), target or find_target("ort")
+    entry = opened.variant(name)
+    opened.check(entry.files)
+    config = ModelConfig.from_json(checkpoint.folder / "config.json")
+    views = variant_views(opened, entry, checkpoint, config, target)
+    as_run = views[-1]
+    views = _compared(views, entry)
+    capacity = min(entry.kv_cache.max_cache_length, longest)
+    asked: tuple[Mapping[str, torch.Tensor], Truth] | None = None
+    report: ParityReport | None = None
+    cases: list[CaseResult] = []
+    for view in views:
+        if not view.replaced:
+            assert truth is not None  # its precision is among those asked for
+            found = truth
+        elif asked is not None and asked[0] is view.replaced:
+            found = asked[1]
+        else:
+            precisions = {v.precision for v in views if v.replaced is view.replaced and not v.rounding}
+            found = ask_pytorch(opened, checkpoint, precisions, capacity, weights=view.replaced)
+            asked = view.replaced, found
+        own = _own_logits(view, found, entry, checkpoint, config)
+        draws = _draws(view, found, checkpoint)
+        with open_view(opened, view, target) as runner:
+            if report is None:
+                sha256 = opened.files_of(entry)[entry.graph].sha256
+                report = measure_runner(
+                    runner, found, own, view.gate, draws, name, entry.precision, sha256, target.backend
+                )
+                cases += report.cases
+            else:
+                more = feed(runner, found, found.exact, own, view.gate, draws)
+                cases += [dataclasses.replace(case, mode=f"{view.label} {case.mode}") for case in more]
+    assert report is not None  # there is a view of every variant
+    checks = weight_checks(opened, entry, checkpoint, config)
+    checks += calibration_checks(opened, entry, checkpoint, config)
+    quality, change = quality_checks(opened, entry, as_run, report, checkpoint, config, target)
+    checks += quality
+    if entry.kv_cache.quantization is not None:
+        checks.append(check_cache_scales(opened, entry))
+    if entry.float32_islands:
+        report = dataclasses.replace(report, own_error_of=WITH_ISLANDS)
+    return dataclasses.replace(report, cases=tuple(cases), checks=tuple(checks), perplexity=change)
+
+
+def _compared(views: list[View], entry: Variant) -> list[View]:
+    """Return the views that are compared, the one that the report's gate is of first.
+
+    That is the exact one where weights are quantised, and else what users run. Of a graph for GPUs the exact view shows
+    nothing more: it has the operators of the rounded one, and no rounding of weights to hide behind.
+    """
+    if catalog.is_for_devices(entry.name):
+        return views[-1:]
+    return views if entry.quantization is not None else views[::-1]
+
+
+def _own_logits(
+    view: View, truth: Truth, entry: Variant, checkpoint: Checkpoint, config: ModelConfig
+) -> list[np.ndarray]:
+    """Return PyTorch's logits in the view's own arithmetic, whose error is the unit that the view's is measured in.
+
+    Where the graph has float32 islands they are those with the same islands: PyTorch's in float16 overflow.
+    """
+    if view.rounding:
+        with open_reference(checkpoint, view.precision, view.replaced, view.rounding) as reference:
+            return reference.logits(truth.sequences, truth.positions)
+    if view.precision == "fp16" and entry.float32_islands:
+        source = Replaced(checkpoint, view.replaced)
+        whole = simulated_logits(source, config, truth.sequences, wide_of(entry.float32_islands))
+        return [rows[positions] for rows, positions in zip(whole, truth.positions, strict=True)]
+    return truth.own[view.precision]
+
+
+def _draws(view: View, truth: Truth, checkpoint: Checkpoint) -> Draws | None:
+    if not view.drawn:
+        return None
+    if not view.rounding:
+        return truth.draws
+    return partial(draw_logits, checkpoint, truth.sequences, truth.positions, view.replaced, view.rounding)
