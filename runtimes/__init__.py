@@ -27,6 +27,7 @@ from runtimes.errors import (
 from runtimes.integers import as_integer
 from runtimes.package import AnyPackage, Package, open_package
 from runtimes.runners.runner import Runner
+from runtimes.runners.slots import Slots
 from runtimes.targets import Backend, Device, find_target
 from runtimes.threads import default_threads
 
@@ -43,6 +44,7 @@ __all__ = [
     "PackageError",
     "PackageNotFoundError",
     "Runner",
+    "Slots",
     "UsageError",
     "VariantNotFoundError",
     "open_package",
@@ -60,7 +62,9 @@ def open_runner(
     device: Device | None = None,
     check_hashes: bool = True,
     threads: int | None = None,
-) -> Runner:
+    max_slots: int | None = None,
+    exact: bool = False,
+) -> Slots:
     """Open one graph of a package; close it, or use it in a `with`.
 
     Args:
@@ -74,12 +78,16 @@ def open_runner(
         check_hashes: read the graph and the weights once more to compare them with the manifest; without it only their
             presence and size are checked.
         threads: CPU threads of an operator, for ort; None means one per physical core that this process may use.
+        max_slots: sequences at once where it is used by slots, see `runtimes.runners.slots`; None means 8 for ort, and
+            with a TensorRT backend what the engine was built for.
+        exact: the logits of a sequence are to the bit those that it gets alone, whoever else is there and however its
+            prompt is cut. On the CPU alone; a step of one row takes the time of two.
 
     Returns:
         The runner, with an empty cache.
 
     Raises:
-        UsageError: threads out of range, or a device or threads that the backend has no use for.
+        UsageError: threads or max_slots out of range, or a device, threads or exact that the backend has no use for.
         BackendError: an unknown backend or device, or one whose library or GPU is not there.
         PackageNotFoundError, VariantNotFoundError: no such package, no such variant in it.
         IntegrityError: a file is not the one that was exported.
@@ -93,10 +101,15 @@ def open_runner(
     target = find_target(backend, device)
     if threads is not None and not target.takes_threads:
         raise UsageError(f"threads {threads}: backend {backend} runs on the GPU; leave them out")
+    slots = as_integer(max_slots)
+    if max_slots is not None and (slots is None or slots < 1):
+        raise UsageError(f"max_slots {max_slots!r}: expected an integer of at least 1")
+    if exact and target.device != "cpu":
+        raise UsageError(f"exact: backend {backend} runs on device {target.device}, where answers depend on each other")
     match target.backend:
         case "ort":
             try:
-                from runtimes.ort.concat import default_variant, open_ort
+                from runtimes.ort.open import default_variant, open_ort
             except ImportError as error:
                 raise BackendError(
                     f"backend ort: onnxruntime cannot be imported ({error}); {target.install}"
@@ -108,7 +121,16 @@ def open_runner(
             def check(names: Sequence[str]) -> None:
                 opened.check(names, hashes=check_hashes)
 
-            return open_ort(opened.folder, chosen, opened.model, count or default_threads(), check, target.device)
+            return open_ort(
+                opened.folder,
+                chosen,
+                opened.model,
+                count or default_threads(),
+                check,
+                target.device,
+                max_slots=slots,
+                exact=exact,
+            )
         case "trt_rtx" | "trt":
             try:
                 from runtimes.trt.open import open_trt
@@ -116,4 +138,4 @@ def open_runner(
                 raise BackendError(
                     f"backend {backend}: cuda-bindings cannot be imported ({error}); {target.install}"
                 ) from error
-            return open_trt(open_package(package), target.backend, variant, check_hashes=check_hashes)
+            return open_trt(open_package(package), target.backend, variant, check_hashes=check_hashes, max_slots=slots)

@@ -13,7 +13,7 @@ from typing import TypedDict
 from runtimes import Backend, Device, open_package, open_runner
 from runtimes.command import Parser, run_command
 from runtimes.generation.generate import Generation, encode_prompt, generate
-from runtimes.speculate.speculation import Drafter, DraftModel, PromptLookup
+from runtimes.speculate.drafters import Drafter, DraftModel, PromptLookup
 from runtimes.targets import describe_backends, describe_devices
 from runtimes.text.logit_rules import Penalties
 from runtimes.text.plain_text import plain_lines, plain_text

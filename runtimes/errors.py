@@ -16,6 +16,7 @@
         ├── FusionError     (RuntimeError)       a graph pass did not find what it must find
         ├── EngineBuildError (RuntimeError)      TensorRT refused or failed
         ├── NumericError    (ArithmeticError)    NaN or Inf where a number must be
+        │   └── BrokenSlotsError                 in some slots of a step; the others went on
         └── ResourceError   (OSError)            disk full, folder locked
 
 Every message says what was found, what was expected and what to do.
@@ -26,6 +27,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 """the errno of a resource that ran out, not of bad input"""
@@ -97,6 +99,17 @@ class EngineBuildError(FailedError, RuntimeError):
 
 class NumericError(FailedError, ArithmeticError):
     """NaN or Inf where a number must be."""
+
+
+class BrokenSlotsError(NumericError):
+    """Logits of some slots of a step are NaN or infinite; the others have their token."""
+
+    def __init__(self, message: str, slots: tuple[int, ...], logits: dict[int, Any]) -> None:
+        super().__init__(message)
+        self.slots = slots
+        """those that broke down, as they were before the step"""
+        self.logits = logits
+        """slot -> float32 [vocab_size], of the others"""
 
 
 class ResourceError(FailedError, OSError):

@@ -52,7 +52,7 @@ from runtimes.manifest import (
     TokensFrom,
     Variant,
 )
-from runtimes.ort.concat import open_ort
+from runtimes.ort.open import open_ort
 from runtimes.ort.versions import oldest_onnxruntime
 from runtimes.sealed import hash_file
 

@@ -26,7 +26,7 @@ from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes import Package
 from runtimes.errors import FailedError
 from runtimes.manifest import Variant
-from runtimes.ort.concat import open_ort
+from runtimes.ort.open import open_ort
 from runtimes.sealed import hash_file
 from runtimes.targets import Target
 

@@ -18,8 +18,8 @@ from olmo2_export.views.table import View, has_rounded_form, in_float32
 from runtimes import Device, Package, Runner, open_runner
 from runtimes.errors import UsageError
 from runtimes.manifest import ModelSpec, Variant
-from runtimes.ort.concat import open_ort
 from runtimes.ort.devices import find_device
+from runtimes.ort.open import open_ort
 from runtimes.ort.session import open_session
 from runtimes.ort.shared import SharedRunner
 from runtimes.ort.static_session import OrtStaticSession

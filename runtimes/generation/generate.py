@@ -15,7 +15,8 @@ from runtimes.errors import ContextLengthError, InputError
 from runtimes.generation.text_state import FinishReason, Piece, TextState
 from runtimes.integers import as_integer
 from runtimes.runners.runner import HeldText, Logits, Runner, check_rows, common_prefix
-from runtimes.speculate.speculation import Drafter, Speculation, speculate_tokens
+from runtimes.speculate.drafters import Drafter
+from runtimes.speculate.speculation import Speculation, speculate_tokens
 from runtimes.text.logit_rules import Penalties
 from runtimes.text.sampling import Sampler
 from runtimes.text.tokenizer import Tokenizer
@@ -268,9 +269,10 @@ def _speculation(runner: Runner, drafter: Drafter | None) -> Speculation | None:
 def _keep_common_prefix(runner: Runner, prompt_ids: Sequence[int]) -> int:
     """Forget what the runner holds from where the prompt differs; return how many tokens are left.
 
-    One token of the prompt is always left to feed, since the cache has no logits.
+    One token of the prompt is always left to feed, since the cache has no logits. An exact runner computes everything
+    anew: what was generated, or fed in other pieces, would differ by rounding from the same prompt at once.
     """
-    held = runner.cached_tokens
+    held = () if getattr(runner, "exact", False) else runner.cached_tokens
     kept = common_prefix(held[0], prompt_ids[:-1]) if len(held) == 1 else 0
     if kept:
         runner.truncate([kept])

@@ -1,32 +1,24 @@
-"""Runners on onnxruntime, one per form of KV cache; see `ConcatRunner` for the portable graph.
+"""The runner of the portable graph on onnxruntime.
 
-Its KV cache stays in onnxruntime's memory: the present values of one call are bound as the past of the next. Which
-outputs these are, the manifest says by their role; others than them and the logits are not asked for.
+Its KV cache stays in onnxruntime's memory: the present values of one call are bound as the past of the next.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
 
-from runtimes.errors import BackendError, FailedError, PackageError, UsageError
+from runtimes.errors import BrokenSlotsError, FailedError, InputError, NumericError, UsageError
+from runtimes.integers import as_integer
 from runtimes.manifest import KVCacheSpec, ModelSpec, Variant
 from runtimes.one_thread import OneThread, one_thread
-from runtimes.ort.device import MAX_COMPILED_ROWS, DeviceRunner, compiled_shapes
-from runtimes.ort.devices import find_device
-from runtimes.ort.session import one_line, open_session
-from runtimes.ort.shared import SharedRunner
-from runtimes.ort.static_session import OrtStaticSession
-from runtimes.ort.versions import check_padded_rows, new_enough, without_too_new
-from runtimes.package import Package
+from runtimes.ort.session import one_line
+from runtimes.ort.versions import check_padded_rows
 from runtimes.runners.runner import (
     Ids,
     Logits,
@@ -37,19 +29,19 @@ from runtimes.runners.runner import (
     check_token_ids,
     no_candidates,
 )
-from runtimes.runners.static import StaticRunner
-from runtimes.targets import engine_backend_words, find_target, ort_targets, runnable, runs
+from runtimes.runners.slots import (
+    DEFAULT_SLOTS,
+    check_exact_append,
+    check_slot_length,
+    check_step,
+    piece_length,
+)
 
 PREFILL_CHUNK = 512
 """tokens of a row per call of a concat graph"""
 
-FileCheck: TypeAlias = Callable[[Sequence[str]], None]
-"""gets paths in the package; raises IntegrityError"""
-
 Values: TypeAlias = dict[str, Any]
 """name of a past_key_values input -> its OrtValue"""
-
-logger = logging.getLogger(__name__)
 
 _NOTHING: Ids = np.zeros(0, np.int64)
 
@@ -69,8 +61,24 @@ class ConcatCache:
         return tuple(len(row) for row in self.tokens)
 
 
+@dataclass(frozen=True)
+class _Slot:
+    """A sequence that came by itself; never changed, each call makes the next one."""
+
+    cache: ConcatCache
+    """of one row"""
+    pending: Ids
+    """of its prompt, what is to be computed"""
+    prompted: int
+    """first tokens of the cache that were computed as a prompt"""
+
+    @property
+    def tokens(self) -> Ids:
+        return self.cache.tokens[0]
+
+
 class ConcatRunner:
-    """The portable graph: present = past + new tokens; implements `runtimes.runners.runner.Runner`.
+    """The portable graph: present = past + new tokens; implements `runtimes.runners.slots.Slots`.
 
     | tensor                          | shape                                                   | dtype          |
     |---------------------------------|---------------------------------------------------------|----------------|
@@ -89,13 +97,26 @@ class ConcatRunner:
     sequence_length x total_sequence_length numbers; where all positions are asked for, in one.
 
     A new cache is computed and the old one left untouched, so that a call that fails changes nothing.
+
+    Every slot has a cache of its own and a step computes them one by one: its logits are those of a runner that it has
+    for itself, but many slots are no faster than one. There are slots or a batch, not both: `reset` is between them.
     """
 
     prefill_chunk = PREFILL_CHUNK
 
-    def __init__(self, session: ort.InferenceSession, variant: Variant, model: ModelSpec) -> None:
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        variant: Variant,
+        model: ModelSpec,
+        max_slots: int = DEFAULT_SLOTS,
+        *,
+        exact: bool = False,
+    ) -> None:
         self.variant = variant
         self.model = model
+        self.max_slots = max_slots
+        self.exact = exact
         self.max_cache_length = variant.kv_cache.max_cache_length
         self.top_k = 0
         self.exclusive = OneThread()
@@ -104,17 +125,22 @@ class ConcatRunner:
         self._pasts = list(variant.caches)
         self._outputs = [self._logits, *variant.caches.values()]
         self._cache: ConcatCache | None = None
+        self._slots: dict[int, _Slot] = {}
 
     @property
     def cache_lengths(self) -> tuple[int, ...]:
-        return () if self._cache is None else self._cache.lengths
+        return tuple(map(len, self.cached_tokens))
 
     @property
     def cached_tokens(self) -> tuple[Ids, ...]:
+        """Per row of the batch; where there are slots, each stands where its number is."""
+        if self._slots:
+            return tuple(self._slots[n].tokens if n in self._slots else _NOTHING for n in range(max(self._slots) + 1))
         return () if self._cache is None else self._cache.tokens
 
     @one_thread
     def prefill(self, sequences: Sequence[TokenIds], *, all_positions: bool = False) -> list[Logits]:
+        self._refuse_slots()
         rows = check_rows(
             sequences,
             vocab_size=self.model.vocab_size,
@@ -141,6 +167,7 @@ class ConcatRunner:
 
     @one_thread
     def truncate(self, lengths: Sequence[int]) -> None:
+        self._refuse_slots()
         kept = check_lengths(lengths, self.cache_lengths)
         if self._cache is not None and kept != self._cache.lengths:
             self._cache = self._shortened(self._cache, kept)
@@ -148,10 +175,108 @@ class ConcatRunner:
     @one_thread
     def reset(self) -> None:
         self._cache = None
+        self._slots.clear()
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        return tuple(sorted(self._slots))
+
+    @one_thread
+    def slot_tokens(self, slot: int) -> Ids:
+        return self._slot(slot).tokens
+
+    @one_thread
+    def begin(self, token_ids: TokenIds) -> int:
+        (ids,) = self._check_new(token_ids, held=0)
+        return self._new_slot(_Slot(self._empty_cache(1), ids, prompted=0))
+
+    @one_thread
+    def extend(self, slot: int, budget: int | None = None) -> Logits | None:
+        state, number = self._slot(slot), int(slot)
+        if not len(state.pending):
+            raise InputError(f"slot {number}: its prompt is complete; step it, or append more")
+        if budget is None:
+            while (last := self.extend(slot, self.max_cache_length)) is None:
+                pass
+            return last
+        ids = state.pending[: piece_length(len(state.pending), budget, self.exact)]
+        (logits,), cache = self._extend(state.cache, [ids], all_positions=False, cut=True)
+        check_finite([logits], cache.lengths, f"slot {number}")
+        prompted = state.prompted + len(ids) if state.prompted == len(state.tokens) else state.prompted
+        self._slots[number] = _Slot(cache, state.pending[len(ids) :], prompted)
+        return logits[0] if len(ids) == len(state.pending) else None
+
+    @one_thread
+    def admit(self, token_ids: TokenIds) -> tuple[int, Logits]:
+        slot = self.begin(token_ids)
+        try:
+            logits = self.extend(slot)
+        except BaseException:
+            self.release(slot)
+            raise
+        assert logits is not None
+        return slot, logits
+
+    @one_thread
+    def step(self, token_ids: Mapping[int, int]) -> dict[int, Logits]:
+        slots = check_step(token_ids)
+        free = [slot for slot in slots if slot not in self._slots]
+        if free or not slots:
+            raise InputError(f"slot {free[0] if free else '(none)'}: not admitted; admit a sequence first")
+        waiting = [slot for slot in slots if len(self._slots[slot].pending)]
+        if waiting:
+            raise InputError(f"slot {waiting[0]}: its prompt is not complete; extend it first")
+        given = check_rows(
+            [[token] for token in token_ids.values()],
+            vocab_size=self.model.vocab_size,
+            cache_lengths=tuple(len(self._slots[slot].tokens) for slot in slots),
+            max_cache_length=self.max_cache_length,
+        )
+        found: dict[int, Logits] = {}
+        stepped: dict[int, _Slot] = {}
+        broken: dict[int, str] = {}
+        for slot, ids in zip(slots, given, strict=True):
+            state = self._slots[slot]
+            (logits,), cache = self._extend(state.cache, [ids], all_positions=False)
+            try:
+                check_finite([logits], cache.lengths, f"slot {slot}")
+            except NumericError as error:
+                broken[slot] = str(error)
+            else:
+                found[slot], stepped[slot] = logits[0], replace(state, cache=cache)
+        self._slots.update(stepped)
+        if broken:
+            raise BrokenSlotsError("; ".join(broken.values()), tuple(broken), found)
+        return found
+
+    @one_thread
+    def append(self, slot: int, token_ids: TokenIds) -> None:
+        state, number = self._slot(slot), int(slot)
+        held = len(state.tokens)
+        (ids,) = self._check_new(token_ids, held + len(state.pending))
+        if self.exact and not len(state.pending):
+            check_exact_append(held, state.prompted, len(ids))
+        self._slots[number] = replace(state, pending=np.concatenate([state.pending, ids]))
+
+    @one_thread
+    def copy_prefix(self, slot: int, length: int) -> int:
+        state = self._slot(slot)
+        return self._new_slot(self._first(state, check_slot_length(length, len(state.tokens), least=1)))
+
+    @one_thread
+    def truncate_slot(self, slot: int, length: int) -> None:
+        state = self._slot(slot)
+        self._slots[int(slot)] = self._first(state, check_slot_length(length, len(state.tokens)))
+
+    @one_thread
+    def release(self, slot: int) -> None:
+        self._slot(slot)
+        del self._slots[int(slot)]
 
     @one_thread
     def close(self) -> None:
         self._cache = self._session = None
+        self._slots.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -161,6 +286,41 @@ class ConcatRunner:
     ) -> None:
         self.close()
 
+    def _slot(self, slot: int) -> _Slot:
+        state = self._slots.get(as_integer(slot))  # type: ignore[arg-type]  # None is no slot
+        if state is None:
+            raise InputError(f"slot {slot!r}: not admitted")
+        return state
+
+    def _new_slot(self, state: _Slot) -> int:
+        if self._cache is not None:
+            raise UsageError("the runner holds a batch; reset it first, or open another for slots")
+        if len(self._slots) >= self.max_slots:
+            raise InputError(
+                f"{len(self._slots) + 1} rows, this runner has {self.max_slots} slots; release one, or open it with "
+                "more max_slots"
+            )
+        slot = next(n for n in range(self.max_slots) if n not in self._slots)
+        self._slots[slot] = state
+        return slot
+
+    def _first(self, state: _Slot, length: int) -> _Slot:
+        """Return a slot with the first tokens of another; the values are shared, as nothing changes them."""
+        cache = state.cache if length == len(state.tokens) else self._shortened(state.cache, (length,))
+        return _Slot(cache, _NOTHING, min(state.prompted, length))
+
+    def _check_new(self, token_ids: TokenIds, held: int) -> list[Ids]:
+        return check_rows(
+            [token_ids],
+            vocab_size=self.model.vocab_size,
+            cache_lengths=(held,),
+            max_cache_length=self.max_cache_length,
+        )
+
+    def _refuse_slots(self) -> None:
+        if self._slots:
+            raise UsageError("the runner has slots; release them, or reset it first")
+
     def _empty_cache(self, batch_size: int) -> ConcatCache:
         return ConcatCache(
             tokens=(_NOTHING,) * batch_size,
@@ -168,8 +328,13 @@ class ConcatRunner:
             mask=np.zeros((batch_size, 0), np.int64),
         )
 
-    def _extend(self, cache: ConcatCache, rows: list[Ids], all_positions: bool) -> tuple[list[Logits], ConcatCache]:
-        """Return the logits of `rows` appended to `cache`, and the cache that holds them."""
+    def _extend(
+        self, cache: ConcatCache, rows: list[Ids], all_positions: bool, cut: bool = False
+    ) -> tuple[list[Logits], ConcatCache]:
+        """Return the logits of `rows` appended to `cache`, and the cache that holds them.
+
+        `cut`: they are a piece, cut as an exact runner cuts prompts.
+        """
         width = max(len(row) for row in rows)
         if any(len(row) < width for row in rows):
             check_padded_rows(self.variant, ort.__version__)
@@ -180,8 +345,10 @@ class ConcatRunner:
             mask[b, width - len(row) :] = 1
         past, values = cache.mask.shape[1], cache.values
         mask = np.concatenate([cache.mask, mask], axis=1)  # (B, P + S)
-        for start in range(0, width, width if all_positions else self.prefill_chunk):
-            stop = width if all_positions else min(width, start + self.prefill_chunk)
+        stop = 0
+        while stop < width:
+            start = stop
+            stop += piece_length(width - start, width if all_positions else self.prefill_chunk, self.exact and not cut)
             feeds = {
                 "input_ids": np.ascontiguousarray(ids[:, start:stop]),
                 "attention_mask": np.ascontiguousarray(mask[:, : past + stop]),
@@ -217,125 +384,6 @@ class ConcatRunner:
             raise FailedError(f"onnxruntime failed in {self.variant.graph}: {one_line(error)}") from error
         logits, *present = binding.get_outputs()
         return logits.numpy(), dict(zip(self._pasts, present, strict=True))
-
-
-def default_variant(package: Package, device: str) -> str | None:
-    """Return the variant that a device runs where none is named: the fastest that is verified, of those that it runs.
-
-    Variants that were made for the device go before others; what parity.json says passed, before what it does not
-    know, and that before what it says failed.
-
-    Args:
-        package: which.
-        device: cpu, cuda or nv-rtx.
-
-    Raises:
-        BackendError: a GPU, and no variant for it.
-    """
-    target, manifest = find_target("ort", device), package.manifest
-    able = runnable(package, target)
-    if not able and not target.takes_others:
-        raise BackendError(
-            f"device {device}: the package has {', '.join(manifest.variants)}; "
-            f"export it with --variant {target.variants[0]}"
-        )
-    able = able or list(manifest.variants)  # opening it says why not
-    able = [name for name in able if new_enough(manifest.variants[name], ort.__version__)] or able
-    passed = package.verdicts
-    ranked = sorted(able, key=lambda name: {True: 0, None: 1, False: 2}[passed.get(name)])  # stable: the fastest first
-    for name in able[: able.index(ranked[0])] if ranked else ():
-        said = "not verified yet" if passed.get(name) is None else "failed when it was verified"
-        logger.info("variant %s: %s; %s is taken", name, said, ranked[0])
-    if ranked and passed.get(ranked[0]) is False:
-        logger.warning("variant %s failed when it was verified, and there is no other", ranked[0])
-    return ranked[0] if ranked else None
-
-
-def open_ort(
-    package: Path,
-    variant: Variant,
-    model: ModelSpec,
-    threads: int | None,
-    check: FileCheck | None = None,
-    device: str = "cpu",
-) -> ConcatRunner | StaticRunner | SharedRunner:
-    """Load a variant's graph, or two, on one device.
-
-    A prefill graph is loaded in the background; the first step that is meant for it waits until it is there, and raises
-    what is wrong with it.
-
-    Args:
-        package: the package folder; the caller has checked presence and size of the variant's files.
-        variant: which.
-        model: the manifest's.
-        threads: of an operator on the CPU; None leaves it to onnxruntime.
-        check: compares files of the package with the manifest; called with the graph before it is opened, and with its
-            data while it is loaded. None: nothing is checked.
-        device: cpu, cuda or nv-rtx.
-
-    Raises:
-        IntegrityError: a file is not the one that was exported.
-        PackageError: onnxruntime cannot load the graph, or it has other inputs and outputs than the manifest says.
-        BackendError: the device, its provider or its libraries are not there, it does not run this variant, or
-            onnxruntime is too old for it.
-    """
-    spec, target = variant.kv_cache, find_target("ort", device)
-    known = dict.fromkeys(form for other in ort_targets() for form in other.caches)
-    if spec.form not in known:
-        raise PackageError(f"variant {variant.name}: KV cache form {spec.form!r}, this version runs {', '.join(known)}")
-    if spec.form == "static" and variant.quantization is not None:
-        raise BackendError(
-            f"variant {variant.name}: onnxruntime has no kernel that dequantises to {spec.dtype}; run an engine of it "
-            f"with {engine_backend_words()}"
-        )
-    if not runs(variant, target):
-        others = [other.device for other in ort_targets() if runs(variant, other)]
-        raise BackendError(
-            f"variant {variant.name}: a {spec.dtype} KV cache does not run on device {device}; "
-            f"it runs on {', '.join(others) or 'none'}, and {', '.join(target.variants)} are made for {device}"
-        )
-    variant = without_too_new(variant, ort.__version__, device)
-    found = find_device(device)
-    capture = device == "cuda" and spec.form == "shared"
-    shapes = compiled_shapes(spec) if device == "nv-rtx" else None
-
-    def load(graph: str, data: Sequence[str]) -> ort.InferenceSession:
-        def opened() -> ort.InferenceSession:
-            return open_session(package / graph, variant, threads, device=found, capture=capture, shapes=shapes)
-
-        return _load_checked(opened, graph, data, check)
-
-    session = load(variant.graph, variant.data)
-    match spec.form:
-        case "concat":
-            return ConcatRunner(session, variant, model)
-        case "static":
-            return StaticRunner(OrtStaticSession(session, variant, memory=found.memory), variant, model)
-        case _ if found.memory is not None:
-            rows = MAX_COMPILED_ROWS if shapes else None
-            return DeviceRunner(session, variant, model, found.memory, capture=capture, max_rows=rows)
-        case _:
-            prefill: Future[ort.InferenceSession] | None = None
-            if variant.prefill is not None:
-                pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefill-graph")
-                prefill = pool.submit(load, variant.prefill.graph, variant.prefill.data)
-                pool.shutdown(wait=False)
-            return SharedRunner(session, prefill, variant, model)
-
-
-def _load_checked(
-    load: Callable[[], ort.InferenceSession], graph: str, data: Sequence[str], check: FileCheck | None
-) -> ort.InferenceSession:
-    """Load a graph while its data is checked; what the check finds goes before what onnxruntime says."""
-    if check is None:
-        return load()
-    check([graph])
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        pending = pool.submit(check, data)
-        try:
-            return load()
-        finally:
-            pending.result()
 
 
 def _zeros(spec: KVCacheSpec, batch_size: int, length: int) -> ort.OrtValue:

@@ -29,6 +29,7 @@ from runtimes.one_thread import one_thread
 from runtimes.ort.devices import GpuMemory, Shapes
 from runtimes.ort.shared import SharedRunner, attention_mask
 from runtimes.runners.runner import Ids
+from runtimes.runners.slots import DEFAULT_SLOTS
 
 PREFILL_CHUNK = 2048
 """tokens of one sequence per call"""
@@ -76,6 +77,7 @@ class DeviceRunner(SharedRunner):
 
     prefill_chunk = PREFILL_CHUNK
     batched_logits = _BATCHED_LOGITS
+    _copies_rows = False  # onnxruntime copies no part of a tensor on a device; a row's prefix is computed once more
 
     def __init__(
         self,
@@ -86,6 +88,7 @@ class DeviceRunner(SharedRunner):
         *,
         capture: bool,
         max_rows: int | None = None,
+        max_slots: int = DEFAULT_SLOTS,
     ) -> None:
         """Args:
         session: on the device.
@@ -93,9 +96,10 @@ class DeviceRunner(SharedRunner):
         memory: of the device.
         capture: make CUDA graphs of decode steps; the session was opened for it.
         max_rows: for which the session was compiled; None: any number.
+        max_slots: sequences at once.
         """
         self._device = DeviceBuffer(variant.kv_cache, memory, max_rows)
-        super().__init__(session, None, variant, model, self._device)
+        super().__init__(session, None, variant, model, max_slots, buffer=self._device)
         self._memory = memory
         self._graph_ids = itertools.count(1) if capture else None
         self._run_options = _run_options(_NO_CAPTURE if capture else None)
@@ -107,10 +111,15 @@ class DeviceRunner(SharedRunner):
         self._steps.clear()  # before the memory they are bound to
         super().close()
 
+    def _reserve(self, rows: int) -> None:
+        if self._device.rows:  # not a copy for each slot that is taken
+            rows = max(rows, min(1 << (rows - 1).bit_length(), self.max_slots))
+        super()._reserve(rows)
+
     def _step(self, ids: Ids, starts: Ids, wanted: Sequence[str]) -> list[npt.NDArray[Any]]:
         if self._decode_session is None:
             raise UsageError("the runner is closed; open another")
-        self._device.reserve(max(len(ids), len(self._tokens)), int(starts.max()) + 1, self.cache_lengths)
+        self._reserve(max(len(ids), len(self._tokens)))
         if self._steps_of != self._device.version:
             self._steps.clear()
             self._steps_of = self._device.version
@@ -165,7 +174,7 @@ class DeviceBuffer:
     def _row_shape(self) -> tuple[int, int, int]:
         return (self._spec.num_key_value_heads, self._spec.max_cache_length, self._spec.stored_head_dim)
 
-    def reserve(self, rows: int, length: int, held: Sequence[int]) -> None:  # noqa: ARG002  # it always has all
+    def reserve(self, rows: int, held: Sequence[int]) -> None:
         """Make room for so many rows, keeping what the rows have.
 
         Raises:
@@ -218,6 +227,13 @@ class DeviceBuffer:
             )
             binding.bind_output(f"present.{name}", self._memory.kind, self._memory.index, stored.onnx, shape, address)
         return binding
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Copy the first tokens of a row to another; through the host, as this is for proof."""
+        for value in self._values.values():
+            content = value.numpy()
+            content[target, :, :length] = content[source, :, :length]
+            value.update_inplace(content)
 
     def clear(self, row: int, start: int) -> None:
         """Set a row's keys and values to zero from one slot on; through the host, as this is for errors."""

@@ -10,25 +10,29 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort  # type: ignore[import-untyped]
 
-from runtimes.errors import ContextLengthError, FailedError, UsageError
-from runtimes.manifest import KVCacheSpec, ModelSpec, Variant
+from runtimes.errors import FailedError, UsageError
+from runtimes.manifest import ModelSpec, Variant
 from runtimes.one_thread import one_thread
+from runtimes.ort.mapped_buffer import MappedBuffer
 from runtimes.ort.session import one_line
 from runtimes.runners.rows import RowRunner
 from runtimes.runners.runner import Ids, Logits, TokenIds
+from runtimes.runners.slots import DEFAULT_SLOTS, piece_length
 
 PREFILL_CHUNK = 128
 """tokens of one sequence per call: seen as fast as 512, and the activations take a quarter of the memory"""
 _BATCHED_LOGITS = 64
-_LENGTH_STEP = 256  # tokens; the buffer grows to a multiple of it, with room for as many more, and by half at least
-_ALIGNMENT = 64
 
 
 class KVBuffer(Protocol):
     """Keys and values of some rows, in host or device memory."""
 
-    def reserve(self, rows: int, length: int, held: Sequence[int]) -> None:
-        """Make room for so many rows and tokens per row, keeping the tokens that are held; see `_Buffer`."""
+    def reserve(self, rows: int, held: Sequence[int]) -> None:
+        """Have room for so many rows of the whole context, keeping the tokens that each row holds.
+
+        Raises:
+            InputError, ContextLengthError: there is none; says why.
+        """
         ...
 
     def binding(self, session: ort.InferenceSession, start: int, stop: int, outputs: Sequence[str]) -> Any:
@@ -41,7 +45,7 @@ class KVBuffer(Protocol):
 
 
 class SharedRunner(RowRunner):
-    """The graph, or the two graphs, with a shared KV buffer; implements `runtimes.runners.runner.Runner`.
+    """The graph, or the two graphs, with a shared KV buffer; implements `runtimes.runners.slots.Slots`.
 
     | tensor                          | shape                                                   | dtype          |
     |---------------------------------|---------------------------------------------------------|----------------|
@@ -54,14 +58,17 @@ class SharedRunner(RowRunner):
     | -> top_logits                   | [batch_size, num_logits, top_k]: their logits           | float32        |
     | -> present.N.key, .value        | the memory of past_key_values                           | kv_cache.dtype |
 
-    Rows of different lengths are padded on the right; the mask's sums are the lengths. The buffer holds C tokens a row
-    and grows in steps.
+    Rows of different lengths are padded on the right; the mask's sums are the lengths. The buffer holds C tokens a row.
 
     Where the variant has a prefill graph, it is used from `prefill.min_rows` tokens a step. The two graphs round
     differently; `decode` of few rows and `decode_block` use the first alone.
+
+    An exact runner uses the prefill graph for prompts alone, row by row, and computes the rows of a step in pairs: the
+    kernels of quantised weights take two rows at a time, and a last one that is left over has other bits.
     """
 
     prefill_chunk = PREFILL_CHUNK
+    _copies_rows = True
     batched_logits = _BATCHED_LOGITS
     """rows of logits that a batched prefill may compute to get each sequence's last"""
 
@@ -71,21 +78,28 @@ class SharedRunner(RowRunner):
         prefill: Future[ort.InferenceSession] | None,
         variant: Variant,
         model: ModelSpec,
+        max_slots: int = DEFAULT_SLOTS,
+        *,
+        exact: bool = False,
         buffer: KVBuffer | None = None,
     ) -> None:
-        super().__init__(variant, model)
+        super().__init__(variant, model, max_slots, exact=exact)
         self._run_options: ort.RunOptions | None = None
         self._decode_session: ort.InferenceSession | None = decode
         self._prefill = prefill
         self._prefill_rows = variant.prefill.min_rows if variant.prefill else 0
-        self._buffer: KVBuffer = buffer or _Buffer(variant.kv_cache)
+        self._buffer: KVBuffer = buffer or MappedBuffer(variant.kv_cache, max_slots + max_slots % 2)
 
     @one_thread
     def decode_block(self, token_ids: TokenIds) -> Logits:
         (ids,) = self._checked([token_ids])
         (held,) = self._held(1)
-        self._buffer.reserve(1, len(held) + len(ids), self.cache_lengths)
-        logits = self._compute(0, len(held), ids, all_positions=True, exact=True)
+        self._reserve(1)
+        if self.exact:  # as `decode` would, to the bit
+            steps = [self._append(ids[None, n : n + 1], np.array([len(held) + n])) for n in range(len(ids))]
+            logits: Logits = np.concatenate(steps)
+        else:
+            logits = self._compute(0, len(held), ids, all_positions=True, decoding=True)
         self._check_finite([logits], [len(held) + len(ids)])
         self._take([np.concatenate([held, ids])])
         return logits
@@ -99,23 +113,40 @@ class SharedRunner(RowRunner):
         self._decode_session = self._prefill = None
 
     def _extend(self, rows: list[Ids], tokens: list[Ids], all_positions: bool) -> list[Logits]:
-        self._buffer.reserve(len(tokens), max(map(len, tokens)), self.cache_lengths)
-        if not any(self.cache_lengths) and len(rows) > 1 and self._worth_batching(rows, all_positions):
+        self._reserve(len(tokens))
+        if (
+            not self.exact
+            and not any(self.cache_lengths)
+            and len(rows) > 1
+            and self._worth_batching(rows, all_positions)
+        ):
             return self._batched(rows, all_positions)
         return [
             self._compute(row, len(all_ids) - len(ids), ids, all_positions)
             for row, (ids, all_ids) in enumerate(zip(rows, tokens, strict=True))
         ]
 
-    def _fill(self, slot: int, ids: Ids) -> Logits:
-        rows = 1 << (max(len(self._tokens), slot + 1) - 1).bit_length()  # 1, 2, 4, 8: not a copy for each that comes
-        self._buffer.reserve(rows, max([len(ids), *self.cache_lengths]), self.cache_lengths)
-        return self._compute(slot, 0, ids, all_positions=False)
+    def _reserve(self, rows: int) -> None:
+        held = [0 if row is None else len(row) for row in self._tokens]
+        self._buffer.reserve(rows, held)
+
+    def _feed(self, row: int, held: Ids, ids: Ids) -> Logits:
+        return self._compute(row, len(held), ids, all_positions=False, cut=True)
+
+    def _copy(self, source: int, target: int, ids: Ids) -> None:
+        if isinstance(self._buffer, MappedBuffer):
+            self._buffer.copy_row(source, target, len(ids))
+        else:
+            super()._copy(source, target, ids)
+
+    def _give_back(self, row: int) -> None:
+        if isinstance(self._buffer, MappedBuffer):
+            self._buffer.give_back(row)
 
     def _step(self, ids: Ids, starts: Ids, wanted: Sequence[str]) -> list[npt.NDArray[Any]]:
-        held = max(len(ids), len(self._tokens))
-        self._buffer.reserve(held, int(starts.max()) + 1, self.cache_lengths)
-        return [array[:, 0] for array in self._run(0, len(ids), ids, starts + 1, keep=1, wanted=wanted)]
+        self._reserve(max(len(ids), len(self._tokens)))
+        found = self._run(0, len(ids), ids, starts + 1, keep=1, decoding=self.exact, wanted=wanted)
+        return [array[:, 0] for array in found]
 
     def _worth_batching(self, rows: list[Ids], all_positions: bool) -> bool:
         """Tell whether one padded call does not compute much more than one call per row."""
@@ -124,16 +155,24 @@ class SharedRunner(RowRunner):
         logits = len(rows) * (longest if all_positions else longest - min(lengths) + 1)
         return logits <= self.batched_logits and len(rows) * longest <= self.prefill_chunk
 
-    def _compute(self, row: int, past: int, ids: Ids, all_positions: bool, exact: bool = False) -> Logits:
-        """Run the tokens of one row, in pieces; return the logits of the last one or of all, [n, V]."""
+    def _compute(
+        self, row: int, past: int, ids: Ids, all_positions: bool, decoding: bool = False, cut: bool = False
+    ) -> Logits:
+        """Run the tokens of one row, in pieces; return the logits of the last one or of all, [n, V].
+
+        `decoding`: see `_run`. `cut`: they are a piece, cut as an exact runner cuts prompts.
+        """
         pieces = []
-        for start in range(0, len(ids), self.prefill_chunk):
-            piece = ids[start : start + self.prefill_chunk]
-            total = np.array([past + start + len(piece)])
-            last = start + len(piece) == len(ids)
-            logits = self._call(row, row + 1, piece[None], total, keep=0 if all_positions else 1, exact=exact)
+        start = 0
+        while start < len(ids):
+            count = piece_length(len(ids) - start, self.prefill_chunk, self.exact and not cut)
+            piece = ids[start : start + count]
+            total = np.array([past + start + count])
+            last = start + count == len(ids)
+            logits = self._call(row, row + 1, piece[None], total, keep=0 if all_positions else 1, decoding=decoding)
             if all_positions or last:
                 pieces.append(logits[0])
+            start += count
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def _batched(self, rows: list[Ids], all_positions: bool) -> list[Logits]:
@@ -149,9 +188,11 @@ class SharedRunner(RowRunner):
         wanted = lengths if all_positions else np.ones_like(lengths)
         return [logits[b, end - n : end] for b, (end, n) in enumerate(zip(ends, wanted, strict=True))]
 
-    def _call(self, start: int, stop: int, input_ids: Ids, lengths: Ids, *, keep: int, exact: bool = False) -> Logits:
+    def _call(
+        self, start: int, stop: int, input_ids: Ids, lengths: Ids, *, keep: int, decoding: bool = False
+    ) -> Logits:
         """Run the graph for its logits, [B, keep or S, V]; see `_run`."""
-        (logits,) = self._run(start, stop, input_ids, lengths, keep=keep, exact=exact)
+        (logits,) = self._run(start, stop, input_ids, lengths, keep=keep, decoding=decoding)
         return logits
 
     def _run(
@@ -162,7 +203,7 @@ class SharedRunner(RowRunner):
         lengths: Ids,
         *,
         keep: int,
-        exact: bool = False,
+        decoding: bool = False,
         wanted: Sequence[str] | None = None,
     ) -> list[npt.NDArray[Any]]:
         """Run the graph for some rows of the buffer.
@@ -172,7 +213,7 @@ class SharedRunner(RowRunner):
             input_ids: int64 [B, S].
             lengths: tokens per row, these included, int [B].
             keep: rows of logits; 0 means all.
-            exact: use the decode graph whatever the number of tokens.
+            decoding: use the decode graph whatever the number of tokens.
             wanted: outputs; None: the logits.
 
         Returns:
@@ -181,7 +222,7 @@ class SharedRunner(RowRunner):
         if self._decode_session is None:
             raise UsageError("the runner is closed; open another")
         session = self._decode_session
-        if self._prefill is not None and not exact and input_ids.size >= self._prefill_rows:
+        if self._prefill is not None and not decoding and input_ids.size >= self._prefill_rows:
             session = self._prefill.result()
         wanted = (self._logits,) if wanted is None else wanted
         outputs = self._outputs(len(input_ids), keep or input_ids.shape[1], wanted)
@@ -209,83 +250,6 @@ class SharedRunner(RowRunner):
             raise FailedError(f"onnxruntime failed in {self.variant.graph}: {one_line(error)}") from error
 
 
-class _Buffer:
-    """Keys and values of some rows, one array [rows, kv_heads, length, head_dim] per layer and kind."""
-
-    def __init__(self, spec: KVCacheSpec) -> None:
-        self._spec = spec
-        self._names = [f"{layer}.{kind}" for layer in range(spec.num_layers) for kind in ("key", "value")]
-        self._rows = self._length = 0
-        self._arrays: dict[str, np.ndarray] = {}
-        self._bindings: dict[tuple[int, int, int, tuple[str, ...]], Any] = {}
-
-    def reserve(self, rows: int, length: int, held: Sequence[int]) -> None:
-        """Make room for so many rows and tokens per row, keeping the tokens that are held.
-
-        Args:
-            rows: at least so many.
-            length: tokens per row, at least so many.
-            held: tokens to keep, per row.
-
-        Raises:
-            ContextLengthError: memory for that many tokens is not to be had.
-        """
-        if rows <= self._rows and length <= self._length:
-            return
-        spec = self._spec
-        if length > self._length:  # room that nobody writes is no memory yet; so a prompt's next tokens fit, too
-            wanted = max(length + _LENGTH_STEP, self._length * 3 // 2)
-            length = min(spec.max_cache_length, _round_up(wanted, _LENGTH_STEP))
-        length = max(length, self._length)
-        shape = (rows, spec.num_key_value_heads, length, spec.stored_head_dim)
-        used = max(held, default=0)
-        self._bindings.clear()
-        try:
-            for name in self._names:  # one array after the other, so that only one is there twice
-                array = _zeros(shape, np.dtype(spec.dtype))
-                if used:
-                    array[: len(held), :, :used] = self._arrays[name][: len(held), :, :used]
-                self._arrays[name] = array
-        except MemoryError as error:
-            for name, array in self._arrays.items():  # those that have grown already
-                if array.shape != (self._rows, *shape[1:2], self._length, *shape[3:]):
-                    self._arrays[name] = array[: self._rows, :, : self._length].copy()
-            size = len(self._names) * int(np.prod(shape)) * np.dtype(spec.dtype).itemsize
-            raise ContextLengthError(
-                f"a KV cache of {rows} rows of {length} tokens needs {size:,} bytes of memory; use less"
-            ) from error
-        self._rows, self._length = rows, length
-
-    def binding(self, session: ort.InferenceSession, start: int, stop: int, outputs: Sequence[str]) -> Any:
-        """Return the binding of rows start to stop as past and present; kept, as making it costs as much as a layer."""
-        key = (id(session), start, stop, tuple(outputs))
-        if key not in self._bindings:
-            binding = session.io_binding()
-            for name, array in self._arrays.items():
-                value = ort.OrtValue.ortvalue_from_numpy(array[start:stop])
-                binding.bind_ortvalue_input(f"past_key_values.{name}", value)
-                binding.bind_ortvalue_output(f"present.{name}", value)
-            self._bindings[key] = binding
-        return self._bindings[key]
-
-    def close(self) -> None:
-        self._rows = self._length = 0
-        self._arrays.clear()
-        self._bindings.clear()
-
-
 def attention_mask(lengths: Ids, width: int) -> Ids:
     """Return int64 [B, width]: 1 for the first `lengths` slots of each row."""
     return (np.arange(width) < lengths[:, None]).astype(np.int64)
-
-
-def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """Return zeros that begin at a cache line. Finite from the start: what is masked is multiplied, too."""
-    size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.zeros(size + _ALIGNMENT, np.uint8)
-    offset = -raw.ctypes.data % _ALIGNMENT
-    return raw[offset : offset + size].view(dtype).reshape(shape)
-
-
-def _round_up(n: int, step: int) -> int:
-    return -(-n // step) * step

@@ -65,7 +65,7 @@ class OrtStaticSession:
             return
         rows = 1 << (rows - 1).bit_length() if held else rows  # not a copy for each that comes
         try:
-            self._buffer.reserve(rows, capacity, [capacity] * held)
+            self._buffer.reserve(rows, [capacity] * held)
         except ContextLengthError as error:
             raise ResourceError(str(error)) from error
 
@@ -99,6 +99,9 @@ class OrtStaticSession:
     def clear(self, row: int, start: int) -> None:
         self._buffer.clear(row, start)
 
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        self._buffer.copy_row(source, target, length)
+
     def close(self) -> None:
         self._session = None
         self._buffer.close()
@@ -117,7 +120,7 @@ class _HostBuffer:
     def rows(self) -> int:
         return len(self._caches["0.key"])
 
-    def reserve(self, rows: int, length: int, held: Sequence[int]) -> None:  # noqa: ARG002  # it always has all
+    def reserve(self, rows: int, held: Sequence[int]) -> None:  # noqa: ARG002  # all of it is kept
         """Make room for so many rows, keeping what the rows have.
 
         Raises:
@@ -145,6 +148,11 @@ class _HostBuffer:
                 binding.bind_ortvalue_input(f"past_key_values.{name}", value)
                 binding.bind_ortvalue_output(f"present.{name}", value)
         return self._bindings[key]
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Copy the first tokens of a row to another."""
+        for array in self._caches.values():
+            array[target, :, :length] = array[source, :, :length]
 
     def clear(self, row: int, start: int) -> None:
         """Set a row's keys and values to zero from one slot on."""

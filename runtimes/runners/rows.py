@@ -1,5 +1,9 @@
 """What the runners share whose KV cache is one buffer, written in place: which tokens each row holds, and slots.
 
+A slot is a row, and a step computes the rows up to the highest that it needs. So that these are few, the last row moves
+into the one that a release leaves empty, where the memory lets rows be copied; elsewhere it stays empty until a new
+sequence takes it.
+
 A call writes only behind the tokens that a row holds, or the same keys and values once more, so that one that fails has
 changed nothing.
 """
@@ -14,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from runtimes.errors import InputError, NumericError, UsageError
+from runtimes.errors import BrokenSlotsError, InputError, NumericError, UsageError
 from runtimes.integers import as_integer
 from runtimes.manifest import ModelSpec, Variant
 from runtimes.one_thread import OneThread, one_thread
@@ -28,28 +32,35 @@ from runtimes.runners.runner import (
     check_token_ids,
     no_candidates,
 )
+from runtimes.runners.slots import DEFAULT_SLOTS, check_exact_append, check_slot_length, check_step, piece_length
 
 _NOTHING: Ids = np.zeros(0, np.int64)
 
 
 class RowRunner(ABC):
-    """Two ways to use it. As `runner.Runner`: a batch is prefilled, decoded and reset as a whole. As slots,
-    for a server: `admit` a sequence while others wait, `step` any of those admitted, `release` one. A call that changes
-    the batch takes the rows of all slots over: these are admitted no more, so that whoever had them is refused.
+    """Two ways to use it. As `runner.Runner`: a batch is prefilled, decoded and reset as a whole. As `slots.Slots`, for
+    a server. A call that changes the batch takes the rows of all slots over: these are admitted no more, so that
+    whoever had them is refused.
 
-    A subclass computes: `_extend`, `_fill`, `_step`.
+    A subclass computes: `_extend`, `_feed`, `_step`.
     """
 
-    def __init__(self, variant: Variant, model: ModelSpec) -> None:
+    def __init__(
+        self, variant: Variant, model: ModelSpec, max_slots: int = DEFAULT_SLOTS, *, exact: bool = False
+    ) -> None:
         self.variant = variant
         self.model = model
         self.top_k = variant.top_k
         self._logits = variant.name_of("logits")
         self._candidates = (variant.name_of("candidate_ids"), variant.name_of("candidate_logits")) if self.top_k else ()
         self.max_cache_length = variant.kv_cache.max_cache_length
+        self.max_slots = max_slots
+        self.exact = exact
         self.exclusive = OneThread()
-        self._tokens: list[Ids | None] = []  # per row; None: a slot that is free
-        self._admitted: set[int] = set()  # the rows that are slots
+        self._tokens: list[Ids | None] = []  # per row; None: one that is free
+        self._rows: dict[int, int] = {}  # slot -> row
+        self._pending: dict[int, Ids] = {}  # slot -> what is to be computed
+        self._prompted: dict[int, int] = {}  # slot -> first tokens that `extend` computed
 
     @property
     def cache_lengths(self) -> tuple[int, ...]:
@@ -57,7 +68,19 @@ class RowRunner(ABC):
 
     @property
     def cached_tokens(self) -> tuple[Ids, ...]:
-        return tuple(_NOTHING if row is None else row for row in self._tokens)
+        """Per row of the batch; where there are slots, each stands where its number is."""
+        if not self._rows:
+            return tuple(_NOTHING if row is None else row for row in self._tokens)
+        slots = {**{row: row for row in self._batch_rows()}, **self._rows}
+        return tuple(self._row_tokens(slots[n]) if n in slots else _NOTHING for n in range(max(slots) + 1))
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        return tuple(sorted(self._rows))
+
+    @one_thread
+    def slot_tokens(self, slot: int) -> Ids:
+        return self._row_tokens(self._row(slot))
 
     @one_thread
     def prefill(self, sequences: Sequence[TokenIds], *, all_positions: bool = False) -> list[Logits]:
@@ -81,7 +104,7 @@ class RowRunner(ABC):
         if not self.top_k:
             raise no_candidates(self.variant)
         rows = self._checked(check_token_ids(token_ids, self.cache_lengths))
-        ids, logits = self._step(np.stack(rows), np.array(self.cache_lengths), self._candidates)
+        ids, logits = self._computed(np.stack(rows), np.array(self.cache_lengths), self._candidates)
         self._check_candidates(ids, logits)
         self._hold(rows)
         return ids, logits
@@ -97,86 +120,124 @@ class RowRunner(ABC):
         self._take([])
 
     @one_thread
+    def begin(self, token_ids: TokenIds) -> int:
+        (ids,) = self._check_new(token_ids, held=0)
+        slot = self._new_slot(_NOTHING)
+        self._pending[slot] = ids
+        return slot
+
+    @one_thread
+    def extend(self, slot: int, budget: int | None = None) -> Logits | None:
+        row, number = self._row(slot), int(slot)
+        pending = self._pending.get(number)
+        if pending is None:
+            raise InputError(f"slot {number}: its prompt is complete; step it, or append more")
+        if budget is None:
+            while (whole := self.extend(slot, self.max_cache_length)) is None:
+                pass
+            return whole
+        held, ids = self._row_tokens(row), pending[: piece_length(len(pending), budget, self.exact)]
+        logits: Logits = self._feed(row, held, ids)
+        self._check_finite([logits], [len(held) + len(ids)], first_row=row, row_name=f"slot {number}")
+        self._tokens[row] = np.concatenate([held, ids])
+        if self._prompted[number] == len(held):
+            self._prompted[number] += len(ids)
+        if len(ids) < len(pending):
+            self._pending[number] = pending[len(ids) :]
+            return None
+        del self._pending[number]
+        last: Logits = logits[0]
+        return last
+
+    @one_thread
     def admit(self, token_ids: TokenIds) -> tuple[int, Logits]:
-        """Prefill a new sequence into a free slot while the others wait.
-
-        Args:
-            token_ids: of the prompt, at least one.
-
-        Returns:
-            The slot, and the logits of the next token, float32 [vocab_size].
-
-        Raises:
-            InputError, ContextLengthError, NumericError: as `prefill`; no slot is taken.
-        """
-        (ids,) = check_rows(
-            [token_ids],
-            vocab_size=self.model.vocab_size,
-            cache_lengths=(),
-            max_cache_length=self.max_cache_length,
-        )
-        slot = next((n for n, row in enumerate(self._tokens) if row is None), len(self._tokens))
-        logits = self._fill(slot, ids)
-        self._check_finite([logits], [len(ids)], first_row=slot)
-        self._tokens[slot : slot + 1] = [ids]
-        self._admitted.add(slot)
-        return slot, logits[0]
+        slot = self.begin(token_ids)
+        try:
+            logits = self.extend(slot)
+        except BaseException:
+            self.release(slot)
+            raise
+        assert logits is not None
+        return slot, logits
 
     @one_thread
     def step(self, token_ids: Mapping[int, int]) -> dict[int, Logits]:
-        """Append one token to some of the slots, all in one call of the graph; the others wait.
-
-        Args:
-            token_ids: slot -> id.
-
-        Returns:
-            slot -> logits of the next token, float32 [vocab_size].
-
-        Raises:
-            InputError: no slot, one that is free, or an id that is not in the vocabulary.
-            ContextLengthError, NumericError: as `decode`.
-        """
-        if not isinstance(token_ids, Mapping):
-            raise InputError(f"expected a mapping from slots, integers, to token ids, found {type(token_ids).__name__}")
-        slots = [slot for slot in map(as_integer, token_ids) if slot is not None]
-        if len(set(slots)) < len(token_ids):
-            raise InputError("expected a mapping from slots, integers, each once, to token ids")
-        free = [slot for slot in slots if slot not in self._admitted]
+        slots = check_step(token_ids)
+        free = [slot for slot in slots if slot not in self._rows]
         if free or not slots:
             raise InputError(f"slot {free[0] if free else '(none)'}: not admitted; admit a sequence first")
-        held = self.cached_tokens
+        waiting = [slot for slot in slots if slot in self._pending]
+        if waiting:
+            raise InputError(f"slot {waiting[0]}: its prompt is not complete; extend it first")
+        held = {slot: self.slot_tokens(slot) for slot in slots}
         given = check_rows(
             [[token] for token in token_ids.values()],
             vocab_size=self.model.vocab_size,
-            cache_lengths=tuple(len(held[slot]) for slot in slots),
+            cache_lengths=tuple(map(len, held.values())),
             max_cache_length=self.max_cache_length,
         )
-        rows = held[: max(slots) + 1]
+        new = dict(zip(slots, given, strict=True))
+        count = max(self._rows[slot] for slot in slots) + 1
+        rows = [self._row_tokens(row) for row in range(count)]
         # A row that waits is computed too; what it writes lies behind its tokens, or repeats its last one.
         starts = np.array([min(len(row), self.max_cache_length - 1) for row in rows])
         ids = np.array([[row[-1] if len(row) else 0] for row in rows], np.int64)
-        for slot, token in zip(slots, given, strict=True):
-            ids[slot] = token
+        for slot, token in new.items():
+            ids[self._rows[slot]] = token
         logits = self._append(ids, starts)
-        self._check_finite([logits[slot][None] for slot in slots], [len(held[slot]) + 1 for slot in slots])
-        for slot, token in zip(slots, given, strict=True):
-            self._tokens[slot] = np.concatenate([held[slot], token])
-        return {slot: logits[slot] for slot in slots}
+        found = {slot: logits[self._rows[slot]] for slot in slots}
+        broken = self._broken(found, held)
+        for slot, token in new.items():
+            if slot not in broken:
+                self._tokens[self._rows[slot]] = np.concatenate([held[slot], token])
+        if broken:
+            self._undo([self._rows[slot] for slot in broken])
+            good = {slot: values for slot, values in found.items() if slot not in broken}
+            raise BrokenSlotsError("; ".join(broken.values()), tuple(broken), good)
+        return found
+
+    @one_thread
+    def append(self, slot: int, token_ids: TokenIds) -> None:
+        row, number = self._row(slot), int(slot)
+        held, pending = len(self._row_tokens(row)), self._pending.get(number, _NOTHING)
+        (ids,) = self._check_new(token_ids, held + len(pending))
+        if self.exact and not len(pending):
+            check_exact_append(held, self._prompted[number], len(ids))
+        self._pending[number] = np.concatenate([pending, ids])
+
+    @one_thread
+    def copy_prefix(self, slot: int, length: int) -> int:
+        row, number = self._row(slot), int(slot)
+        ids = self._row_tokens(row)
+        ids = ids[: check_slot_length(length, len(ids), least=1)]
+        copy = self._new_slot(ids)
+        try:
+            self._copy(row, self._rows[copy], ids)
+        except BaseException:
+            self._free(copy)
+            raise
+        self._prompted[copy] = min(self._prompted[number], len(ids))
+        return copy
+
+    @one_thread
+    def truncate_slot(self, slot: int, length: int) -> None:
+        row, number = self._row(slot), int(slot)
+        ids = self._row_tokens(row)
+        self._tokens[row] = kept = ids[: check_slot_length(length, len(ids))]
+        self._pending.pop(number, None)
+        self._prompted[number] = min(self._prompted[number], len(kept))
 
     @one_thread
     def release(self, slot: int) -> None:
-        """Free a slot.
-
-        Raises:
-            InputError: it is free already.
-        """
-        row = as_integer(slot)
-        if row is None or row not in self._admitted:
-            raise InputError(f"slot {slot!r}: not admitted")
-        self._admitted.remove(row)
-        self._tokens[row] = None
-        while self._tokens and self._tokens[-1] is None:
-            self._tokens.pop()
+        row, last = self._row(slot), len(self._tokens) - 1
+        moving = next((other for other, place in self._rows.items() if place == last), None)
+        if self._copies_rows and row < last and moving is not None:
+            ids = self._row_tokens(last)
+            if len(ids):
+                self._copy(last, row, ids)
+            self._tokens[row], self._tokens[last] = self._tokens[last], self._tokens[row]
+            self._rows[moving], self._rows[int(slot)] = row, last
+        self._free(int(slot))
 
     @one_thread
     def close(self) -> None:
@@ -195,8 +256,16 @@ class RowRunner(ABC):
         """Compute `rows`, the ends of `tokens`; return the logits of each row's last or of all, [n, V]."""
 
     @abstractmethod
-    def _fill(self, slot: int, ids: Ids) -> Logits:
-        """Compute a row of its own from its first token on; return the logits of its last, [1, V]."""
+    def _reserve(self, rows: int) -> None:
+        """Have memory for so many rows.
+
+        Raises:
+            InputError, ContextLengthError, ResourceError: there is not so much; says why.
+        """
+
+    @abstractmethod
+    def _feed(self, row: int, held: Ids, ids: Ids) -> Logits:
+        """Compute `ids` of one row behind the tokens that it holds; return the logits of the last, [1, V]."""
 
     @abstractmethod
     def _step(self, ids: Ids, starts: Ids, wanted: Sequence[str]) -> list[npt.NDArray[Any]]:
@@ -206,15 +275,93 @@ class RowRunner(ABC):
         """
 
     def _append(self, ids: Ids, starts: Ids) -> Logits:
-        (logits,) = self._step(ids, starts, (self._logits,))
+        (logits,) = self._computed(ids, starts, (self._logits,))
         return logits
+
+    def _computed(self, ids: Ids, starts: Ids, wanted: Sequence[str]) -> list[npt.NDArray[Any]]:
+        """`_step`; exact: with one row more where their number is odd, which repeats its last token, or has 0."""
+        count = len(ids)
+        if self.exact and count % 2:
+            self._reserve(count + 1)
+            last = self._row_tokens(count)
+            ids = np.concatenate([ids, [last[-1:] if len(last) else [0]]])
+            starts = np.append(starts, min(len(last), self.max_cache_length - 1))
+        return [array[:count] for array in self._step(ids, starts, wanted)]
+
+    _copies_rows = False
+    """whether `_copy` costs less than a few steps of a dead row"""
+
+    def _copy(self, source: int, target: int, ids: Ids) -> None:  # noqa: ARG002  # where rows cannot be copied
+        """Give a row the keys and values of another's first tokens: `ids`, at least one."""
+        self._check_finite([self._feed(target, _NOTHING, ids)], [len(ids)], first_row=target)
+
+    def _give_back(self, row: int) -> None:  # noqa: B027  # most memory has no one to take it
+        """Tell the system that what a row holds is not needed."""
 
     def _undo(self, rows: Sequence[int]) -> None:  # noqa: B027  # most graphs do not read what lies behind
         """Make what was written to some rows behind their tokens harmless."""
 
-    def _check_finite(self, logits: Sequence[Logits], lengths: Sequence[int], first_row: int = 0) -> None:
+    def _row_tokens(self, row: int) -> Ids:
+        """Return what a row holds; nothing where it is free or was never used."""
+        ids = self._tokens[row] if row < len(self._tokens) else None
+        return _NOTHING if ids is None else ids
+
+    def _batch_rows(self) -> list[int]:
+        """Return the rows that are no slots; they come first."""
+        taken = set(self._rows.values())
+        return [row for row, ids in enumerate(self._tokens) if ids is not None and row not in taken]
+
+    def _row(self, slot: int) -> int:
+        row = self._rows.get(as_integer(slot))  # type: ignore[arg-type]  # None is no slot
+        if row is None:
+            raise InputError(f"slot {slot!r}: not admitted")
+        return row
+
+    def _new_slot(self, ids: Ids) -> int:
+        """Take the lowest free slot, and the lowest free row for it; only its tokens are set."""
+        row = next((n for n, held in enumerate(self._tokens) if held is None), len(self._tokens))
+        self._reserve(max(row + 1, len(self._tokens)))
+        if row >= self.max_slots:
+            raise InputError(
+                f"{row + 1} rows, this runner has {self.max_slots} slots; release one, or open it with more max_slots"
+            )
+        slot = next(n for n in range(len(self._batch_rows()), self.max_slots + 1) if n not in self._rows)
+        self._tokens[row : row + 1] = [ids]
+        self._rows[slot], self._prompted[slot] = row, 0
+        return slot
+
+    def _free(self, slot: int) -> None:
+        row = self._rows.pop(slot)
+        self._pending.pop(slot, None)
+        del self._prompted[slot]
+        self._tokens[row] = None
+        while self._tokens and self._tokens[-1] is None:
+            self._tokens.pop()
+        self._give_back(row)
+
+    def _check_new(self, token_ids: TokenIds, held: int) -> list[Ids]:
+        return check_rows(
+            [token_ids],
+            vocab_size=self.model.vocab_size,
+            cache_lengths=(held,),
+            max_cache_length=self.max_cache_length,
+        )
+
+    def _broken(self, logits: Mapping[int, Logits], held: Mapping[int, Ids]) -> dict[int, str]:
+        """Return what is wrong with the logits of a step, by slot."""
+        broken: dict[int, str] = {}
+        for slot, values in logits.items():
+            try:
+                check_finite([values[None]], [len(held[slot]) + 1], f"slot {slot}")
+            except NumericError as error:
+                broken[slot] = str(error)
+        return broken
+
+    def _check_finite(
+        self, logits: Sequence[Logits], lengths: Sequence[int], first_row: int = 0, row_name: str | None = None
+    ) -> None:
         try:
-            check_finite(logits, lengths)
+            check_finite(logits, lengths, row_name)
         except NumericError:
             self._undo(range(first_row, max(first_row + len(logits), len(self._tokens))))
             raise
@@ -234,10 +381,13 @@ class RowRunner(ABC):
     def _take(self, tokens: Sequence[Ids]) -> None:
         """Hold a batch of these rows; none of them is a slot."""
         self._tokens = list(tokens)
-        self._admitted.clear()
+        self._rows.clear()
+        self._pending.clear()
+        self._prompted.clear()
 
     def _refuse_free_slots(self) -> None:
-        if any(row is None for row in self._tokens):
+        moved = any(slot != row for slot, row in self._rows.items())
+        if moved or self._pending or any(row is None for row in self._tokens):
             raise UsageError("some slots are free: use admit, step and release, or reset the runner first")
 
     def _checked(self, sequences: Sequence[TokenIds]) -> list[Ids]:

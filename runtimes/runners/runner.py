@@ -285,12 +285,13 @@ def common_prefix(held: Ids, token_ids: Sequence[int]) -> int:
     return size if same.all() else int(np.argmin(same))
 
 
-def check_finite(logits: Sequence[Logits], cache_lengths: Sequence[int]) -> None:
+def check_finite(logits: Sequence[Logits], cache_lengths: Sequence[int], row_name: str | None = None) -> None:
     """Refuse logits that no sampler could use.
 
     Args:
         logits: per row float32 [n, vocab_size], of the last n tokens of the row.
         cache_lengths: tokens of each row, those just computed included.
+        row_name: of the only row in the message; None: `row 0`, `row 1` and so on.
 
     Raises:
         NumericError: a logit is NaN or infinite; names the row and the position in it.
@@ -298,10 +299,11 @@ def check_finite(logits: Sequence[Logits], cache_lengths: Sequence[int]) -> None
     for row, (values, length) in enumerate(zip(logits, cache_lengths, strict=True)):
         finite = np.isfinite(values).all(axis=-1)
         if not finite.all():
+            name = row_name or f"row {row}"
             first = int(np.argmin(finite))
             count = int(np.count_nonzero(~np.isfinite(values[first])))
             raise NumericError(
-                f"row {row}, position {length - len(values) + first}: {count} of {values.shape[-1]} logits are NaN or "
+                f"{name}, position {length - len(values) + first}: {count} of {values.shape[-1]} logits are NaN or "
                 "infinite; the weights or this precision are broken: run olmo2-export verify on the package"
             )
 

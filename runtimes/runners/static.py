@@ -24,6 +24,7 @@ from runtimes.manifest import ModelSpec, Variant
 from runtimes.one_thread import one_thread
 from runtimes.runners.rows import RowRunner
 from runtimes.runners.runner import Ids, Logits, TokenIds
+from runtimes.runners.slots import DEFAULT_SLOTS, piece_length
 
 
 class StaticSession(Protocol):
@@ -66,6 +67,10 @@ class StaticSession(Protocol):
         """Set a row's keys and values to zero from one slot on."""
         ...
 
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Copy the first tokens of a row to another."""
+        ...
+
     def close(self) -> None:
         """Free everything. Closing twice is harmless."""
         ...
@@ -83,8 +88,18 @@ class StaticRunner(RowRunner):
     meant for verification, not for speed.
     """
 
-    def __init__(self, session: StaticSession, variant: Variant, model: ModelSpec) -> None:
-        super().__init__(variant, model)
+    _copies_rows = True
+
+    def __init__(
+        self,
+        session: StaticSession,
+        variant: Variant,
+        model: ModelSpec,
+        max_slots: int = DEFAULT_SLOTS,
+        *,
+        exact: bool = False,
+    ) -> None:
+        super().__init__(variant, model, max_slots, exact=exact)
         self._session = session
 
     @one_thread
@@ -107,9 +122,15 @@ class StaticRunner(RowRunner):
         self._session.reserve(len(rows))
         return self._prefill(0, [len(t) - len(r) for t, r in zip(tokens, rows, strict=True)], tokens, all_positions)
 
-    def _fill(self, slot: int, ids: Ids) -> Logits:
-        self._session.reserve(max(slot + 1, len(self._tokens)))
-        return self._prefill(slot, [0], [ids], all_positions=False)[0]
+    def _reserve(self, rows: int) -> None:
+        self._session.reserve(rows)
+
+    def _feed(self, row: int, held: Ids, ids: Ids) -> Logits:
+        self._session.reserve(row + 1)
+        return self._prefill(row, [len(held)], [np.concatenate([held, ids])], all_positions=False)[0]
+
+    def _copy(self, source: int, target: int, ids: Ids) -> None:
+        self._session.copy_row(source, target, len(ids))
 
     def _step(self, ids: Ids, starts: Ids, wanted: Sequence[str]) -> list[npt.NDArray[Any]]:
         return self._session.run(0, ids, starts, np.zeros_like(starts), wanted)
@@ -117,14 +138,14 @@ class StaticRunner(RowRunner):
     def _undo(self, rows: Sequence[int]) -> None:
         # Slots that are not seen yet are read and weighted with 0, and 0 times NaN is NaN.
         for row in rows:
-            self._session.clear(row, self.cache_lengths[row] if row < len(self._tokens) else 0)
+            self._session.clear(row, len(self._row_tokens(row)))
 
     def _prefill(self, first_row: int, held: list[int], tokens: list[Ids], all_positions: bool) -> list[Logits]:
         """Compute rows from where they are held to their ends, chunk by chunk, all rows at once."""
         done, ends = np.array(held), np.array([len(row) for row in tokens])
         pieces: list[list[Logits]] = [[] for _ in tokens]
         while (done < ends).any():
-            width = min(self._session.prefill_chunk, int((ends - done).max()))
+            width = piece_length(int((ends - done).max()), self._session.prefill_chunk, self.exact)
             # A row that is at its end waits, as in `step`.
             starts = np.minimum(done, self.max_cache_length - width)  # (B,)
             counts = np.minimum(ends - done, width)

@@ -15,263 +15,22 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from statistics import median, median_low
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from statistics import median
+from typing import NamedTuple
 
-import numpy as np
+from runtimes.runners.runner import HeldText, Logits, Runner
+from runtimes.speculate.costs import DRAFT_LENGTHS, SAMPLES, STEP_COSTS, StepTimes
+from runtimes.speculate.drafters import Drafter
 
-from runtimes.errors import InputError, UsageError
-from runtimes.one_thread import OneThread, one_thread
-from runtimes.runners.runner import HeldText, Logits, Runner, common_prefix
-
-STEP_COSTS: Mapping[int, float] = {1: 1.0, 2: 1.3, 4: 2.2, 8: 3.8, 16: 7.0}
-"""rows of a call -> its time relative to one row: int4 weights on a CPU, until it is measured"""
-
-_LENGTHS = (1, 2, 3, 5, 7, 11, 15)  # of a draft; few, so that each is measured soon
 _TOP_EVIDENCE = 8
 _WORTH = 1.05  # a smaller gain is lost in what the estimates do not know
-_SAMPLES = 5  # of a time; their median does not mind an interruption
 _FORGET = 0.95  # weight of an older observation of acceptance against the next newer one
 _PRIOR_WEIGHT = 2.0  # observations
 _PATIENCE = 8  # plain steps before another try, at least
 _BUDGET = 0.01  # of the time, for such tries
 _PROMISING = 0.6  # acceptance
 _CHEAP = 0.01  # of a step: drafting that costs less goes on where its guesses are not checked, to see if they come true
-
-
-class Drafter(Protocol):
-    """Guesses how a text goes on. It serves one text at a time: two spoil each other's guesses, not their ids."""
-
-    acceptance: float
-    """share of guesses that are right without evidence, before any was seen"""
-
-    def check(self, runner: Runner) -> None:
-        """Refuse a model whose tokens it cannot guess.
-
-        Raises:
-            UsageError: naming what does not fit.
-        """
-        ...
-
-    def begin(self, token_ids: Sequence[int]) -> None:
-        """Take a text of at least one token; what it knows of another text that begins it may be kept."""
-        ...
-
-    def append(self, token_id: int) -> None:
-        """Take the text's next token."""
-        ...
-
-    def evidence(self) -> int | None:
-        """Return how many of the last tokens it would have guessed; None if it has no guess now."""
-        ...
-
-    def propose(self, count: int) -> list[int]:
-        """Return up to `count` tokens that may come next."""
-        ...
-
-
-class PromptLookup:
-    """Guesses that what followed the last few tokens earlier in the text will follow them again.
-
-    A hash table has the latest place of every n-gram, so that a token costs the same in a text of any length. A match
-    that went on is followed before another is looked up; then the longest n-gram counts, and its latest place.
-
-    Source: Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding.
-    """
-
-    acceptance = 0.0
-
-    def __init__(self, longest: int = 3, shortest: int = 2) -> None:
-        """Take the lengths of the n-grams.
-
-        Raises:
-            InputError: not 1 <= shortest <= longest.
-        """
-        if not 1 <= shortest <= longest:
-            raise InputError(f"n-grams of {shortest} to {longest} tokens: expected 1 <= shortest <= longest")
-        self._sizes = range(longest, shortest - 1, -1)
-        self.exclusive = OneThread("the drafter")
-        self._forget()
-
-    def _forget(self) -> None:
-        self._ids: list[int] = []
-        self._places: dict[tuple[int, ...], int] = {}  # n-gram -> where the token after it is, the latest
-        self._match = 0  # where the next token is expected, if _matched
-        self._matched = 0  # tokens before it that are the last ones of the text; 0: no match
-
-    def check(self, runner: Runner) -> None:
-        """Any model will do."""
-
-    @one_thread
-    def begin(self, token_ids: Sequence[int]) -> None:
-        ids = list(token_ids)
-        if ids[: len(self._ids)] != self._ids:
-            self._forget()
-        for token_id in ids[len(self._ids) :]:
-            self._index(token_id)
-        self._matched = 0
-        self._look_up()
-
-    @one_thread
-    def append(self, token_id: int) -> None:
-        follows = self._matched and self._ids[self._match] == token_id
-        self._index(token_id)
-        self._match, self._matched = (self._match + 1, self._matched + 1) if follows else (0, 0)
-        if self._matched <= self._sizes[0]:
-            self._look_up()
-
-    def evidence(self) -> int | None:
-        return self._matched or None
-
-    @one_thread
-    def propose(self, count: int) -> list[int]:
-        if not self._matched:
-            return []
-        draft = self._ids[self._match : self._match + count]
-        period = len(self._ids) - self._match
-        while len(draft) < count:  # a match that reaches the end goes on with its own guesses
-            draft.append(draft[len(draft) - period])
-        return draft
-
-    def _index(self, token_id: int) -> None:
-        """Add a token: only now do the n-grams before it have one that follows."""
-        ids = self._ids
-        for size in self._sizes:
-            if size <= len(ids):
-                self._places[tuple(ids[-size:])] = len(ids)
-        ids.append(token_id)
-
-    def _look_up(self) -> None:
-        for size in self._sizes:
-            place = self._places.get(tuple(self._ids[-size:]))
-            if place is not None:
-                self._match, self._matched = place, size
-                return
-        self._matched = 0
-
-
-class DraftModel:
-    """Guesses what another, smaller model of the same vocabulary finds most probable.
-
-    Its cache follows the text: what it guessed wrong is truncated away.
-    """
-
-    acceptance = 0.7
-
-    def __init__(self, runner: Runner) -> None:
-        """Take the smaller model; whoever opened the runner closes it."""
-        self._runner = runner
-        self.exclusive = OneThread("the drafter")
-        self._ids: list[int] = []
-        self._sure = 0  # so many tokens of the cache are known to be those of the text
-
-    def check(self, runner: Runner) -> None:
-        """Refuse a model of another vocabulary, and the drafting runner itself.
-
-        Raises:
-            UsageError: either.
-        """
-        found, expected = self._runner.model.vocab_size, runner.model.vocab_size
-        if self._runner is runner:
-            raise UsageError("the draft model is the same runner as the model; open it a second time")
-        if found != expected:
-            raise UsageError(
-                f"the draft model has {found} token ids, the model {expected}; draft with one of its family"
-            )
-
-    @one_thread
-    def begin(self, token_ids: Sequence[int]) -> None:
-        self._ids = list(token_ids)
-        self._sure = 0
-        self._match_cache()
-        rest = self._ids[self._sure : -1]
-        if rest and self.evidence() is not None:
-            self._runner.prefill([rest])
-            self._sure = len(self._ids) - 1
-
-    @one_thread
-    def append(self, token_id: int) -> None:
-        self._ids.append(token_id)
-
-    def evidence(self) -> int | None:
-        return 0 if len(self._ids) <= self._runner.max_cache_length else None
-
-    @one_thread
-    def propose(self, count: int) -> list[int]:
-        count = min(count, self._runner.max_cache_length - len(self._ids) + 1)
-        if count < 1:
-            return []
-        self._match_cache()
-        draft = [int(self._runner.prefill([self._ids[self._sure :]])[0][-1].argmax())]
-        self._sure = len(self._ids)
-        while len(draft) < count:
-            draft.append(int(self._runner.decode(draft[-1:])[0].argmax()))
-        return draft
-
-    def _match_cache(self) -> None:
-        """Drop from the cache what is not the text; the text's last token is always left to feed."""
-        held = self._runner.cached_tokens
-        if len(held) != 1:
-            self._runner.reset()
-            self._sure = 0
-            return
-        self._sure = min(self._sure, len(held[0]))
-        self._sure += common_prefix(held[0][self._sure :], self._ids[self._sure : -1])
-        self._runner.truncate([self._sure])
-
-
-class StepTimes:
-    """How long a call takes by its number of rows: a table of ratios at first, then what is measured."""
-
-    def __init__(self, costs: Mapping[int, float] = STEP_COSTS) -> None:
-        """Take the ratios.
-
-        Args:
-            costs: rows -> time relative to one row; between them they are interpolated.
-        """
-        table = sorted(costs.items())
-        rows, ratios = [r for r, _ in table], [c for _, c in table]
-        self._table = {n: float(np.interp(n, rows, ratios)) for n in range(1, _LENGTHS[-1] + 2)}
-        self._ratios: dict[int, deque[float]] = {n + 1: deque(maxlen=_SAMPLES) for n in _LENGTHS}
-        self._plain: deque[float] = deque(maxlen=_SAMPLES)
-        self._known = dict(self._table)  # rows -> ratio, the best guess now
-        self.most = 0
-        """the longest draft whose time was measured twice"""
-
-    @property
-    def one_row(self) -> float | None:
-        """Seconds; None before it was measured."""
-        return median(self._plain) if self._plain else None
-
-    def ratio(self, rows: int) -> float:
-        """Return the time of a call relative to one row."""
-        return self._known[rows]
-
-    def measured(self, rows: int, seconds: float) -> None:
-        """Take the time of a call; of those with several rows only after one with a single row."""
-        if rows == 1:
-            self._plain.append(seconds)
-        elif rows in self._ratios and self._plain and (one := median(self._plain)) > 0:
-            ratios = self._ratios[rows]
-            ratios.extend([seconds / one] if ratios else [self._known[rows], seconds / one])
-            if len(ratios) > 2:
-                self.most = max(self.most, rows - 1)
-            self._estimate()
-
-    def _estimate(self) -> None:
-        """A number of rows that was not measured is off from the table like the nearest that was.
-
-        What was expected is the first sample, and the lower median counts: one call that was interrupted proves little.
-        """
-        off = {
-            n: max(0.05, (median_low(ratios) - 1) / max(0.05, self._table[n] - 1))
-            for n, ratios in self._ratios.items()
-            if ratios
-        }
-        for n in self._ratios:
-            nearest = min(off, key=lambda m: abs(m - n))
-            self._known[n] = 1 + off[nearest] * max(0.05, self._table[n] - 1)
 
 
 class Guess(NamedTuple):
@@ -308,7 +67,7 @@ class Speculation:
         """of these, the right ones that were given out"""
         self._right = [0.0] * (_TOP_EVIDENCE + 1)
         self._seen = [0.0] * (_TOP_EVIDENCE + 1)
-        self._draft_seconds: deque[float] = deque(maxlen=_SAMPLES)  # per token
+        self._draft_seconds: deque[float] = deque(maxlen=SAMPLES)  # per token
         self._plain_steps = 0  # since guesses were last checked, of those that had any
 
     def guess(self, most: int, eos_token_ids: Collection[int] = ()) -> Guess:
@@ -350,8 +109,8 @@ class Speculation:
         drafting = median(self._draft_seconds) / (self.times.one_row or 1) if self._draft_seconds else 0.0
         best, best_rate = 0, _WORTH  # tokens per time of a plain step
         expected, reached, tried = 1.0, 1.0, 0
-        for length in _LENGTHS:
-            # Longer by one entry of _LENGTHS at a time, so that a model whose times grow fast is never far out.
+        for length in DRAFT_LENGTHS:
+            # Longer by one entry of DRAFT_LENGTHS at a time, so that a model whose times grow fast is never far out.
             if length > most or tried > self.times.most:
                 break
             for n in range(tried, length):
@@ -369,9 +128,9 @@ class Speculation:
     def _retry(self, rate: float, drafting: float, most: int) -> int:
         """After some plain steps try again: the estimates may be old, or longer drafts may pay where short do not."""
         self._plain_steps += 1
-        length = _LENGTHS[0]
+        length = DRAFT_LENGTHS[0]
         if rate >= _PROMISING:
-            length = next((n for n in _LENGTHS if self.times.most < n <= most), length)
+            length = next((n for n in DRAFT_LENGTHS if self.times.most < n <= most), length)
         elif self._cheap():
             return 0
         hoped = sum(rate**i for i in range(length + 1))

@@ -91,6 +91,12 @@ class DeviceBuffer:
         """Zero `height` pieces of `width` bytes, from `offset` on, `pitch` bytes apart."""
         _call("cudaMemset2DAsync", self.address + offset, pitch, 0, width, height, stream.handle)
 
+    def copy(self, source: int, target: int, pitch: int, width: int, height: int, stream: Stream) -> None:
+        """Copy `height` pieces of `width` bytes, `pitch` bytes apart, from one offset to another."""
+        kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        to, of = self.address + target, self.address + source
+        _call("cudaMemcpy2DAsync", to, pitch, of, pitch, width, height, kind, stream.handle)
+
     def close(self) -> None:
         _release("cudaFree", self.address)
 

@@ -15,7 +15,15 @@ from typing import Any
 
 import runtimes.trt.cuda as cuda
 from runtimes.dtypes import tensorrt_dtype
-from runtimes.errors import BackendError, FailedError, PackageError, ResourceError, VariantNotFoundError, first_names
+from runtimes.errors import (
+    BackendError,
+    FailedError,
+    PackageError,
+    ResourceError,
+    UsageError,
+    VariantNotFoundError,
+    first_names,
+)
 from runtimes.manifest import Engine, ModelSpec, TrtManifest, Variant
 from runtimes.package import Package
 from runtimes.runners.static import StaticRunner
@@ -77,7 +85,14 @@ class MemoryBudget:
             )
 
 
-def open_trt(package: Package, backend: TensorRTBackend, variant: str | None, *, check_hashes: bool) -> StaticRunner:
+def open_trt(
+    package: Package,
+    backend: TensorRTBackend,
+    variant: str | None,
+    *,
+    check_hashes: bool,
+    max_slots: int | None = None,
+) -> StaticRunner:
     """Load an engine of a package onto the GPU.
 
     Args:
@@ -85,8 +100,10 @@ def open_trt(package: Package, backend: TensorRTBackend, variant: str | None, *,
         backend: trt_rtx or trt.
         variant: of the graph that the engine was compiled from; None means the first by name that has one.
         check_hashes: compare the sha256 of graph and plan with the manifest; without it only presence and size.
+        max_slots: sequences at once, for a server; None: as many as the engine was built for.
 
     Raises:
+        UsageError: more slots than that.
         VariantNotFoundError: there is no such engine for this backend; the message has the command that builds one.
         IntegrityError, PackageError: a file, or the engine, is not what the manifest says.
         BackendError: no library, no GPU, or others than the engine was built for.
@@ -98,6 +115,11 @@ def open_trt(package: Package, backend: TensorRTBackend, variant: str | None, *,
     remedy = f"build it again: {_command(folder, entry)}"
     package.check([entry.plan, graph.graph], hashes=check_hashes, remedy=remedy)
     check_entry(entry, graph, model, remedy)
+    if max_slots is not None and max_slots > entry.max_batch_size:
+        raise UsageError(
+            f"max_slots {max_slots}: engine {entry.name} was built for batch <= {entry.max_batch_size}; build it with "
+            f"--max-batch-size {max_slots}"
+        )
     portable = PORTABLE in entry.flags
     tensorrt = load_tensorrt(backend, portable=portable)
     check_version(tensorrt, entry.backend_version, portable=portable)
@@ -116,7 +138,8 @@ def open_trt(package: Package, backend: TensorRTBackend, variant: str | None, *,
                 _mb(gpu.total_bytes))  # fmt: skip
     budget.check(free, loaded=True, streaming=streaming)
     jit_cache = JitCache(folder / entry.plan, manifest.files[entry.plan].sha256, gpu.compute_capability)
-    return StaticRunner(TrtSession(tensorrt, runtime, engine, entry, graph, jit_cache), graph, model)
+    session = TrtSession(tensorrt, runtime, engine, entry, graph, jit_cache)
+    return StaticRunner(session, graph, model, max_slots or entry.max_batch_size)
 
 
 def find_engine(package: Package, backend: TensorRTBackend, variant: str | None) -> tuple[Engine, Variant, TrtManifest]:

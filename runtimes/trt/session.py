@@ -220,6 +220,20 @@ class TrtSession:
             )
         self._stream.synchronize()
 
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        spec, row = self._spec, self._sizes.cache_row
+        slot = spec.head_dim * find_dtype(spec.dtype).size
+        for offset in self._sizes.caches.values():
+            self._caches.copy(
+                offset + source * row,
+                offset + target * row,
+                pitch=spec.max_cache_length * slot,
+                width=length * slot,
+                height=spec.num_key_value_heads,
+                stream=self._stream,
+            )
+        self._stream.synchronize()
+
     def close(self) -> None:
         for context in self._decode.values():
             if context.graph is not None:

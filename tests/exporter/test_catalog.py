@@ -25,7 +25,7 @@ from olmo2_export.report.data import _order
 from olmo2_export.report.plots import colour
 from runtimes.errors import PackageError, UsageError, VariantNotFoundError
 from runtimes.manifest import KVCacheSpec, Precision, Variant
-from runtimes.ort.concat import default_variant
+from runtimes.ort.open import default_variant
 from runtimes.package import Package
 from runtimes.targets import TARGETS, find_target, runnable, runs
 

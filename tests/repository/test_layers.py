@@ -31,6 +31,8 @@ OWNERS = {
         "runtimes/ort/devices.py",
         "runtimes/ort/session.py",
         "runtimes/ort/concat.py",
+        "runtimes/ort/mapped_buffer.py",
+        "runtimes/ort/open.py",
         "runtimes/ort/static_session.py",
         "runtimes/ort/shared.py",
         "olmo2_export/bench/workers/profile.py",

@@ -15,7 +15,7 @@ from runtimes import open_runner
 from runtimes.errors import UsageError
 from runtimes.generation.generate import generate, generate_tokens
 from runtimes.runners.runner import Runner
-from runtimes.speculate.speculation import PromptLookup
+from runtimes.speculate.drafters import PromptLookup
 from runtimes.text.sampling import Sampler
 from runtimes.text.tokenizer import Tokenizer
 

@@ -22,7 +22,7 @@ from runtimes.ort.shared import SharedRunner
 from runtimes.runners.rows import RowRunner
 from runtimes.runners.runner import Ids, Logits, Runner
 from runtimes.runners.static import StaticRunner
-from runtimes.speculate.speculation import Drafter, DraftModel, PromptLookup
+from runtimes.speculate.drafters import Drafter, DraftModel, PromptLookup
 from runtimes.text.sampling import Sampler
 from runtimes.text.tokenizer import Tokenizer
 
@@ -63,8 +63,11 @@ class FakeRunner(RowRunner):
         found = [self._compute(b, len(t) - len(r), r) for b, (t, r) in enumerate(zip(tokens, rows, strict=True))]
         return found if all_positions else [logits[-1:] for logits in found]
 
-    def _fill(self, slot: int, ids: Ids) -> Logits:
-        return self._compute(slot, 0, ids)[-1:]
+    def _reserve(self, rows: int) -> None:
+        assert rows <= len(self.buffer)
+
+    def _feed(self, row: int, held: Ids, ids: Ids) -> Logits:
+        return self._compute(row, len(held), ids)[-1:]
 
     def _step(self, ids: Ids, starts: Ids, wanted: Sequence[str]) -> list[Any]:  # noqa: ARG002
         return [np.concatenate([self._compute(b, int(start), ids[b]) for b, start in enumerate(starts)])]
@@ -158,9 +161,31 @@ def test_no_public_call_of_a_runner_goes_unguarded(kind: type) -> None:
         lambda runner: runner.admit([9]),
         lambda runner: runner.step({0: 9}),
         lambda runner: runner.release(0),
+        lambda runner: runner.begin([9]),
+        lambda runner: runner.extend(0, 1),
+        lambda runner: runner.append(0, [9]),
+        lambda runner: runner.copy_prefix(0, 1),
+        lambda runner: runner.truncate_slot(0, 1),
+        lambda runner: runner.slot_tokens(0),
         lambda runner: runner.close(),
     ],
-    ids=["prefill", "decode", "decode_block", "truncate", "reset", "admit", "step", "release", "close"],
+    ids=[
+        "prefill",
+        "decode",
+        "decode_block",
+        "truncate",
+        "reset",
+        "admit",
+        "step",
+        "release",
+        "begin",
+        "extend",
+        "append",
+        "copy_prefix",
+        "truncate_slot",
+        "slot_tokens",
+        "close",
+    ],
 )
 def test_a_call_in_the_middle_of_anothers_is_refused_and_spoils_nothing(call: Callable[[FakeRunner], object]) -> None:
     runner = FakeRunner()

@@ -17,7 +17,16 @@ MODULES = sorted(".".join(p.relative_to(FOLDER).with_suffix("").parts) for p in 
 FORBIDDEN = {"torch", "transformers", "onnx", "olmo2_export"}
 # The files that may import a library, at their top; whoever needs one of them imports it in a `match` case.
 OWNERS = {
-    "onnxruntime": {"ort.devices", "ort.session", "ort.shared", "ort.device", "ort.static_session", "ort.concat"},
+    "onnxruntime": {
+        "ort.devices",
+        "ort.session",
+        "ort.shared",
+        "ort.device",
+        "ort.static_session",
+        "ort.concat",
+        "ort.mapped_buffer",
+        "ort.open",
+    },
     "tokenizers": {"text.tokenizer"},
     "cuda": {"trt.cuda"},
 }

@@ -140,6 +140,22 @@ class FakeCudart:
         self._enqueue(stream, work)
         return OK
 
+    def cudaMemcpy2DAsync(  # noqa: N802
+        self, dst: int, dpitch: int, src: int, spitch: int, width: int, height: int, kind: Any, stream: int
+    ) -> Any:
+        assert kind == real_cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        pairs = [
+            (self._view(dst + n * dpitch, width, "device"), self._view(src + n * spitch, width, "device"))
+            for n in range(height)
+        ]
+
+        def work() -> None:
+            for target, source in pairs:
+                np.copyto(target, source)
+
+        self._enqueue(stream, work)
+        return OK
+
     def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: Any, stream: int) -> Any:  # noqa: N802
         names = {
             real_cuda.cudaMemcpyKind.cudaMemcpyHostToDevice: ("device", "host"),

@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 
-import runtimes.ort.concat  # noqa: F401  # before the clock starts, like the libraries of the others
+import runtimes.ort.open  # noqa: F401  # before the clock starts, like the libraries of the others
 from olmo2_export.bench.workers.common import OpenEngine, finish, measure
 from runtimes import Runner, open_runner
 from runtimes.generation.generate import generate, generate_tokens
-from runtimes.speculate.speculation import Drafter, PromptLookup
+from runtimes.speculate.drafters import Drafter, PromptLookup
 from runtimes.targets import find_target
 from runtimes.text.sampling import Sampler
 from runtimes.text.tokenizer import Tokenizer

@@ -38,7 +38,7 @@ from olmo2_export.views.shared_forms import exact_form, stored_int8, stored_matr
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes.errors import FailedError, FusionError
 from runtimes.manifest import KVCacheSpec, Variant
-from runtimes.ort.concat import open_ort
+from runtimes.ort.open import open_ort
 from runtimes.ort.shared import SharedRunner
 
 NMSE = 1e-11  # a pass changes the order of float32 operations, nothing else

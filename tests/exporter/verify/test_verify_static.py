@@ -35,7 +35,7 @@ from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes import open_package, open_runner
 from runtimes.errors import BackendError, PackageError, UsageError, VariantNotFoundError
 from runtimes.manifest import MANIFEST_NAME, Precision, Variant, find_variant, load_manifest
-from runtimes.ort import concat as ort_runner
+from runtimes.ort import open as ort_runner
 from runtimes.ort.devices import Device, GpuMemory, Shapes
 from runtimes.sealed import read_sealed, seal
 

@@ -17,7 +17,7 @@ from runtimes.generation.generate import Generation, generate, generate_tokens, 
 from runtimes.generation.text_state import Piece, TextState, _Held
 from runtimes.one_thread import OneThread
 from runtimes.runners.runner import Runner
-from runtimes.speculate.speculation import DraftModel, PromptLookup
+from runtimes.speculate.drafters import DraftModel, PromptLookup
 from runtimes.text.logit_rules import Penalties
 from runtimes.text.sampling import Sampler
 from runtimes.text.tokenizer import Tokenizer

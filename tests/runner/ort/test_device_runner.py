@@ -21,10 +21,10 @@ from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes import open_runner
 from runtimes.errors import BackendError, ContextLengthError, InputError, UsageError
 from runtimes.manifest import KVCacheSpec, Manifest, Variant, load_manifest
-from runtimes.ort import concat as ort_runner
-from runtimes.ort.concat import default_variant
+from runtimes.ort import open as ort_runner
 from runtimes.ort.device import DeviceRunner, compiled_shapes
 from runtimes.ort.devices import PROVIDERS, Device, GpuMemory, find_device
+from runtimes.ort.open import default_variant
 from runtimes.ort.session import open_session
 from runtimes.package import Package
 
@@ -107,6 +107,22 @@ def test_slots_come_and_go_and_the_memory_grows_by_rows(package: Path, runner: D
             assert np.allclose(logits[slot], wanted[slot][round], atol=2e-2)
     runner.release(1)
     assert runner.admit(tokens(4))[0] == 1
+
+
+def test_a_prefix_is_computed_once_more_where_no_row_can_be_copied(package: Path, runner: DeviceRunner) -> None:
+    prompt, more = tokens(21), tokens(9)
+    with open_runner(package, variant="fp16", threads=1) as alone:
+        wanted = [alone.prefill([[*prompt[:13], *more]])[0][0], alone.decode([4])[0]]
+    first, _ = runner.admit(prompt)
+    second = runner.copy_prefix(first, 13)
+    runner.append(second, more)
+    logits = runner.extend(second)
+    assert logits is not None
+    assert np.allclose(logits, wanted[0], atol=2e-2)
+    runner.release(first)  # and none moves: the hole is the next one's
+    assert np.allclose(runner.step({second: 4})[second], wanted[1], atol=2e-2)
+    assert (runner._rows, runner.slots) == ({1: 1}, (1,))
+    assert runner.begin([1]) == 0
 
 
 def test_decode_steps_are_captured_once_per_number_of_rows_and_nothing_else_is(runner: DeviceRunner) -> None:

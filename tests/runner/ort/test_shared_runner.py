@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,10 +16,12 @@ import olmo2_export.demo
 from runtimes import open_runner
 from runtimes.errors import ContextLengthError, InputError, IntegrityError, NumericError, UsageError
 from runtimes.generation.generate import generate
-from runtimes.ort import shared as shared_runner
+from runtimes.manifest import KVCacheSpec
+from runtimes.ort import mapped_buffer
+from runtimes.ort.mapped_buffer import MappedBuffer
 from runtimes.ort.shared import SharedRunner
 from runtimes.runners import rows as row_runner
-from runtimes.speculate.speculation import PromptLookup
+from runtimes.speculate.drafters import PromptLookup
 from runtimes.text.sampling import Sampler
 from runtimes.text.tokenizer import Tokenizer
 
@@ -52,39 +56,83 @@ def close(got: np.ndarray, wanted: np.ndarray) -> bool:
     return bool(np.mean((got - wanted) ** 2) <= 1e-3 * wanted.var())
 
 
+def resident(buffer: Any) -> int:
+    """Bytes of the KV cache that are memory, as the system counts them: pages that are there."""
+    assert isinstance(buffer, MappedBuffer)
+    count = 0
+    with Path("/proc/self/pagemap").open("rb", buffering=0) as pages:
+        for array in buffer._arrays.values():
+            first, last = array.ctypes.data // mmap.PAGESIZE, (array.ctypes.data + array.nbytes - 1) // mmap.PAGESIZE
+            pages.seek(8 * first)
+            entries = np.frombuffer(pages.read(8 * (last + 1 - first)), np.uint64)
+            count += int((entries >> np.uint64(63)).sum())
+    return mmap.PAGESIZE * count
+
+
+needs_pagemap = pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="needs Linux's /proc/self/pagemap")
+
+
 def test_the_buffer_grows_in_steps_and_keeps_what_it_holds(runner: SharedRunner) -> None:
+    """In steps of pages, by what is written; the arrays stay where they are."""
     ids = tokens(CONTEXT)
     whole = runner.prefill([ids], all_positions=True)[0]
     runner.reset()
-    capacities = []
+    places = set()
     for start in range(0, CONTEXT, 32):
         part = runner.prefill([ids[start : start + 32]], all_positions=True)[0]
         assert close(part, whole[start : start + 32])
-        capacities.append(runner._buffer._length)
-    assert capacities[0] <= CONTEXT
+        places.add(tuple(array.ctypes.data for array in runner._buffer._arrays.values()))
+    assert len(places) == 1
     assert runner.cache_lengths == (CONTEXT,)
 
 
-def test_growth_starts_small_and_is_never_beyond_the_context(monkeypatch: pytest.MonkeyPatch, package: Path) -> None:
-    monkeypatch.setattr(shared_runner, "_LENGTH_STEP", 32)
-    seen = []
+@needs_pagemap
+def test_growth_starts_small_and_is_never_beyond_the_context(package: Path) -> None:
+    """What is memory follows the tokens: of eight slots of the whole context, one is used here."""
     with open_runner(package, threads=1) as runner:
         assert isinstance(runner, SharedRunner)
-        for _ in range(CONTEXT):
-            runner.prefill([[7]]) if not runner.cache_lengths else runner.decode([7])
-            seen.append(runner._buffer._length)
-    assert sorted(set(seen)) == [64, 128, 192, 256]
-    assert all(capacity > used - 1 for used, capacity in enumerate(seen, start=1))
+        seen = []
+        for length in (1, CONTEXT // 2, CONTEXT):
+            runner.reset()
+            runner.prefill([tokens(length)])
+            seen.append(resident(runner._buffer))
+        arrays = list(runner._buffer._arrays.values())
+        row = sum(array[0].nbytes for array in arrays)
+        pages = len(arrays) * mmap.PAGESIZE * 4  # where heads begin and end within pages
+        assert all(len(array) == 8 for array in arrays)
+        assert seen == sorted(seen)
+        assert seen[0] <= 8 * row // 2
+        assert seen[-1] <= row + pages
 
 
-def test_a_prompt_leaves_room_for_the_tokens_that_follow(monkeypatch: pytest.MonkeyPatch, runner: SharedRunner) -> None:
+def test_a_prompt_leaves_room_for_the_tokens_that_follow(runner: SharedRunner) -> None:
     """A first new token that has to copy the whole cache keeps people waiting."""
-    monkeypatch.setattr(shared_runner, "_LENGTH_STEP", 32)
     runner.prefill([tokens(64)])
-    length = runner._buffer._length
+    arrays = dict(runner._buffer._arrays)
     for token in tokens(32):
         runner.decode([int(token)])
-    assert runner._buffer._length == length == 96
+    assert all(runner._buffer._arrays[name] is array for name, array in arrays.items())
+
+
+@needs_pagemap
+def test_a_released_slot_gives_its_memory_back() -> None:
+    """Rows of some pages each, so that a row is not lost among what others hold of a page."""
+    spec = KVCacheSpec("shared", "float32", 3, 2, 16, 4096)
+    buffer = MappedBuffer(spec, 4)
+    buffer.reserve(1, [])
+    assert resident(buffer) <= 6 * mmap.PAGESIZE
+    for array in buffer._arrays.values():
+        array[1:3] = 1
+    row = sum(array[0].nbytes for array in buffer._arrays.values())
+    assert resident(buffer) >= 2 * row
+    buffer.give_back(1)
+    assert row <= resident(buffer) <= row + 12 * mmap.PAGESIZE
+    assert all((array[1] == 0).all() and (array[2] == 1).all() for array in buffer._arrays.values())
+    buffer.copy_row(2, 1, 7)
+    assert all((array[1, :, :7] == 1).all() and (array[1, :, 7:] == 0).all() for array in buffer._arrays.values())
+    buffer.reserve(9, [0, 7, 5])  # more rows than ever: what is held moves, and nothing else
+    assert all(len(array) == 9 and (array[2, :, :5] == 1).all() for array in buffer._arrays.values())
+    assert all((array[2, :, 5:] == 0).all() for array in buffer._arrays.values())
 
 
 def test_exactly_the_context_works_and_one_more_is_an_error(runner: SharedRunner) -> None:
@@ -206,20 +254,21 @@ def test_memory_that_is_not_to_be_had_is_an_error_and_the_cache_lives(
     wanted = runner.decode([8])
     runner.truncate([10])
 
-    zeros, made = shared_runner._zeros, []
+    zeros, made = mapped_buffer._zeros, []
 
-    def no_memory(*arguments: Any) -> np.ndarray:
+    def no_memory(*arguments: Any) -> Any:
         made.append(arguments)
         if len(made) > 3:
-            raise MemoryError
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
         return zeros(*arguments)
 
-    monkeypatch.setattr(shared_runner, "_LENGTH_STEP", 8)
     with monkeypatch.context() as patch:
-        patch.setattr(shared_runner, "_zeros", no_memory)
-        runner._buffer._length = 10  # as if it were full
-        with pytest.raises(ContextLengthError, match="bytes of memory"):
-            runner.decode([8])
+        patch.setattr(mapped_buffer, "_zeros", no_memory)
+        runner.reset()
+        with pytest.raises(ContextLengthError, match=r"9 rows of 256 tokens needs .* bytes of memory"):
+            runner.prefill([tokens(3)] * 9)
+    assert runner.cache_lengths == ()
+    runner.prefill([tokens(10)])
     assert close(runner.decode([8])[0], wanted[0])
 
 

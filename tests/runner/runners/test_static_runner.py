@@ -216,6 +216,33 @@ def test_slots_that_are_none_are_refused(runner: StaticRunner) -> None:
     assert held(runner) == [[], [2]]
 
 
+def test_prompts_come_in_pieces_and_prefixes_are_copied(runner: StaticRunner) -> None:
+    """On each session: rows are copied where the cache is, and a released one is filled by the last."""
+    a, b, c = tokens(12, 9, 14, seed=6)
+    assert runner.max_slots >= BATCH
+    slot_a, _ = runner.admit(a[:6])
+    slot_b = runner.begin(b)
+    assert runner.extend(slot_b, 7) is None
+    close(runner.step({slot_a: a[6]})[slot_a], reference(a[:7])[-1])
+    logits = runner.extend(slot_b, 7)
+    assert logits is not None
+    close(logits, reference(b)[-1])
+    slot_c = runner.copy_prefix(slot_a, 5)
+    assert slot_c == 2
+    runner.append(slot_c, c)
+    logits = runner.extend(slot_c)
+    assert logits is not None
+    close(logits, reference(np.append(a[:5], c))[-1])
+    runner.release(slot_a)  # c moves into its row
+    assert [len(row) for row in runner._tokens if row is not None] == [19, 9]
+    found = runner.step({slot_b: 3, slot_c: 4})
+    close(found[slot_b], reference(np.append(b, 3))[-1])
+    close(found[slot_c], reference(np.concatenate([a[:5], c, [4]]))[-1])
+    runner.truncate_slot(slot_c, 8)
+    close(runner.step({slot_c: 1})[slot_c], reference(np.concatenate([a[:5], c[:3], [1]]))[-1])
+    assert held(runner) == [[], [*b.tolist(), 3], [*a[:5].tolist(), *c[:3].tolist(), 1]]
+
+
 # What it refuses
 
 

@@ -17,14 +17,9 @@ from runtimes.errors import InputError, NumericError, UsageError
 from runtimes.generation.generate import generate, generate_tokens
 from runtimes.one_thread import OneThread
 from runtimes.runners.runner import Runner, check_finite, check_lengths, check_rows
-from runtimes.speculate.speculation import (
-    STEP_COSTS,
-    DraftModel,
-    PromptLookup,
-    Speculation,
-    StepTimes,
-    speculate_tokens,
-)
+from runtimes.speculate.costs import STEP_COSTS, StepTimes
+from runtimes.speculate.drafters import DraftModel, PromptLookup
+from runtimes.speculate.speculation import Speculation, speculate_tokens
 from runtimes.text.sampling import Sampler
 from runtimes.text.tokenizer import Tokenizer
 

@@ -153,6 +153,7 @@ CALLS: dict[str, Any] = {
     "cudaStreamSynchronize": lambda: cuda.Stream().synchronize(),
     "cudaEventRecord": lambda: cuda.Event().record(cuda.Stream()),
     "cudaEventSynchronize": lambda: cuda.Event().seconds_since(cuda.Event()),
+    "cudaMemcpy2DAsync": lambda: cuda.DeviceBuffer(8, "x").copy(0, 4, 1, 1, 1, cuda.Stream()),
     "cudaMemset2DAsync": lambda: cuda.DeviceBuffer(8, "x").clear(0, 1, 1, 1, cuda.Stream()),
     "cudaMemcpyAsync": lambda: cuda.copy_to_device(0, 0, 0, cuda.Stream()),
     "cudaStreamBeginCapture": lambda: cuda.captured(cuda.Stream()).__enter__(),

@@ -1,0 +1,238 @@
+"""Slots: sequences that come and go on one runner while others wait, for a server.
+
+| call                           | takes                               | gives                                       |
+|--------------------------------|-------------------------------------|---------------------------------------------|
+| begin                          | token ids, any int                  | a slot; nothing is computed                 |
+| extend                         | a slot, tokens at most              | float32 [vocab_size], or None: there is more|
+| admit                          | token ids, any int                  | a slot, float32 [vocab_size]: begin, extend |
+| step                           | slot -> token id, any int           | slot -> float32 [vocab_size]                |
+| append                         | a slot, token ids, any int          | nothing: `extend` computes them             |
+| copy_prefix                    | a slot, a length                    | another slot, with its first tokens         |
+| truncate_slot                  | a slot, a length                    | nothing: the slot keeps its first tokens    |
+| release                        | a slot                              | nothing: it is free                         |
+
+A prompt enters in pieces, so that those who are being answered wait for a piece and not for a prompt. A slot keeps its
+number from `begin` to `release`, wherever its keys and values are moved to.
+
+An exact runner (`open_runner(..., exact=True)`) gives each sequence the logits that it would get alone, bit for bit,
+whoever else is there and however its prompt is cut. Kernels round differently for one row and for several, for few
+tokens and for many; so it computes an even number of rows at each step, with the decode graph alone, and cuts prompts
+at multiples of `EXACT_TOKENS`, and always before the last 8 to 15 tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from runtimes.errors import InputError, UsageError
+from runtimes.integers import as_integer
+from runtimes.runners.runner import Ids, Logits, Runner, TokenIds
+
+DEFAULT_SLOTS = 8
+"""slots of a runner whose graph takes any number of rows"""
+
+EXACT_TOKENS = 8
+"""an exact runner cuts prompts at multiples of it, and the last piece has no fewer if the prompt has as many"""
+
+
+class Slots(Runner, Protocol):
+    """A runner with slots; every one that `open_runner` opens is.
+
+    The slots are the rows of the batch that `Runner` describes: `reset`, and any call that changes the batch, takes
+    them over, and whoever had them is refused from then on.
+    """
+
+    exact: bool
+    """whether a sequence's logits do not depend on the others nor on the pieces of its prompt"""
+    max_slots: int
+    """sequences at once"""
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Those that are taken, the lowest first."""
+        ...
+
+    def slot_tokens(self, slot: int) -> Ids:
+        """Return the ids, int64 [length], whose keys and values a slot holds; only to read.
+
+        Raises:
+            InputError: the slot is free.
+        """
+        ...
+
+    def begin(self, token_ids: TokenIds) -> int:
+        """Take the lowest free slot for a new sequence. Nothing is computed.
+
+        Args:
+            token_ids: of the prompt, at least one.
+
+        Returns:
+            The slot; `extend` it until there are logits.
+
+        Raises:
+            InputError: as `Runner.prefill`, or all slots are taken.
+            ContextLengthError: the prompt does not fit, or there is no memory for another row.
+        """
+        ...
+
+    def extend(self, slot: int, budget: int | None = None) -> Logits | None:
+        """Compute the next tokens of a slot's prompt.
+
+        Args:
+            slot: from `begin`.
+            budget: tokens at most; None: all that are left. An exact runner computes at least `EXACT_TOKENS`, or the
+                last 15 at most.
+
+        Returns:
+            float32 [vocab_size], the logits of the token after the prompt; None where there is more of it to compute.
+
+        Raises:
+            InputError: the slot is free, its prompt is complete, or budget is no integer of at least 1.
+            NumericError: a logit is NaN or infinite; the piece is still to be computed.
+        """
+        ...
+
+    def admit(self, token_ids: TokenIds) -> tuple[int, Logits]:
+        """`begin` a sequence and `extend` it to the end of its prompt while the others wait.
+
+        Returns:
+            The slot, and the logits of the next token, float32 [vocab_size].
+
+        Raises:
+            InputError, ContextLengthError, NumericError: as these; no slot is taken.
+        """
+        ...
+
+    def step(self, token_ids: Mapping[int, int]) -> dict[int, Logits]:
+        """Append one token to some of the slots; the others wait.
+
+        Args:
+            token_ids: slot -> id.
+
+        Returns:
+            slot -> logits of the next token, float32 [vocab_size].
+
+        Raises:
+            InputError: no slot, one that is free or whose prompt is not complete, or an id that is not in the
+                vocabulary.
+            ContextLengthError: a slot is full.
+            BrokenSlotsError: logits of some slots are NaN or infinite. These are as they were, to be released; the
+                others have their token, and their logits are in the error.
+        """
+        ...
+
+    def append(self, slot: int, token_ids: TokenIds) -> None:
+        """Have more tokens computed by `extend`, behind those of a slot: the rest of a prompt, or another turn.
+
+        Raises:
+            InputError, ContextLengthError: as `begin`.
+            UsageError: an exact runner cannot compute them as if they had come at once: the slot holds generated
+                tokens, or a number of tokens that is no multiple of `EXACT_TOKENS`, or these are fewer than that.
+        """
+        ...
+
+    def copy_prefix(self, slot: int, length: int) -> int:
+        """Take another slot, with the first tokens of one that holds them: a prompt's common beginning, or a fork.
+
+        Args:
+            slot: which holds them.
+            length: tokens, at least one.
+
+        Returns:
+            The new slot: `step` it, or `append` and `extend`.
+
+        Raises:
+            InputError: the slot is free or holds fewer, or all slots are taken.
+            ContextLengthError: as `begin`.
+        """
+        ...
+
+    def truncate_slot(self, slot: int, length: int) -> None:
+        """Keep only the first tokens of a slot, and forget what was to be computed behind them.
+
+        Raises:
+            InputError: the slot is free or holds fewer.
+        """
+        ...
+
+    def release(self, slot: int) -> None:
+        """Free a slot, and its memory where the system takes it back.
+
+        Raises:
+            InputError: it is free already.
+        """
+        ...
+
+
+def piece_length(left: int, budget: int, exact: bool) -> int:
+    """Return how many tokens of a prompt to compute next.
+
+    Args:
+        left: of the prompt, at least one.
+        budget: as of `Slots.extend`.
+        exact: cut at multiples of `EXACT_TOKENS`.
+
+    Raises:
+        InputError: budget is no integer of at least 1.
+    """
+    most = as_integer(budget)
+    if most is None or most < 1:
+        raise InputError(f"budget {budget!r}: expected an integer of at least 1")
+    if not exact:
+        return min(most, left)
+    # The last piece, whose logits are given out, has 8 to 15 tokens whatever the budget; the others any multiple of 8.
+    before_last = (left // EXACT_TOKENS - 1) * EXACT_TOKENS
+    return left if before_last < EXACT_TOKENS else min(max(1, most // EXACT_TOKENS) * EXACT_TOKENS, before_last)
+
+
+def check_exact_append(held: int, prompted: int, more: int) -> None:
+    """Refuse tokens that an exact runner would compute otherwise if they came in one prompt with what is held.
+
+    Args:
+        held: tokens of the slot.
+        prompted: of these, the first ones that were computed as a prompt.
+        more: tokens to append.
+
+    Raises:
+        UsageError: see `Slots.append`.
+    """
+    if held > prompted:
+        raise UsageError(
+            f"an exact slot with {held} tokens, {prompted} of a prompt: what was generated is computed otherwise than "
+            "a prompt; begin a new one, or truncate it to the prompt"
+        )
+    if held % EXACT_TOKENS or (held and more < EXACT_TOKENS):
+        raise UsageError(
+            f"an exact slot with {held} tokens and {more} to append: expected a multiple of {EXACT_TOKENS} and at "
+            f"least {EXACT_TOKENS}; keep fewer"
+        )
+
+
+def check_slot_length(length: int, held: int, least: int = 0) -> int:
+    """Check how many of a slot's tokens to keep or to copy.
+
+    Raises:
+        InputError: no integer from `least` to `held`.
+    """
+    count = as_integer(length)
+    if count is None or not least <= count <= held:
+        raise InputError(f"length {length!r}: the slot holds {held} tokens; expected an integer from {least} to {held}")
+    return count
+
+
+def check_step(token_ids: Mapping[int, int]) -> list[int]:
+    """Check what `step` is given, apart from whether the slots are there.
+
+    Returns:
+        The slots, in the mapping's order.
+
+    Raises:
+        InputError: no mapping, or one whose keys are no integers or twice the same.
+    """
+    if not isinstance(token_ids, Mapping):
+        raise InputError(f"expected a mapping from slots, integers, to token ids, found {type(token_ids).__name__}")
+    slots = [slot for slot in map(as_integer, token_ids) if slot is not None]
+    if len(set(slots)) < len(token_ids):
+        raise InputError("expected a mapping from slots, integers, each once, to token ids")
+    return slots
