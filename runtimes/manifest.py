@@ -9,7 +9,6 @@ Both are sealed: `checksum` is the sha256 of the rest of the document, and the b
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
@@ -18,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from runtimes.errors import IntegrityError, PackageError, PackageNotFoundError, VariantNotFoundError, first_names
+from runtimes.errors import IntegrityError, PackageError, PackageNotFoundError, first_names
 from runtimes.sealed import FileEntry, read_sealed
 
 MANIFEST_NAME = "manifest.json"
@@ -342,44 +341,34 @@ def to_document(manifest: Manifest | TrtManifest) -> dict[str, Any]:
     return asdict(manifest)
 
 
-def load_manifest(package: str | os.PathLike[str]) -> Manifest:
-    """Read and check `<package>/manifest.json`; `runtimes.package.open_package` does so for all that a package says.
+def read_manifest(package: Path) -> tuple[Manifest, str]:
+    """Return manifest.json and its checksum, which identifies the whole export.
 
     Raises:
         PackageNotFoundError: no such folder, or no manifest in it.
         IntegrityError: the manifest was changed.
+        PackageError: it is of a version that is not read, or damaged otherwise.
     """
-    return read_manifest(Path(package))[0]
-
-
-def load_trt_manifest(package: str | os.PathLike[str]) -> TrtManifest | None:
-    """Read and check `<package>/trt/manifest.json`; None if nothing was built yet.
-
-    Raises:
-        IntegrityError: the manifest was changed, or was built from another export than the one in the folder.
-    """
-    return read_trt_manifest(Path(package))
-
-
-def read_manifest(package: Path) -> tuple[Manifest, str]:
-    """Return manifest.json and its checksum, which identifies the whole export; `load_manifest` says what it raises."""
     document = _read(package, MANIFEST_NAME)
     manifest = _parse(package / MANIFEST_NAME, Manifest, document, "export it again")
     return manifest, str(document["checksum"])
 
 
-def read_trt_manifest(package: Path, checksum: str | None = None) -> TrtManifest | None:
-    """Return trt/manifest.json; `load_trt_manifest` says what it raises.
+def read_trt_manifest(package: Path, checksum: str) -> TrtManifest | None:
+    """Return trt/manifest.json; None if nothing was built yet.
 
     Args:
         package: the package folder.
-        checksum: of the export that it must be built from; None means the one in the folder.
+        checksum: of the export that it must be built from.
+
+    Raises:
+        IntegrityError: the manifest was changed, or was built from another export than this.
     """
     path = package / TRT_FOLDER / MANIFEST_NAME
     if not path.is_file():
         return None
     manifest = _parse(path, TrtManifest, _read(package, f"{TRT_FOLDER}/{MANIFEST_NAME}"), "build it again")
-    if manifest.package_checksum != (checksum or package_checksum(package)):
+    if manifest.package_checksum != checksum:
         raise IntegrityError(
             f"{path}: built from another export than {MANIFEST_NAME} beside it; run: olmo2-export build {package}"
         )
@@ -402,28 +391,6 @@ def read_verdicts(package: Path, checksum: str) -> dict[str, bool]:
         return {str(name): entry["passed"] is True for name, entry in document["variants"].items()} if known else {}
     except (OSError, PackageError, KeyError, TypeError, AttributeError):
         return {}
-
-
-def find_variant(package: str | os.PathLike[str], name: str | None) -> tuple[Variant, dict[str, FileEntry]]:
-    """Return a variant, of the export or of the TensorRT graphs, and the files table that vouches for it.
-
-    Args:
-        package: the package folder.
-        name: the variant; None means the only or first one of the export.
-
-    Raises:
-        VariantNotFoundError: naming the variants there are.
-    """
-    manifest = load_manifest(package)
-    if name is None:
-        name = next(iter(manifest.variants), "")
-    if name in manifest.variants:
-        return manifest.variants[name], manifest.files
-    trt = load_trt_manifest(package)
-    if trt is not None and name in trt.variants:
-        return trt.variants[name], trt.files
-    known = [*manifest.variants, *(trt.variants if trt else ())]
-    raise VariantNotFoundError(f"{package}: no variant {name!r}; it has {', '.join(known) or 'none'}")
 
 
 def _read(package: Path, name: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from olmo2_export.catalog import precisions
 from olmo2_export.engine import build as engine
 from olmo2_export.engine.options import EngineOptions, Profile
 from runtimes.errors import UsageError
-from runtimes.manifest import load_manifest
+from runtimes.package import open_package
 from runtimes.trt.nvidia import TensorRTBackend
 
 
@@ -135,7 +135,7 @@ def test_spaces_and_unicode_in_paths(tiny_checkpoint: Path, tmp_path: Path) -> N
     source = shutil.copytree(tiny_checkpoint, tmp_path / "ein Modell ü")
     out = tmp_path / "ein Paket 模型"
     assert cli.main(["export", str(source), "--out", str(out)]) == 0
-    assert load_manifest(out).source.model == "ein Modell ü"
+    assert open_package(out).manifest.source.model == "ein Modell ü"
     assert cli.main(["verify", str(out), "--reference", str(source)]) == 0
 
 

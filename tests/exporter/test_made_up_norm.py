@@ -47,7 +47,7 @@ from olmo2_export.views.openers import onnxruntime_opener
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
 from olmo2_export.weights.stored_names import weight_shapes
 from runtimes.errors import FusionError
-from runtimes.manifest import load_manifest
+from runtimes.package import open_package
 
 LAYERS = 3
 NAME = "input_layernorm"
@@ -222,7 +222,7 @@ def test_taps_and_checks_follow(
         f"normed_{layer}" for layer in range(LAYERS)
     ]
     models = [TorchModel(checkpoint.folder, checkpoint.tensor, precision) for precision in ("fp64", "fp32")]
-    entry = load_manifest(tiny_package).variants["fp32"]
+    entry = open_package(tiny_package).manifest.variants["fp32"]
     opener = onnxruntime_opener(tiny_package / entry.graph, entry)
     calls = Calls(np.arange(19, dtype=np.int64), (11, 7, 1))
     for segment, found in run_segments(portable, entry, rows, calls, opener):

@@ -12,7 +12,8 @@ import pytest
 from support.static_model import write_package
 
 from runtimes.errors import PackageError
-from runtimes.manifest import MANIFEST_NAME, TRT_FOLDER, Manifest, load_manifest, load_trt_manifest, to_document
+from runtimes.manifest import MANIFEST_NAME, TRT_FOLDER, Manifest, to_document
+from runtimes.package import open_package
 from runtimes.sealed import read_sealed, seal
 
 Document = dict[str, Any]
@@ -28,7 +29,7 @@ def reload(tiny_package: Path, tmp_path: Path) -> Callable[[Callable[[Document],
         document = copy.deepcopy(original)
         change(document)
         (tmp_path / MANIFEST_NAME).write_bytes(seal(document))
-        return load_manifest(tmp_path)
+        return open_package(tmp_path).manifest
 
     return changed
 
@@ -36,7 +37,7 @@ def reload(tiny_package: Path, tmp_path: Path) -> Callable[[Callable[[Document],
 def test_a_manifest_comes_back_as_it_was_written(tiny_package: Path, q4_package: Path) -> None:
     for package in (tiny_package, q4_package):
         raw = (package / MANIFEST_NAME).read_bytes()
-        assert seal(to_document(load_manifest(package))) == raw
+        assert seal(to_document(open_package(package).manifest)) == raw
 
 
 @pytest.mark.parametrize("version", [3, 4])
@@ -47,7 +48,7 @@ def test_a_manifest_without_roles_gets_them_from_the_names(reload: Any, tiny_pac
             del spec["role"]
 
     variant = reload(change).variants["fp32"]
-    assert variant == load_manifest(tiny_package).variants["fp32"]
+    assert variant == open_package(tiny_package).manifest.variants["fp32"]
     assert {spec.name.partition(".")[0]: spec.role for spec in (*variant.inputs, *variant.outputs)} == {
         "input_ids": "token_ids",
         "attention_mask": "attention_mask",
@@ -126,5 +127,5 @@ def test_a_manifest_of_engines_with_other_fields_says_so(tmp_path: Path) -> None
         engine[field], before = value, engine[field]
         path.write_bytes(seal(document))
         with pytest.raises(PackageError, match=rf"\(manifest\.engines\[\w+\]\.{field}.* is .*; build it again"):
-            load_trt_manifest(tmp_path)
+            _ = open_package(tmp_path).trt
         engine[field] = before

@@ -12,7 +12,7 @@ import pytest
 import runtimes.sealed as sealed
 from runtimes import open_runner
 from runtimes.errors import IntegrityError, PackageNotFoundError, VariantNotFoundError
-from runtimes.manifest import PARITY_NAME, TRT_FOLDER, load_manifest
+from runtimes.manifest import PARITY_NAME, TRT_FOLDER
 from runtimes.package import open_package
 from runtimes.sealed import FileEntry, seal
 
@@ -40,7 +40,7 @@ def test_what_a_package_says(tiny_package: Path) -> None:
     package = open_package(tiny_package)
     assert open_package(package) is package
     assert package.folder == tiny_package
-    assert package.manifest == load_manifest(tiny_package)
+    assert package.manifest == open_package(tiny_package).manifest
     assert package.model is package.manifest.model
     assert package.trt is None
     assert package.verdicts == {}

@@ -10,15 +10,8 @@ import onnx_ir as ir
 
 from olmo2_export.graphs.files import save_graph
 from olmo2_export.package.trt_variants import TrtOptions, write_trt_variant
-from runtimes.manifest import (
-    MANIFEST_NAME,
-    TRT_FOLDER,
-    Precision,
-    TrtManifest,
-    load_manifest,
-    package_checksum,
-    to_document,
-)
+from runtimes.manifest import MANIFEST_NAME, TRT_FOLDER, Precision, TrtManifest, package_checksum, to_document
+from runtimes.package import open_package
 from runtimes.sealed import FORMAT_VERSION, hash_files, read_sealed, seal
 
 
@@ -45,8 +38,8 @@ def with_trt_graph(package: Path, out: Path, options: TrtOptions) -> Path:
     shutil.copytree(package, out)
     folder = out / TRT_FOLDER
     folder.mkdir()
-    variant = write_trt_variant(out, load_manifest(out), folder, options)
-    version = load_manifest(out).exporter_version
+    variant = write_trt_variant(out, open_package(out).manifest, folder, options)
+    version = open_package(out).manifest.exporter_version
     files = hash_files(out, variant.files)
     manifest = TrtManifest(FORMAT_VERSION, version, package_checksum(out), {variant.name: variant}, {}, files)
     (folder / MANIFEST_NAME).write_bytes(seal(to_document(manifest)))

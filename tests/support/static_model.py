@@ -26,6 +26,7 @@ from runtimes.manifest import (
     role_of,
     to_document,
 )
+from runtimes.package import open_package
 from runtimes.sealed import FORMAT_VERSION, hash_files, seal
 
 VOCAB, HEADS, HEAD_DIM, TOP_K = 13, 2, 3, 4
@@ -222,9 +223,8 @@ def write_trt_manifest(package: Path, entry: Variant, *engines: Engine) -> None:
 
 def edit_engine(package: Path, name: str, **changes: Any) -> None:
     """Change fields of an engine's entry; every hash is right."""
-    from runtimes.manifest import load_trt_manifest
 
-    manifest = load_trt_manifest(package)
+    manifest = open_package(package).trt
     assert manifest is not None
     engines = {n: replace(e, **changes) if n == name else e for n, e in manifest.engines.items()}
     write_trt_manifest(package, next(iter(manifest.variants.values())), *engines.values())

@@ -30,7 +30,7 @@ from olmo2_export.bench.processes import run
 from olmo2_export.bench.workers import common
 from olmo2_export.cli import main
 from runtimes.errors import FailedError
-from runtimes.manifest import find_variant
+from runtimes.package import open_package
 
 SMALL = ["--contexts", "8", "24", "--batch-sizes", "1", "3", "--new-tokens", "5", "--threads", "1"]
 KV_BYTES = 2 * 3 * 2 * 16 * 4  # keys and values, layers, heads, head size, float32
@@ -63,7 +63,9 @@ def test_a_package_alone(tiny_package: Path, tmp_path: Path, capfd: pytest.Captu
     assert (document["ratios"], document["left_out"], list(document["contenders"])) == ([], [], ["ours fp32"])
 
     ours = document["contenders"]["ours fp32"]
-    variant, files = find_variant(tiny_package, "fp32")
+    opened = open_package(tiny_package)
+    variant = opened.variant("fp32")
+    files = opened.files_of(variant)
     assert ours["disk_bytes"] == sum(files[name].size for name in variant.files)
     assert 0 < ours["load_s"] < 30
     assert 30e6 < ours["peak_memory_bytes"] < 1e9

@@ -31,7 +31,8 @@ from runtimes.errors import (
     UsageError,
     VariantNotFoundError,
 )
-from runtimes.manifest import MANIFEST_NAME, ProfileRange, TrtManifest, find_variant, load_trt_manifest
+from runtimes.manifest import MANIFEST_NAME, ProfileRange, TrtManifest
+from runtimes.package import open_package
 from runtimes.sealed import check_files, hash_file, read_sealed, seal
 from runtimes.trt import nvidia
 
@@ -49,7 +50,7 @@ def kernel_names(plan: Path) -> dict[str, list[str]]:
 
 
 def trt_manifest(package: Path) -> TrtManifest:
-    manifest = load_trt_manifest(package)
+    manifest = open_package(package).trt
     assert manifest is not None
     return manifest
 
@@ -102,7 +103,9 @@ def test_engine_entry(built: tuple[Path, dict[str, BuildReport]], precision: str
         assert profile["logit_index"] == ProfileRange("logit_index", (1, 1), (1, 1), (4, 1))
         cache = profile["past_key_values.0.key"]
         assert (cache.min, cache.max) == ((1, 2, 256, 16), (4, 2, 256, 16))
-    variant, files = find_variant(package, engine.variant)
+    opened = open_package(package)
+    variant = opened.variant(engine.variant)
+    files = opened.files_of(variant)
     assert variant.kv_cache.form == "static"
     assert variant.kv_cache.dtype == {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[precision]
     assert variant.op_counts["trt::TRT_Attention"] == 3
@@ -219,7 +222,7 @@ def test_weight_streaming_builds_without_a_gpu(tiny_package: Path, tmp_path: Pat
     options = EngineOptions("fp16", compute_capabilities=["8.9"], weight_streaming=True, top_k=5)
     report = build(copied(tiny_package, tmp_path / "package"), options, progress=False)
     assert report.engine.flags == ("weight_streaming",)
-    assert find_variant(tmp_path / "package", "trt_fp16")[0].top_k == 5
+    assert open_package(tmp_path / "package").variant("trt_fp16").top_k == 5
 
 
 def test_progress_goes_to_standard_error(small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -299,7 +302,7 @@ def test_damaged_engines_are_not_kept(built: tuple[Path, Any], tmp_path: Path, c
     plan.write_bytes(data)
     build(package, EngineOptions("fp32"), progress=False)
     assert "fp16 is not kept" in caplog.text
-    manifest = load_trt_manifest(package)
+    manifest = open_package(package).trt
     assert manifest is not None
     assert set(manifest.engines) == {"trt_rtx_bf16", "trt_rtx_fp32"}
     check_files(package, manifest.files)
@@ -323,7 +326,7 @@ def test_a_plan_that_nobody_vouches_for(built: tuple[Path, Any], tmp_path: Path)
     document["engines"]["trt_rtx_bf16"]["plan"] = "../../../etc/passwd"
     path.write_bytes(seal(document))
     with pytest.raises(PackageError, match=r"'\.\./\.\./\.\./etc/passwd' is not among its files"):
-        load_trt_manifest(package)
+        _ = open_package(package).trt
 
 
 def with_engine_of_the_other(package: Path) -> Path:

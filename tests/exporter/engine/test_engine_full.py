@@ -23,7 +23,7 @@ from olmo2_export.engine.compiler import CompileRequest, CompileResult, compile_
 from olmo2_export.engine.options import EngineOptions
 from olmo2_export.engine.refitter import RefitRequest, refit_plan
 from runtimes.errors import BackendError, EngineBuildError, UsageError
-from runtimes.manifest import load_trt_manifest
+from runtimes.package import open_package
 from runtimes.sealed import check_files
 from runtimes.trt import nvidia
 
@@ -233,7 +233,7 @@ def test_refit_takes_the_weights_alone(
     report = refit(second, first, EngineOptions("fp16", "trt"), progress=False)
     assert report.engine == built.engine
     assert worker[1].refit_from == str(first / "trt" / "model_fp16.trt.engine")
-    manifest = load_trt_manifest(second)
+    manifest = open_package(second).trt
     assert manifest is not None
     assert (second / "trt" / "model_fp16.trt.engine").read_bytes() == b"refitted"
     check_files(second, manifest.files)

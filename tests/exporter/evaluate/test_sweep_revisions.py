@@ -25,7 +25,7 @@ from olmo2_export.evaluate.revisions_plot import draw
 from olmo2_export.package.export import export
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes.errors import CheckpointNotFoundError, ConfigError, FusionError, UsageError
-from runtimes.manifest import load_manifest
+from runtimes.package import open_package
 from runtimes.sealed import hash_file
 
 NAMES = [f"stage1-step{step}-tokens{step // 500}B" for step in (1000, 2000, 10000)]
@@ -87,8 +87,8 @@ def test_each_is_what_an_export_of_its_own_gives(
 
     # What is left is the last package, byte for byte what an export writes.
     (left,) = (out / "packages").iterdir()
-    assert load_manifest(left).files == load_manifest(packages[2]).files
-    for name in load_manifest(left).files:
+    assert open_package(left).manifest.files == open_package(packages[2]).manifest.files
+    for name in open_package(left).manifest.files:
         assert hash_file(left / name) == hash_file(packages[2] / name)
 
 
@@ -115,7 +115,7 @@ def test_a_quantised_variant_is_quantised_anew(folder: Path, ids: Path, tmp_path
     out, alone = tmp_path / "out", tmp_path / "alone"
     results = sweep(str(folder), NAMES[:2], out, variant="q4", text=ids, context=64, max_tokens=100)
     export(open_checkpoint(str(folder / NAMES[1])), alone, variants=["q4"])
-    assert load_manifest(out / "packages" / NAMES[1]) == load_manifest(alone)
+    assert open_package(out / "packages" / NAMES[1]).manifest == open_package(alone).manifest
     assert results[0].graph_sha256 == results[1].graph_sha256
     assert all(1e-5 < r.kl_mean_nats < 0.5 for r in results)
     assert results[1].evaluated_tokens == 99
@@ -175,7 +175,7 @@ def test_the_command_line(folder: Path, ids: Path, tmp_path: Path, capsys: pytes
     assert cli.main([*command, "--revisions", NAMES[0]]) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert document["settings"]["options"]["recipe"] == "rtn"
-    assert load_manifest(out / "packages" / NAMES[0]).variants["q4"].prefill is None
+    assert open_package(out / "packages" / NAMES[0]).manifest.variants["q4"].prefill is None
     with (out / "sweep.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert float(row["perplexity"]) == document["revisions"][0]["perplexity"]

@@ -41,7 +41,7 @@ from olmo2_export.views.static_forms import rounded_form
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes import open_runner
 from runtimes.errors import FailedError, FusionError, NumericError
-from runtimes.manifest import load_manifest
+from runtimes.package import open_package
 
 L0, L1, L2 = (f"model.layers.{i}." for i in range(3))
 STREAM = [f"{p}{n}_residual" for p in (L0, L1, L2) for n in ("attention", "mlp")]
@@ -251,7 +251,7 @@ def test_apply_writes_a_package_that_verifies(
     assert document["with_islands"]["finite"] is True
     assert document["largest"]["name"] in ISLANDS["residual"][0]
 
-    variants = load_manifest(out).variants
+    variants = open_package(out).manifest.variants
     for variant in variants.values():
         assert variant.float32_islands.keys() == ISLANDS["residual"][0]
         assert "read by model.norm" in variant.float32_islands[f"{L2}mlp_residual"]
@@ -277,7 +277,7 @@ def test_apply_writes_a_package_that_verifies(
 
     assert main([*command, "--variant", "fp16"]) == 2  # it is there
     assert main([*command, "--force"]) == 0
-    assert [*load_manifest(out).variants] == ["fp16"]
+    assert [*open_package(out).manifest.variants] == ["fp16"]
 
 
 def test_verify_sees_an_island_that_is_missing(folders: Folders, tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_an_export_that_would_overflow_is_refused(folders: Folders, tmp_path: Pa
     assert main(["export", str(folder), "--out", str(out), "--variant", "fp16"]) == 1
     assert not out.exists()
     assert main(["export", str(folder), "--out", str(out), "--variant", "fp16", "--fp16-islands"]) == 0
-    assert load_manifest(out).variants["fp16"].float32_islands.keys() == ISLANDS["product"][0]
+    assert open_package(out).manifest.variants["fp16"].float32_islands.keys() == ISLANDS["product"][0]
     assert main(["export", str(folder), "--out", str(tmp_path / "bf16"), "--variant", "bf16", "--fp16-islands"]) == 2
 
 
@@ -309,7 +309,7 @@ def test_a_safe_model_is_exported_as_ever(folders: Folders, tmp_path: Path, caps
     assert "fits float16" in said
     assert json.loads(said.splitlines()[-1])["islands"] == []
     export(open_checkpoint(str(folders("safe"))), tmp_path / "out", variants=("fp16",))
-    assert load_manifest(tmp_path / "out").variants["fp16"].float32_islands == {}
+    assert open_package(tmp_path / "out").manifest.variants["fp16"].float32_islands == {}
 
 
 def test_the_demo_on_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -377,4 +377,4 @@ def test_a_tensorrt_graph_that_would_overflow_is_refused(folders: Folders, tmp_p
     with pytest.raises(
         FailedError, match=rf"precision fp16: 1 tensors.*{L0}mlp\.product 5.*use bf16, which has the range of float32$"
     ):
-        write_trt_variant(out, load_manifest(out), tmp_path / "trt", TrtOptions("fp16", 64))
+        write_trt_variant(out, open_package(out).manifest, tmp_path / "trt", TrtOptions("fp16", 64))

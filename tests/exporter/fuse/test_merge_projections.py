@@ -12,9 +12,9 @@ import pytest
 from olmo2_export.fuse import op_counts
 from olmo2_export.fuse.merge_projections import merge_projections
 from olmo2_export.graphs.files import save_graph
-from runtimes.manifest import load_manifest
 from runtimes.ort.concat import ConcatRunner
 from runtimes.ort.session import open_session
+from runtimes.package import open_package
 
 ATTENTION, MLP = "model.layers.1.self_attn", "model.layers.1.mlp"
 
@@ -25,7 +25,7 @@ def portable(tiny_package: Path) -> ir.Model:
 
 
 def logits(package: Path, graph: Path) -> np.ndarray:
-    manifest = load_manifest(package)
+    manifest = open_package(package).manifest
     variant = manifest.variants["fp32"]
     with ConcatRunner(open_session(graph, variant, None), variant, manifest.model) as runner:
         return runner.prefill([np.arange(3, 20)], all_positions=True)[0]

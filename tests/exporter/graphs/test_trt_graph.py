@@ -36,7 +36,8 @@ from olmo2_export.graphs.static import load_static_graph, static_graph
 from olmo2_export.graphs.trace import trace
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes.errors import FailedError, FusionError
-from runtimes.manifest import Precision, load_manifest
+from runtimes.manifest import Precision
+from runtimes.package import open_package
 
 # max abs difference of logits of order 3 from transformers' float32. Both add the same few hundred products in float32,
 # in another order; measured up to 6e-6. A wrong mask, slot or position gives more than 1e-2.
@@ -93,7 +94,7 @@ def portable(tiny_package: Path) -> ir.Model:
 
 
 def write_graph(package: Path, precision: Precision, capacity: int, folder: Path, top_k: int = 1) -> Path:
-    graph, rounding = load_static_graph(package, load_manifest(package), precision, capacity, top_k)
+    graph, rounding = load_static_graph(package, open_package(package).manifest, precision, capacity, top_k)
     path = folder / f"model_{precision}.onnx"
     save_graph(graph, path)
     rounding.check()

@@ -31,8 +31,9 @@ from olmo2_export.views.openers import Run, onnxruntime_opener, tensorrt_opener
 from olmo2_export.views.static_forms import rounded_form
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
 from runtimes.errors import ConfigError, PackageError, UsageError, VariantNotFoundError
-from runtimes.manifest import Precision, find_variant
+from runtimes.manifest import Precision
 from runtimes.ort.devices import Device, find_device
+from runtimes.package import open_package
 
 CAPACITY = 64
 VARIANTS = ["fp32", "q4", "q8", "bf16", "fp16", "q4f16"]
@@ -381,7 +382,7 @@ def test_on_a_tensorrt_each_segment_is_compiled(
 
 def test_an_opener_sees_one_segment_at_a_time(tiny_package: Path, checkpoint: Checkpoint) -> None:
     opened: list[list[str]] = []
-    entry, _ = find_variant(tiny_package, "fp32")
+    entry = open_package(tiny_package).variant("fp32")
     ours = onnxruntime_opener(tiny_package / entry.graph, entry)
 
     def opener(part: ir.Model) -> AbstractContextManager[Run]:

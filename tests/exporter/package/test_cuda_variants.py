@@ -34,7 +34,7 @@ from olmo2_export.views.shared_forms import stored_matrices
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes import open_runner
 from runtimes.errors import BackendError, FailedError, UsageError
-from runtimes.manifest import load_manifest
+from runtimes.package import open_package
 
 LAYERS, VOCAB = 3, 131
 SMALL = {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16, "q4f16": ir.DataType.FLOAT16}
@@ -87,7 +87,7 @@ def test_the_manifest_says_what_the_graph_has(package: Path, name: str) -> None:
         ir.DataType.FLOAT16: "float16",
         ir.DataType.BFLOAT16: "bfloat16",
     }
-    variant = load_manifest(package).variants[name]
+    variant = open_package(package).manifest.variants[name]
     model = ir.load(package / variant.graph)
     for specs, values in ((variant.inputs, model.graph.inputs), (variant.outputs, model.graph.outputs)):
         assert {spec.name: spec.dtype for spec in specs} == {str(v.name): names[v.dtype] for v in values if v.dtype}
@@ -105,7 +105,7 @@ def test_q4f16_has_the_codes_of_q4_and_its_scales_rounded(package: Path) -> None
         assert np.array_equal(matrix.packed, theirs[name].packed)
         assert matrix.scales.dtype == np.float16
         assert np.array_equal(matrix.scales, theirs[name].scales.astype(np.float16))
-    quantization = load_manifest(package).variants["q4f16"].quantization
+    quantization = open_package(package).manifest.variants["q4f16"].quantization
     assert quantization is not None
     stored = sum(part.nbytes for m in ours.values() for part in (m.packed, m.scales, m.zero_points) if part is not None)
     weights = sum(m.rows * m.columns for m in ours.values())
@@ -254,7 +254,7 @@ def test_two_exports_are_byte_identical(package: Path, checkpoint: Path, tmp_pat
         variants=("q4", *SMALL),
         options=Options(prefill_graph=False),
     )
-    assert load_manifest(tmp_path / "again") == load_manifest(package)
+    assert open_package(tmp_path / "again").manifest == open_package(package).manifest
 
 
 def test_weights_beyond_float16_are_refused_and_bf16_named(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes import open_runner
 from runtimes.errors import IntegrityError, PackageError
 from runtimes.linked_data import follow_link
-from runtimes.manifest import load_manifest
+from runtimes.package import open_package
 
 Layout = Callable[[Path, Path], Path]
 
@@ -169,7 +169,7 @@ def test_a_link_to_no_graph_is_refused(package: Path, tmp_path: Path, content: b
 
 
 def test_weights_are_read_through_links(package: Path, tmp_path: Path) -> None:
-    name = load_manifest(package).variants["fp32"].graph
+    name = open_package(package).manifest.variants["fp32"].graph
     plain, linked = load_graph(package / name), load_graph(by_hash(package, tmp_path) / name)
     for key, value in plain.graph.initializers.items():
         a, b = value.const_value, linked.graph.initializers[key].const_value

@@ -38,7 +38,8 @@ from runtimes.errors import (
     UsageError,
     VariantNotFoundError,
 )
-from runtimes.manifest import MANIFEST_NAME, TRT_FOLDER, find_variant, load_manifest, load_trt_manifest
+from runtimes.manifest import MANIFEST_NAME, TRT_FOLDER
+from runtimes.package import open_package
 from runtimes.sealed import check_files, read_sealed, seal
 from runtimes.text.tokenizer import Tokenizer
 
@@ -63,7 +64,7 @@ def test_folder_is_the_documented_one(demo_package: Path) -> None:
         "onnx/model.onnx",
         "onnx/model.onnx_data",
     }
-    manifest = load_manifest(demo_package)
+    manifest = open_package(demo_package).manifest
     check_files(demo_package, manifest.files)
     assert manifest.files.keys() | {MANIFEST_NAME} == contents(demo_package).keys()
     assert (manifest.source.kind, manifest.source.revision) == ("demo", None)
@@ -84,7 +85,7 @@ def test_genai_config_names_the_graph_and_its_tensors(demo_package: Path) -> Non
         0,
     )
     assert (demo_package / decoder["filename"]).is_file()
-    names = {spec.name for spec in load_manifest(demo_package).variants["fp32"].inputs}
+    names = {spec.name for spec in open_package(demo_package).manifest.variants["fp32"].inputs}
     assert {decoder["inputs"]["past_key_names"] % 5, decoder["inputs"]["position_ids"]} <= names
     assert (decoder["num_attention_heads"], decoder["num_key_value_heads"], decoder["head_size"]) == (8, 4, 32)
     assert config["search"]["past_present_share_buffer"] is False
@@ -357,7 +358,7 @@ def test_weights_of_a_package_whose_link_leads_nowhere(tiny_package: Path, tmp_p
     data.unlink()
     data.symlink_to(tmp_path / "disk" / "data")
     with pytest.raises(IntegrityError, match=r"model\.onnx_data: a link to .*/disk/data, which is not there"):
-        check_files(package, load_manifest(package).files)
+        check_files(package, open_package(package).manifest.files)
 
 
 def test_what_the_package_does_not_need_is_left_out_of_its_config(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -462,7 +463,7 @@ def test_killed_exports_leave_the_old_package_and_no_debris(
         time.sleep(dice.uniform(2.0, 5.0))
         process.kill()
         process.communicate()
-        manifest = load_manifest(out)
+        manifest = open_package(out).manifest
         check_files(out, manifest.files)
         if contents(out) != whole:  # it was done before the kill
             assert manifest.source.model == "other"
@@ -525,29 +526,29 @@ def test_a_manifest_of_another_format_says_so(tiny_package: Path, tmp_path: Path
     document = read_sealed(copy / MANIFEST_NAME)
     (copy / MANIFEST_NAME).write_bytes(seal(document | {"format_version": 99}))
     with pytest.raises(PackageError, match="format_version 99, this version reads 3 and 4; update"):
-        load_manifest(copy)
+        open_package(copy)
 
 
 def test_a_manifest_of_engines_of_format_3_still_loads(tmp_path: Path) -> None:
     package = write_package(tmp_path / "package")
     path = package / TRT_FOLDER / MANIFEST_NAME
-    new = load_trt_manifest(package)
+    new = open_package(package).trt
     document = read_sealed(path) | {"format_version": 3}
     for variant in document["variants"].values():
         del variant["min_onnxruntime"]
     path.write_bytes(seal(document))
-    old = load_trt_manifest(package)
+    old = open_package(package).trt
     assert old is not None
     assert new is not None
     assert old.engines == new.engines
     assert [v.min_onnxruntime for v in old.variants.values()] == [None]
     path.write_bytes(seal(document | {"format_version": 5}))
     with pytest.raises(PackageError, match="format_version 5, this version reads 3 and 4; update olmo2-export, or"):
-        load_trt_manifest(package)
+        _ = open_package(package).trt
 
 
 def test_the_manifest_says_what_made_the_package(tiny_package: Path) -> None:
-    libraries = load_manifest(tiny_package).libraries
+    libraries = open_package(tiny_package).manifest.libraries
     known = {"torch", "transformers", "onnx", "onnx-ir", "onnxscript", "safetensors", "tokenizers", "numpy", "python"}
     assert known <= set(libraries) <= known | {"onnxruntime", "onnxruntime-gpu"}
     assert libraries["python"] == platform.python_version()
@@ -567,13 +568,13 @@ def test_a_manifest_with_other_fields_says_so(tiny_package: Path, tmp_path: Path
     ):
         (copy / MANIFEST_NAME).write_bytes(seal(damaged))
         with pytest.raises(PackageError, match="not the fields of format 4"):
-            load_manifest(copy)
+            open_package(copy)
     (copy / MANIFEST_NAME).write_bytes(seal(document | {"files": {}}))
     with pytest.raises(IntegrityError, match="not in the manifest"):
         summarize(copy)
     (copy / MANIFEST_NAME).write_bytes(seal(document | {"variants": {}}))
     with pytest.raises(VariantNotFoundError, match="it has none"):
-        find_variant(copy, None)
+        open_package(copy).variant(None)
 
 
 def test_a_manifest_that_leads_outside_is_refused(tiny_package: Path, tmp_path: Path) -> None:
@@ -582,13 +583,13 @@ def test_a_manifest_that_leads_outside_is_refused(tiny_package: Path, tmp_path: 
     document["files"]["../outside"] = {"sha256": "0", "size": 1}
     (copy / MANIFEST_NAME).write_bytes(seal(document))
     with pytest.raises(PackageError, match="leads out of the package"):
-        load_manifest(copy)
+        open_package(copy)
 
 
 def test_a_folder_without_manifest_is_no_package(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(PackageNotFoundError, match="olmo2-export export"):
-            load_manifest(place)
+            open_package(place)
 
 
 @pytest.mark.alone

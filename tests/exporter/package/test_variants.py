@@ -23,7 +23,8 @@ from olmo2_export.summary.text import summarize
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes import open_runner
 from runtimes.errors import ConfigError, UsageError
-from runtimes.manifest import Quality, load_manifest
+from runtimes.manifest import Quality
+from runtimes.package import open_package
 
 HEADS, HEAD_DIM, LAYERS = 2, 16, 3
 
@@ -37,7 +38,7 @@ def test_one_command_makes_both_variants_of_the_demo(tmp_path: Path, capsys: pyt
     out = capsys.readouterr().out
     assert "search: 4.60 bits per weight" in out
     assert "onnx/model_q4_prefill.onnx: KL 0.00" in out
-    manifest = load_manifest(tmp_path / "p")
+    manifest = open_package(tmp_path / "p").manifest
     q4, q8 = manifest.variants["q4"], manifest.variants["q8"]
     assert q4.prefill is not None
     assert q4.prefill.min_rows == variants.PREFILL_MIN_ROWS
@@ -68,7 +69,7 @@ def test_a_quantised_cache_has_its_scales_in_the_manifest(
     tiny_checkpoint: Path, tmp_path: Path, flags: list[str], bits: int, dtype: str, last_axis: int
 ) -> None:
     assert run(tiny_checkpoint, "--out", tmp_path / "p", "--variant", "q8", *flags) == 0
-    cache = load_manifest(tmp_path / "p").variants["q8"].kv_cache
+    cache = open_package(tmp_path / "p").manifest.variants["q8"].kv_cache
     assert cache.dtype == dtype
     assert cache.quantization is not None
     assert cache.quantization.bits == bits
@@ -110,7 +111,7 @@ def test_every_recipe_by_its_flag(
     if "mixed" in recipe:
         flags += ["--size-budget", 7]
     assert run(tiny_checkpoint, "--out", tmp_path / "p", "--variant", "q4", *flags) == 0
-    variant = load_manifest(tmp_path / "p").variants["q4"]
+    variant = open_package(tmp_path / "p").manifest.variants["q4"]
     assert variant.prefill is None
     assert variant.quantization is not None
     assert variant.quantization.recipe == recipe
@@ -127,7 +128,7 @@ def test_gptq_takes_a_text(tmp_path: Path) -> None:
     text.write_text((Path(olmo2_export.demo.__file__).parent / "calibration.txt").read_text()[:6_000])
     flags = ["--recipe", "gptq", "--calibration", text, "--no-prefill-graph"]
     assert run("demo", "--out", tmp_path / "p", "--variant", "q4", *flags) == 0
-    variant = load_manifest(tmp_path / "p").variants["q4"]
+    variant = open_package(tmp_path / "p").manifest.variants["q4"]
     assert variant.quantization is not None
     assert variant.quantization.calibration is not None
     assert len(variant.quantization.calibration) == 64
@@ -138,7 +139,7 @@ def test_gptq_takes_a_text(tmp_path: Path) -> None:
 def test_the_block_size_by_its_flag(tiny_checkpoint: Path, tmp_path: Path) -> None:
     flags = ["--variant", "q4", "--block-size", "64", "--no-prefill-graph"]
     assert run(tiny_checkpoint, "--out", tmp_path / "p", *flags) == 0
-    quantization = load_manifest(tmp_path / "p").variants["q4"].quantization
+    quantization = open_package(tmp_path / "p").manifest.variants["q4"].quantization
     assert quantization is not None
     assert {t.block_size for t in quantization.tensors.values()} == {64}
 

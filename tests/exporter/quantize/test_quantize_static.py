@@ -23,7 +23,8 @@ from olmo2_export.weights.checkpoint import open_checkpoint
 from olmo2_export.weights.package_weights import PackageWeights
 from olmo2_export.weights.stored_names import HEAD, linear_names
 from runtimes.errors import CheckpointError, UsageError
-from runtimes.manifest import Manifest, load_manifest
+from runtimes.manifest import Manifest
+from runtimes.package import open_package
 
 POSITIVE = BlockFormat(4, 32, symmetric=True, positive=True)
 
@@ -34,7 +35,7 @@ def weight(rows: int = 48, columns: int = 96) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def manifest(tiny_package: Path) -> Manifest:
-    return load_manifest(tiny_package)
+    return open_package(tiny_package).manifest
 
 
 @pytest.mark.parametrize("quantizer", [round_to_nearest, search])

@@ -20,7 +20,7 @@ from olmo2_export.summary.graph import op_changes, portable_ops
 from olmo2_export.summary.package import describe
 from olmo2_export.summary.text import plain, printable, short_name, size
 from olmo2_export.weights.checkpoint import open_checkpoint
-from runtimes.manifest import load_manifest
+from runtimes.package import open_package
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_order_of_changes() -> None:
 def test_portable_operators_without_the_portable_graph(package: Path) -> None:
     """Traced with one layer and two, they are those of the graph with three."""
     config = ModelConfig.from_json(package / "config.json")
-    manifest = load_manifest(package)
+    manifest = open_package(package).manifest
     read, origin = portable_ops(package, manifest, config)
     assert origin == "onnx/model.onnx"
     del manifest.variants["fp32"]
@@ -103,7 +103,7 @@ def test_bits_of_every_layer(document: dict[str, Any]) -> None:
 
 def test_prefill_graph_is_described_as_it_is_stored(package: Path, document: dict[str, Any]) -> None:
     graphs = document["variants"]["q4"]["graphs"]
-    if load_manifest(package).variants["q4"].prefill is None:
+    if open_package(package).manifest.variants["q4"].prefill is None:
         assert len(graphs) == 1
         return
     assert graphs[1]["parts"][1]["schemes"] == ["8 bits, per channel, symmetric x 7"]
@@ -170,7 +170,7 @@ def test_weights_are_not_read(package: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise AssertionError(f"{tensor.name} was read")
 
     monkeypatch.setattr(ir.ExternalTensor, "_load", read)
-    entry = load_manifest(package).variants["q4"]
+    entry = open_package(package).manifest.variants["q4"]
     config = ModelConfig.from_json(package / "config.json")
     assert graph_summary.summarize_graph(package, entry.graph, config, entry.quantization).nodes > 0
 

@@ -30,7 +30,7 @@ from olmo2_export.verify.verify import format_reports, verify
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes import sealed
 from runtimes.errors import ConfigError, IntegrityError, PackageError, UsageError, VariantNotFoundError
-from runtimes.manifest import load_manifest
+from runtimes.package import open_package
 from runtimes.sealed import FileEntry, read_sealed
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -309,7 +309,7 @@ def test_verify_and_locate_hash_each_file_once(
 
     monkeypatch.setattr(sealed, "hash_file", counting)
     verify(copy, open_checkpoint(str(tiny_checkpoint)), longest=MIN_CAPACITY)
-    assert counts == Counter(load_manifest(copy).files.keys())
+    assert counts == Counter(open_package(copy).manifest.files.keys())
     counts.clear()
     locate_all(copy, open_checkpoint(str(tiny_checkpoint)))
-    assert counts == Counter(load_manifest(copy).variants["fp32"].files)
+    assert counts == Counter(open_package(copy).manifest.variants["fp32"].files)

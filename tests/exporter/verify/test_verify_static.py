@@ -34,7 +34,7 @@ from olmo2_export.views.static_forms import device_form, rounded_form, stored_in
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes import open_package, open_runner
 from runtimes.errors import BackendError, PackageError, UsageError, VariantNotFoundError
-from runtimes.manifest import MANIFEST_NAME, Precision, Variant, find_variant, load_manifest
+from runtimes.manifest import MANIFEST_NAME, Precision, Variant
 from runtimes.ort import open as ort_runner
 from runtimes.ort.devices import Device, GpuMemory, Shapes
 from runtimes.sealed import read_sealed, seal
@@ -109,7 +109,7 @@ def test_the_demo_meets_the_gates_of_quality(
     """On held-out text, with scales from the bundled text; bfloat16 alone costs 8e-5."""
     package = with_trt_graph(demo_package, tmp_path / "demo", TrtOptions(precision, 300))
     checkpoint = open_checkpoint("demo")
-    entry, _ = find_variant(package, f"trt_{precision}")
+    entry = open_package(package).variant(f"trt_{precision}")
     config = ModelConfig.from_json(checkpoint.folder / "config.json")
     sequences, origin = quality_tokens(checkpoint, config, length=256)
     runner = open_all_positions(open_package(package), entry)
@@ -186,9 +186,9 @@ def test_the_device_form_changes_no_number(precision: Precision, trt_package: Ca
         assert [value.dtype for value in values if value is not None] == [ir.DataType.FLOAT] * 2
     found = []
     for model in (graph, form):
-        entry, _ = find_variant(package, f"trt_{precision}")
+        entry = open_package(package).variant(f"trt_{precision}")
         path, variant = package / entry.graph, table.in_float32(entry)
-        with open_form(path, rounded_form(model), variant, load_manifest(package).model) as runner:
+        with open_form(path, rounded_form(model), variant, open_package(package).manifest.model) as runner:
             found.append(runner.prefill([list(range(40))])[0])
     assert np.array_equal(*found)
 

@@ -13,7 +13,7 @@ import pytest
 from support.checkpoints import make_checkpoint
 from support.hub import COMMIT, REPOSITORY, local_hub
 
-from runtimes.manifest import load_manifest
+from runtimes.package import open_package
 from runtimes.sealed import hash_file
 
 
@@ -55,7 +55,7 @@ def test_branch_is_resolved_and_a_cut_download_resumes_and_offline_works(served:
         assert resumed, hub.downloads
         assert resumed[0] != "bytes=0-"
 
-    source = load_manifest(first).source
+    source = open_package(first).manifest.source
     assert (source.kind, source.model, source.revision) == ("hub", REPOSITORY, COMMIT)
     assert source.files[shard] == hash_file(served / shard)
 
@@ -89,7 +89,7 @@ def test_the_index_says_which_files_are_fetched_and_templates_come_along(tmp_pat
     assert "model-00001-of-00009.safetensors" not in fetched
     assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
     assert (out / "additional_chat_templates" / "tool_use.jinja").read_bytes() == b"{{ tools }}\r\n"
-    assert "additional_chat_templates/tool_use.jinja" in load_manifest(out).files
+    assert "additional_chat_templates/tool_use.jinja" in open_package(out).manifest.files
 
 
 def test_a_repository_that_holds_no_model_is_named(tmp_path: Path) -> None:

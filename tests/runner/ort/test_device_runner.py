@@ -20,13 +20,13 @@ from olmo2_export.package.export import export
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes import open_runner
 from runtimes.errors import BackendError, ContextLengthError, InputError, UsageError
-from runtimes.manifest import KVCacheSpec, Manifest, Variant, load_manifest
+from runtimes.manifest import KVCacheSpec, Manifest, Variant
 from runtimes.ort import open as ort_runner
 from runtimes.ort.device import DeviceRunner, compiled_shapes
 from runtimes.ort.devices import PROVIDERS, Device, GpuMemory, find_device
 from runtimes.ort.open import default_variant
 from runtimes.ort.session import open_session
-from runtimes.package import Package
+from runtimes.package import Package, open_package
 
 CONTEXT = 256
 RNG = np.random.default_rng(0)
@@ -46,7 +46,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def runner(package: Path) -> Iterator[DeviceRunner]:
-    manifest = load_manifest(package)
+    manifest = open_package(package).manifest
     variant = manifest.variants["fp16"]
     session = open_session(package / variant.graph, variant, 1)
     with DeviceRunner(session, variant, manifest.model, GpuMemory(kind="cpu"), capture=True) as opened:
@@ -291,7 +291,7 @@ def test_a_device_that_compiles_for_shapes_takes_so_many_rows(package: Path, mon
 
 
 def test_the_profile_names_the_inputs_of_the_graph(package: Path) -> None:
-    variant = load_manifest(package).variants["fp16"]
+    variant = open_package(package).manifest.variants["fp16"]
     assert compiled_shapes(variant.kv_cache).keys() == {spec.name for spec in variant.inputs}
     for spec in variant.inputs:
         for shape in compiled_shapes(variant.kv_cache)[spec.name]:
@@ -299,7 +299,7 @@ def test_the_profile_names_the_inputs_of_the_graph(package: Path) -> None:
 
 
 def test_the_default_variant_of_a_device(package: Path) -> None:
-    manifest = load_manifest(package)
+    manifest = open_package(package).manifest
     entry = manifest.variants["fp16"]
 
     def with_variants(*names: str) -> Manifest:
@@ -319,7 +319,7 @@ def test_the_default_variant_of_a_device(package: Path) -> None:
 
 
 def test_a_variant_for_gpus_is_the_default_of_no_cpu(package: Path) -> None:
-    manifest = load_manifest(package)
+    manifest = open_package(package).manifest
     entry = manifest.variants["fp16"]
     bf16 = dataclasses.replace(entry, kv_cache=dataclasses.replace(entry.kv_cache, dtype="bfloat16"))
     both = dataclasses.replace(manifest, variants={"bf16": bf16, "fp16": entry})
@@ -329,7 +329,7 @@ def test_a_variant_for_gpus_is_the_default_of_no_cpu(package: Path) -> None:
 
 
 def test_a_variant_that_needs_a_newer_onnxruntime_is_passed_over(package: Path) -> None:
-    manifest = load_manifest(package)
+    manifest = open_package(package).manifest
     entry = manifest.variants["fp16"]
     newer = dataclasses.replace(entry, min_onnxruntime="99.1")
     both = dataclasses.replace(

@@ -27,8 +27,9 @@ from runtimes.errors import (
     UsageError,
     VariantNotFoundError,
 )
-from runtimes.manifest import MANIFEST_NAME, load_manifest
+from runtimes.manifest import MANIFEST_NAME
 from runtimes.ort.concat import ConcatRunner
+from runtimes.package import open_package
 from runtimes.sealed import hash_file, read_sealed, seal
 
 VOCAB, CONTEXT = 131, 256
@@ -426,7 +427,7 @@ def test_nan_weight_gives_an_error_that_names_row_and_position_and_nothing_chang
 
 
 def test_runner_says_what_it_is(runner: ConcatRunner, tiny_package: Path) -> None:
-    manifest = load_manifest(tiny_package)
+    manifest = open_package(tiny_package).manifest
     assert runner.variant == manifest.variants["fp32"]
     assert runner.model == manifest.model
     assert runner._session.get_providers() == ["CPUExecutionProvider"]

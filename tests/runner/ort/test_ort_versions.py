@@ -14,10 +14,11 @@ import pytest
 from runtimes import open_runner
 from runtimes.cli import main
 from runtimes.errors import BackendError, PackageError
-from runtimes.manifest import MANIFEST_NAME, KVCacheQuantization, KVCacheSpec, Variant, load_manifest
+from runtimes.manifest import MANIFEST_NAME, KVCacheQuantization, KVCacheSpec, Variant
 from runtimes.ort.concat import ConcatRunner
 from runtimes.ort.shared import SharedRunner
 from runtimes.ort.versions import oldest_onnxruntime, release, without_too_new
+from runtimes.package import open_package
 from runtimes.sealed import read_sealed, seal
 
 PIP = "pip install --upgrade 'onnxruntime>="
@@ -31,7 +32,7 @@ def cache(form: str, bits: int | None = None) -> KVCacheSpec:
 @pytest.fixture
 def q4(q4_package: Path) -> Variant:
     """A variant with a prefill graph."""
-    variant = load_manifest(q4_package).variants["q4"]
+    variant = open_package(q4_package).manifest.variants["q4"]
     assert variant.prefill is not None
     return variant
 
@@ -76,7 +77,7 @@ def test_1_9_is_older_than_1_23_and_1_23_0_than_1_23_1() -> None:
 
 
 def test_the_manifest_says_what_each_graph_needs(tiny_package: Path, q4: Variant) -> None:
-    assert load_manifest(tiny_package).variants["fp32"].min_onnxruntime == "1.23.1"
+    assert open_package(tiny_package).manifest.variants["fp32"].min_onnxruntime == "1.23.1"
     assert q4.min_onnxruntime == "1.23"
     assert q4.prefill is not None
     assert q4.prefill.min_onnxruntime == "1.24"
@@ -160,7 +161,7 @@ def test_a_package_of_format_3_runs_and_an_old_onnxruntime_gets_the_same_sentenc
     tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = rewrite(tiny_package, tmp_path / "old", 3, says=None)
-    assert load_manifest(old).variants["fp32"].min_onnxruntime is None
+    assert open_package(old).manifest.variants["fp32"].min_onnxruntime is None
     with open_runner(tiny_package, threads=1) as new, open_runner(old, threads=1) as runner:
         np.testing.assert_array_equal(runner.prefill([[1, 2]])[0], new.prefill([[1, 2]])[0])
     monkeypatch.setattr(ort, "__version__", "1.22.1")
@@ -172,14 +173,14 @@ def test_the_manifest_goes_before_what_this_version_knows(tiny_package: Path, tm
     with pytest.raises(BackendError, match=r"fp32 needs onnxruntime 9\.1 or newer"):
         open_runner(rewrite(tiny_package, tmp_path / "later", 4, says="9.1"))
     with pytest.raises(PackageError, match=r"not the fields of format 4 \(min_onnxruntime is 'new'\)"):
-        load_manifest(rewrite(tiny_package, tmp_path / "damaged", 4, says="new"))
+        open_package(rewrite(tiny_package, tmp_path / "damaged", 4, says="new"))
 
 
 def test_another_format_is_refused_with_the_remedy(tiny_package: Path, tmp_path: Path) -> None:
     for version in (2, 5):
         copy = rewrite(tiny_package, tmp_path / str(version), version, says="1.24")
         with pytest.raises(PackageError) as caught:
-            load_manifest(copy)
+            open_package(copy)
         assert str(caught.value) == (
             f"{copy / MANIFEST_NAME}: format_version {version}, this version reads 3 and 4; update olmo2-export, or "
             "export the package again"

@@ -17,10 +17,10 @@ from olmo2_export.graphs.files import save_graph
 from olmo2_export.graphs.static import load_static_graph, static_variant
 from runtimes import open_runner
 from runtimes.errors import ContextLengthError, FailedError, InputError, NumericError, UsageError
-from runtimes.manifest import load_manifest, load_trt_manifest
 from runtimes.ort.devices import GpuMemory
 from runtimes.ort.session import open_session
 from runtimes.ort.static_session import OrtStaticSession
+from runtimes.package import open_package
 from runtimes.runners.static import StaticRunner
 from runtimes.trt import cuda, nvidia
 
@@ -37,14 +37,14 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def open_session_runner(package: Path, kind: Any, monkeypatch: pytest.MonkeyPatch) -> StaticRunner:
     """A runner on one of the sessions, each with the limits of the engine: BATCH rows, CHUNK tokens a call."""
-    manifest = load_trt_manifest(package)
+    manifest = open_package(package).trt
     assert manifest is not None
     variant = manifest.variants["trt_fp32"]
     if kind in ("ort", "device"):  # a device that is the CPU: its memory is bound by address, as on a GPU
         session = open_session(package / variant.graph, variant, 1)
         memory = GpuMemory(kind="cpu") if kind == "device" else None
         limited = OrtStaticSession(session, variant, memory=memory, prefill_chunk=CHUNK, max_batch_size=BATCH)
-        return StaticRunner(limited, variant, load_manifest(package).model)
+        return StaticRunner(limited, variant, open_package(package).manifest.model)
     cudart = FakeCudart()
     plans = {plan_bytes(e.name): Plan(e, variant, package / variant.graph) for e in manifest.engines.values()}
     monkeypatch.setattr(cuda, "cudart", cudart)
@@ -359,7 +359,7 @@ def test_onnxruntime_failure_is_one_line(package: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_real_graph_equals_pytorch(tiny_package: Path, tiny_checkpoint: Path, tmp_path: Path, precision: Any) -> None:
-    manifest = load_manifest(tiny_package)
+    manifest = open_package(tiny_package).manifest
     graph, _ = load_static_graph(tiny_package, manifest, precision, 48, 3)
     variant = static_variant(manifest.model, precision, 48, 3, {})
     save_graph(graph, tmp_path / "graph.onnx")

@@ -51,7 +51,8 @@ from runtimes.errors import (
     UsageError,
     VariantNotFoundError,
 )
-from runtimes.manifest import MANIFEST_NAME, load_manifest, load_trt_manifest
+from runtimes.manifest import MANIFEST_NAME
+from runtimes.package import open_package
 from runtimes.runners.static import StaticRunner
 from runtimes.trt import cuda, jit_cache, nvidia
 from runtimes.trt.session import plan_memory
@@ -89,7 +90,7 @@ class Machine:
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     package = write_package(tmp_path / "package")
     cudart = FakeCudart()
-    manifest = load_trt_manifest(package)
+    manifest = open_package(package).trt
     assert manifest is not None
     entry = manifest.variants["trt_fp32"]
     plans = {e.backend: Plan(e, entry, package / entry.graph) for e in manifest.engines.values()}
@@ -141,7 +142,7 @@ def test_engine_that_is_not_there_is_refused_with_the_command_that_builds_it(mac
         machine.open("trt", variant="trt_int4")
     with pytest.raises(VariantNotFoundError, match="no engine of variant 'fp32' for backend trt, it has those of trt_"):
         machine.open("trt", variant="fp32")
-    manifest = load_trt_manifest(machine.package)
+    manifest = open_package(machine.package).trt
     assert manifest is not None
     write_trt_manifest(machine.package, variant(), manifest.engines["trt_rtx_fp32"])
     with pytest.raises(VariantNotFoundError, match=rf"no engine for backend trt, it has none; {build}$"):
@@ -161,7 +162,7 @@ def test_commands_quote_a_path_with_a_space(tmp_path: Path, machine: Machine) ->
 
 
 def test_first_engine_by_name_is_taken(machine: Machine) -> None:
-    manifest = load_trt_manifest(machine.package)
+    manifest = open_package(machine.package).trt
     assert manifest is not None
     fp32 = manifest.engines["trt_rtx_fp32"]
     other = replace(fp32, name="trt_rtx_bf16", variant="trt_bf16", backend_version="0.0.0")
@@ -585,7 +586,7 @@ def test_rows_that_begin_between_alignments_serve_batches_but_no_slots(
     tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = write_package(tmp_path / "odd", capacity=11)  # 264 bytes a row
-    manifest = load_trt_manifest(package)
+    manifest = open_package(package).trt
     assert manifest is not None
     entry = manifest.variants["trt_fp32"]
     plans = {plan_bytes("trt_fp32"): Plan(manifest.engines["trt_fp32"], entry, package / entry.graph)}
@@ -614,13 +615,13 @@ def test_text_of_the_command_line_is_that_of_onnxruntime(
 ) -> None:
     """The real graph of the demo model, through the fake engine, picked from candidates, greedily and drawn."""
     package = Path(shutil.copytree(demo_package, tmp_path / "demo"))
-    model = load_manifest(package).model
-    graph, _ = load_static_graph(package, load_manifest(package), "fp32", 64, 5)
+    model = open_package(package).manifest.model
+    graph, _ = load_static_graph(package, open_package(package).manifest, "fp32", 64, 5)
     entry = static_variant(model, "fp32", 64, 5, {})
     (package / "trt").mkdir()
     save_graph(graph, package / entry.graph)
     write_engines(package, entry)
-    manifest = load_trt_manifest(package)
+    manifest = open_package(package).trt
     assert manifest is not None
     cudart = FakeCudart(total=1 << 26)
     plans = {plan_bytes(e.name): Plan(e, entry, package / entry.graph) for e in manifest.engines.values()}
