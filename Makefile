@@ -93,7 +93,7 @@ RUNNER_TESTS := $(patsubst %,tests/runner/%.py,test_runtimes_imports test_thread
 PYTHONS      ?= 3.12 3.13
 
 test-pythons: $(STAMP) ## the runner's tests on other Pythons, without torch (PYTHONS="3.12 3.13", on PATH or in pyenv)
-	rm -rf build/packages && $(BIN)/python tests/support/packages.py build/packages
+	rm -rf build/packages && PYTHONPATH=tests $(BIN)/python tests/support/packages.py build/packages
 	@set -e; for v in $(PYTHONS); do \
 	python=$$(ls "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$v.*/bin/python 2>/dev/null | tail -n 1); \
 	python=$${python:-$$(command -v python$$v || true)}; \

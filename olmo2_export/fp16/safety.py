@@ -38,12 +38,12 @@ from olmo2_export.fp16.simulate import Simulated, simulate
 from olmo2_export.fp16.values import (
     PARAMETERS,
     SCORES,
+    Float32Islands,
     Walk,
     Weights,
-    Wide,
+    islands_of,
     largest_weights,
     walk_all,
-    wide_of,
 )
 from olmo2_export.quantize.calibration import calibration_tokens
 from olmo2_export.weights.source import WeightSource
@@ -144,9 +144,9 @@ class Safety:
         return not self.islands and not self.blocked
 
     @property
-    def wide(self) -> Wide:
+    def wide(self) -> Float32Islands:
         """What the graph keeps in float32."""
-        return wide_of([island.peak.name for island in self.islands])
+        return islands_of([island.peak.name for island in self.islands])
 
     @property
     def reasons(self) -> dict[str, str]:
@@ -334,7 +334,7 @@ def _proved(checkpoint: WeightSource, config: ModelConfig, sequences: Sequence[n
     chosen = [sequences[index][: max(end, _LENGTH // 4)] for index, end in sorted(ends.items())]
     wide = found.wide
     less = [wide.without(i.operation.name, weight=i.is_weight) for i in found.islands]
-    settings = [Wide(), wide, *less] if found.islands else [Wide()]
+    settings = [Float32Islands(), wide, *less] if found.islands else [Float32Islands()]
     results = simulate(checkpoint, config, chosen, settings)
     bare, held, dropped = results[0], results[min(1, len(results) - 1)], results[2:]
     islands = tuple(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from olmo2_export.architecture import Operation, operations
 from olmo2_export.config import ModelConfig
-from olmo2_export.fp16.values import SCORES, Walk, Weights, Wide, to_float16, walk_all
+from olmo2_export.fp16.values import SCORES, Float32Islands, Walk, Weights, to_float16, walk_all
 from olmo2_export.measure.parity import GATES, compare
 from olmo2_export.weights.source import WeightSource
 
@@ -49,7 +49,7 @@ class Simulated:
 class _Simulation:
     """Rounds to float16 whatever is not kept in float32."""
 
-    def __init__(self, config: ModelConfig, wide: Wide, *, round_scores: bool) -> None:
+    def __init__(self, config: ModelConfig, wide: Float32Islands, *, round_scores: bool) -> None:
         self.sequence = 0
         self.first_not_finite: str | None = None
         self._values = wide.values
@@ -83,7 +83,7 @@ def simulate(
     checkpoint: WeightSource,
     config: ModelConfig,
     sequences: Sequence[np.ndarray],
-    settings: Sequence[Wide],
+    settings: Sequence[Float32Islands],
     *,
     round_scores: bool = False,
 ) -> list[Simulated]:
@@ -110,7 +110,7 @@ def simulate(
 
 
 def simulated_logits(
-    checkpoint: WeightSource, config: ModelConfig, sequences: Sequence[np.ndarray], wide: Wide
+    checkpoint: WeightSource, config: ModelConfig, sequences: Sequence[np.ndarray], wide: Float32Islands
 ) -> list[np.ndarray]:
     """Return PyTorch's logits of a float16 graph with islands, per sequence float32 [S, V]."""
     observer = _Simulation(config, wide, round_scores=False)

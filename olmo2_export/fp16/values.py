@@ -33,7 +33,7 @@ _HEAD_ROWS = 1 << 13  # of the vocabulary at a time
 
 
 @dataclass(frozen=True)
-class Wide:
+class Float32Islands:
     """What a float16 graph keeps in float32."""
 
     values: frozenset[str] = frozenset()
@@ -51,17 +51,17 @@ class Wide:
             if row.name in self.values or row.name in self.weights or not self.values.isdisjoint(row.reads)
         )
 
-    def without(self, name: str, *, weight: bool) -> Wide:
+    def without(self, name: str, *, weight: bool) -> Float32Islands:
         """Return the same but for one value, or one weight."""
         if weight:
-            return Wide(self.values, self.weights - {name}, self.rounded | {name})
-        return Wide(self.values - {name}, self.weights, self.rounded)
+            return Float32Islands(self.values, self.weights - {name}, self.rounded | {name})
+        return Float32Islands(self.values - {name}, self.weights, self.rounded)
 
 
-def wide_of(names: Collection[str]) -> Wide:
+def islands_of(names: Collection[str]) -> Float32Islands:
     """Return what a manifest's `float32_islands` say: names of values, and of weights as the checkpoint has them."""
     weights = {name.removesuffix(".weight").removesuffix(".bias") for name in names if name.endswith(PARAMETERS)}
-    return Wide(frozenset(name for name in names if not name.endswith(PARAMETERS)), frozenset(weights))
+    return Float32Islands(frozenset(name for name in names if not name.endswith(PARAMETERS)), frozenset(weights))
 
 
 class Weights:

@@ -39,7 +39,7 @@ import onnx_ir as ir
 
 from olmo2_export.architecture import Operation, count, norm_counts, operations, shared_inputs
 from olmo2_export.config import ModelConfig
-from olmo2_export.fp16.values import Wide
+from olmo2_export.fp16.values import Float32Islands
 from olmo2_export.fuse import check_op_counts
 from olmo2_export.fuse.drop_unused import drop_unused
 from olmo2_export.fuse.float32_islands import float32_islands
@@ -75,7 +75,7 @@ def device_graph(
     config: ModelConfig,
     dtype: ir.DataType,
     weights: QuantizedWeights | None = None,
-    wide: Wide | None = None,
+    wide: Float32Islands | None = None,
 ) -> tuple[ir.Model, WeightRounding, dict[str, int]]:
     """Give a shared-cache graph its weights and its precision.
 
@@ -94,7 +94,7 @@ def device_graph(
     Raises:
         FusionError: a pass did not find what it must find.
     """
-    graph, wide, rows = shared.clone(), wide or Wide(), operations(config)
+    graph, wide, rows = shared.clone(), wide or Float32Islands(), operations(config)
     in_float32 = wide.operations(rows)
     float32_logits(graph)
     float32_islands(graph, rows, in_float32, wide.values)

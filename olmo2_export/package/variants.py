@@ -25,7 +25,7 @@ from olmo2_export.catalog import QuantizationDefaults, VariantRow
 from olmo2_export.config import ModelConfig
 from olmo2_export.dtypes import ir_dtype
 from olmo2_export.fp16.safety import Safety, measure_safety, refuse_overflow
-from olmo2_export.fp16.values import Wide
+from olmo2_export.fp16.values import Float32Islands
 from olmo2_export.fuse import DEVICE, check_op_counts
 from olmo2_export.fuse.quantized_kv_cache import quantized_kv_cache
 from olmo2_export.graphs.device import device_graph, device_outputs
@@ -247,7 +247,7 @@ class VariantWriter:
         safety = self._safety if row.dtype == "float16" else None
         if safety is not None and (safety.blocked or not self._options.fp16_islands):
             refuse_overflow(safety, f"{self._checkpoint.model}, variant {row.name}")
-        wide = safety.wide if safety is not None else Wide()
+        wide = safety.wide if safety is not None else Float32Islands()
         weights = self._weights(row, wide) if row.defaults is not None else None
         shared = shared_graph(self._traced, self._rows, DEVICE)
         model, rounding, counts = device_graph(shared, self._checkpoint, self._config, dtype, weights, wide)
@@ -342,9 +342,9 @@ class VariantWriter:
             scales={name: base64.b64encode(array.tobytes()).decode() for name, array in scales.items()},
         )
 
-    def _weights(self, row: VariantRow, wide: Wide | None = None) -> QuantizedWeights:
+    def _weights(self, row: VariantRow, wide: Float32Islands | None = None) -> QuantizedWeights:
         """Quantise, but for what is to be multiplied in float32: MatMulNBits has no kernel for it on GPUs."""
-        in_float32 = (wide or Wide()).operations(self._rows)
+        in_float32 = (wide or Float32Islands()).operations(self._rows)
         products = [row.weight for row in self._rows if row.kind == "linear" and row.name in in_float32]
         options, default = self._options, _defaults(row)
         recipe = options.recipe or default.recipe

@@ -26,7 +26,7 @@ import torch
 import olmo2_export.catalog as catalog
 from olmo2_export.config import ModelConfig
 from olmo2_export.fp16.simulate import simulated_logits
-from olmo2_export.fp16.values import wide_of
+from olmo2_export.fp16.values import islands_of
 from olmo2_export.measure.parity import CaseResult, ParityReport
 from olmo2_export.truth.reference import open_reference
 from olmo2_export.verify.checks import calibration_checks, quality_checks
@@ -137,7 +137,7 @@ def _own_logits(
             return reference.logits(truth.sequences, truth.positions)
     if view.precision == "fp16" and entry.float32_islands:
         source = Replaced(checkpoint, view.replaced)
-        whole = simulated_logits(source, config, truth.sequences, wide_of(entry.float32_islands))
+        whole = simulated_logits(source, config, truth.sequences, islands_of(entry.float32_islands))
         return [rows[positions] for rows, positions in zip(whole, truth.positions, strict=True)]
     return truth.own[view.precision]
 

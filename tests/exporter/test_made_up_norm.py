@@ -27,7 +27,7 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.engine.build import expected_layers
 from olmo2_export.fp16.safety import measure_safety
 from olmo2_export.fp16.simulate import simulate
-from olmo2_export.fp16.values import Wide
+from olmo2_export.fp16.values import Float32Islands
 from olmo2_export.fuse import DEVICE
 from olmo2_export.fuse.edit import new_node
 from olmo2_export.fuse.float32_islands import find_operations
@@ -151,10 +151,10 @@ def test_the_walk_in_float16_follows(rows: tuple[Operation, ...], checkpoint: Ch
     values = [name for name in found.peaks if name.startswith(L1) and not name.endswith((".weight", ".scores"))]
     assert values == [row.name for row in of_layer(rows, 1)]
     assert 1 < found.peaks[f"{L1}{NAME}"].largest < 96**0.5
-    assert Wide(frozenset({f"{L1}{NAME}"})).operations(rows) == {
+    assert Float32Islands(frozenset({f"{L1}{NAME}"})).operations(rows) == {
         f"{L1}{name}" for name in (NAME, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     }
-    (simulated,) = simulate(checkpoint, config, [np.arange(40, dtype=np.int64)], [Wide()])
+    (simulated,) = simulate(checkpoint, config, [np.arange(40, dtype=np.int64)], [Float32Islands()])
     assert simulated.finite
 
 
@@ -181,7 +181,7 @@ def test_the_walk_is_the_graph(portable: ir.Model, checkpoint: Checkpoint, confi
 def test_graphs_follow(
     rows: tuple[Operation, ...], portable: ir.Model, checkpoint: Checkpoint, config: ModelConfig
 ) -> None:
-    wide = Wide(frozenset({f"{L1}{NAME}"}))
+    wide = Float32Islands(frozenset({f"{L1}{NAME}"}))
     fused = shared_graph(portable, rows, DEVICE)
     graph, _, counts = device_graph(fused, checkpoint, config, ir.DataType.FLOAT16, wide=wide)
     assert counts["LayerNormalization"] == LAYERS

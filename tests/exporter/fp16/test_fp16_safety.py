@@ -24,7 +24,7 @@ from olmo2_export.cli import main
 from olmo2_export.config import ModelConfig
 from olmo2_export.fp16.safety import LIMIT, Safety, measure_safety, safety_tokens
 from olmo2_export.fp16.simulate import simulate
-from olmo2_export.fp16.values import Wide, wide_of
+from olmo2_export.fp16.values import Float32Islands, islands_of
 from olmo2_export.fuse import DEVICE, op_counts
 from olmo2_export.fuse.float32_islands import float32_islands
 from olmo2_export.graphs.device import device_graph
@@ -172,8 +172,8 @@ def test_scores_are_kept_by_the_kernel_and_would_break_without(folders: Folders)
     assert found.kept_anyway[0].largest > 5e5
     checkpoint, config = open_checkpoint(str(folder)), ModelConfig.from_json(folder / "config.json")
     sequences, _ = safety_tokens(checkpoint, config, None, 256)
-    (kept,) = simulate(checkpoint, config, sequences, [Wide()])
-    (rounded,) = simulate(checkpoint, config, sequences, [Wide()], round_scores=True)
+    (kept,) = simulate(checkpoint, config, sequences, [Float32Islands()])
+    (rounded,) = simulate(checkpoint, config, sequences, [Float32Islands()], round_scores=True)
     assert kept.finite
     assert rounded.first_not_finite == f"{L1}self_attn.scores"
     assert rounded.bad_positions > 200
@@ -200,7 +200,7 @@ def shared_of(config: ModelConfig) -> ir.Model:
     return shared_graph(trace(config), operations(config), DEVICE)
 
 
-def graph_logits(folder: Path, wide: Wide, tmp_path: Path) -> np.ndarray:
+def graph_logits(folder: Path, wide: Float32Islands, tmp_path: Path) -> np.ndarray:
     """Run the graph that is exported, every result rounded to float16 where the graph says so."""
     checkpoint, config = open_checkpoint(str(folder)), ModelConfig.from_json(folder / "config.json")
     model, _, _ = device_graph(shared_of(config), checkpoint, config, ir.DataType.FLOAT16, wide=wide)
@@ -220,11 +220,11 @@ def test_the_graph_itself_turns_into_exclamation_marks_without_islands(
     folders: Folders, tmp_path: Path, name: str
 ) -> None:
     """The exported graph, not a model of it: token 0, which OLMo 2 writes as "!", is what argmax makes of NaN."""
-    bare = graph_logits(folders(name), Wide(), tmp_path)
+    bare = graph_logits(folders(name), Float32Islands(), tmp_path)
     broken = ~np.isfinite(bare).all(axis=1)
     assert broken.sum() > 100
     assert (bare[broken].argmax(axis=1) == 0).all()
-    wide = wide_of(ISLANDS[name][0])
+    wide = islands_of(ISLANDS[name][0])
     held = graph_logits(folders(name), wide, tmp_path)
     assert np.isfinite(held).all()
     config = ModelConfig.from_json(folders(name) / "config.json")
