@@ -1,6 +1,6 @@
 """What several test modules run: packages of two models, and PyTorch's logits of one of them.
 
-    PYTHONPATH=tests python tests/support/packages.py DIR   make them with the exporter, for: python -m pytest --packages DIR
+    PYTHONPATH=tests python tests/support/packages.py DIR     then: python -m pytest --packages DIR
 
 Only functions import the exporter, as the runner's tests also run on Pythons that have none.
 """
