@@ -57,8 +57,8 @@ export: $(STAMP) ## MODEL -> package, parity, TensorRT engine, and a sample of t
 # Both read the packages that the first has made.
 test: $(STAMP) ## the tests
 	rm -rf build/shared
-	$(BIN)/python -m pytest --shared build/shared --durations 25 -m 'not alone' -n auto --maxprocesses 8 --dist loadfile
-	$(BIN)/python -m pytest --shared build/shared --durations 25 -m alone
+	$(BIN)/python -m pytest --shared=build/shared --durations 25 -m 'not alone' -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest --shared=build/shared --durations 25 -m alone
 
 check: $(STAMP) format lint types docs test ## format, lint, types, docs and tests: what CI runs
 
