@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from olmo2_export.config import ModelConfig
-from olmo2_export.model.olmo import Olmo2ForCausalLM
+from olmo2_export.model.olmo import OlmoForCausalLM
 
 SIZES: dict[str, dict[str, int]] = {
     "demo": {
@@ -79,7 +79,7 @@ def write_checkpoint(folder: Path, sizes: dict[str, int], form: Form = "olmo2") 
         "eos_token_id": sizes["vocab_size"] - 1,
     }
     with torch.device("meta"):
-        model = Olmo2ForCausalLM(ModelConfig.from_dict({**config, "model_type": "olmo2"}))
+        model = OlmoForCausalLM(ModelConfig.from_dict({**config, "model_type": "olmo2"}))
     shapes = {name: weight.shape for name, weight in model.state_dict().items()}
     if form == "llama":
         config |= {"architectures": ["LlamaForCausalLM"], "bos_token_id": 0, "hidden_act": "silu"}

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from olmo2_export.atomic import resource_error
 from olmo2_export.config import ModelConfig
 from olmo2_export.fuse.fold_weight_transpose import TRANSPOSED
-from olmo2_export.graphs.trace import ROTARY_TABLES
-from olmo2_export.model.olmo import rotary_tables
+from olmo2_export.model.olmo import UNIT
+from olmo2_export.model.rotary import model_tables
 from olmo2_export.stored_graph import load_graph
 from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes.errors import FusionError, ResourceError, first_names
@@ -29,7 +29,7 @@ _PARTIAL = ".partial"
 
 def attach_weights(model: ir.Model, checkpoint: Checkpoint, config: ModelConfig) -> None:
     """Give each initializer that has no data yet a lazy tensor: read, cast to float32 and transposed when written."""
-    tables = dict(zip(ROTARY_TABLES, rotary_tables(config), strict=True))
+    tables = model_tables(config)
     for name, value in model.graph.initializers.items():
         if value.const_value is not None:
             continue
@@ -38,7 +38,10 @@ def attach_weights(model: ir.Model, checkpoint: Checkpoint, config: ModelConfig)
 
         def load(name: str = name, transposed: bool = value.meta.get(TRANSPOSED, False)) -> ir.TensorProtocol:
             stored = "model.embed_tokens.weight" if name == "lm_head.weight" and config.tie_word_embeddings else name
-            tensor = tables[name] if name in tables else _float32(checkpoint, stored, transposed)
+            if name.endswith(f".{UNIT}"):
+                tensor = torch.ones(config.hidden_size)
+            else:
+                tensor = tables[name] if name in tables else _float32(checkpoint, stored, transposed)
             return ir.Tensor(tensor.numpy(), name=name)
 
         value.const_value = ir.LazyTensor(load, dtype=value.dtype, shape=value.shape, name=name)

@@ -142,7 +142,7 @@ def locate(
                 break
     assert location is not None  # there is a view of every variant
     if location.first is None and wrong is None:
-        wrong = tables_check(opened, entry, checkpoint)
+        wrong = tables_check(opened, entry, checkpoint, config)
     if wrong is not None:
         first, explanation = wrong
         return replace(location, first=first, tensors=(first, *location.tensors), explanation=explanation)
