@@ -31,7 +31,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         UsageError: bad usage, before anything is imported or written.
     """
-    parser = Parser(prog="olmo2-export", description="OLMo 2 from checkpoint to verified inference.")
+    parser = Parser(prog="olmo2-export", description="OLMo from checkpoint to verified inference.")
     common = Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show tracebacks and debug logging")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")

@@ -98,7 +98,7 @@ def test_every_variant_computes_what_its_weights_say(
     name: str, family_checkpoint: Callable[[str], Path], family_package: Callable[[str], Path], tmp_path: Path
 ) -> None:
     checkpoint = open_checkpoint(str(family_checkpoint(name)))
-    reports = verify(family_package(name), checkpoint, longest=48, out=tmp_path / "parity.json")
+    reports = verify(family_package(name), checkpoint, longest=64, out=tmp_path / "parity.json")
     assert [report.variant for report in reports] == sorted(VARIANTS)
     for report in reports:
         assert_parity(report)
@@ -164,5 +164,5 @@ def test_nothing_departs_in_a_good_variant(
 def test_other_shapes_and_every_rope_pass_parity(fields: dict[str, Any], tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "model", **fields)))
     export(checkpoint, tmp_path / "package", variants=["fp32", "q8"])
-    for report in verify(tmp_path / "package", checkpoint, longest=48):
+    for report in verify(tmp_path / "package", checkpoint, longest=64):
         assert_parity(report)

@@ -52,7 +52,7 @@ def test_every_bug_is_located() -> None:
 
 def check(package: Path, checkpoint: Checkpoint, variant: str, row: Named, out: Path) -> None:
     _, layer, name, operation, words = row
-    (report,) = verify(package, checkpoint, variants=[variant], longest=48, out=out)
+    (report,) = verify(package, checkpoint, variants=[variant], longest=64, out=out)
     assert not report.verdicts[KERNEL_PARITY]
     location = locate(package, checkpoint, variant)
     assert location.first is not None
