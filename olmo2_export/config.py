@@ -199,6 +199,12 @@ class ModelConfig:
         return self.sliding_window if self.layer_types[layer] == SLIDING else None
 
     @property
+    def windows(self) -> tuple[int, ...]:
+        """Return how many tokens each layer sees, 0: all; empty where all see all."""
+        found = tuple(self.window(layer) or 0 for layer in range(self.num_hidden_layers))
+        return found if any(found) else ()
+
+    @property
     def ropes(self) -> dict[str, Rope]:
         """Each RoPE that a layer has, by the names of its tables' last part."""
         used = dict.fromkeys(self.full_rope if kind == FULL else self.sliding_rope for kind in self.layer_types)

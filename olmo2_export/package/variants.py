@@ -326,6 +326,7 @@ class VariantWriter:
             num_key_value_heads=self._config.num_key_value_heads,
             head_dim=self._config.head_dim,
             max_cache_length=self._config.max_position_embeddings,
+            windows=self._config.windows,
         )
 
     def _quantize_cache(self, shared: ir.Model, bits: Literal[8, 4]) -> KVCacheQuantization:
