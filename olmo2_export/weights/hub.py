@@ -50,7 +50,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # What is raised of a request: HfHubHTTPError is both an error of the library below, which has others for a network
 # that is down, and an OSError, as OfflineModeIsEnabled is.
-_REQUEST_FAILED = (*HfHubHTTPError.__bases__, HFValidationError, OSError)
+_REQUEST_FAILED: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], HFValidationError, OSError)
+_NO_LIST: tuple[type[Exception], ...] = (*_REQUEST_FAILED, ValueError, KeyError, TypeError)
+"""what is raised of an answer that is no list of revisions, besides"""
 
 
 def locate(model: str, revision: str | None) -> tuple[Path, str, SourceKind]:
@@ -118,7 +120,7 @@ def list_refs(model: str) -> list[Ref]:
         ) from error
     except HfHubHTTPError as error:
         raise CheckpointNotFoundError(f"{model}: {_reason(error)}") from error
-    except (*_REQUEST_FAILED, ValueError, KeyError, TypeError) as error:
+    except _NO_LIST as error:
         raise CheckpointNotFoundError(
             f"{model}: its revisions are listed by the Hub, which does not answer as expected ({_reason(error)}); "
             "check the network, or name the revisions"

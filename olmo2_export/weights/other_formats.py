@@ -57,9 +57,7 @@ def listed_place(where: str, names: Iterable[str], folder: Path) -> Place:
     def find(pattern: str) -> list[str]:
         wanted = pattern.split("/")
         return sorted(
-            name
-            for name, found in parts.items()
-            if len(found) == len(wanted) and all(map(fnmatchcase, found, wanted))
+            name for name, found in parts.items() if len(found) == len(wanted) and all(map(fnmatchcase, found, wanted))
         )
 
     return Place(where, where.rpartition("/")[2], find, _config(folder), local=False)

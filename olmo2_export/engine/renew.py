@@ -1,0 +1,95 @@
+"""The engine of one of many packages that differ in weights: refitted where the target can do that, else built.
+
+A build measures kernels for minutes; a refit copies weights. Which of them it will be is decided before either begins.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from olmo2_export.engine.build import BuildReport, build, refit
+from olmo2_export.engine.options import EngineOptions, resolve_options
+from runtimes.errors import EngineBuildError, PackageError
+from runtimes.manifest import ModelSpec
+from runtimes.package import open_package
+from runtimes.targets import find_target
+
+logger = logging.getLogger(__name__)
+
+_OF_THE_ENGINE = (
+    *("compute_capabilities", "profile", "max_batch_size", "max_cache_length", "prefill_chunk"),
+    "flags",
+)
+"""what `Engine` and `ResolvedOptions` both have, and a refit leaves as it is"""
+
+
+@dataclass(frozen=True)
+class Renewed:
+    """An engine that a package has now."""
+
+    report: BuildReport
+    refitted: bool
+
+
+def renew(package: Path, source: Path | None, options: EngineOptions, *, progress: bool = True) -> Renewed:
+    """Put an engine into a package: that of another package with this one's weights, or, failing that, a new one.
+
+    Args:
+        package: a package folder with the variant fp32.
+        source: a package of another revision of the model; None: there is none.
+        options: what to build; `refit` is added where the target can do it, for the packages after this one.
+        progress: show a bar on standard error.
+
+    Raises:
+        Olmo2ExportError: as `build`; a refit that fails is said in a warning, and the engine is built.
+    """
+    options = replace(options, refit=find_target(options.backend).refits)
+    why = why_built(source, options, open_package(package).model)
+    if source is not None and why is None:
+        taken = EngineOptions(
+            options.precision, options.backend, recipe=options.recipe, calibration=options.calibration
+        )
+        try:
+            return Renewed(refit(package, source, taken, progress=progress), refitted=True)
+        except EngineBuildError as error:
+            why = str(error)
+    if source is not None:
+        logger.warning("%s: its engine is built, not refitted: %s", package, why)
+    return Renewed(build(package, options, progress=progress), refitted=False)
+
+
+def why_built(source: Path | None, options: EngineOptions, model: ModelSpec) -> str | None:
+    """Return why the engine of another package cannot be refitted; None: it can.
+
+    Args:
+        source: that package; None: there is none.
+        options: what the engine shall be.
+        model: the shape of the model.
+
+    Raises:
+        UsageError, BackendError: as `resolve_options`.
+    """
+    target = find_target(options.backend)
+    if not target.refits:
+        return f"{target.backend_words} cannot replace the weights of an engine"
+    if source is None:
+        return "it is the first"
+    wanted = resolve_options(options, model)
+    name = f"{options.backend}_{options.precision}"
+    try:
+        engines = open_package(source).trt
+    except PackageError as error:
+        return str(error)
+    if engines is None or name not in engines.engines:
+        return f"{source} has no engine {name}"
+    engine = engines.engines[name]
+    different = [
+        f"{part} {getattr(engine, part)} (wanted: {getattr(wanted, part)})"
+        for part in _OF_THE_ENGINE
+        if getattr(engine, part) != getattr(wanted, part)
+    ]
+    if engines.variants[engine.variant].top_k != options.top_k:
+        different.append(f"top_k {engines.variants[engine.variant].top_k} (wanted: {options.top_k})")
+    return f"the engine of {source} has {', '.join(different)}" if different else None
