@@ -9,6 +9,7 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from olmo2_export.catalog import static_row
 from olmo2_export.engine.build import BuildReport, build, refit
 from olmo2_export.engine.options import EngineOptions, resolve_options
 from runtimes.errors import EngineBuildError, PackageError
@@ -39,14 +40,15 @@ def renew(package: Path, source: Path | None, options: EngineOptions, *, progres
     Args:
         package: a package folder with the variant fp32.
         source: a package of another revision of the model; None: there is none.
-        options: what to build; `refit` is added where the target can do it, for the packages after this one.
+        options: what to build; `refit` is added where its weights can be replaced, for the packages after this one.
         progress: show a bar on standard error.
 
     Raises:
         Olmo2ExportError: as `build`; a refit that fails is said in a warning, and the engine is built.
     """
-    options = replace(options, refit=find_target(options.backend).refits)
-    why = why_built(source, options, open_package(package).model)
+    never = why_never_refitted(options)
+    options = replace(options, refit=never is None)
+    why = never or why_built(source, options, open_package(package).model)
     if source is not None and why is None:
         taken = EngineOptions(
             options.precision, options.backend, recipe=options.recipe, calibration=options.calibration
@@ -55,25 +57,36 @@ def renew(package: Path, source: Path | None, options: EngineOptions, *, progres
             return Renewed(refit(package, source, taken, progress=progress), refitted=True)
         except EngineBuildError as error:
             why = str(error)
-    if source is not None:
+    if source is not None and never is None:
         logger.warning("%s: its engine is built, not refitted: %s", package, why)
     return Renewed(build(package, options, progress=progress), refitted=False)
 
 
+def why_never_refitted(options: EngineOptions) -> str | None:
+    """Return why no engine of this kind can be refitted with the weights of another revision; None: it can.
+
+    Raises:
+        UsageError, BackendError: there is no such precision or backend.
+    """
+    target, weights = find_target(options.backend), static_row(options.precision).weights
+    if not target.refits:
+        return f"{target.backend_words} cannot replace the weights of an engine"
+    if weights.inputs is not None:
+        return f"{options.precision} rounds inputs with scales that follow from the weights and are part of the graph"
+    return None
+
+
 def why_built(source: Path | None, options: EngineOptions, model: ModelSpec) -> str | None:
-    """Return why the engine of another package cannot be refitted; None: it can.
+    """Return why the engine that another package has is not refitted; None: it is.
 
     Args:
         source: that package; None: there is none.
-        options: what the engine shall be.
+        options: what the engine shall be, of a kind that can be refitted.
         model: the shape of the model.
 
     Raises:
         UsageError, BackendError: as `resolve_options`.
     """
-    target = find_target(options.backend)
-    if not target.refits:
-        return f"{target.backend_words} cannot replace the weights of an engine"
     if source is None:
         return "it is the first"
     wanted = resolve_options(options, model)

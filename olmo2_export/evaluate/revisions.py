@@ -4,8 +4,9 @@
     DIR/packages/REVISION/      the package of the revision evaluated last
 
 The first revision is exported; of the others only the weights are written, beside graph files that stay byte for byte
-what they are. Engines are likewise built once and refitted, where full TensorRT runs them. Each is compared with PyTorch on its own weights, on the same tokens, and with the same variant of the
-revision before it (KL(before || this), nats per token), which says how much the model changed in between.
+what they are. Engines are likewise built once and refitted, where full TensorRT runs them. Each revision is compared
+with PyTorch on its own weights, on the same tokens, and with the same variant of the revision before it
+(KL(before || this), nats per token), which says how much the model changed in between.
 """
 
 from __future__ import annotations

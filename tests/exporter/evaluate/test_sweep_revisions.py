@@ -20,7 +20,8 @@ from olmo2_export import cli
 from olmo2_export.evaluate import revisions
 from olmo2_export.evaluate.evaluate import evaluate, token_text
 from olmo2_export.evaluate.models import open_package_model, open_torch_model
-from olmo2_export.evaluate.revisions import RevisionResult, in_order, step_of, sweep
+from olmo2_export.evaluate.revision_packages import open_revision
+from olmo2_export.evaluate.revisions import RevisionResult, in_order, sweep
 from olmo2_export.evaluate.revisions_plot import draw
 from olmo2_export.package.export import export
 from olmo2_export.weights.checkpoint import open_checkpoint
@@ -199,15 +200,12 @@ def test_another_shape_or_tokenizer_is_refused(folder: Path, ids: Path, tmp_path
     with pytest.raises(ConfigError, match=r"another tokenizer\.json"):
         sweep(str(root), ["step1", "step3"], tmp_path / "out", text=ids, context=64, max_tokens=20)
     with pytest.raises(CheckpointNotFoundError):
-        revisions.open_revision(str(folder), "step7")
+        open_revision(str(folder), "step7")
     with pytest.raises(UsageError, match="only Hub ids have revisions"):
-        revisions.open_revision("demo", "step7")
+        open_revision("demo", "step7")
 
 
-def test_names() -> None:
-    assert step_of("stage1-step10000-tokens21B") == (10000, 21)
-    assert step_of("step500") == (500, None)
-    assert step_of("main") == (None, None)
+def test_revisions_of_one_stage_are_taken_by_their_steps() -> None:
     assert in_order(["step10", "step9", "step100"]) == ["step9", "step10", "step100"]
     mixed = ["stage2-ingredient1-step1000-tokens3B", "stage1-step5000-tokens11B"]
     assert in_order(mixed) == mixed
