@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from olmo2_export.config import refuse_other_forms
 from olmo2_export.dtypes import STORED
 from olmo2_export.weights import stored_tensors
 from olmo2_export.weights.hub import locate, read_index
@@ -191,6 +192,7 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     Raises:
         CheckpointNotFoundError: no such folder, repository or revision, or no weights in it.
         CheckpointError: a file is damaged or disguised.
+        ConfigError: config.json says that it is something near, and no OLMo 2.
         UsageError: a revision for something that has none.
     """
     folder, name, kind = locate(model, revision)
@@ -198,8 +200,10 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         raise UsageError(f"--revision {revision}: only Hub ids have revisions, {model} is a {kind}")
     if lost := broken_link(folder / "config.json"):
         raise CheckpointNotFoundError(f"{folder}/config.json: {lost}")
+    place = folder_place(folder)
     if not is_whole(folder):
-        refuse_other_formats(folder_place(folder))
+        refuse_other_formats(place)
+    refuse_other_forms(place.config, f"{folder}/config.json")
     single = (folder / SINGLE).exists() or (folder / SINGLE).is_symlink()
     index = {} if single else read_index(folder / INDEX)
     files = (SINGLE,) if single else tuple(sorted(set(index.values())))

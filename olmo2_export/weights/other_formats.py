@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from olmo2_export.config import OLMO_CORE, is_olmo_core, read_json_object
+from olmo2_export.config import OLMO_CORE, is_olmo_core, read_json_object, refuse_other_forms
 from runtimes.errors import CheckpointNotFoundError, ConfigError, first_names
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -106,10 +106,11 @@ def refuse_other_formats(place: Place) -> None:
         place: for which `is_whole` is false.
 
     Raises:
-        CheckpointNotFoundError: always.
+        CheckpointNotFoundError, ConfigError: always one of them; the second where config.json tells what it is.
     """
     if found := next((said for shows, said in _OTHERS if shows(place)), None):
         raise CheckpointNotFoundError(f"{place.where}: {found}")
+    refuse_other_forms(place.config, f"{place.where}: config.json")
     config = place.has("config.json")
     inner = sorted(name.split("/")[0] for name in place.find("*/config.json"))
     if inner and not config:
