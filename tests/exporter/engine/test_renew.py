@@ -77,11 +77,8 @@ def test_what_cannot_be_refitted_is_built_each_time_and_not_for_refitting(
     worker: list[Any], packages: list[Path], caplog: pytest.LogCaptureFixture, precision: Any, backend: Any
 ) -> None:
     a, b, _ = packages
-    options = replace(FP16, precision=precision, backend=backend, compute_capabilities=["current"])
-    engine_options_gpu = {"trt": "9.0", "trt_rtx": "9.0"}[backend]
-    assert engine_options_gpu
-    if backend == "trt_rtx":  # it does not compile for 9.0
-        options = replace(options, compute_capabilities=["8.9"])
+    gpu = "current" if backend == "trt" else "8.9"  # TensorRT for RTX does not compile for 9.0
+    options = replace(FP16, precision=precision, backend=backend, compute_capabilities=[gpu])
     assert not renew(a, None, options, progress=False).refitted
     assert not renew(b, a, options, progress=False).refitted
     assert [type(asked) for asked in worker] == [CompileRequest, CompileRequest]
