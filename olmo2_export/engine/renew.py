@@ -46,20 +46,22 @@ def renew(package: Path, source: Path | None, options: EngineOptions, *, progres
     Raises:
         Olmo2ExportError: as `build`; a refit that fails is said in a warning, and the engine is built.
     """
-    never = why_never_refitted(options)
-    options = replace(options, refit=never is None)
-    why = never or why_built(source, options, open_package(package).model)
-    if source is not None and why is None:
-        taken = EngineOptions(
-            options.precision, options.backend, recipe=options.recipe, calibration=options.calibration
-        )
+    wanted = as_built(options)
+    if source is not None and wanted.refit:
+        why = why_another(source, wanted, open_package(package).model)
+        taken = EngineOptions(wanted.precision, wanted.backend, recipe=wanted.recipe, calibration=wanted.calibration)
         try:
-            return Renewed(refit(package, source, taken, progress=progress), refitted=True)
+            if why is None:
+                return Renewed(refit(package, source, taken, progress=progress), refitted=True)
         except EngineBuildError as error:
             why = str(error)
-    if source is not None and never is None:
         logger.warning("%s: its engine is built, not refitted: %s", package, why)
-    return Renewed(build(package, options, progress=progress), refitted=False)
+    return Renewed(build(package, wanted, progress=progress), refitted=False)
+
+
+def as_built(options: EngineOptions) -> EngineOptions:
+    """Return the options with which `renew` builds: for refitting, where the weights can be replaced."""
+    return replace(options, refit=why_never_refitted(options) is None)
 
 
 def why_never_refitted(options: EngineOptions) -> str | None:
@@ -76,27 +78,25 @@ def why_never_refitted(options: EngineOptions) -> str | None:
     return None
 
 
-def why_built(source: Path | None, options: EngineOptions, model: ModelSpec) -> str | None:
-    """Return why the engine that another package has is not refitted; None: it is.
+def why_another(package: Path, options: EngineOptions, model: ModelSpec) -> str | None:
+    """Return why the engine of a package is not the one that the options say; None: it is, but for its weights.
 
     Args:
-        source: that package; None: there is none.
-        options: what the engine shall be, of a kind that can be refitted.
+        package: any that was exported.
+        options: what the engine shall be; see `as_built`.
         model: the shape of the model.
 
     Raises:
         UsageError, BackendError: as `resolve_options`.
     """
-    if source is None:
-        return "it is the first"
     wanted = resolve_options(options, model)
     name = f"{options.backend}_{options.precision}"
     try:
-        engines = open_package(source).trt
+        engines = open_package(package).trt
     except PackageError as error:
         return str(error)
     if engines is None or name not in engines.engines:
-        return f"{source} has no engine {name}"
+        return f"{package} has no engine {name}"
     engine = engines.engines[name]
     different = [
         f"{part} {getattr(engine, part)} (wanted: {getattr(wanted, part)})"
@@ -105,4 +105,4 @@ def why_built(source: Path | None, options: EngineOptions, model: ModelSpec) -> 
     ]
     if engines.variants[engine.variant].top_k != options.top_k:
         different.append(f"top_k {engines.variants[engine.variant].top_k} (wanted: {options.top_k})")
-    return f"the engine of {source} has {', '.join(different)}" if different else None
+    return f"the engine of {package} has {', '.join(different)}" if different else None

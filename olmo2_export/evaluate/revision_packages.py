@@ -11,11 +11,11 @@ from typing import Literal, TypeAlias
 from olmo2_export.catalog import VARIANTS
 from olmo2_export.config import ModelConfig
 from olmo2_export.engine.options import CURRENT, EngineOptions, gpu_at_hand
-from olmo2_export.engine.renew import renew
+from olmo2_export.engine.renew import as_built, renew, why_another
 from olmo2_export.package.export import export
 from olmo2_export.package.variants import Options
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
-from runtimes.errors import BackendError, ConfigError, PackageError, UsageError
+from runtimes.errors import BackendError, ConfigError, IntegrityError, PackageError, UsageError
 from runtimes.package import open_package
 from runtimes.sealed import hash_file, hash_files
 from runtimes.targets import find_target
@@ -148,16 +148,16 @@ class RevisionPackages:
                 shutil.rmtree(path)
 
     def _has_engine(self, path: Path) -> bool:
-        """Tell whether a package has the engine that is evaluated, intact."""
+        """Tell whether a package has the engine that is evaluated, for this GPU, intact."""
         assert self._engine is not None
         opened = open_package(path)
+        if why_another(path, as_built(self._engine), opened.model) is not None:
+            return False
+        assert opened.trt is not None
+        engine = opened.trt.engines[f"{self._engine.backend}_{self._engine.precision}"]
         try:
-            engines = opened.trt
-            engine = engines.engines.get(f"{self._engine.backend}_{self._engine.precision}") if engines else None
-            if engines is None or engine is None:
-                return False
-            opened.check([engine.plan, *engines.variants[engine.variant].files])
-        except PackageError:
+            opened.check([engine.plan, *opened.trt.variants[engine.variant].files])
+        except IntegrityError:
             return False
         return True
 

@@ -223,7 +223,7 @@ def _finished(out: Path, settings: dict[str, Any]) -> dict[str, RevisionResult]:
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: not a sweep's results ({type(error).__name__}); use another --out") from error
     if before != settings:
-        different = [name for name, value in settings.items() if before.get(name) != value]
+        different = [name for name in {**settings, **before} if before.get(name) != settings.get(name)]
         raise UsageError(f"{path}: a sweep with other settings ({', '.join(different)}); use another --out")
     return results
 

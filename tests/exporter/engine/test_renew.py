@@ -16,7 +16,7 @@ from olmo2_export.engine.build import build
 from olmo2_export.engine.compiler import CompileRequest
 from olmo2_export.engine.options import EngineOptions
 from olmo2_export.engine.refitter import RefitRequest
-from olmo2_export.engine.renew import renew, why_never_refitted
+from olmo2_export.engine.renew import as_built, renew, why_never_refitted
 from runtimes.errors import EngineBuildError
 from runtimes.package import open_package
 from runtimes.sealed import check_files
@@ -70,6 +70,7 @@ def test_the_first_is_built_and_the_others_are_refitted(
 )
 def test_what_can_be_refitted_at_all(precision: Any, backend: Any, why: str | None) -> None:
     assert why_never_refitted(EngineOptions(precision, backend)) == why
+    assert as_built(EngineOptions(precision, backend)).refit is (why is None)
 
 
 @pytest.mark.parametrize(("precision", "backend"), [("int8", "trt"), ("fp16", "trt_rtx")])

@@ -266,11 +266,36 @@ def test_engines_of_a_sweep_are_built_once_and_refitted(
         assert 0 < result.kl_mean_nats < 1e-3
     assert results[2].change_kl_mean_nats == pytest.approx(swept[0][2].change_kl_mean_nats, rel=0.05)
 
-    # It goes on where it ended; an engine that was lost is made again, from that of the other revision.
+    # It goes on where it ended.
     assert sweep(str(folder), NAMES, out, **options) == results
     assert len(worker) == 3
     with pytest.raises(UsageError, match=r"other settings \(variant, backend\)"):
         sweep(str(folder), NAMES, out, text=ids, context=64)
+
+
+def test_an_engine_that_is_there_is_kept_and_one_of_another_gpu_is_not(
+    worker: list[Any], folder: Path, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"variant": "trt_fp16", "backend": "trt", "text": ids, "context": 64, "max_tokens": 100}
+    (first,) = sweep(str(folder), NAMES[:1], out, **options)
+    assert (first.engine, len(worker)) == ("built", 1)
+    plan = out / "packages" / NAMES[0] / "trt" / "model_fp16.trt.engine"
+
+    (out / "sweep.json").unlink()  # as if it had ended before the first was evaluated
+    assert sweep(str(folder), NAMES[:1], out, **options)[0].engine is None
+    assert len(worker) == 1
+    (out / "sweep.json").unlink()
+    plan.write_bytes(b"damaged")
+    assert sweep(str(folder), NAMES[:1], out, **options)[0].engine == "built"
+    assert (plan.read_bytes(), len(worker)) == (b"plan", 2)
+
+    full_tensorrt.pretend_installed(monkeypatch, revision_packages, gpu="8.9")
+    two = sweep(str(folder), NAMES[:2], out, **options)
+    assert [result.engine for result in two] == ["built", "built"]  # the first was found in sweep.json
+    engines = open_package(out / "packages" / NAMES[1]).trt
+    assert engines is not None
+    assert engines.engines["trt_fp16"].compute_capabilities == ("8.9",)
 
 
 def test_what_a_sweep_of_engines_cannot_do_is_said_first(
