@@ -91,12 +91,14 @@ def run(args: argparse.Namespace) -> int:
 def table(results: Sequence[RevisionResult]) -> str:
     """Return the sweep for people, a line per revision."""
     head = ["revision", "perplexity", "±", "PyTorch", "KL to PyTorch", "±", "top-1", "KL to before", "±", "export s"]
+    engines = any(r.engine for r in results)
+    head += ["engine"] * engines
     rows = [head]
     for r in results:
         numbers = [f"{r.perplexity:.3f}", _short(r.perplexity_se, ".3f"), f"{r.pytorch_perplexity:.3f}"]
         numbers += [f"{r.kl_mean_nats:.2e}", _short(r.kl_mean_se_nats, ".0e"), f"{r.top1_share:.2%}"]
         numbers += [_short(r.change_kl_mean_nats, ".4f"), _short(r.change_kl_mean_se_nats, ".4f"), f"{r.export_s:.1f}"]
-        rows.append([r.revision, *numbers])
+        rows.append([r.revision, *numbers, *[r.engine or "kept"] * engines])
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     return "\n".join(
         "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))

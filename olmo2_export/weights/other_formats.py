@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from olmo2_export.config import OLMO_CORE, is_olmo_core, read_json_object, refuse_other_forms
 from runtimes.errors import CheckpointNotFoundError, ConfigError, first_names
@@ -76,7 +76,7 @@ def is_whole(folder: Path) -> bool:
     return weights and (folder / "config.json").is_file()
 
 
-def refuse_file(path: Path) -> None:
+def refuse_file(path: Path) -> NoReturn:
     """Refuse a file in the place of a folder.
 
     Raises:
@@ -99,7 +99,7 @@ def _is_gguf(path: Path) -> bool:
         return False
 
 
-def refuse_other_formats(place: Place) -> None:
+def refuse_other_formats(place: Place) -> NoReturn:
     """Refuse a place that is not a checkpoint of a whole model in Hugging Face format; say what it is and what to do.
 
     Args:

@@ -27,6 +27,7 @@ from olmo2_export.evaluate.revisions import RevisionResult, in_order, sweep
 from olmo2_export.evaluate.revisions_plot import draw
 from olmo2_export.package.export import export
 from olmo2_export.weights.checkpoint import open_checkpoint
+from olmo2_export.verbs.sweep import table
 from runtimes.errors import BackendError, CheckpointNotFoundError, ConfigError, FusionError, UsageError
 from runtimes.package import open_package
 from runtimes.sealed import hash_file
@@ -265,6 +266,9 @@ def test_engines_of_a_sweep_are_built_once_and_refitted(
         assert result.pytorch_perplexity == plain.pytorch_perplexity
         assert 0 < result.kl_mean_nats < 1e-3
     assert results[2].change_kl_mean_nats == pytest.approx(swept[0][2].change_kl_mean_nats, rel=0.05)
+
+    assert [line.split()[-1] for line in table(results).splitlines()] == ["engine", "built", "refitted", "refitted"]
+    assert "engine" not in table(swept[0])
 
     # It goes on where it ended.
     assert sweep(str(folder), NAMES, out, **options) == results
