@@ -26,8 +26,8 @@ from olmo2_export.evaluate.revision_packages import open_revision
 from olmo2_export.evaluate.revisions import RevisionResult, in_order, sweep
 from olmo2_export.evaluate.revisions_plot import draw
 from olmo2_export.package.export import export
-from olmo2_export.weights.checkpoint import open_checkpoint
 from olmo2_export.verbs.sweep import table
+from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes.errors import BackendError, CheckpointNotFoundError, ConfigError, FusionError, UsageError
 from runtimes.package import open_package
 from runtimes.sealed import hash_file
