@@ -7,6 +7,7 @@ REVISION  ?=
 OUT       ?=
 VARIANTS  ?= fp32 q4
 PRECISION ?= bf16
+SUPPORT ?= check
 PROMPT    ?= In the beginning
 EXTRAS    ?= dev
 ROW       ?=
@@ -31,7 +32,7 @@ DEFAULT_OUT   := : "$${OUT:=packages/$$(basename "$$MODEL")}";
 REVISION_FLAG := $${REVISION:+--revision "$$REVISION"}
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export test test-pythons test-oldest check format lint types docs docs-links bench targets gpu-test peers clean
+.PHONY: help setup export test support test-pythons test-oldest check format lint types docs docs-links bench targets gpu-test peers clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets

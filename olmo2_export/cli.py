@@ -7,11 +7,12 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from olmo2_export.verbs import bench, build, debug, evaluate, export, fp16, inspect, report, sweep, verify
+from olmo2_export.verbs import bench, build, debug, evaluate, export, fp16, inspect, report, revisions, sweep, verify
 from runtimes.command import Parser, run_command
 
 # In the order of a package's life.
 VERBS = {
+    "revisions": revisions,
     "export": export,
     "fp16": fp16,
     "verify": verify,

@@ -71,11 +71,29 @@ _READ = frozenset(
     "head_dim max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters partial_rotary_factor "
     "hidden_act attention_bias tie_word_embeddings layer_types sliding_window pretraining_tp".split()
 )
-# A repository's own name of an OLMo -> where a checkpoint for transformers is.
+# What is near, by its model_type -> what it is, and what to do.
 _OTHER_FORMS = {
-    "hf_olmo": "the form for AI2's own code; give the repository whose name ends in -hf",
-    "olmo_1124": "the preview's name of olmo2; give the released repository, or write olmo2 if it is one",
+    "hf_olmo": "OLMo 1 in the form for AI2's own code; give the repository whose name ends in -hf, such as "
+    "allenai/OLMo-7B-hf",
+    "olmo_1124": "OLMo 2 under its preview's name; give the released repository, such as allenai/OLMo-2-1124-7B, or "
+    "write olmo2 if it is one",
+    "olmoe": "OLMoE, a mixture of experts, which no graph here has; transformers, vLLM and llama.cpp run it",
+    "flex_olmo": "FlexOlmo, a mixture of experts, which no graph here has; transformers and vLLM run it",
+    "olmo_hybrid": "OLMo Hybrid, most of whose layers are linear attention, which no graph here has; transformers and "
+    "vLLM run it",
+    "molmo": "Molmo, which reads pictures, and no graph here does; transformers, with the repository's own code, and "
+    "vLLM run it",
+    "molmo2": "Molmo 2, which reads pictures, and no graph here does; transformers and vLLM run it",
 }
+OLMO_CORE = (
+    "a checkpoint of OLMo-core; convert it to Hugging Face format first, with OLMo-core's "
+    "src/examples/huggingface/convert_checkpoint_to_hf.py"
+)
+"""what is said of one, by its config.json or by its files"""
+_MLX = (
+    "weights quantised by MLX (quantization, of group_size and bits), which have a float bias per group; give the "
+    "model that they were made from, or run it with mlx-lm; if the weights are plain numbers, remove the field"
+)
 
 
 @dataclass(frozen=True)
@@ -123,11 +141,10 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """Build from the decoded JSON; `where` names it in messages."""
+        refuse_other_forms(raw, where)
         fields = Fields(raw)
-        kind = raw.get("model_type")
-        other = _OTHER_FORMS.get(kind) if isinstance(kind, str) else None
-        known = get_args(ModelType)
-        fields.require(kind in known, f"model_type {short(kind)} ({other or 'only ' + ', '.join(known)})")
+        kind, known = raw.get("model_type"), get_args(ModelType)
+        fields.require(kind in known, f"model_type {short(kind)} (only {', '.join(known)})")
         model_type: ModelType = next((name for name in known if name == kind), "olmo2")
         activation = raw.get("hidden_act", "silu")
         fields.require(activation in _ACTIVATIONS, f"hidden_act {short(activation)} (only 'silu')")
@@ -227,6 +244,28 @@ class ModelConfig:
             head_dim=self.head_dim,
             max_position_embeddings=self.max_position_embeddings,
         )
+
+
+def refuse_other_forms(raw: Mapping[str, Any], where: str) -> None:
+    """Refuse what is near to a model that is read, and none; this needs config.json alone, and no weights.
+
+    Raises:
+        ConfigError: saying what it is and what to do.
+    """
+    kind, table = raw.get("model_type"), raw.get("quantization")
+    if isinstance(kind, str) and kind in _OTHER_FORMS:
+        raise ConfigError(f"{where}: model_type {kind}: {_OTHER_FORMS[kind]}")
+    if is_olmo_core(raw):
+        raise ConfigError(f"{where}: {OLMO_CORE}")
+    if isinstance(table, Mapping) and {"group_size", "bits"} <= table.keys() and "quant_method" not in table:
+        raise ConfigError(f"{where}: {_MLX}")
+
+
+def is_olmo_core(raw: Mapping[str, Any]) -> bool:
+    """Tell OLMo-core's own config.json: the whole of a training run, the model in a table of it."""
+    if "model_type" in raw:
+        return False
+    return isinstance(raw.get("model"), Mapping) or any(name in str(raw)[:4000] for name in ("OlmoCore", "olmo_core"))
 
 
 def _attention_types(

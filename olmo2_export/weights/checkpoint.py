@@ -21,9 +21,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from olmo2_export.config import refuse_other_forms
 from olmo2_export.dtypes import STORED
 from olmo2_export.weights import stored_tensors
-from olmo2_export.weights.hub import INDEX, SINGLE, locate, read_index, refuse_other_formats
+from olmo2_export.weights.hub import locate, read_index
+from olmo2_export.weights.other_formats import INDEX, SINGLE, folder_place, is_whole, refuse_other_formats
 from olmo2_export.weights.stored_tensors import TensorInfo
 from runtimes.errors import CheckpointError, CheckpointNotFoundError, UsageError, broken_link, first_names
 from runtimes.manifest import SourceKind
@@ -190,12 +192,18 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     Raises:
         CheckpointNotFoundError: no such folder, repository or revision, or no weights in it.
         CheckpointError: a file is damaged or disguised.
+        ConfigError: config.json says that it is something near, and no OLMo 2.
         UsageError: a revision for something that has none.
     """
     folder, name, kind = locate(model, revision)
     if revision is not None and kind != "hub":
         raise UsageError(f"--revision {revision}: only Hub ids have revisions, {model} is a {kind}")
-    refuse_other_formats(folder)
+    if lost := broken_link(folder / "config.json"):
+        raise CheckpointNotFoundError(f"{folder}/config.json: {lost}")
+    place = folder_place(folder)
+    if not is_whole(folder):
+        refuse_other_formats(place)
+    refuse_other_forms(place.config, f"{folder}/config.json")
     single = (folder / SINGLE).exists() or (folder / SINGLE).is_symlink()
     index = {} if single else read_index(folder / INDEX)
     files = (SINGLE,) if single else tuple(sorted(set(index.values())))

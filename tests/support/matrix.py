@@ -18,7 +18,7 @@ from typing import Literal, get_args
 import pytest
 
 State = Literal["verified", "compiled", "refused"]
-"""verified: every case of `verify` passed; compiled: TensorRT built an engine, which no GPU has run; refused: by name"""
+"""verified: all cases of `verify` passed; compiled: TensorRT built an engine, which no GPU has run; refused: by name"""
 PROPERTY = "support"
 PAGES = ("README.md", "docs/support.md")
 MODELS = {"olmo": "OLMo 1", "olmo2": "OLMo 2", "olmo3": "Olmo 3, 3.1"}
@@ -43,7 +43,9 @@ class Seen:
     """of a refusal"""
 
 
-def seen(request: pytest.FixtureRequest, model: str, backend: str, variant: str, state: State, reason: str = "") -> None:
+def seen(
+    request: pytest.FixtureRequest, model: str, backend: str, variant: str, state: State, reason: str = ""
+) -> None:
     """Say what a test has seen; to be called at its end."""
     assert state in get_args(State)
     cell = Seen(model, backend, variant, state, reason)

@@ -15,6 +15,7 @@ import pytest
 import tensorrt_rtx_bindings  # type: ignore[import-untyped]  # noqa: F401  # missing must fail, not skip
 import torch
 from support.checkpoints import make_checkpoint
+from support.matrix import seen
 
 from olmo2_export.engine.build import BuildReport, build
 from olmo2_export.engine.options import CAPABILITIES, MAX_BATCH_SIZE, EngineOptions
@@ -83,7 +84,10 @@ def test_successive_builds_accumulate(built: tuple[Path, Any]) -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_engine_entry(built: tuple[Path, dict[str, BuildReport]], precision: str) -> None:
+def test_engine_entry(
+    built: tuple[Path, dict[str, BuildReport]], precision: str, request: pytest.FixtureRequest
+) -> None:
+    seen(request, "olmo2", "TensorRT for RTX", precision, "compiled")
     package, reports = built
     engine = reports[precision].engine
     assert engine.plan == f"trt/model_{precision}.trt_rtx.engine"

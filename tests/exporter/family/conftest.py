@@ -16,7 +16,7 @@ from olmo2_export.package.trt_variants import TrtOptions
 from olmo2_export.verify import variant
 from olmo2_export.weights.checkpoint import open_checkpoint
 
-FAMILY: dict[str, dict[str, Any]] = {"olmo": OLMO1, "olmo3": OLMO3}
+FAMILY: dict[str, dict[str, Any]] = {"olmo": OLMO1, "olmo2": {}, "olmo3": OLMO3}
 VARIANTS = ["fp32", "q4", "q8", "bf16", "fp16", "q4f16"]
 TRT_CAPACITY = 64
 
@@ -31,16 +31,27 @@ def kernel_parity_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def family_checkpoint(shared: Shared) -> Callable[[str], Path]:
+def family_checkpoint(shared: Shared, tiny_checkpoint: Path) -> Callable[[str], Path]:
     """The checkpoint of a model type. Do not change it."""
-    return lambda name: shared.made("checkpoint", name, lambda out: make_checkpoint(out, **FAMILY[name]))
+
+    def of(name: str) -> Path:
+        if name == "olmo2":
+            return tiny_checkpoint
+        return shared.made("checkpoint", name, lambda out: make_checkpoint(out, **FAMILY[name]))
+
+    return of
 
 
 @pytest.fixture(scope="session")
-def family_package(family_checkpoint: Callable[[str], Path], shared: Shared) -> Callable[[str], Path]:
+def family_package(
+    family_checkpoint: Callable[[str], Path], package_of: Callable[[str], Path], shared: Shared
+) -> Callable[[str], Path]:
     """All variants of a model type. Do not change it."""
 
     def of(name: str) -> Path:
+        if name == "olmo2":
+            return package_of("tiny_all")
+
         def make(out: Path) -> None:
             export(open_checkpoint(str(family_checkpoint(name))), out, variants=VARIANTS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import OLMO1, OLMO3, YARN, make_checkpoint
+from support.matrix import seen
 from transformers import AutoModelForCausalLM
 
 from olmo2_export.catalog import precisions
 from olmo2_export.config import ModelConfig
+from olmo2_export.engine.build import build
+from olmo2_export.engine.options import EngineOptions
 from olmo2_export.locate.locate import format_location, locate
 from olmo2_export.measure.parity import KERNEL_PARITY, ParityReport
 from olmo2_export.model.olmo import OlmoForCausalLM
@@ -93,26 +97,32 @@ def test_a_window_counts_tokens_and_no_padding(tmp_path: Path, side: str) -> Non
     torch.testing.assert_close(logits[:, list(kept)], alone, atol=4e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["olmo", "olmo3"])
+@pytest.mark.parametrize("name", ["olmo", "olmo2", "olmo3"])
 def test_every_variant_computes_what_its_weights_say(
-    name: str, family_checkpoint: Callable[[str], Path], family_package: Callable[[str], Path], tmp_path: Path
+    name: str,
+    family_checkpoint: Callable[[str], Path],
+    family_package: Callable[[str], Path],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     checkpoint = open_checkpoint(str(family_checkpoint(name)))
     reports = verify(family_package(name), checkpoint, longest=64, out=tmp_path / "parity.json")
     assert [report.variant for report in reports] == sorted(VARIANTS)
     for report in reports:
         assert_parity(report)
+        seen(request, name, "onnxruntime", report.variant, "verified")
     assert open_package(family_package(name)).manifest.model.model_type == name
 
 
 @pytest.mark.parametrize("precision", precisions())
-@pytest.mark.parametrize("name", ["olmo", "olmo3"])
+@pytest.mark.parametrize("name", ["olmo", "olmo2", "olmo3"])
 def test_every_graph_for_tensorrt_computes_what_its_weights_say(
     name: str,
     precision: str,
     family_checkpoint: Callable[[str], Path],
     family_trt_package: Callable[[str, str], Path],
     tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     checkpoint = open_checkpoint(str(family_checkpoint(name)))
     package = family_trt_package(name, precision)
@@ -120,6 +130,18 @@ def test_every_graph_for_tensorrt_computes_what_its_weights_say(
     assert_parity(report)
     location = locate(package, checkpoint, f"trt_{precision}")
     assert location.first is None, format_location(location)
+    seen(request, name, "graph for TensorRT", precision, "verified")
+
+
+@pytest.mark.parametrize(("name", "precision"), [("olmo", "bf16"), ("olmo3", "bf16"), ("olmo3", "int4")])
+def test_tensorrt_compiles_it(
+    name: str, precision: str, family_package: Callable[[str], Path], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    package = Path(shutil.copytree(family_package(name), tmp_path / "p"))
+    options = EngineOptions(precision, compute_capabilities=["8.9"], max_cache_length=64)  # type: ignore[arg-type]
+    report = build(package, options, progress=False)
+    assert report.engine.layer_counts["KV_CACHE_UPDATE"] == 2 * open_package(package).manifest.model.num_hidden_layers
+    seen(request, name, "TensorRT for RTX", precision, "compiled")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
