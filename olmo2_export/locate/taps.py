@@ -334,9 +334,9 @@ def _norm(graph: ir.Graph, weight: str) -> ir.Value | None:
 
 
 def _clipped(value: ir.Value) -> ir.Value:
-    """Return a value after the clip that reads it; itself, where none does."""
+    """Return a value after the clip that reads it; itself, where none does, or nobody reads the clip."""
     for user in _users(value):
-        if is_op(user, "Clip"):
+        if is_op(user, "Clip") and user.outputs[0].uses():
             return _seen(user.outputs[0])
         if is_op(user, "Cast"):
             found = _clipped(user.outputs[0])

@@ -88,7 +88,7 @@ class TorchModel:
         self.config: Any = reference_config(folder)
         self.classes = _CLASSES[self.config.model_type]
         self.config._attn_implementation = "sdpa"
-        self.norm_eps: float | None = getattr(self.config, "rms_norm_eps", None)
+        self.norm_eps: float | None = None if self.config.model_type == "olmo" else self.config.rms_norm_eps
         """of RMS norms; None: the model has layer norms"""
         self.dtype = float_dtype(precision).torch
         self.rounding = dict(rounding or {})
