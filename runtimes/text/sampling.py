@@ -146,9 +146,9 @@ class Sampler:
         """
         largest = _largest(logits)
         if self.top_p < 1 and not self.top_k and (found := self._nucleus_of_all(logits, largest)) is not None:
-            ids, weights = found
+            nucleus, weights = found
             likely = weights >= self.min_p
-            return ids[likely], weights[likely]
+            return nucleus[likely], weights[likely]
         ids = self._above(logits, largest)
         kept = logits if ids is None else logits[ids]
         weights = self._floats(len(kept))
