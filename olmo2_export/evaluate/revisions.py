@@ -28,7 +28,7 @@ from olmo2_export.evaluate.evaluate import Evaluation, evaluate, token_text
 from olmo2_export.evaluate.models import open_package_model, open_torch_model
 from olmo2_export.evaluate.text import HELDOUT
 from olmo2_export.package.export import export
-from olmo2_export.package.variants import Options
+from olmo2_export.package.weight_choice import Options
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
 from runtimes import Device
 from runtimes.errors import ConfigError, FailedError, PackageError, UsageError, first_names

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from olmo2_export.evaluate.revisions import RESULTS, sweep
     from olmo2_export.evaluate.revisions_plot import draw
     from olmo2_export.evaluate.text import HELDOUT
-    from olmo2_export.package.variants import Options
+    from olmo2_export.package.weight_choice import Options
     from runtimes.errors import UsageError
 
     if args.max_tokens is not None and args.max_tokens < 1:

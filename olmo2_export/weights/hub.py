@@ -9,8 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    SafetensorsParsingError,
+)
 
 from olmo2_export.config import LFS_POINTER
 from runtimes.errors import CheckpointError, CheckpointNotFoundError, broken_link, first_names
@@ -33,14 +38,16 @@ _ADAPTER = "adapter_config.json"
 _TEXTS = ["config.json", *TEXT_FILES, f"{TEMPLATES}/*.jinja", INDEX, _ADAPTER]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]  # of the client that this huggingface_hub has
 
 
-def locate(model: str, revision: str | None) -> tuple[Path, str, SourceKind]:
+def locate(model: str, revision: str | None, *, weights: bool = True) -> tuple[Path, str, SourceKind]:
     """Find a checkpoint and download what is on the Hub: its texts, then the weight files that its index names.
 
     Args:
         model: `demo`, a local folder, or a Hub id.
         revision: branch, tag or commit; Hub ids only.
+        weights: False leaves the weight files where they are.
 
     Returns:
         The folder; the Hub id, `demo`, or the folder's name; and which of these it is.
@@ -62,8 +69,37 @@ def locate(model: str, revision: str | None) -> tuple[Path, str, SourceKind]:
     folder = _download(model, revision, _TEXTS)
     at = folder.name if _COMMIT.fullmatch(folder.name) else revision  # all files of one commit
     shards = sorted(set(read_index(folder / INDEX).values())) if (folder / INDEX).exists() else []
-    _download(model, at, [SINGLE, *map(glob.escape, shards)])
+    if weights:
+        _download(model, at, [SINGLE, *map(glob.escape, shards)])
     return folder, model, "hub"
+
+
+def remote_headers(model: str, revision: str, files: Sequence[str]) -> dict[str, dict[str, tuple[str, list[int]]]]:
+    """Read the headers of weight files that stay on the Hub: some 100 KB of each.
+
+    Args:
+        model: a Hub id.
+        revision: a commit.
+        files: safetensors of the repository.
+
+    Returns:
+        Per file, tensor -> its dtype as safetensors names it, and its shape.
+
+    Raises:
+        CheckpointNotFoundError: the Hub cannot be reached, or has no such file.
+        CheckpointError: a header is damaged.
+    """
+    found: dict[str, dict[str, tuple[str, list[int]]]] = {}
+    for file in files:
+        try:
+            header = HfApi().parse_safetensors_file_metadata(model, file, revision=revision)
+        except SafetensorsParsingError as error:
+            raise CheckpointError(f"{model}: {file}: a damaged header; expected safetensors: {error}") from error
+        except (HfHubHTTPError, HFValidationError, OSError, _HTTP_ERROR) as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise CheckpointNotFoundError(f"{model}@{revision}: {file}: its header cannot be read: {reason}") from error
+        found[file] = {name: (str(info.dtype), list(info.shape)) for name, info in header.tensors.items()}
+    return found
 
 
 def _download(model: str, revision: str | None, patterns: Sequence[str]) -> Path:
