@@ -2,8 +2,9 @@
 
 Each segment of `taps` is a session of its own, on the weights in the graph's file; all that is to be computed goes
 through it before the next is opened. Between two segments hidden states are kept, and nothing else: each layer reads
-the KV cache that it has written itself. So a sequence is computed as it is by the whole graph, kernel for kernel and, in
-float32, bit for bit; a float16 graph is rounded between two segments, where a CPU runs the whole of it partly in float32.
+the KV cache that it has written itself. So a sequence is computed as it is by the whole graph, kernel for kernel and,
+in float32, bit for bit; a float16 graph is rounded between two segments, where a CPU runs the whole of it partly in
+float32.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from olmo2_export.catalog import find
 from olmo2_export.config import ModelConfig
 from olmo2_export.measure.quality import quality_size
 from olmo2_export.package.graph_sizes import VariantSizes
+from olmo2_export.package.variants import LARGE_GRAPH
 from olmo2_export.package.weight_choice import Options, choose_weights
 from olmo2_export.quantize.int8 import quantize_int8
 from olmo2_export.quantize.recipes import QUANTIZERS
@@ -94,7 +95,10 @@ def _phases(config: ModelConfig, variants: Sequence[VariantSizes], source_bytes:
             states = 4 * tokens * (6 * config.hidden_size + 3 * config.intermediate_size)
             found.append(("reference logits", base + logits + states + round(width * layer + 4 * in_layer)))
             for path, files in variant.graphs.items():
-                found.append((f"quality of {path}", base + logits + 2 * files.data))
+                part = files.data
+                if files.data > LARGE_GRAPH:  # a layer, or the head, at a time
+                    part = max(files.data // config.num_hidden_layers, files.largest)
+                found.append((f"quality of {path}", base + 2 * logits + states + 2 * part))
     return found
 
 

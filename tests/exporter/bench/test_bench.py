@@ -70,7 +70,7 @@ def test_stages(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["stages", "--size", "demo", "--work", str(tmp_path), "--precision", "fp16"]) == 0
     result = last_line(capfd.readouterr().out)
     assert result["checkpoint_mb"] == 13
-    assert [stage["stage"] for stage in result["stages"]] == ["export", "build fp16"]
+    assert [stage["stage"] for stage in result["stages"]] == ["export fp32", "build fp16"]
     assert all(0 < stage["seconds"] < 300 for stage in result["stages"])
     assert all(100 < stage["peak_memory_mb"] < 2500 for stage in result["stages"])
     assert list(tmp_path.iterdir()) == []
