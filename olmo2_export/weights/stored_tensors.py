@@ -27,7 +27,7 @@ _MAX_HEADER = 16 << 20
 _MAX_TENSORS = 100_000
 _PIECE = 1 << 18  # bytes looked at at a time: they stay in the processor's cache
 _ROWS = 16 << 20  # bytes of whole rows that are read at a time
-_TILE = 64  # a product with some rows has the bits of one with all rows if it begins at a multiple of this
+_TILE = 64  # rows: a product with a part has the bits of one with all if it begins at a multiple of this
 _FOREIGN = {
     b"version ": "a Git LFS pointer: run 'git lfs pull', or download the file itself",
     b"<!DOCTYP": "a web page: download the file itself",
@@ -158,7 +158,8 @@ def read_rows(path: Path, info: TensorInfo) -> Iterator[torch.Tensor]:
     rows = info.shape[0] if info.shape else 1
     row_size = info.size // rows
     step = max(1, min(rows, _ROWS // row_size))
-    step -= step % _TILE if step > _TILE else 0
+    if step > _TILE:  # parts of about one size: of a few rows at the end a product would have other bits
+        step = min(rows, -(-rows // -(-rows // step) // _TILE) * _TILE)
     block = np.empty(step * row_size, np.uint8)
     with _opened(path) as file:
         for first in range(0, rows, step):
