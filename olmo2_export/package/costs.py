@@ -5,7 +5,7 @@ Memory is the largest of the phases, each with one tensor or one layer of weight
 | phase                         | holds                                                                             |
 |-------------------------------|-----------------------------------------------------------------------------------|
 | writing a graph               | the largest tensor as it is read, and as it is written                             |
-| reference logits              | one layer as it is stored and its largest matrix in float32; hidden states, logits |
+| reference logits              | one layer in float32, a matrix as it is stored; hidden states, logits              |
 | measuring quality, whole      | the graph's weights, mapped, and as the kernels keep them                          |
 | measuring quality, by layer   | the same of one layer or of the head                                               |
 
@@ -33,11 +33,12 @@ from olmo2_export.quantize.recipes import QUANTIZERS
 from olmo2_export.quantize.search import search
 from olmo2_export.weights.stored_names import linear_names, weight_shapes
 
-BASE = 650 << 20
+BASE = 520 << 20
 """bytes of PyTorch, onnx and onnxruntime, loaded"""
 
 _TRACE_LAYER = 3 << 20  # bytes of a traced layer, with its clones
 _PIECE = 64 << 20  # bytes of what is read and written at a time
+_KEPT = 400 << 20  # bytes, at most, that the allocator does not give back after the reference
 _START, _TRACE = 6.0, 0.25  # seconds; seconds per layer and graph
 _BYTES_PER_SECOND = 1e9  # read, hashed, checked or written, one after the other
 _KERNELS = 2.0  # times the speed of the float32 product: what onnxruntime's kernels of few bits reach, with the checks
@@ -82,23 +83,24 @@ def _phases(config: ModelConfig, variants: Sequence[VariantSizes], source_bytes:
     base = BASE + _TRACE_LAYER * config.num_hidden_layers + _PIECE
     layer = sum(math.prod(shape) for shape in tensor_shapes(of_layer(operations(config), 0)).values())
     in_layer = max(shapes[name][0] * shapes[name][1] for name in linear_names(config))
+    kept = min(_KEPT, 4 * layer)
     found = [("checking weights", base)]
     for variant in variants:
         row = find(variant.name)
-        for path, files in variant.graphs.items():
+        for number, (path, files) in enumerate(variant.graphs.items()):
             # In blocks: the matrix, and the one before. In 16 bits: joined, then rounded.
             read = 0 if row.graph == "portable" else width * largest if row.graph == "blocks" else 2 * files.largest
-            found.append((f"writing {path}", base + round(files.largest + read)))
+            found.append((f"writing {path}", base + kept * number + round(files.largest + read)))
         if row.defaults is not None:
             tokens = quality_size(config)
             logits = 4 * tokens * config.vocab_size
             states = 4 * tokens * (6 * config.hidden_size + 3 * config.intermediate_size)
-            found.append(("reference logits", base + logits + states + round(width * layer + 4 * in_layer)))
+            found.append(("reference logits", base + logits + states + round(4 * layer + width * in_layer)))
             for path, files in variant.graphs.items():
                 part = files.data
                 if files.data > LARGE_GRAPH:  # a layer, or the head, at a time
                     part = max(files.data // config.num_hidden_layers, files.largest)
-                found.append((f"quality of {path}", base + 2 * logits + states + 2 * part))
+                found.append((f"quality of {path}", base + kept + 2 * logits + states + 2 * part))
     return found
 
 
