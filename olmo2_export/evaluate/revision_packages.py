@@ -13,7 +13,7 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.engine.options import CURRENT, EngineOptions, gpu_at_hand
 from olmo2_export.engine.renew import as_built, renew, why_another
 from olmo2_export.package.export import export
-from olmo2_export.package.variants import Options
+from olmo2_export.package.weight_choice import Options
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
 from runtimes.errors import BackendError, ConfigError, IntegrityError, PackageError, UsageError
 from runtimes.package import open_package

@@ -26,7 +26,7 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.dtypes import float_dtype
 from olmo2_export.truth.reference import Rounding, reference_config, use_float64_norms
 from olmo2_export.weights.checkpoint import Checkpoint
-from olmo2_export.weights.stored_names import stored_weight
+from olmo2_export.weights.stored_names import EMBEDDING, HEAD, stored_weight
 
 Weights = Callable[[str], Tensor]
 """a weight by the checkpoint's name, in the checkpoint's layout"""
@@ -73,6 +73,23 @@ _CLASSES: dict[str, _Classes] = {
 }
 
 
+@dataclass(frozen=True)
+class StoredTables:
+    """Embedding and head of a checkpoint, read in parts: neither is in memory as a whole."""
+
+    checkpoint: Checkpoint
+    tied: bool
+    """the head is the embedding"""
+
+    def embedding(self, ids: Tensor) -> Tensor:
+        """Return the rows of tokens: int64 [S] -> [S, hidden], as they are stored."""
+        return self.checkpoint.picked(EMBEDDING, ids)
+
+    def head(self) -> Iterator[Tensor]:
+        """Yield the rows of the head, [n, hidden], as they are stored; a part is overwritten by the next."""
+        return self.checkpoint.rows(EMBEDDING if self.tied else HEAD)
+
+
 class TorchModel:
     """Makes layers and the head of one model, in one dtype."""
 
@@ -83,8 +100,12 @@ class TorchModel:
         precision: str,
         rounding: Mapping[str, Rounding] | None = None,
         tables: torch.dtype = torch.float32,
+        stored: StoredTables | None = None,
     ) -> None:
-        """See `views.View`; `tables` is the dtype that a graph's rotary tables have."""
+        """See `views.View`; `tables` is the dtype that a graph's rotary tables have.
+
+        `stored` reads embedding and head in parts; without it they come whole from `weights`.
+        """
         self.config: Any = reference_config(folder)
         self.classes = _CLASSES[self.config.model_type]
         self.config._attn_implementation = "sdpa"
@@ -94,10 +115,12 @@ class TorchModel:
         self.rounding = dict(rounding or {})
         self.weights = weights
         self.tables = tables
+        self.stored = stored
 
     def embed(self, ids: Tensor) -> Tensor:
         """Look tokens up: int64 [S] -> [1, S, hidden]."""
-        return self.weights("model.embed_tokens.weight")[ids].to(self.dtype)[None]
+        rows = self.weights(EMBEDDING)[ids] if self.stored is None else self.stored.embedding(ids)
+        return rows.to(self.dtype)[None]
 
     def layer(self, index: int) -> TorchLayer:
         """Read one layer."""
@@ -118,10 +141,15 @@ class TorchModel:
 
     def head(self, x: Tensor) -> Tensor:
         """Return logits: [..., hidden] -> [..., V]."""
-        rounding = self.rounding.get("lm_head.weight")
+        rounding = self.rounding.get(HEAD)
         x = x.to(self.dtype) if rounding is None else rounding(x.to(self.dtype))
-        parts = torch.split(self.weights("lm_head.weight"), _ROWS)
-        return torch.cat([F.linear(x, part.to(self.dtype)) for part in parts], dim=-1)
+        parts = torch.split(self.weights(HEAD), _ROWS) if self.stored is None else self.stored.head()
+        logits = x.new_empty(*x.shape[:-1], self.config.vocab_size)
+        end = 0
+        for part in parts:
+            start, end = end, end + len(part)
+            logits[..., start:end] = F.linear(x, part.to(self.dtype))
+        return logits
 
 
 class TorchLayer:
@@ -261,7 +289,8 @@ class TorchLayer:
 
 def open_layers(checkpoint: Checkpoint, config: ModelConfig) -> TorchModel:
     """Return transformers' float32 model of a checkpoint, whose layers are read when they are asked for."""
-    return TorchModel(checkpoint.folder, partial(stored_weight, checkpoint, config), "fp32")
+    weights, stored = partial(stored_weight, checkpoint, config), StoredTables(checkpoint, config.tie_word_embeddings)
+    return TorchModel(checkpoint.folder, weights, "fp32", stored=stored)
 
 
 @torch.inference_mode()

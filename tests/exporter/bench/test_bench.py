@@ -70,10 +70,26 @@ def test_stages(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["stages", "--size", "demo", "--work", str(tmp_path), "--precision", "fp16"]) == 0
     result = last_line(capfd.readouterr().out)
     assert result["checkpoint_mb"] == 13
-    assert [stage["stage"] for stage in result["stages"]] == ["export", "build fp16"]
+    assert [stage["stage"] for stage in result["stages"]] == ["export fp32", "build fp16"]
     assert all(0 < stage["seconds"] < 300 for stage in result["stages"])
     assert all(100 < stage["peak_memory_mb"] < 2500 for stage in result["stages"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_stages_by_layer(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["stages", "--size", "demo", "--work", str(tmp_path), "--variant", "q4", "--no-build"]
+    assert main([*command, "--layers", "1"]) == 2
+    assert "--layers 1: expected 2 or more" in capfd.readouterr().err
+    assert main([*command, "--layers", "4", "--no-prefill-graph"]) == 0
+    printed = capfd.readouterr().out.splitlines()
+    result = json.loads(printed[-1])
+    few, many = result["stages"]
+    assert (few["layers"], many["layers"]) == (2, 4)
+    assert many["said_package_mb"] == many["package_mb"] > few["package_mb"]
+    assert 100 < many["said_peak_memory_mb"] < 3 * many["peak_memory_mb"]
+    (layer,) = result["per_layer"]
+    assert layer["whole_package_mb"] >= many["package_mb"]
+    assert "so the whole model" in printed[-3]
 
 
 @pytest.mark.alone

@@ -108,7 +108,7 @@ def find_segments(model: ir.Model, rows: Sequence[Operation]) -> list[Segment]:
     return [*segments, Segment(None, taps | {"logits": "logits"}, ends[-1], None)]
 
 
-def cut(model: ir.Model, segment: Segment, hidden_shape: Sequence[int] | None = None) -> ir.Model:
+def cut(model: ir.Model, segment: Segment, hidden_shape: Sequence[int | str] | None = None) -> ir.Model:
     """Return a segment as a graph; its outputs are its taps and its result, in float32 where they are bfloat16.
 
     Args:
