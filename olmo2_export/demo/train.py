@@ -7,9 +7,8 @@ The text comes from Debian's `bible-kjv` package (public domain):
 
 It writes an ordinary Hugging Face checkpoint (bfloat16 safetensors, config, tokenizer), the held-out chapters, a
 table of losses and a model card. Training uses transformers' own models, so the weights owe nothing to the model code
-of this project. `--model-type olmo --small` is the OLMo 1 of tests/data. One seed fixes the split, the initial weights
-and the order of the batches; the last bits of the weights still depend on the machine's matrix kernels and thread
-count.
+of this project. `--model-type olmo` trains an OLMo 1. One seed fixes the split, the initial weights and the order of
+the batches; the last bits of the weights still depend on the machine's matrix kernels and thread count.
 """
 
 from __future__ import annotations

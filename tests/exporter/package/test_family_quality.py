@@ -1,4 +1,4 @@
-"""What quantising costs OLMo 1 and Olmo 3: of trained models, as the quality of random weights says nothing."""
+"""What quantising costs Olmo 3: of trained weights, as the quality of random ones says nothing."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from olmo2_export.measure.quality import broken_limits
 from runtimes.package import open_package
 
 DEMO = Path(olmo2_export.demo.__file__).parent
-OLMO1 = Path(__file__).parents[2] / "data" / "olmo1"
-"""trained by `python -m olmo2_export.demo.train kjv.txt --model-type olmo --small`; its card is in the folder"""
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +38,10 @@ def olmo3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["olmo1", "olmo3"])
 def test_quantised_it_holds_the_gates_of_quality(
-    name: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    olmo3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = OLMO1 if name == "olmo1" else request.getfixturevalue("olmo3")
-    assert main(["export", str(model), "--out", str(tmp_path / "p"), "--variant", "q4"]) == 0
+    assert main(["export", str(olmo3), "--out", str(tmp_path / "p"), "--variant", "q4"]) == 0
     variant = open_package(tmp_path / "p").manifest.variants["q4"]
     gates = find("q4").weights.gates
     assert gates is not None
@@ -53,6 +49,6 @@ def test_quantised_it_holds_the_gates_of_quality(
     assert variant.quality.tokens_from == "text"
     assert broken_limits(variant.quality, gates[0]) == []
     assert variant.prefill is not None  # int8 by int8 holds them too
-    verify = ["verify", str(tmp_path / "p"), "--reference", str(model), "--longest", "64"]
+    verify = ["verify", str(tmp_path / "p"), "--reference", str(olmo3), "--longest", "64"]
     assert main(verify) == 0
     assert "q4 on ort: kernel parity passed, quality passed" in capsys.readouterr().out
