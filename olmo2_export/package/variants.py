@@ -11,7 +11,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -139,10 +139,6 @@ def _defaults(row: VariantRow) -> QuantizationDefaults:
     return row.defaults
 
 
-# Many revisions of a model have one graph, and some sizes are exported in turns; without weights a layer is 0.1 MB.
-_trace_once = lru_cache(maxsize=8)(trace)
-
-
 class VariantWriter:
     """Writes the variants of one checkpoint; traces it once, and asks PyTorch for its logits once."""
 
@@ -184,7 +180,7 @@ class VariantWriter:
     @cached_property
     def _traced(self) -> ir.Model:
         with tqdm(total=1, desc="tracing", bar_format="{desc} {elapsed}", leave=False):
-            return _trace_once(self._config)
+            return trace(self._config)
 
     @cached_property
     def _reference(self) -> tuple[list[np.ndarray], TokensFrom, list[np.ndarray]]:
