@@ -25,7 +25,8 @@ from olmo2_export.graphs.files import attach_weights
 from olmo2_export.graphs.predicted import GraphBytes, cache_bytes_per_token, predicted_bytes, shortened
 from olmo2_export.graphs.shared import decode_graph, prefill_graph, shared_graph
 from olmo2_export.graphs.static import static_graph
-from olmo2_export.package.variants import cache_spec, trace_once
+from olmo2_export.graphs.trace import trace
+from olmo2_export.package.variants import cache_spec
 from olmo2_export.package.weight_choice import Options, choose_weights, defaults_of
 from olmo2_export.quantize.blocks import QuantizedMatrix
 from olmo2_export.quantize.recipes import MIXED, QuantizedWeights
@@ -114,7 +115,7 @@ def _graphs(
     row: VariantRow, checkpoint: Checkpoint, config: ModelConfig, options: Options
 ) -> Iterator[tuple[str, GraphBytes]]:
     small, layers = shortened(config), config.num_hidden_layers
-    rows, traced = operations(small), trace_once(small)
+    rows, traced = operations(small), trace(small)
     weights: QuantizedWeights | None = None
     if row.defaults is not None:
         weights = QuantizedWeights(choose_weights(row, options, rows).formats(small), _never, _never_read)
@@ -159,7 +160,7 @@ def engine_graph_bytes(precision: Precision, checkpoint: Checkpoint, config: Mod
     except UsageError:
         return None
     small = shortened(config)
-    graph: ir.Model = trace_once(small).clone()
+    graph: ir.Model = trace(small)
     attach_weights(graph, checkpoint, small)
     weights = None
     if catalog.static_row(precision).weights.quantized:

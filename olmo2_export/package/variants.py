@@ -10,7 +10,7 @@ import base64
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -115,10 +115,6 @@ def check_variants(variants: Sequence[str], config: ModelConfig, options: Option
         )
 
 
-trace_once = lru_cache(maxsize=8)(trace)
-"""many revisions of a model have one graph, and some sizes are exported in turns; without weights a layer is 0.1 MB"""
-
-
 def cache_spec(config: ModelConfig, form: CacheForm, dtype: Dtype) -> KVCacheSpec:
     """Return the KV cache of a model in a package, not quantised."""
     return KVCacheSpec(
@@ -128,6 +124,7 @@ def cache_spec(config: ModelConfig, form: CacheForm, dtype: Dtype) -> KVCacheSpe
         num_key_value_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         max_cache_length=config.max_position_embeddings,
+        windows=config.windows,
     )
 
 
@@ -172,7 +169,7 @@ class VariantWriter:
     @cached_property
     def _traced(self) -> ir.Model:
         with tqdm(total=1, desc="tracing", bar_format="{desc} {elapsed}", leave=False):
-            return trace_once(self._config)
+            return trace(self._config)
 
     @cached_property
     def _reference(self) -> tuple[list[np.ndarray], TokensFrom, list[np.ndarray]]:
