@@ -53,8 +53,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify_checks, "quality_tokens", partial(verify_checks.quality_tokens, most=128))
     measured = verify_variant.quality_checks
 
-    def without_quality_of_quantised(package: Any, entry: Variant, *others: Any) -> Any:
-        return NO_QUALITY if entry.quantization is not None else measured(package, entry, *others)
+    def without_quality_of_quantised(package: Any, entry: Variant, *others: Any, **options: Any) -> Any:
+        return NO_QUALITY if entry.quantization is not None else measured(package, entry, *others, **options)
 
     monkeypatch.setattr(verify_variant, "quality_checks", without_quality_of_quantised)
 
@@ -173,7 +173,7 @@ def test_on_a_device_quantised_weights_are_dequantised_as_they_are(
 
     on_gpu = table._on_gpu
     # Random weights are hard to round.
-    monkeypatch.setattr(verify_variant, "quality_checks", lambda *_: NO_QUALITY)
+    monkeypatch.setattr(verify_variant, "quality_checks", lambda *_, **__: NO_QUALITY)
     monkeypatch.setattr(table, "_on_gpu", with_float32_cache)
     (report,) = verify(trt_package("int8"), open_checkpoint(str(tiny_checkpoint)), variants=["trt_int8"], device="cuda")
     assert report.passed, format_reports([report])
