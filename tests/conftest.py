@@ -21,9 +21,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--packages", type=Path, help="a folder that packages.py has written; default: export them")
     parser.addoption("--shared", type=Path, help="a folder for what is made once, which another run goes on with")
 
+    parser.addoption("--support", choices=("check", "write"), help="compare the support matrix, or write it anew")
 
-def pytest_configure() -> None:
+
+def pytest_configure(config: pytest.Config) -> None:
     take_one_cpu()
+    mode: str | None = config.getoption("--support")
+    if mode is not None and not hasattr(config, "workerinput"):  # the process that hears of all tests
+        from support.matrix import Matrix
+
+        config.pluginmanager.register(Matrix(mode, config.rootpath))
 
 
 def pytest_collection_finish() -> None:
@@ -106,6 +113,24 @@ def demo_package(request: pytest.FixtureRequest) -> Path:
 def demo_two_package(request: pytest.FixtureRequest) -> Path:
     """The demo in fp32 and q4, verified by nobody. Do not change it."""
     return _package(request, "demo_two")
+
+
+@pytest.fixture
+def remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch is asked the same only once, see `support.remembered`."""
+    from support.remembered import remember
+
+    remember(monkeypatch)
+
+
+@pytest.fixture
+def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """verify measures quality on one sequence instead of 4096 tokens: for tests that look at something else."""
+    from functools import partial
+
+    from olmo2_export.verify import checks
+
+    monkeypatch.setattr(checks, "quality_tokens", partial(checks.quality_tokens, most=1))
 
 
 @pytest.fixture(scope="session")

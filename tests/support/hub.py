@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "owner/tiny-olmo2"
@@ -37,12 +41,35 @@ def files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
+def refs_of(kind: str, names: Iterable[str]) -> list[dict[str, str]]:
+    """Branches (heads) or tags, as the Hub lists them."""
+    return [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": commit_of(name)} for name in names]
+
+
+def point_to(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path, *, offline: bool = False) -> None:
+    """Do in this process what HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE do in a new one, which costs five seconds.
+
+    The library reads them when it is imported, and its constants at every call.
+    """
+    names = {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}"}
+    names |= {"HF_HOME": str(cache), "HF_HUB_CACHE": str(cache / "hub"), "HF_XET_CACHE": str(cache / "xet")}
+    for name, value in names.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    huggingface_hub.close_session()  # of another server
+
+
 @contextmanager
-def local_hub(folder: Path, revisions: Mapping[str, Path] | None = None) -> Iterator[Hub]:
-    """Serve a checkpoint folder as `REPOSITORY`, branch main at `COMMIT`, and others under other revisions."""
+def local_hub(
+    folder: Path, revisions: Mapping[str, Path] | None = None, tags: Mapping[str, Path] | None = None
+) -> Iterator[Hub]:
+    """Serve a checkpoint folder as `REPOSITORY`, branch main at `COMMIT`, and others as other branches and tags."""
     hub = Hub()
-    folders = {commit_of(name): path for name, path in {"main": folder, **(revisions or {})}.items()}
-    commits = {name: commit_of(name) for name in ("main", *(revisions or {}))} | {c: c for c in folders}
+    branches = {"main": folder, **(revisions or {})}
+    served = {**branches, **(tags or {})}
+    folders = {commit_of(name): path for name, path in served.items()}
+    commits = {name: commit_of(name) for name in served} | {c: c for c in folders}
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -58,6 +85,10 @@ def local_hub(folder: Path, revisions: Mapping[str, Path] | None = None) -> Iter
 
         def answer(self, body: bool) -> None:
             path = unquote(self.path.split("?")[0])
+            if path == f"/api/models/{REPOSITORY}/refs":
+                refs = {"branches": refs_of("heads", branches), "tags": refs_of("tags", tags or {}), "converts": []}
+                self.send(200, json.dumps(refs).encode(), {"Content-Type": "application/json"}, body)
+                return
             for name, commit in commits.items():
                 folder, prefix = folders[commit], f"/{REPOSITORY}/resolve/{name}/"
                 if path == f"/api/models/{REPOSITORY}/revision/{name}":
