@@ -75,7 +75,7 @@ def locate(model: str, revision: str | None, *, weights: bool = True) -> tuple[P
     """
     if model == DEMO:
         return Path(__file__).parents[1] / "demo", DEMO, "demo"
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.is_dir():
         return path, path.resolve().name, "folder"
     if path.exists():
@@ -103,6 +103,14 @@ def _file_names(model: str, revision: str | None) -> list[str]:
         return HfApi().list_repo_files(model, revision=revision)
     except _REQUEST_FAILED:
         return []
+
+
+def expanded(model: str) -> Path:
+    """Return a path, `~` and `~user` replaced where there is such a user."""
+    try:
+        return Path(model).expanduser()
+    except RuntimeError:  # no such user, or no home
+        return Path(model)
 
 
 def is_hub_id(model: str) -> bool:
