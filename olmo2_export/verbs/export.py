@@ -33,7 +33,7 @@ def declare(verb: argparse.ArgumentParser) -> None:
         "--calibration", type=Path, metavar="FILE", help="UTF-8 text for gptq, mixed and a quantised KV cache"
     )
     verb.add_argument("--size-budget", type=float, metavar="BITS", help="bits per weight, for mixed and gptq-mixed")
-    verb.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="weights that share a scale; default 128")
+    verb.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="weights that share a scale")
     cached, prefilled = listed(exported(lambda row: row.quantized_cache)), listed(exported(lambda r: r.prefill_graph))
     halves = listed(exported(lambda row: row.dtype == "float16"))
     caches = [cache.name for cache in catalog.KV_CACHES]

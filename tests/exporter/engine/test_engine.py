@@ -163,8 +163,7 @@ def test_two_builds_are_byte_identical(
 ) -> None:
     """Also from another folder, with another environment and other engines beside it.
 
-    The threads of a build take turns on one CPU; where other processes want it too, the system stops them elsewhere,
-    memory is laid out otherwise, and so are some bytes of a plan.
+    Beside other processes two plans have differed, seen twice and never again; the cause is not known.
     """
     package = copied(tiny_package, tmp_path / "a" / "package with spaces")
     monkeypatch.chdir(tmp_path)
