@@ -23,6 +23,8 @@ _COLUMNS = 256  # whose largest logits bound the k-th largest of all from below
 _BLOCK = 1024  # weights that are summed first when one of many is drawn
 _SINGLE = 1e-5  # relative error of a sum of weights in float32, several times over
 _FLOORS = (0.05, 0.002, 1e-4)  # weights, the largest being 1; most of a text's nuclei lie above the first
+_SORTED = 4096  # weights that are sorted to find the least that is kept; of more, a histogram finds where it lies
+_BINS = 1024
 
 Floats: TypeAlias = npt.NDArray[np.floating[Any]]
 Weights: TypeAlias = npt.NDArray[np.float64]
@@ -190,12 +192,15 @@ class Sampler:
         share = self.top_p * float(_block_sums(weights).sum(dtype=np.float64))
         for floor in _FLOORS:
             ids = np.flatnonzero(weights >= np.float32(floor))
+            if len(ids) > _SORTED:
+                return None
             exact = np.exp((logits[ids] - largest) / self.temperature)
             if exact.sum() > share * (1 + _SINGLE):
                 order = np.argsort(-exact, kind="stable")
                 sums = exact[order].cumsum()
                 first, last = (int(sums.searchsorted(share * (1 + error))) for error in (-_SINGLE, _SINGLE))
-                return (ids[order[: last + 1]], exact[order[: last + 1]]) if first == last else None
+                places = np.sort(order[: last + 1])
+                return (ids[places], exact[places]) if first == last else None
         return None
 
     def _floats(self, count: int) -> Weights:
@@ -217,18 +222,39 @@ def _kth_largest(logits: Floats, k: int) -> np.floating[Any]:
 
 
 def _nucleus(weights: Weights, top_p: float) -> npt.NDArray[np.intp]:
-    """Return the places of the fewest, largest weights whose share is at least `top_p`; the lower place first."""
-    total = _block_sums(weights).sum()
-    # Weights below the last of these sum to less than 1 - top_p; with fewer the sort is short.
-    for floor in (*_FLOORS, (1 - top_p) / len(weights) * total):
-        above = weights >= floor
-        large = weights[above]
-        if large.sum() > top_p * total * (1 + 1e-9):  # then the cut is among these
+    """Return the places, ascending, of the fewest, largest weights whose share is at least `top_p`.
+
+    Of equal weights the lower places are kept.
+    """
+    share = top_p * _block_sums(weights).sum()
+    large = weights
+    for floor in _FLOORS:
+        likely = weights[weights >= floor]
+        if likely.sum() > share * (1 + 1e-9):  # then the cut is among these
+            large = likely
             break
-    likely = np.flatnonzero(above)
-    order = np.argsort(-large, kind="stable")
-    shares = (large[order] / total).cumsum()
-    return likely[order[: int(shares.searchsorted(top_p)) + 1]]
+    least, times = _least_of_nucleus(large, share)
+    kept = weights > least
+    kept[np.flatnonzero(weights == least)[:times]] = True
+    return np.flatnonzero(kept)
+
+
+def _least_of_nucleus(weights: Weights, share: float) -> tuple[np.float64, int]:
+    """Return the least of the fewest, largest weights that sum to at least `share`, and how often it is among them.
+
+    Where they are almost alike, as at a high temperature, nearly all are kept, and sorting them would take fifty times
+    as long as the rest of a draw: a histogram says in which bin the least one lies, another in which part of that bin.
+    """
+    while len(weights) > _SORTED and (width := weights.max() - weights.min()) > _BINS * np.finfo(np.float64).tiny:
+        bins = ((weights.max() - weights) * ((_BINS - 1) / width)).astype(np.intp)
+        sums = np.bincount(bins, weights).cumsum()
+        last = min(int(sums.searchsorted(share)), _BINS - 1)
+        share -= sums[last - 1] if last else 0.0
+        weights = weights[bins == last]
+    weights = np.sort(weights)[::-1]
+    last = min(int(weights.cumsum().searchsorted(share)), len(weights) - 1)
+    least: np.float64 = weights[last]
+    return least, int((weights[: last + 1] == least).sum())
 
 
 def _drawn(weights: Weights, uniform: float) -> int:
