@@ -34,6 +34,7 @@ from runtimes.runners.slots import (
     check_exact_append,
     check_slot_length,
     check_step,
+    is_computed_again,
     piece_length,
 )
 
@@ -140,13 +141,7 @@ class ConcatRunner:
 
     @one_thread
     def prefill(self, sequences: Sequence[TokenIds], *, all_positions: bool = False) -> list[Logits]:
-        self._refuse_slots()
-        rows = check_rows(
-            sequences,
-            vocab_size=self.model.vocab_size,
-            cache_lengths=self.cache_lengths,
-            max_cache_length=self.max_cache_length,
-        )
+        rows = self._checked(sequences)
         cache = self._empty_cache(len(rows)) if self._cache is None else self._cache
         logits, extended = self._extend(cache, rows, all_positions)
         check_finite(logits, extended.lengths)
@@ -163,7 +158,18 @@ class ConcatRunner:
 
     @one_thread
     def decode_block(self, token_ids: TokenIds) -> Logits:
-        return self.prefill([token_ids], all_positions=True)[0]
+        if not self.exact:
+            return self.prefill([token_ids], all_positions=True)[0]
+        (ids,) = self._checked([token_ids])
+        cache = self._empty_cache(1) if self._cache is None else self._cache
+        steps = []  # as `decode` would, to the bit
+        for n in range(len(ids)):
+            (logits,), cache = self._extend(cache, [ids[n : n + 1]], all_positions=False)
+            steps.append(logits)
+        block: Logits = np.concatenate(steps)  # (n, V)
+        check_finite([block], cache.lengths)
+        self._cache = cache
+        return block
 
     @one_thread
     def truncate(self, lengths: Sequence[int]) -> None:
@@ -306,8 +312,21 @@ class ConcatRunner:
 
     def _first(self, state: _Slot, length: int) -> _Slot:
         """Return a slot with the first tokens of another; the values are shared, as nothing changes them."""
-        cache = state.cache if length == len(state.tokens) else self._shortened(state.cache, (length,))
+        if is_computed_again(length, state.prompted, self.exact):
+            logits, cache = self._extend(self._empty_cache(1), [state.tokens[:length]], all_positions=False)
+            check_finite(logits, cache.lengths)
+        else:
+            cache = state.cache if length == len(state.tokens) else self._shortened(state.cache, (length,))
         return _Slot(cache, _NOTHING, min(state.prompted, length))
+
+    def _checked(self, sequences: Sequence[TokenIds]) -> list[Ids]:
+        self._refuse_slots()
+        return check_rows(
+            sequences,
+            vocab_size=self.model.vocab_size,
+            cache_lengths=self.cache_lengths,
+            max_cache_length=self.max_cache_length,
+        )
 
     def _check_new(self, token_ids: TokenIds, held: int) -> list[Ids]:
         return check_rows(

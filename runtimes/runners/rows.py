@@ -32,7 +32,14 @@ from runtimes.runners.runner import (
     check_token_ids,
     no_candidates,
 )
-from runtimes.runners.slots import DEFAULT_SLOTS, check_exact_append, check_slot_length, check_step, piece_length
+from runtimes.runners.slots import (
+    DEFAULT_SLOTS,
+    check_exact_append,
+    check_slot_length,
+    check_step,
+    is_computed_again,
+    piece_length,
+)
 
 _NOTHING: Ids = np.zeros(0, np.int64)
 
@@ -212,7 +219,10 @@ class RowRunner(ABC):
         ids = ids[: check_slot_length(length, len(ids), least=1)]
         copy = self._new_slot(ids)
         try:
-            self._copy(row, self._rows[copy], ids)
+            if is_computed_again(len(ids), self._prompted[number], self.exact):
+                self._compute_again(self._rows[copy], ids, f"slot {copy}")
+            else:
+                self._copy(row, self._rows[copy], ids)
         except BaseException:
             self._free(copy)
             raise
@@ -223,7 +233,10 @@ class RowRunner(ABC):
     def truncate_slot(self, slot: int, length: int) -> None:
         row, number = self._row(slot), int(slot)
         ids = self._row_tokens(row)
-        self._tokens[row] = kept = ids[: check_slot_length(length, len(ids))]
+        kept = ids[: check_slot_length(length, len(ids))]
+        if is_computed_again(len(kept), self._prompted[number], self.exact):
+            self._compute_again(row, kept, f"slot {number}")
+        self._tokens[row] = kept
         self._pending.pop(number, None)
         self._prompted[number] = min(self._prompted[number], len(kept))
 
@@ -293,7 +306,10 @@ class RowRunner(ABC):
 
     def _copy(self, source: int, target: int, ids: Ids) -> None:  # noqa: ARG002  # where rows cannot be copied
         """Give a row the keys and values of another's first tokens: `ids`, at least one."""
-        self._check_finite([self._feed(target, _NOTHING, ids)], [len(ids)], first_row=target)
+        self._compute_again(target, ids, f"row {target}")
+
+    def _compute_again(self, row: int, ids: Ids, row_name: str) -> None:
+        self._check_finite([self._feed(row, _NOTHING, ids)], [len(ids)], first_row=row, row_name=row_name)
 
     def _give_back(self, row: int) -> None:  # noqa: B027  # most memory has no one to take it
         """Tell the system that what a row holds is not needed."""

@@ -135,6 +135,8 @@ class Slots(Runner, Protocol):
     def copy_prefix(self, slot: int, length: int) -> int:
         """Take another slot, with the first tokens of one that holds them: a prompt's common beginning, or a fork.
 
+        An exact runner computes fewer than `EXACT_TOKENS` of a longer prompt again.
+
         Args:
             slot: which holds them.
             length: tokens, at least one.
@@ -145,14 +147,18 @@ class Slots(Runner, Protocol):
         Raises:
             InputError: the slot is free or holds fewer, or all slots are taken.
             ContextLengthError: as `begin`.
+            NumericError: a logit of what is computed again is NaN or infinite; no slot is taken.
         """
         ...
 
     def truncate_slot(self, slot: int, length: int) -> None:
         """Keep only the first tokens of a slot, and forget what was to be computed behind them.
 
+        An exact runner computes fewer than `EXACT_TOKENS` of a longer prompt again.
+
         Raises:
             InputError: the slot is free or holds fewer.
+            NumericError: a logit of what is computed again is NaN or infinite; the slot is as it was.
         """
         ...
 
@@ -207,6 +213,19 @@ def check_exact_append(held: int, prompted: int, more: int) -> None:
             f"an exact slot with {held} tokens and {more} to append: expected a multiple of {EXACT_TOKENS} and at "
             f"least {EXACT_TOKENS}; keep fewer"
         )
+
+
+def is_computed_again(length: int, prompted: int, exact: bool) -> bool:
+    """Tell whether the first tokens of a slot, to be those of a prompt of their own, have to be computed again.
+
+    The keys and values of a prompt's piece do not depend on its length from `EXACT_TOKENS` on; below they do.
+
+    Args:
+        length: tokens that are kept or copied.
+        prompted: first tokens of the slot that were computed as a prompt.
+        exact: whether the runner is.
+    """
+    return exact and 0 < length < min(EXACT_TOKENS, prompted)
 
 
 def check_slot_length(length: int, held: int, least: int = 0) -> int:

@@ -439,6 +439,29 @@ def test_an_exact_prefix_that_is_copied_gives_the_bits_of_the_whole_prompt(packa
         assert differing([found], [wanted[1]]) == 0  # type: ignore[list-item]
 
 
+@pytest.mark.parametrize("length", [1, 3, 7, 8, 13, 25])
+@pytest.mark.parametrize("prompted", [4, 21])
+def test_an_exact_slot_that_is_cut_has_the_bits_of_a_prompt_so_short(package: Path, prompted: int, length: int) -> None:
+    prompt, text = tokens(prompted, 1), tokens(25 - prompted, 2)
+    after = tokens(3, 3)
+    with open_runner(package, threads=1, exact=True) as runner:
+        slot, _ = runner.admit(prompt[: min(length, prompted)])
+        for token in text[: max(0, length - prompted)]:
+            runner.step({slot: token})
+        wanted = [runner.step({slot: token})[slot] for token in after]
+        runner.reset()
+        slot, _ = runner.admit(prompt)
+        for token in text:
+            runner.step({slot: token})
+        fork = runner.copy_prefix(slot, length)
+        assert runner.slot_tokens(fork).tolist() == (prompt + text)[:length]
+        runner.truncate_slot(slot, length)
+        for token, logits in zip(after, wanted, strict=True):
+            found = runner.step({slot: token, fork: token})
+            assert np.array_equal(found[slot], logits)
+            assert np.array_equal(found[fork], logits)
+
+
 def test_an_exact_runner_refuses_what_it_cannot_make_exact(package: Path) -> None:
     with open_runner(package, threads=1, exact=True) as runner:
         slot, _ = runner.admit(tokens(24))
@@ -467,8 +490,8 @@ def test_an_exact_batch_and_an_exact_block_have_the_bits_of_slots(package: Path)
         for token, logits in zip(text, wanted, strict=True):
             assert np.array_equal(runner.decode([token])[0], logits)
         runner.truncate([30])
-        if not isinstance(runner, ConcatRunner):
-            assert np.array_equal(runner.decode_block(text), np.stack(wanted))
+        assert np.array_equal(runner.decode_block(text), np.stack(wanted))
+        assert runner.cache_lengths == (35,)
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "4", True])
