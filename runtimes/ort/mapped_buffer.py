@@ -9,6 +9,7 @@ A layer with a window gives back what no later token sees: its pages read as zer
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Sequence
 from typing import Any
@@ -139,4 +140,7 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[mmap.mmap | No
         return None, np.zeros(shape, dtype)
     size = int(np.prod(shape)) * dtype.itemsize
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # where a system makes huge pages of all memory, a short row would fill one
+        with contextlib.suppress(OSError):  # of a kernel that has none
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
     return pages, np.frombuffer(pages, dtype).reshape(shape)
