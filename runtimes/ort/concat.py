@@ -31,6 +31,7 @@ from runtimes.runners.runner import (
 )
 from runtimes.runners.slots import (
     DEFAULT_SLOTS,
+    admit,
     check_exact_append,
     check_slot_length,
     check_step,
@@ -214,24 +215,11 @@ class ConcatRunner:
 
     @one_thread
     def admit(self, token_ids: TokenIds) -> tuple[int, Logits]:
-        slot = self.begin(token_ids)
-        try:
-            logits = self.extend(slot)
-        except BaseException:
-            self.release(slot)
-            raise
-        assert logits is not None
-        return slot, logits
+        return admit(self, token_ids)
 
     @one_thread
     def step(self, token_ids: Mapping[int, int]) -> dict[int, Logits]:
-        slots = check_step(token_ids)
-        free = [slot for slot in slots if slot not in self._slots]
-        if free or not slots:
-            raise InputError(f"slot {free[0] if free else '(none)'}: not admitted; admit a sequence first")
-        waiting = [slot for slot in slots if len(self._slots[slot].pending)]
-        if waiting:
-            raise InputError(f"slot {waiting[0]}: its prompt is not complete; extend it first")
+        slots = check_step(token_ids, self._slots, {n for n, state in self._slots.items() if len(state.pending)})
         given = check_rows(
             [[token] for token in token_ids.values()],
             vocab_size=self.model.vocab_size,

@@ -34,6 +34,7 @@ from runtimes.runners.runner import (
 )
 from runtimes.runners.slots import (
     DEFAULT_SLOTS,
+    admit,
     check_exact_append,
     check_slot_length,
     check_step,
@@ -158,24 +159,11 @@ class RowRunner(ABC):
 
     @one_thread
     def admit(self, token_ids: TokenIds) -> tuple[int, Logits]:
-        slot = self.begin(token_ids)
-        try:
-            logits = self.extend(slot)
-        except BaseException:
-            self.release(slot)
-            raise
-        assert logits is not None
-        return slot, logits
+        return admit(self, token_ids)
 
     @one_thread
     def step(self, token_ids: Mapping[int, int]) -> dict[int, Logits]:
-        slots = check_step(token_ids)
-        free = [slot for slot in slots if slot not in self._rows]
-        if free or not slots:
-            raise InputError(f"slot {free[0] if free else '(none)'}: not admitted; admit a sequence first")
-        waiting = [slot for slot in slots if slot in self._pending]
-        if waiting:
-            raise InputError(f"slot {waiting[0]}: its prompt is not complete; extend it first")
+        slots = check_step(token_ids, self._rows, self._pending)
         held = {slot: self.slot_tokens(slot) for slot in slots}
         given = check_rows(
             [[token] for token in token_ids.values()],
@@ -263,6 +251,10 @@ class RowRunner(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @abstractmethod
+    def decode_block(self, token_ids: TokenIds) -> Logits:
+        """See `runner.Runner.decode_block`."""
 
     @abstractmethod
     def _extend(self, rows: list[Ids], tokens: list[Ids], all_positions: bool) -> list[Logits]:

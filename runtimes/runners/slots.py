@@ -22,7 +22,7 @@ at multiples of `EXACT_TOKENS`, and always before the last 8 to 15 tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Protocol
 
 from runtimes.errors import InputError, UsageError
@@ -240,18 +240,41 @@ def check_slot_length(length: int, held: int, least: int = 0) -> int:
     return count
 
 
-def check_step(token_ids: Mapping[int, int]) -> list[int]:
-    """Check what `step` is given, apart from whether the slots are there.
+def admit(runner: Slots, token_ids: TokenIds) -> tuple[int, Logits]:
+    """`Slots.admit` of any runner."""
+    slot = runner.begin(token_ids)
+    try:
+        logits = runner.extend(slot)
+    except BaseException:
+        runner.release(slot)
+        raise
+    assert logits is not None
+    return slot, logits
+
+
+def check_step(token_ids: Mapping[int, int], taken: Container[int], waiting: Container[int]) -> list[int]:
+    """Check the slots that `step` is given.
+
+    Args:
+        token_ids: slot -> id.
+        taken: slots that are not free.
+        waiting: slots whose prompt is not complete.
 
     Returns:
-        The slots, in the mapping's order.
+        The slots, in the mapping's order; at least one.
 
     Raises:
-        InputError: no mapping, or one whose keys are no integers or twice the same.
+        InputError: see `Slots.step`; or no mapping, or one whose keys are no integers or twice the same.
     """
     if not isinstance(token_ids, Mapping):
         raise InputError(f"expected a mapping from slots, integers, to token ids, found {type(token_ids).__name__}")
     slots = [slot for slot in map(as_integer, token_ids) if slot is not None]
     if len(set(slots)) < len(token_ids):
         raise InputError("expected a mapping from slots, integers, each once, to token ids")
+    free = [slot for slot in slots if slot not in taken]
+    if free or not slots:
+        raise InputError(f"slot {free[0] if free else '(none)'}: not admitted; admit a sequence first")
+    incomplete = [slot for slot in slots if slot in waiting]
+    if incomplete:
+        raise InputError(f"slot {incomplete[0]}: its prompt is not complete; extend it first")
     return slots
