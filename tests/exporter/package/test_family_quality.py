@@ -1,7 +1,7 @@
 """What quantising costs OLMo 1 and Olmo 3: of trained weights, as the quality of random ones says nothing.
 
-`python -m olmo2_export.demo.train kjv.txt --out DIR --model-type olmo --small --epochs 1` made `tests/data/olmo1`, whose
-held-out perplexity is 81.4. Olmo 3 takes the demo's weights.
+`python -m olmo2_export.demo.train kjv.txt --out DIR --model-type olmo --small --epochs 1` made `tests/data/olmo1`,
+whose held-out perplexity is 81.4. Olmo 3 takes the demo's weights.
 """
 
 from __future__ import annotations
