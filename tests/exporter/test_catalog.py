@@ -25,7 +25,7 @@ from olmo2_export.package.weight_choice import Options
 from olmo2_export.report.data import _order
 from olmo2_export.report.plots import colour
 from runtimes.errors import PackageError, UsageError, VariantNotFoundError
-from runtimes.manifest import KVCacheSpec, Precision, Variant
+from runtimes.manifest import OLDEST_GPU, KVCacheSpec, Precision, Variant
 from runtimes.ort.open import default_variant
 from runtimes.package import Package
 from runtimes.targets import TARGETS, find_target, runnable, runs
@@ -62,7 +62,7 @@ def config(tiny_checkpoint: Path) -> ModelConfig:
 
 def test_the_rows_agree_with_each_other_and_with_the_targets() -> None:
     assert {row.name: row.path for row in VARIANTS} == PATHS
-    assert sorted(catalog.precisions()) == sorted(get_args(Precision))
+    assert sorted(catalog.precisions()) == sorted(get_args(Precision)) == sorted(OLDEST_GPU)
     assert catalog.exported() == ["fp32", "q4", "q8", "fp16", "bf16", "q4f16"]
     assert max(Counter(row.colour for row in VARIANTS).values()) == 1
     known = {target.name: target for target in TARGETS}
@@ -138,7 +138,7 @@ NVFP4 = VariantRow(
     targets=("trt_rtx", "trt"),
     form="static",
     dtype="bfloat16",
-    weights=dataclasses.replace(TRT_INT8, precision="nvfp4", bits=4, oldest_gpu="10.0", on_older="fp8"),
+    weights=dataclasses.replace(TRT_INT8, precision="nvfp4", bits=4, on_older="fp8"),
     colour="#345678",
 )
 
@@ -150,6 +150,7 @@ def more(monkeypatch: pytest.MonkeyPatch) -> None:
     fastest = {"cpu": ("q2", *TARGETS[0].variants), "cuda": (*TARGETS[1].variants, "q2f16")}
     rows = [dataclasses.replace(t, variants=fastest.get(t.name, t.variants)) for t in TARGETS]
     monkeypatch.setattr(targets, "TARGETS", tuple(rows))
+    monkeypatch.setitem(OLDEST_GPU, "nvfp4", "10.0")  # type: ignore[misc]
 
 
 @pytest.mark.usefixtures("more")
