@@ -7,6 +7,7 @@ sheet's where the GPU is in the table below, otherwise that of a copy; the rate 
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from olmo2_export.bench.checkpoint import SIZES, shape_of
+from olmo2_export.architecture import LOGITS, operations
+from olmo2_export.bench.checkpoint import SIZES, model_config, shape_of
 from olmo2_export.bench.claims import Claim, Quantity, claims_table, judge, samples_table, to_document
 from olmo2_export.bench.contenders import Contender, Workshop
 from olmo2_export.bench.machine import BANDWIDTH, device_limits
@@ -65,20 +67,20 @@ def walls(size: str, device: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         size: of `SIZES`.
         device: what the worker `device` found.
     """
-    shape = SIZES[size]
-    layers, hidden = shape["num_hidden_layers"], shape["hidden_size"]
-    kv_size = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    linears = layers * hidden * (2 * hidden + 2 * kv_size + 3 * shape["intermediate_size"])
-    head = hidden * shape["vocab_size"]
+    config = model_config(SIZES[size])
+    layers, query = config.num_hidden_layers, config.num_attention_heads * config.head_dim
+    weights = {row.name: math.prod(row.shape) for row in operations(config) if row.kind == "linear"}
+    head = weights.pop(LOGITS)
+    linears = sum(weights.values())
     name = str(device["device"])
     bandwidth = next((rate for part, rate in BANDWIDTH.items() if part in name), device["copied_bytes_per_second"])
 
     def decode(context: int) -> dict[str, float]:
-        cache = 2 * layers * kv_size * context
+        cache = 2 * layers * config.num_key_value_heads * config.head_dim * context
         return {"tokens_per_second": bandwidth / (_BF16 * (linears + head + cache))}
 
     def prefill(length: int) -> dict[str, float]:
-        attention = 2 * layers * hidden * length  # causal: half of q k^T and of p v
+        attention = 2 * layers * query * length  # causal: half of q k^T and of p v
         flops = 2 * linears + attention + 2 * head / length  # a token; the head sees one
         return {"tokens_per_second": device["bf16_flops_per_second"] / flops}
 

@@ -105,6 +105,7 @@ def test_the_gates_are_what_they_were(
     assert gate_of(entry(name), config) == QualityGate(*small)
     wide = dataclasses.replace(config, vocab_size=49_000_000 // SHAPE["hidden_size"])
     assert gate_of(entry(name), wide) == QualityGate(*small)  # 100 M and a bit less
+    assert gate_of(entry(name), dataclasses.replace(config, vocab_size=520_009)) == QualityGate(*large)  # attentions
     assert gate_of(entry(name), dataclasses.replace(config, vocab_size=2_000_000)) == QualityGate(*large)
 
 
