@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,8 @@ class Safety:
     islands: tuple[Island, ...]
     blocked: tuple[Peak, ...]
     """beyond the margin where no island can be"""
+    squares: tuple[Peak, ...] = ()
+    """of what each RMS norm reads"""
     bare: Simulated | None = None
     """without islands; None: not asked for"""
     held: Simulated | None = None
@@ -158,12 +160,7 @@ class Safety:
     def kept_anyway(self) -> list[Peak]:
         """What is beyond float16 inside kernels, which compute it in float32: scores, and the squares of norms."""
         inside = [p for name, p in self.peaks.items() if name.endswith(SCORES)]
-        squares = [
-            dataclasses.replace(p, name=f"{norm}.squares", largest=p.largest**2)
-            for name, p in self.peaks.items()
-            if name.endswith((".q_proj", ".k_proj")) and (norm := f"{name.removesuffix('_proj')}_norm") in self.peaks
-        ]
-        return [p for p in (*inside, *squares) if p.largest > LIMIT]
+        return [p for p in (*inside, *self.squares) if p.largest > LIMIT]
 
     def to_document(self) -> dict[str, Any]:
         """Return the JSON form; numbers that are not finite become None."""
@@ -291,8 +288,17 @@ def measure_safety(
         peaks=peaks,
         islands=tuple(_islands(rows, peaks, margin)),
         blocked=blocked,
+        squares=tuple(_squares(rows, peaks)),
     )
     return _proved(checkpoint, config, sequences, found) if prove else found
+
+
+def _squares(rows: Sequence[Operation], peaks: Mapping[str, Peak]) -> Iterator[Peak]:
+    """Yield the largest square inside each RMS norm."""
+    for row in rows:
+        if row.kind == "rms_norm":
+            read = peaks[row.reads[0]]
+            yield dataclasses.replace(read, name=f"{row.name}.squares", largest=read.largest**2)
 
 
 def _islands(ops: Sequence[Operation], peaks: Mapping[str, Peak], margin: float) -> list[Island]:

@@ -179,6 +179,16 @@ def test_scores_are_kept_by_the_kernel_and_would_break_without(folders: Folders)
     assert rounded.bad_positions > 200
 
 
+def test_squares_inside_every_norm_are_seen(folders: Folders) -> None:
+    folder = folders("residual")
+    found = measured(folder)
+    norms = [row for row in operations(ModelConfig.from_json(folder / "config.json")) if row.kind == "rms_norm"]
+    assert [p.name for p in found.squares] == [f"{row.name}.squares" for row in norms]
+    assert [p.largest for p in found.squares] == [found.peaks[row.reads[0]].largest ** 2 for row in norms]
+    assert found.kept_anyway[-1].name == "model.norm.squares"
+    assert found.kept_anyway[-1].largest > 6.4e9  # of 8e4
+
+
 def test_what_the_attention_reads_cannot_be_an_island(
     folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
