@@ -20,6 +20,7 @@ OWNERS = {
     "tensorrt_rtx": {"runtimes/trt/nvidia.py"},
     "tensorrt_rtx_bindings": {"runtimes/trt/nvidia.py"},
     "transformers": {
+        "olmo2_export/truth/classes.py",
         "olmo2_export/truth/reference.py",
         "olmo2_export/truth/torch_layers.py",
         "olmo2_export/demo/train.py",
