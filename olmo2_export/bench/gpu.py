@@ -25,7 +25,7 @@ from olmo2_export.bench.machine import BANDWIDTH, device_limits
 from olmo2_export.bench.turns import take_turns
 from olmo2_export.catalog import find, static_row
 from runtimes.errors import UsageError, VariantNotFoundError
-from runtimes.package import open_package
+from runtimes.package import Package, open_package
 from runtimes.targets import backends, find_target
 
 TASKS = ("decode_128", "decode_2048", "prefill_2048", "streams_8")
@@ -111,8 +111,7 @@ def check(
             raise UsageError(f"--{name} {number}: expected at least 1")
     if minutes is not None and not minutes > 0:
         raise UsageError(f"--minutes {minutes:g}: expected more than 0; without it all is measured")
-    for folder in packages:
-        open_package(folder)
+    opened = {folder: open_package(folder) for folder in packages}
     for folder in (*packages, *([] if reference is None else [reference])):
         try:
             found = shape_of(folder)
@@ -121,7 +120,7 @@ def check(
         if found != SIZES[size]:
             sizes = [name for name, shape in SIZES.items() if shape == found]
             raise UsageError(f"{folder}: its shape is {' or '.join(sizes) or found}, expected {size}; give --size")
-    used = {folder: [variant for _, variant in kinds if _has(folder, variant)] for folder in packages}
+    used = {folder: [variant for _, variant in kinds if _has(package, variant)] for folder, package in opened.items()}
     for folder, variants in used.items():
         if not variants:
             raise UsageError(f"--package {folder}: it has none of {', '.join(wanted)}; name a variant of it in --with")
@@ -151,9 +150,9 @@ def _backend_and_variant(text: str) -> tuple[str, str]:
     return backend, static_row(name).name if find_target(backend).needs_engine else name
 
 
-def _has(package: Path, variant: str) -> bool:
+def _has(package: Package, variant: str) -> bool:
     try:
-        open_package(package).variant(variant)
+        package.variant(variant)
     except VariantNotFoundError:
         return False
     return True
@@ -174,11 +173,11 @@ def contenders(
     Raises:
         UsageError: not of that form.
     """
-    found = []
+    found, opened = [], [open_package(folder) for folder in packages]
     for number, text in enumerate(wanted):
         backend, variant = _backend_and_variant(text)
         key = "ours" if number == 0 else f"{backend}_{text.partition(':')[2]}"
-        package, made = next((folder for folder in packages if _has(folder, variant)), None), dict[str, float]()
+        package, made = next((given.folder for given in opened if _has(given, variant)), None), dict[str, float]()
         target = find_target(backend, device if backend in backends(engines=False) else None)
         if package is None and not target.needs_engine:
             package, made = workshop.package("gpu", workshop.checkpoint("olmo2"), variant)
