@@ -10,10 +10,9 @@ input_scales.py      one fixed scale per input of a linear, from calibration
 gptq.py              rounding errors made good by the columns that follow; one matrix
 gptq_sweep.py        the same, layer by layer
 sensitivity.py       which tensors deserve 8 bits
+kv_cache.py          scales of keys and values, from calibration
 int8.py              int8 weights with a scale per output channel
 spool.py             finished tensors on disk
-source.py            what weights are read from
-names.py             the checkpoint's names of what is quantised
 recipes.py           name -> quantised weights of a whole checkpoint
 linear.py            the stored form for TensorRT: int4, int8 and fp8
 static.py            precision -> quantised linears of a TensorRT graph

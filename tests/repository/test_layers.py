@@ -87,6 +87,13 @@ def test_rooms_of_the_import_order_exist(tree: str) -> None:
     assert set(order(tree)) == there
 
 
+def test_a_room_that_lists_its_files_lists_those_that_are_there() -> None:
+    for path in (path for path in sources() if path.name == "__init__.py"):
+        listed = re.findall(r"^(\w+\.py)", path.read_text(encoding="utf-8"), re.M)
+        there = {file.name for file in path.parent.glob("*.py")} - {path.name}
+        assert not listed or sorted(listed) == sorted(there), path
+
+
 @pytest.mark.parametrize("tree", ["olmo2_export", "runtimes"])
 def test_files_import_each_other_in_no_circle(tree: str) -> None:
     """Also within a room, also by imports inside functions."""
