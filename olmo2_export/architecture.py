@@ -81,7 +81,7 @@ class Operation:
 
 
 @dataclass(frozen=True)
-class Stage:
+class InputGroup:
     """Linears of a layer that read one value."""
 
     linears: tuple[Operation, ...]
@@ -234,7 +234,7 @@ def between(rows: Sequence[Operation], start: str, wanted: Collection[str]) -> l
     return found[::-1]
 
 
-def stages(rows: Sequence[Operation]) -> list[Stage]:
+def input_groups(rows: Sequence[Operation]) -> list[InputGroup]:
     """Return the linears of a layer in groups that read one value, and from where that is computed.
 
     Args:
@@ -246,4 +246,4 @@ def stages(rows: Sequence[Operation]) -> list[Stage]:
     alone = [i for i, least in enumerate(earliest) if least == i]  # no later row reads what is before it
     groups = shared_inputs(rows)
     starts = [max(i for i in alone if i <= place.get(group[0].reads[0], 0)) for group in groups]
-    return [Stage(group, group[0].reads[0], names[i]) for group, i in zip(groups, starts, strict=True)]
+    return [InputGroup(group, group[0].reads[0], names[i]) for group, i in zip(groups, starts, strict=True)]

@@ -102,7 +102,7 @@ Gates: TypeAlias = tuple[QualityGate, QualityGate]
 
 _INT8: Gates = (QualityGate(2e-4, None, 0.99, 0.001), QualityGate(0.003, None, 0.97, 0.003))
 _INT4: Gates = (QualityGate(0.01, 0.08, 0.93, 0.01), QualityGate(0.03, None, 0.91, 0.02))
-# Static W8A8 rounds activations to bfloat16 and to 8 bits besides weights to 8: its gates are the sum of those of
+# W8A8 rounds activations to bfloat16 and to 8 bits besides weights to 8: its gates are the sum of those of
 # bfloat16 and of int8. float8e4m3fn keeps 4 bits of a number where int8 keeps up to 7: fp8 must cost less than the best
 # recipe of 4 bits does (GPTQ on the demo: KL 3.2e-3, 95.9 %).
 _INT8_W8A8: Gates = (QualityGate(4e-4, None, 0.975, 0.003), QualityGate(0.0035, None, 0.955, 0.005))

@@ -3,7 +3,7 @@
 | tensor                         | shape                                                  | dtype     |
 |--------------------------------|--------------------------------------------------------|-----------|
 | input_ids                      | [batch_size, sequence_length]                          | int64     |
-| write_indices                  | [batch_size]: the cache slot of each row's first token | int64     |
+| write_indices                  | [batch_size]: the position of each row's first token   | int64     |
 | logit_index                    | [batch_size, 1]: the token of each row to get logits   | int64     |
 | past_key_values.N.key, .value  | [batch_size, kv_heads, max_cache_length, head_dim]     | see below |
 | -> logits                      | [batch_size, vocab_size]                               | float32   |
@@ -11,9 +11,9 @@
 | -> top_logits                  | [batch_size, top_k]: their logits                      | float32   |
 | -> present.N.key, .value       | the past with the new tokens written in it             | see below |
 
-Row b's token i goes to slot, and has the position, write_indices[b] + i, which must be below max_cache_length; it sees
-the slots up to its own. TensorRT writes in place: present must be bound to the memory of past. That memory must hold
-finite numbers, such as zeros, from the start: slots that are not seen yet are read, and weighted with 0. Prompts of
+Row b's token i goes to the position write_indices[b] + i, which must be below max_cache_length; it sees the positions
+up to its own. TensorRT writes in place: present must be bound to the memory of past. That memory must hold
+finite numbers, such as zeros, from the start: positions that are not seen yet are read, and weighted with 0. Prompts of
 different lengths are padded on the right: logit_index picks each one's last token, and the next one is written over
 its padding.
 
@@ -124,7 +124,7 @@ def static_graph(
             the graph is written, and are then rounded one at a time.
         config: the model's.
         precision: of weights, activations and cache; where weights are quantised, of the weights.
-        max_cache_length: slots of the cache, in tokens.
+        max_cache_length: of the cache, in tokens.
         top_k: candidates that the graph picks per row.
         weights: the linears, where they are quantised; read when the graph is written.
 

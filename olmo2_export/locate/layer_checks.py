@@ -316,10 +316,10 @@ class LayerChecks:
             query = self._rotated(layer, row.reads[0])
             parts = []
             for (start, stop), (key, value) in zip(spans, presents, strict=True):
-                slots, queries = torch.arange(capacity)[None], torch.arange(start, stop)[:, None]
-                seen = slots <= queries + shift
+                cached, queries = torch.arange(capacity)[None], torch.arange(start, stop)[:, None]
+                seen = cached <= queries + shift
                 if window is not None:
-                    seen &= slots > queries - window
+                    seen &= cached > queries - window
                 pair = (value, key) if swapped else (key, value)
                 new = query[:, :, start:stop]
                 parts.append(layer.attend(new, *pair, seen[:, : key.shape[2]], scale, kv_heads=kv_heads))

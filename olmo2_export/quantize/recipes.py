@@ -25,7 +25,7 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.quantize.blocks import QuantizedMatrix
 from olmo2_export.quantize.calibration import calibration_tokens
 from olmo2_export.quantize.encode import cut, over_rows
-from olmo2_export.quantize.gptq_sweep import gptq_checkpoint
+from olmo2_export.quantize.gptq_walk import gptq_checkpoint
 from olmo2_export.quantize.round_to_nearest import round_to_nearest
 from olmo2_export.quantize.search import search
 from olmo2_export.quantize.sensitivity import choose_formats, measure_sensitivity
@@ -146,7 +146,7 @@ def quantize(
     formats = tensor_formats(config, form=form, head=head, embedding=embedding, keep=keep)
     if size_budget is not None:
         better = replace(form, bits=8)
-        choose_formats(config, formats, dict.fromkeys(formats, 0.0), size_budget, better)  # refuses before the sweep
+        choose_formats(config, formats, dict.fromkeys(formats, 0.0), size_budget, better)  # refuses before the walk
         tokens = calibration_tokens(
             checkpoint, config, calibration, sequences=_SENSITIVITY_SEQUENCES, length=_SENSITIVITY_LENGTH
         )

@@ -16,10 +16,10 @@ from torch import nn
 from olmo2_export import architecture
 from olmo2_export.architecture import (
     Operation,
+    input_groups,
     of_layer,
     operations,
     shared_inputs,
-    stages,
     tensor_shapes,
 )
 from olmo2_export.catalog import BlockFormat
@@ -41,7 +41,7 @@ from olmo2_export.locate.layer_checks import LAYER_NORM, LayerChecks
 from olmo2_export.locate.segments import Calls, run_segments
 from olmo2_export.quantize.input_scales import input_scales
 from olmo2_export.quantize.recipes import quantize
-from olmo2_export.quantize.sweep import Head, embed, staged_layers
+from olmo2_export.quantize.walk import Head, embed, walked_layers
 from olmo2_export.truth.torch_layers import TorchModel
 from olmo2_export.views.openers import onnxruntime_opener
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
@@ -136,8 +136,8 @@ def test_names_of_weights_follow(
     assert list(shapes) == [name for name, shape in tensor_shapes(weighted).items() if len(shape) == 2]
 
 
-def test_stages_follow(rows: tuple[Operation, ...], checkpoint: Checkpoint, config: ModelConfig) -> None:
-    first = stages(of_layer(rows, 1))[0]
+def test_groups_of_linears_follow(rows: tuple[Operation, ...], checkpoint: Checkpoint, config: ModelConfig) -> None:
+    first = input_groups(of_layer(rows, 1))[0]
     assert (first.reads, first.start) == (f"{L1}{NAME}", "model.layers.0.mlp_residual")
     sequences = [np.arange(40, dtype=np.int64)]
     scales = input_scales(checkpoint, config, sequences, lambda inputs: float(inputs.abs().amax()))
@@ -162,7 +162,7 @@ def test_the_walk_in_float16_follows(rows: tuple[Operation, ...], checkpoint: Ch
 def test_the_walk_is_the_graph(portable: ir.Model, checkpoint: Checkpoint, config: ModelConfig, tmp_path: Path) -> None:
     ids = np.arange(40, dtype=np.int64)
     (x,) = embed(checkpoint, [ids])
-    for layer in staged_layers(checkpoint, config):
+    for layer in walked_layers(checkpoint, config):
         x = layer(x)
     wanted = Head(checkpoint, config).logits(x)[0].numpy()
     ir.save(portable, tmp_path / "model.onnx", external_data="model.onnx_data")

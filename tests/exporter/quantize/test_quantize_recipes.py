@@ -22,7 +22,7 @@ from olmo2_export.quantize.recipes import MIXED, QUANTIZERS, RECIPES, QuantizedW
 from olmo2_export.quantize.search import search
 from olmo2_export.quantize.sensitivity import choose_formats, measure_sensitivity
 from olmo2_export.quantize.spool import Spool
-from olmo2_export.quantize.sweep import Head, embed, staged_layers
+from olmo2_export.quantize.walk import Head, embed, walked_layers
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
 from olmo2_export.weights.stored_names import EMBEDDING, HEAD, linear_names, weight_shapes
 from runtimes.errors import CheckpointError, NumericError, UsageError
@@ -38,7 +38,7 @@ def run(checkpoint: Checkpoint, sequences: list[np.ndarray], weights: QuantizedW
         hidden = embed(checkpoint, sequences)
         if EMBEDDING in replaced:
             hidden = [replaced[EMBEDDING][torch.from_numpy(ids)][None] for ids in sequences]
-        for layer in staged_layers(checkpoint, config):
+        for layer in walked_layers(checkpoint, config):
             for name in layer.weights.keys() & replaced.keys():
                 layer.replace(name, replaced[name])
             hidden = [layer(x) for x in hidden]
