@@ -22,7 +22,7 @@ from runtimes.signals import BROKEN_PIPE_EXIT, Interrupted, interruptible
 def expanded(text: str) -> Path:
     """Return a path, `~` and `~user` replaced where there is such a user."""
     try:
-        return Path(text).expanduser()
+        return Path(text).expanduser() if text.startswith("~") else Path(text)
     except RuntimeError:  # no such user, or no home
         return Path(text)
 
@@ -34,7 +34,7 @@ def printable(text: object) -> str:
 
 def _path_argument(text: str) -> Path:
     path = expanded(text)
-    if path.parts[:1] and path.parts[0].startswith("~"):
+    if text.startswith("~") and path == Path(text):
         raise argparse.ArgumentTypeError(f"{text}: there is no home of {path.parts[0]}; write ./{text} for a folder")
     return path
 
