@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from olmo2_export.architecture import NORMS, Operation, count, operations
+from olmo2_export.architecture import Operation, count, norms, operations
 from olmo2_export.atomic import locked, replace_folder
 from olmo2_export.config import ModelConfig
 from olmo2_export.engine.compiler import CompileRequest, CompileResult
@@ -351,7 +351,7 @@ def expected_layers(rows: Sequence[Operation]) -> dict[str, int]:
         "ATTENTION_INPUT": attention,
         "KV_CACHE_UPDATE": 2 * attention,
         "ROTARY_EMBEDDING": count(rows, "rotary"),
-        "NORMALIZATION|REDUCE": count(rows, *NORMS),
+        "NORMALIZATION|REDUCE": count(rows, *norms()),
     }
 
 

@@ -32,7 +32,7 @@ import numpy as np
 import tokenizers
 from torch import Tensor
 
-from olmo2_export.architecture import Kind, Operation, around_attention, operations
+from olmo2_export.architecture import Operation, around_attention, find_kind, operations
 from olmo2_export.config import ModelConfig
 from olmo2_export.fp16.simulate import Simulated, simulate
 from olmo2_export.fp16.values import (
@@ -56,18 +56,6 @@ MARGIN = 30000.0
 TOKENS = 1024
 _LENGTH = 256
 _PROOF_SEQUENCES = 4
-_WRITERS: dict[Kind, str] = {
-    "gather": "the lookup",
-    "linear": "the linear layer",
-    "rms_norm": "the RMSNorm",
-    "layer_norm": "the LayerNorm",
-    "clip": "the clip",
-    "rotary": "the rotary embedding",
-    "attention": "the attention",
-    "add": "the sum",
-    "silu": "the SiLU",
-    "multiply": "the product",
-}
 _TEXT = Path(__file__).parents[1] / "demo" / "calibration.txt"
 
 
@@ -115,11 +103,12 @@ class Island:
         """In words."""
         p = self.peak
         size = f"max {p.largest:,.0f}" if p.largest > LIMIT else f"max {p.largest:,.0f}, beyond the margin"
+        writer = find_kind(self.operation.kind).words
         if self.is_weight:
-            return f"{size}, a weight; {_WRITERS[self.operation.kind]} of {', '.join(self.operation.reads)} uses it"
+            return f"{size}, a weight; the {writer} of {', '.join(self.operation.reads)} uses it"
         inputs = " and ".join(self.operation.reads) or "the tokens"
         readers = ", ".join(self.read_by) or "the cast to float32"
-        return f"{size} at {p.where}; written by {_WRITERS[self.operation.kind]} of {inputs}, read by {readers}"
+        return f"{size} at {p.where}; written by the {writer} of {inputs}, read by {readers}"
 
 
 @dataclass(frozen=True)

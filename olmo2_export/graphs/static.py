@@ -40,7 +40,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from olmo2_export.architecture import NORMS, Operation, count, norm_counts, operations, shared_inputs
+from olmo2_export.architecture import Operation, count, norm_counts, norms, operations, shared_inputs
 from olmo2_export.catalog import static_row
 from olmo2_export.config import ModelConfig
 from olmo2_export.dtypes import ir_dtype
@@ -102,7 +102,7 @@ def expected_passes(rows: Sequence[Operation]) -> dict[str, int]:
         "gather_logit_row": 1,
         "write_index_positions": rotary,
         "static_cache": attention,
-        "float32_norm": count(rows, *NORMS),
+        "float32_norm": count(rows, *norms()),
         "float32_rotary": rotary,
         "float32_logits": 1,
         "plain_reshape": 4 * attention,
