@@ -215,7 +215,7 @@ class QuantizationDefaults:
     form: BlockFormat
     """of the layers' weights"""
     embedding: BlockFormat | None
-    """None: it is not quantised"""
+    """None, in graphs for devices alone: it is not quantised"""
     head: BlockFormat
     size_budget: float
     """bits per weight, for the recipes that choose"""
