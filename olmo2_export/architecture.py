@@ -49,11 +49,34 @@ from typing import Literal
 from olmo2_export.config import ModelConfig
 
 Kind = Literal["gather", "linear", "rms_norm", "layer_norm", "clip", "rotary", "attention", "add", "silu", "multiply"]
-NORMS: tuple[Kind, ...] = ("rms_norm", "layer_norm")
-"""a layer_norm has no weight"""
-NORM_OPERATORS = ("RMSNormalization", "LayerNormalization")
-"""of ONNX, in the same order"""
 EMBED, FINAL_NORM, LOGITS = "model.embed_tokens", "model.norm", "lm_head"
+
+
+@dataclass(frozen=True)
+class KindRow:
+    """One kind of operation."""
+
+    name: Kind
+    words: str
+    """for people"""
+    operator: str | None
+    """of ONNX, its first node in the portable graph; None: it is found by what is around it"""
+    is_norm: bool = False
+
+
+KINDS: tuple[KindRow, ...] = (
+    KindRow("gather", "lookup", "Gather"),
+    KindRow("linear", "linear layer", "MatMul"),
+    KindRow("rms_norm", "RMS norm", "RMSNormalization", is_norm=True),
+    KindRow("layer_norm", "layer norm", "LayerNormalization", is_norm=True),  # without a weight
+    KindRow("clip", "clip", "Clip"),
+    KindRow("rotary", "rotary embedding", None),
+    KindRow("attention", "attention", None),
+    KindRow("add", "sum", "Add"),
+    KindRow("silu", "SiLU", "Sigmoid"),
+    KindRow("multiply", "product", "Mul"),
+)
+"""read at each call"""
 
 
 @dataclass(frozen=True)
@@ -81,7 +104,7 @@ class Operation:
 
 
 @dataclass(frozen=True)
-class Stage:
+class InputGroup:
     """Linears of a layer that read one value."""
 
     linears: tuple[Operation, ...]
@@ -169,6 +192,21 @@ def _norm(config: ModelConfig, name: str, reads: str, size: int, layer: int | No
     return Operation(name, "rms_norm", (reads,), layer, f"{name}.weight", (size,))
 
 
+def find_kind(name: Kind) -> KindRow:
+    """Return the row of a kind."""
+    return next(row for row in KINDS if row.name == name)
+
+
+def norms() -> tuple[Kind, ...]:
+    """Return the kinds that are norms."""
+    return tuple(row.name for row in KINDS if row.is_norm)
+
+
+def norm_operators() -> frozenset[str]:
+    """Return the ONNX operators that are norms."""
+    return frozenset(row.operator for row in KINDS if row.is_norm and row.operator is not None)
+
+
 def within_layer(row: Operation) -> str:
     """Return a row's name without its layer's, as in `mlp.up_proj`."""
     return row.name.removeprefix(f"model.layers.{row.layer}.")
@@ -191,7 +229,7 @@ def count(rows: Iterable[Operation], *kinds: Kind) -> int:
 
 def norm_counts(rows: Sequence[Operation]) -> dict[str, int]:
     """Return how often each ONNX operator of a norm occurs, of those that the model has."""
-    found = {operator: count(rows, kind) for kind, operator in zip(NORMS, NORM_OPERATORS, strict=True)}
+    found = {row.operator: count(rows, row.name) for row in KINDS if row.is_norm and row.operator is not None}
     return {operator: n for operator, n in found.items() if n}
 
 
@@ -234,7 +272,7 @@ def between(rows: Sequence[Operation], start: str, wanted: Collection[str]) -> l
     return found[::-1]
 
 
-def stages(rows: Sequence[Operation]) -> list[Stage]:
+def input_groups(rows: Sequence[Operation]) -> list[InputGroup]:
     """Return the linears of a layer in groups that read one value, and from where that is computed.
 
     Args:
@@ -246,4 +284,4 @@ def stages(rows: Sequence[Operation]) -> list[Stage]:
     alone = [i for i, least in enumerate(earliest) if least == i]  # no later row reads what is before it
     groups = shared_inputs(rows)
     starts = [max(i for i in alone if i <= place.get(group[0].reads[0], 0)) for group in groups]
-    return [Stage(group, group[0].reads[0], names[i]) for group, i in zip(groups, starts, strict=True)]
+    return [InputGroup(group, group[0].reads[0], names[i]) for group, i in zip(groups, starts, strict=True)]

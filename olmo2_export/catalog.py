@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from runtimes.errors import UsageError, VariantNotFoundError
-from runtimes.manifest import CacheForm, Dtype, Precision
+from runtimes.manifest import OLDEST_GPU, CacheForm, Dtype, Precision
 
 Graph: TypeAlias = Literal["portable", "blocks", "device", "static"]
 """portable: standard operators. blocks: a shared cache and quantised weights, float32 between. device: a shared cache,
@@ -102,7 +102,7 @@ Gates: TypeAlias = tuple[QualityGate, QualityGate]
 
 _INT8: Gates = (QualityGate(2e-4, None, 0.99, 0.001), QualityGate(0.003, None, 0.97, 0.003))
 _INT4: Gates = (QualityGate(0.01, 0.08, 0.93, 0.01), QualityGate(0.03, None, 0.91, 0.02))
-# Static W8A8 rounds activations to bfloat16 and to 8 bits besides weights to 8: its gates are the sum of those of
+# W8A8 rounds activations to bfloat16 and to 8 bits besides weights to 8: its gates are the sum of those of
 # bfloat16 and of int8. float8e4m3fn keeps 4 bits of a number where int8 keeps up to 7: fp8 must cost less than the best
 # recipe of 4 bits does (GPTQ on the demo: KL 3.2e-3, 95.9 %).
 _INT8_W8A8: Gates = (QualityGate(4e-4, None, 0.975, 0.003), QualityGate(0.0035, None, 0.955, 0.005))
@@ -131,8 +131,6 @@ class WeightFormat:
     """the recipes that a graph for TensorRT can be given, where there is a choice"""
     recipe: str | None = None
     """the default one, and what the manifest says where there is no choice"""
-    oldest_gpu: str = "7.5"
-    """compute capability from which TensorRT computes in it"""
     on_older: str | None = None
     """the precision to build for GPUs before that"""
     gates: Gates | None = None
@@ -143,10 +141,15 @@ class WeightFormat:
         """Whether weights are codes and scales."""
         return self.layout != "plain"
 
+    @property
+    def oldest_gpu(self) -> str:
+        """Compute capability from which TensorRT computes in it."""
+        return OLDEST_GPU[self.precision]
+
 
 FLOAT32 = WeightFormat("fp32", 32, "plain", "float32")
 FLOAT16 = WeightFormat("fp16", 16, "plain", "float16")
-BFLOAT16 = WeightFormat("bf16", 16, "plain", "bfloat16", oldest_gpu="8.0", on_older="fp16")
+BFLOAT16 = WeightFormat("bf16", 16, "plain", "bfloat16", on_older="fp16")
 INT4_BLOCKS = WeightFormat("int4", 4, "blocks", "uint8", gates=_INT4)
 INT8_BLOCKS = WeightFormat("int8", 8, "blocks", "uint8", gates=_INT8)
 # Activations are bfloat16 in all that TensorRT has quantised; fp8 needs arithmetic of its own.
@@ -158,7 +161,6 @@ TRT_INT4 = WeightFormat(
     merged=True,
     recipes=("rtn", "search", "gptq"),
     recipe="search",
-    oldest_gpu="8.0",
     on_older="fp16",
     gates=_INT4,
 )
@@ -170,7 +172,6 @@ TRT_INT8 = WeightFormat(
     inputs="int8",
     kept=("mlp.down_proj", "lm_head"),
     recipe="w8a8",
-    oldest_gpu="8.0",
     on_older="fp16",
     gates=_INT8_W8A8,
 )
@@ -183,7 +184,6 @@ TRT_FP8 = WeightFormat(
     kept=("lm_head",),
     merged=True,
     recipe="w8a8",
-    oldest_gpu="8.9",
     on_older="int8",
     gates=_FP8_W8A8,
 )
@@ -215,7 +215,7 @@ class QuantizationDefaults:
     form: BlockFormat
     """of the layers' weights"""
     embedding: BlockFormat | None
-    """None: it is not quantised"""
+    """None, in graphs for devices alone: it is not quantised"""
     head: BlockFormat
     size_budget: float
     """bits per weight, for the recipes that choose"""
@@ -245,7 +245,7 @@ class VariantRow:
     quantized_cache: bool = False
     """its KV cache can be any of `KV_CACHES`"""
     peers: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """peer of `bench` -> what it runs whose weights have as many bits"""
+    """peer of `bench` -> what it runs whose weights have as many bits; of transformers a dtype"""
 
     @property
     def path(self) -> str:
@@ -419,6 +419,11 @@ def kv_cache(name: str) -> KVCacheFormat:
 def like_peer(peer: str, runs: str) -> tuple[str, ...]:
     """Return the variants whose weights have as many bits as what a peer runs."""
     return tuple(row.name for row in VARIANTS if row.peers.get(peer) == runs)
+
+
+def run_by(peer: str) -> tuple[str, ...]:
+    """Return what a peer runs beside our variants."""
+    return tuple(dict.fromkeys(row.peers[peer] for row in VARIANTS if peer in row.peers))
 
 
 def listed(words: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TypedDict
 
 from runtimes import Backend, Device, open_package, open_runner
@@ -48,7 +49,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description="Continue a prompt; the new text goes to stdout as it is made.",
         allow_abbrev=False,
     )
-    verb.add_argument("package", metavar="PACKAGE", help="the package folder")
+    verb.add_argument("package", type=Path, metavar="PACKAGE", help="the package folder")
     verb.add_argument("--prompt", required=True, metavar="TEXT", help="- reads stdin, less one newline at its end")
     verb.add_argument(
         "--special-tokens",
@@ -114,7 +115,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="lookup: check several tokens at once where the text repeats itself (default: none)",
     )
     guess.add_argument(
-        "--draft", metavar="PACKAGE", help="check several tokens at once that this smaller model guesses"
+        "--draft",
+        type=Path,
+        metavar="PACKAGE",
+        help="check several tokens at once that this smaller model guesses",
     )
     verb.add_argument("--skip-hash-check", action="store_true", help="trust the files; check only their sizes")
     verb.add_argument("--stats", action="store_true", help="end with a line of tokens and times on stderr")

@@ -12,14 +12,40 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from runtimes.errors import DISK_FULL, FailedError, Olmo2ExportError, UsageError
 from runtimes.signals import BROKEN_PIPE_EXIT, Interrupted, interruptible
 
 
+def expanded(text: str) -> Path:
+    """Return a path, `~` and `~user` replaced where there is such a user."""
+    try:
+        return Path(text).expanduser() if text.startswith("~") else Path(text)
+    except RuntimeError:  # no such user, or no home
+        return Path(text)
+
+
+def printable(text: object) -> str:
+    """Return a name as it may go to a terminal: what steers one is shown as its code instead."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def _path_argument(text: str) -> Path:
+    path = expanded(text)
+    if text.startswith("~") and path == Path(text):
+        raise argparse.ArgumentTypeError(f"{text}: there is no home of {path.parts[0]}; write ./{text} for a folder")
+    return path
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser that raises what is wrong with a command line."""
+    """A parser that raises what is wrong with a command line; arguments of type `Path` have their home expanded."""
+
+    def __init__(self, **options: Any) -> None:
+        """Take argparse's own options."""
+        super().__init__(**options)
+        self.register("type", Path, _path_argument)
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong.

@@ -29,6 +29,18 @@ Dtype: TypeAlias = Literal["float32", "float16", "bfloat16", "int64", "int8", "u
 
 Precision: TypeAlias = Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8"]
 """of the weights"""
+OLDEST_GPU: dict[Precision, str] = {
+    "fp32": "7.5",
+    "fp16": "7.5",
+    "bf16": "8.0",
+    "int8": "8.0",
+    "int4": "8.0",
+    "fp8": "8.9",
+}
+"""compute capability from which TensorRT computes with such weights"""
+
+EngineBackend: TypeAlias = Literal["trt_rtx", "trt"]
+"""what an engine is compiled by, and runs on: TensorRT for RTX, or full TensorRT"""
 
 CacheForm: TypeAlias = Literal["concat", "shared", "static"]
 """`concat`: present = past + new tokens, past of any length.
@@ -297,7 +309,7 @@ class Engine:
     variant: str
     """the TensorRT graph it was compiled from"""
     precision: Precision
-    backend: Literal["trt_rtx", "trt"]
+    backend: EngineBackend
     backend_version: str
     compute_capabilities: tuple[str, ...]
     """as in 8.9"""

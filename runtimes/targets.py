@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from runtimes.errors import BackendError, UsageError
-from runtimes.manifest import Variant
+from runtimes.manifest import EngineBackend, Variant
 from runtimes.package import Package
 
-Backend: TypeAlias = Literal["ort", "trt_rtx", "trt"]
-"""what runs a graph: onnxruntime, or an engine on TensorRT for RTX or on full TensorRT"""
+Backend: TypeAlias = Literal["ort", EngineBackend]
+"""what runs a graph: onnxruntime, or a TensorRT, which runs an engine"""
 
 Device: TypeAlias = Literal["cpu", "cuda", "nv-rtx"]
 """where onnxruntime runs a graph: its provider for CPUs, for CUDA, or of TensorRT for RTX"""
@@ -45,6 +45,10 @@ class Target:
     """form of the KV cache -> its dtypes that run there"""
     variants: tuple[str, ...] = ()
     """those made for it, the fastest first"""
+    index: str = ""
+    """where pip finds the backend's wheels, if PyPI has them not"""
+    replaces: str = ""
+    """a wheel of the same modules, which must go before"""
     takes_others: bool = False
     """where no variant is named, one will do that was made for another target but runs"""
     needs_engine: bool = False
@@ -67,12 +71,21 @@ class Target:
     @property
     def install(self) -> str:
         """The command that installs the backend."""
-        return f"pip install 'olmo2-export[{self.extra}]'"
+        return self._pip("install")
+
+    @property
+    def reinstall(self) -> str:
+        """The commands that install it where something else, or half of it, was installed."""
+        gone = f"pip uninstall {self.replaces} && " if self.replaces else ""
+        return gone + self._pip("install --force-reinstall")
 
     @property
     def flags(self) -> tuple[str, ...]:
         """The options of a command line that choose it."""
         return ("--backend", self.backend, *(("--device", self.device) if self.device_words else ()))
+
+    def _pip(self, verb: str) -> str:
+        return f"pip {verb} 'olmo2-export[{self.extra}]'{f' --extra-index-url {self.index}' if self.index else ''}"
 
 
 TARGETS: tuple[Target, ...] = (
@@ -98,6 +111,7 @@ TARGETS: tuple[Target, ...] = (
         backend_words="onnxruntime",
         device_words="an NVIDIA GPU",
         extra="gpu",
+        replaces="onnxruntime",
         caches={
             "concat": ("float32", "float16"),  # the cache goes over the host
             "static": ("float32", "float16", "bfloat16"),
@@ -134,6 +148,7 @@ TARGETS: tuple[Target, ...] = (
         backend_words="full TensorRT",
         device_words="",
         extra="tensorrt",
+        index="https://pypi.nvidia.com",
         caches={"static": ("float32", "float16", "bfloat16")},
         takes_others=True,
         needs_engine=True,

@@ -92,9 +92,13 @@ def shape_of(checkpoint: Path) -> dict[str, int]:
     return {name: config[name] for name in SIZES["1B"]}
 
 
-def write_checkpoint(folder: Path, sizes: dict[str, int], form: Form = "olmo2") -> int:
-    """Write a bfloat16 checkpoint of a shape, as `SIZES` has them; return its bytes."""
-    config: dict[str, Any] = {
+def model_config(sizes: dict[str, int]) -> ModelConfig:
+    """Return the OLMo 2 of a shape, as `SIZES` has them."""
+    return ModelConfig.from_dict(_config_file(sizes, "olmo2"))
+
+
+def _config_file(sizes: dict[str, int], form: Form) -> dict[str, Any]:
+    return {
         **sizes,
         "model_type": form,
         "max_position_embeddings": 4096,
@@ -102,8 +106,13 @@ def write_checkpoint(folder: Path, sizes: dict[str, int], form: Form = "olmo2") 
         "rope_theta": 500_000.0,
         "eos_token_id": sizes["vocab_size"] - 1,
     }
+
+
+def write_checkpoint(folder: Path, sizes: dict[str, int], form: Form = "olmo2") -> int:
+    """Write a bfloat16 checkpoint of a shape, as `SIZES` has them; return its bytes."""
+    config = _config_file(sizes, form)
     with torch.device("meta"):
-        model = OlmoForCausalLM(ModelConfig.from_dict({**config, "model_type": "olmo2"}))
+        model = OlmoForCausalLM(model_config(sizes))
     shapes = {name: weight.shape for name, weight in model.state_dict().items()}
     if form == "llama":
         config |= {"architectures": ["LlamaForCausalLM"], "bos_token_id": 0, "hidden_act": "silu"}

@@ -16,7 +16,7 @@ from olmo2_export.bench.arguments import CONTEXTS, PEERS
 from olmo2_export.bench.compare import Setting, compare
 from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes.errors import UsageError
-from runtimes.package import open_package
+from runtimes.package import Package, open_package
 from runtimes.threads import default_threads
 
 
@@ -34,8 +34,9 @@ def run_comparison(
     Returns:
         What the last line of stdout says, and the report for people.
     """
+    opened = open_package(package)
     setting = Setting(
-        contexts=tuple(args.contexts or _fitting(package, args.new_tokens)),
+        contexts=tuple(args.contexts or _fitting(opened, args.new_tokens)),
         batch_sizes=tuple(args.batch_sizes),
         new_tokens=args.new_tokens,
         repeats=args.repeats,
@@ -45,7 +46,7 @@ def run_comparison(
         minutes=args.minutes,
     )
     return compare(
-        package,
+        opened,
         args.variant or [],
         setting,
         work=work,
@@ -73,9 +74,9 @@ def write_out(out: Path | None, document: dict[str, Any]) -> None:
         out.write_text(json.dumps(document) + "\n")
 
 
-def _fitting(package: Path, new_tokens: int) -> list[int]:
+def _fitting(package: Package, new_tokens: int) -> list[int]:
     """Return the usual context lengths that the model's context leaves room for; half of it, if none is."""
-    room = open_package(package).model.max_position_embeddings - new_tokens
+    room = package.model.max_position_embeddings - new_tokens
     return [length for length in CONTEXTS if length <= room] or [max(1, room // 2)]
 
 

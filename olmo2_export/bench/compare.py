@@ -31,7 +31,7 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes.errors import ConfigError, ContextLengthError, UsageError, VariantNotFoundError
 from runtimes.ort.devices import find_device
-from runtimes.package import Package, open_package
+from runtimes.package import AnyPackage, Package, open_package
 from runtimes.targets import Target, find_target
 
 METRICS = ("decode_tokens_per_s", "prefill_tokens_per_s")
@@ -96,7 +96,7 @@ class Setting:
 
 
 def compare(
-    package: Path,
+    package: AnyPackage,
     variants: Sequence[str],
     setting: Setting,
     *,
@@ -108,7 +108,7 @@ def compare(
     """Measure variants of a package, and peers on the checkpoint that it was made from.
 
     Args:
-        package: the package folder.
+        package: the package folder, or one that is open.
         variants: of it; none: all that the backend runs on the device.
         setting: what is measured.
         work: where the peers' models are made; what is there already is used.
@@ -128,13 +128,13 @@ def compare(
     """
     setting.check()
     opened = open_package(package)
-    model = opened.model
+    folder, model = opened.folder, opened.model
     target = setting.target
     if target.on_gpu and not target.needs_engine:
         find_device(target.device)
     names = list(dict.fromkeys(variants)) or default_variants(opened, target)
     if not names:
-        raise VariantNotFoundError(f"{package}: no variant for backend {target.backend} on device {target.device}")
+        raise VariantNotFoundError(f"{folder}: no variant for backend {target.backend} on device {target.device}")
     for name in names:
         _check_room(opened, name, setting)
         opened.check(opened.variant(name).files)
@@ -142,10 +142,10 @@ def compare(
     if peers:
         if reference is None:
             raise UsageError("--vs: --reference says which checkpoint the peers shall run")
-        folder = reference.folder.resolve()
-        if ModelConfig.from_json(folder / "config.json").spec != model:
-            raise ConfigError(f"{package}: not of the shape of the reference {reference.model}")
-        workshop = Workshop(work, f"of-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}", folder)
+        weights = reference.folder.resolve()
+        if ModelConfig.from_json(weights / "config.json").spec != model:
+            raise ConfigError(f"{folder}: not of the shape of the reference {reference.model}")
+        workshop = Workshop(work, f"of-{hashlib.sha256(str(weights).encode()).hexdigest()[:8]}", weights)
         found_peers = peer_entries(peers, names, workshop, peers_folder, setting.threads, setting.hardware)
     entries = [our_entry(opened, name, target) for name in names]
     entries += found_peers.entries if found_peers else ()
@@ -172,7 +172,7 @@ def compare(
             "memory_bandwidth_from": source,
             "load_average_before": round(busy, 1),
         },
-        "package": str(package),
+        "package": str(folder),
         "backend": setting.backend,
         "new_tokens": setting.new_tokens,
         "repeats": max(map(len, found.values())),

@@ -34,8 +34,9 @@ from olmo2_export.bench.contenders import (
 )
 from olmo2_export.bench.machine import multiplies_bfloat16
 from olmo2_export.bench.processes import worker
-from olmo2_export.catalog import known, like_peer
+from olmo2_export.catalog import known, like_peer, run_by
 from olmo2_export.config import ModelConfig
+from olmo2_export.dtypes import FloatRow, float_dtype
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes.errors import FailedError
 from runtimes.package import Package
@@ -133,16 +134,13 @@ def _missing(peer: str, folder: Path) -> str | None:
 
 def _transformers(workshop: Workshop, device: str) -> Iterator[Entry]:
     checkpoint = workshop.checkpoint("olmo2")
-    dtypes = {"float32": ("fp32", 4), "bfloat16": ("bf16", 2)}
-    if device != "cpu":
-        del dtypes["float32"]
-    elif not multiplies_bfloat16():
-        del dtypes["bfloat16"]
-    for dtype, (like, size) in dtypes.items():
-        arguments = ("transformers", str(checkpoint), dtype, device)
+    for dtype in map(float_dtype, run_by("transformers")):
+        if not _fast(dtype, device):
+            continue
+        arguments = ("transformers", str(checkpoint), dtype.name, device)
         contender = Contender(
-            f"transformers_{like}",
-            f"transformers {like}",
+            f"transformers_{dtype.precision}",
+            f"transformers {dtype.precision}",
             Path(sys.executable),
             "hugging_face",
             arguments,
@@ -151,13 +149,18 @@ def _transformers(workshop: Workshop, device: str) -> Iterator[Entry]:
         )
         disk = sum((checkpoint / name).stat().st_size for name in open_checkpoint(str(checkpoint)).files)
         traffic = Traffic(
-            ((1, _checkpoint_weights(checkpoint, size)),),
-            _cache_bytes(checkpoint, size),
+            ((1, _checkpoint_weights(checkpoint, dtype.size)),),
+            _cache_bytes(checkpoint, dtype.size),
             None,
-            f"the checkpoint's tensors at {size} bytes a weight",
+            f"the checkpoint's tensors at {dtype.size} bytes a weight",
         )
-        alike = like_peer("transformers", dtype)
+        alike = like_peer("transformers", dtype.name)
         yield Entry(contender, False, alike, disk, traffic, f"transformers {version('transformers')}, eager")
+
+
+def _fast(dtype: FloatRow, device: str) -> bool:
+    """A GPU is fast in 16 bits, a CPU in float32, and in bfloat16 if it multiplies that."""
+    return dtype.size == 2 if device != "cpu" else dtype.size == 4 or multiplies_bfloat16()
 
 
 def _optimum(workshop: Workshop, folder: Path) -> Iterator[Entry]:
@@ -195,7 +198,7 @@ def _llama(workshop: Workshop, folder: Path, variants: Sequence[str]) -> Iterato
     config = ModelConfig.from_json(checkpoint / "config.json")
     rows = [row for row in map(known, variants) if row is not None]
     types = [row.peers["llama.cpp"] for row in rows if "llama.cpp" in row.peers]
-    for ftype in dict.fromkeys(types or ["Q4_K_M"]):
+    for ftype in dict.fromkeys(types or run_by("llama.cpp")[:1]):
         path, made = workshop.gguf(python, ftype)
         sizes = worker(python, "convert_llama", ["sizes", path])
         step = sizes["tensor_bytes"] - (0 if sizes["head_is_embedding"] else sizes["embedding_bytes"])

@@ -7,6 +7,7 @@ sheet's where the GPU is in the table below, otherwise that of a copy; the rate 
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -16,14 +17,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from olmo2_export.bench.checkpoint import SIZES, shape_of
+from olmo2_export.architecture import LOGITS, operations
+from olmo2_export.bench.checkpoint import SIZES, model_config, shape_of
 from olmo2_export.bench.claims import Claim, Quantity, claims_table, judge, samples_table, to_document
 from olmo2_export.bench.contenders import Contender, Workshop
 from olmo2_export.bench.machine import BANDWIDTH, device_limits
 from olmo2_export.bench.turns import take_turns
 from olmo2_export.catalog import find, static_row
 from runtimes.errors import UsageError, VariantNotFoundError
-from runtimes.package import open_package
+from runtimes.package import Package, open_package
 from runtimes.targets import backends, find_target
 
 TASKS = ("decode_128", "decode_2048", "prefill_2048", "streams_8")
@@ -65,20 +67,20 @@ def walls(size: str, device: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         size: of `SIZES`.
         device: what the worker `device` found.
     """
-    shape = SIZES[size]
-    layers, hidden = shape["num_hidden_layers"], shape["hidden_size"]
-    kv_size = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    linears = layers * hidden * (2 * hidden + 2 * kv_size + 3 * shape["intermediate_size"])
-    head = hidden * shape["vocab_size"]
+    config = model_config(SIZES[size])
+    layers, query = config.num_hidden_layers, config.num_attention_heads * config.head_dim
+    weights = {row.name: math.prod(row.shape) for row in operations(config) if row.kind == "linear"}
+    head = weights.pop(LOGITS)
+    linears = sum(weights.values())
     name = str(device["device"])
     bandwidth = next((rate for part, rate in BANDWIDTH.items() if part in name), device["copied_bytes_per_second"])
 
     def decode(context: int) -> dict[str, float]:
-        cache = 2 * layers * kv_size * context
+        cache = 2 * layers * config.num_key_value_heads * config.head_dim * context
         return {"tokens_per_second": bandwidth / (_BF16 * (linears + head + cache))}
 
     def prefill(length: int) -> dict[str, float]:
-        attention = 2 * layers * hidden * length  # causal: half of q k^T and of p v
+        attention = 2 * layers * query * length  # causal: half of q k^T and of p v
         flops = 2 * linears + attention + 2 * head / length  # a token; the head sees one
         return {"tokens_per_second": device["bf16_flops_per_second"] / flops}
 
@@ -109,8 +111,7 @@ def check(
             raise UsageError(f"--{name} {number}: expected at least 1")
     if minutes is not None and not minutes > 0:
         raise UsageError(f"--minutes {minutes:g}: expected more than 0; without it all is measured")
-    for folder in packages:
-        open_package(folder)
+    opened = {folder: open_package(folder) for folder in packages}
     for folder in (*packages, *([] if reference is None else [reference])):
         try:
             found = shape_of(folder)
@@ -119,7 +120,7 @@ def check(
         if found != SIZES[size]:
             sizes = [name for name, shape in SIZES.items() if shape == found]
             raise UsageError(f"{folder}: its shape is {' or '.join(sizes) or found}, expected {size}; give --size")
-    used = {folder: [variant for _, variant in kinds if _has(folder, variant)] for folder in packages}
+    used = {folder: [variant for _, variant in kinds if _has(package, variant)] for folder, package in opened.items()}
     for folder, variants in used.items():
         if not variants:
             raise UsageError(f"--package {folder}: it has none of {', '.join(wanted)}; name a variant of it in --with")
@@ -149,9 +150,9 @@ def _backend_and_variant(text: str) -> tuple[str, str]:
     return backend, static_row(name).name if find_target(backend).needs_engine else name
 
 
-def _has(package: Path, variant: str) -> bool:
+def _has(package: Package, variant: str) -> bool:
     try:
-        open_package(package).variant(variant)
+        package.variant(variant)
     except VariantNotFoundError:
         return False
     return True
@@ -172,11 +173,11 @@ def contenders(
     Raises:
         UsageError: not of that form.
     """
-    found = []
+    found, opened = [], [open_package(folder) for folder in packages]
     for number, text in enumerate(wanted):
         backend, variant = _backend_and_variant(text)
         key = "ours" if number == 0 else f"{backend}_{text.partition(':')[2]}"
-        package, made = next((folder for folder in packages if _has(folder, variant)), None), dict[str, float]()
+        package, made = next((given.folder for given in opened if _has(given, variant)), None), dict[str, float]()
         target = find_target(backend, device if backend in backends(engines=False) else None)
         if package is None and not target.needs_engine:
             package, made = workshop.package("gpu", workshop.checkpoint("olmo2"), variant)

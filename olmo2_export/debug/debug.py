@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -32,9 +32,10 @@ from olmo2_export.views.first_call import first_call, float32_name
 from olmo2_export.views.openers import tensorrt_runner
 from olmo2_export.views.static_forms import exact_form, rounded_form
 from runtimes.errors import FailedError, UsageError, VariantNotFoundError
-from runtimes.manifest import Variant
+from runtimes.manifest import EngineBackend, Variant
 from runtimes.package import AnyPackage, open_package
-from runtimes.trt.nvidia import TensorRTBackend, load_tensorrt
+from runtimes.targets import Backend
+from runtimes.trt.nvidia import load_tensorrt
 
 TOKENS = 16
 """of the call that is compared"""
@@ -56,7 +57,7 @@ class TensorDifference:
     """RMS of the difference / RMS of the reference"""
 
 
-def capability(package: Path, variant: str, backend: TensorRTBackend) -> tuple[bool, str]:
+def capability(package: Path, variant: str, backend: EngineBackend) -> tuple[bool, str]:
     """Ask a TensorRT's parser which nodes it takes; needs no GPU.
 
     Args:
@@ -78,7 +79,7 @@ def capability(package: Path, variant: str, backend: TensorRTBackend) -> tuple[b
     return _SUPPORTED in said, said
 
 
-def reduce(package: Path, variant: str, out: Path, backend: TensorRTBackend, check: Sequence[str] = ()) -> str:
+def reduce(package: Path, variant: str, out: Path, backend: EngineBackend, check: Sequence[str] = ()) -> str:
     """Cut a failing graph down to the nodes that still fail.
 
     Polygraphy cannot cut in front of an attention, which has optional inputs that are absent. Where it would have to,
@@ -106,7 +107,7 @@ def reduce(package: Path, variant: str, out: Path, backend: TensorRTBackend, che
         return _reduce(graph, variant, out.resolve(), backend, check)
 
 
-def _reduce(graph: Path, variant: str, target: Path, backend: TensorRTBackend, check: Sequence[str]) -> str:
+def _reduce(graph: Path, variant: str, target: Path, backend: EngineBackend, check: Sequence[str]) -> str:
     command = list(check) or [sys.executable, "-m", "olmo2_export.debug.polygraphy_tool", backend, "parse"]
     try:
         whole = subprocess.run([*command, str(graph)], capture_output=True, text=True, check=False)
@@ -126,7 +127,7 @@ def _reduce(graph: Path, variant: str, target: Path, backend: TensorRTBackend, c
 
 
 def compare_variant(
-    package: Path, variant: str, backend: Literal["ort", "trt_rtx", "trt"], tolerance: float | None = None
+    package: Path, variant: str, backend: Backend, tolerance: float | None = None
 ) -> tuple[list[TensorDifference], TensorDifference | None]:
     """Compare every tensor of a TensorRT graph's first call with what it should be.
 
@@ -264,7 +265,7 @@ def _difference(name: str, op_type: str, wanted: np.ndarray, found: np.ndarray) 
     )
 
 
-def _polygraphy(backend: TensorRTBackend, arguments: Sequence[str], folder: Path) -> str:
+def _polygraphy(backend: EngineBackend, arguments: Sequence[str], folder: Path) -> str:
     """Run the command-line tool in a folder of its own; return all that it said."""
     command = [sys.executable, "-m", "olmo2_export.debug.polygraphy_tool", backend, *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)

@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from olmo2_export.architecture import NORMS, Operation, count, operations
+from olmo2_export.architecture import Operation, count, norms, operations
 from olmo2_export.atomic import locked, replace_folder
 from olmo2_export.config import ModelConfig
 from olmo2_export.engine.compiler import CompileRequest, CompileResult
@@ -48,6 +48,7 @@ from runtimes.manifest import (
     MANIFEST_NAME,
     TRT_FOLDER,
     Engine,
+    EngineBackend,
     Precision,
     ProfileRange,
     TrtManifest,
@@ -56,7 +57,7 @@ from runtimes.manifest import (
 )
 from runtimes.package import Package, open_package
 from runtimes.sealed import FORMAT_VERSION, FileEntry, hash_file, hash_files, seal
-from runtimes.trt.nvidia import TensorRTBackend, check_installed
+from runtimes.trt.nvidia import check_installed
 
 logger = logging.getLogger(__name__)
 
@@ -272,7 +273,7 @@ def _kept(package: Package, precision: Precision) -> TrtManifest:
 
 
 def _keep_other_backends(
-    package: Package, staging: Path, kept: TrtManifest, variant: Variant, backend: TensorRTBackend
+    package: Package, staging: Path, kept: TrtManifest, variant: Variant, backend: EngineBackend
 ) -> None:
     """Keep the engines that the other TensorRT has of this precision, where they are of the very graph just written."""
     try:
@@ -350,7 +351,7 @@ def expected_layers(rows: Sequence[Operation]) -> dict[str, int]:
         "ATTENTION_INPUT": attention,
         "KV_CACHE_UPDATE": 2 * attention,
         "ROTARY_EMBEDDING": count(rows, "rotary"),
-        "NORMALIZATION|REDUCE": count(rows, *NORMS),
+        "NORMALIZATION|REDUCE": count(rows, *norms()),
     }
 
 

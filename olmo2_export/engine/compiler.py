@@ -25,8 +25,8 @@ from olmo2_export.engine.builder import (
 )
 from olmo2_export.peak_memory import peak_bytes
 from runtimes.errors import EngineBuildError, FusionError, first_names
-from runtimes.manifest import ProfileRange
-from runtimes.trt.nvidia import Message, TensorRT, TensorRTBackend, load_tensorrt
+from runtimes.manifest import EngineBackend, ProfileRange
+from runtimes.trt.nvidia import Message, TensorRT, load_tensorrt
 
 # What TensorRT says when it leaves something out of the network that the graph says: never acceptable.
 _CHANGES_MEANING = re.compile(r"unused|ignor|not supported|unsupported|clamp|truncat|overflow|lossy", re.IGNORECASE)
@@ -36,7 +36,7 @@ _CHANGES_MEANING = re.compile(r"unused|ignor|not supported|unsupported|clamp|tru
 class CompileRequest:
     """What to compile."""
 
-    backend: TensorRTBackend
+    backend: EngineBackend
     graph: str
     """path of the ONNX file, its data beside it"""
     plan: str

@@ -12,8 +12,8 @@ from typing import Literal, get_args
 
 from olmo2_export.catalog import precisions, static_row
 from runtimes.errors import BackendError, UsageError
-from runtimes.manifest import EngineFlag, ModelSpec, Precision
-from runtimes.trt.nvidia import RTX_CAPABILITIES, TensorRTBackend, check_installed
+from runtimes.manifest import EngineBackend, EngineFlag, ModelSpec, Precision
+from runtimes.trt.nvidia import RTX_CAPABILITIES, check_installed
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class EngineOptions:
     precision: Precision = "bf16"
     """of weights, activations and cache. fp32 is for comparison: TensorRT has no attention kernel for it and composes
     one, at some cost in speed and memory"""
-    backend: TensorRTBackend = "trt_rtx"
+    backend: EngineBackend = "trt_rtx"
     """trt_rtx builds without a GPU; trt builds on the GPU at hand, and for it"""
     compute_capabilities: Sequence[str] | None = None
     """such as 8.9, or `current`; None: CAPABILITIES for trt_rtx, current for trt"""
@@ -109,7 +109,7 @@ def resolve_options(options: EngineOptions, model: ModelSpec) -> ResolvedOptions
         BackendError: the library is not installed, or `current` without a GPU.
     """
     for name, value, known in (
-        ("backend", options.backend, get_args(TensorRTBackend)),
+        ("backend", options.backend, get_args(EngineBackend)),
         ("precision", options.precision, precisions()),
         ("profile", options.profile, (None, *get_args(Profile))),
     ):
@@ -241,7 +241,7 @@ def _with_gpu_at_hand(options: EngineOptions, asked: Sequence[str]) -> tuple[str
     return tuple(dict.fromkeys(found if c == CURRENT else c for c in asked))
 
 
-def gpu_at_hand(backend: TensorRTBackend) -> str:
+def gpu_at_hand(backend: EngineBackend) -> str:
     """Return the compute capability of the GPU of this machine.
 
     Raises:

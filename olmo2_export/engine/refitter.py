@@ -9,14 +9,15 @@ from olmo2_export.engine.builder import OnProgress
 from olmo2_export.engine.compiler import CompileResult, mapped_weights, parser_error, texts
 from olmo2_export.peak_memory import peak_bytes
 from runtimes.errors import EngineBuildError, first_names
-from runtimes.trt.nvidia import TensorRTBackend, load_tensorrt
+from runtimes.manifest import EngineBackend
+from runtimes.trt.nvidia import load_tensorrt
 
 
 @dataclass(frozen=True)
 class RefitRequest:
     """What to refit."""
 
-    backend: TensorRTBackend
+    backend: EngineBackend
     backend_version: str
     """the only one that can load the plan"""
     refit_from: str

@@ -6,4 +6,5 @@ evaluate.py           windows -> perplexity with its error, and the comparison
 revision_packages.py  the packages of a sweep: new weights into the same graph, and into the same engine
 revisions.py          the sweep: each is evaluated
 revisions_plot.py     its picture
+lm_eval_adapter.py    a package as a model of lm-eval
 """

@@ -26,6 +26,7 @@ from olmo2_export.measure.error_bars import Change, Mean, mean, perplexity, perp
 from olmo2_export.measure.parity import kl_divergence
 from olmo2_export.measure.quality import token_losses
 from runtimes.errors import PackageError, UsageError
+from runtimes.package import AnyPackage, Package
 from runtimes.text.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 1024
@@ -117,11 +118,11 @@ class Evaluation:
         }
 
 
-def token_text(folder: Path, path: Path, *, most: int | None = None, is_package: bool = True) -> TokenText:
+def token_text(source: AnyPackage, path: Path, *, most: int | None = None, is_package: bool = True) -> TokenText:
     """Return a file as the tokens of a package or checkpoint.
 
     Args:
-        folder: has the tokenizer and the special ids.
+        source: a package, or the folder of a checkpoint: has the tokenizer and the special ids.
         path: UTF-8 text, or token ids as `.npy`; these need no tokenizer, but without one nothing is put in front.
         most: tokens to read; None: all.
         is_package: compare the tokenizer with the manifest first.
@@ -129,10 +130,11 @@ def token_text(folder: Path, path: Path, *, most: int | None = None, is_package:
     Raises:
         PackageError: text, and no tokenizer to read it with.
     """
+    folder = source.folder if isinstance(source, Package) else Path(source)
     if path.suffix == ".npy" and not (folder / "tokenizer.json").is_file():
         return TokenText(path, None, None, most)
     try:
-        tokenizer = Tokenizer.from_package(folder) if is_package else Tokenizer.from_folder(folder)
+        tokenizer = Tokenizer.from_package(source) if is_package else Tokenizer.from_folder(folder)
     except PackageError as error:
         if (folder / "tokenizer.json").is_file():
             raise

@@ -32,7 +32,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # typ
 from tqdm import tqdm
 
 from runtimes import Backend, Device, open_runner
-from runtimes.command import run_command
+from runtimes.command import expanded, run_command
 from runtimes.errors import ContextLengthError, InputError, UsageError
 from runtimes.generation.generate import generate
 from runtimes.ort.devices import available_providers
@@ -93,7 +93,7 @@ class PackageLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
         ):
             where = None  # lm-eval's command line asks for cuda where nobody does
             logging.getLogger(__name__).warning("device %s: this onnxruntime has no CUDA; running on the CPU", device)
-        opened = open_package(package)
+        opened = open_package(expanded(str(package)))
         self._tokenizer = Tokenizer.from_package(opened)
         self._runner: Runner = open_runner(
             opened, variant=variant, backend=backend, device=cast("Device | None", where), threads=threads

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -136,7 +135,7 @@ class LayeredTorchModel:
 
 @contextmanager
 def open_package_model(
-    package: Path,
+    package: AnyPackage,
     *,
     variant: str | None = None,
     backend: Backend = "ort",
@@ -146,7 +145,7 @@ def open_package_model(
     """Open a variant for evaluation.
 
     Args:
-        package: the package folder.
+        package: the package folder, or one that is open.
         variant, backend, device: as `open_runner`; on the CPU a named variant for a GPU runs in its rounded form.
         decode_graph: use the graph that generates text for all tokens, also where the package has another for prompts.
 

@@ -15,7 +15,7 @@ from olmo2_export.engine.renew import as_built, renew, why_another
 from olmo2_export.package.export import export
 from olmo2_export.package.weight_choice import Options
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
-from olmo2_export.weights.hub import expanded
+from runtimes.command import expanded
 from runtimes.errors import BackendError, ConfigError, IntegrityError, PackageError, UsageError
 from runtimes.package import open_package
 from runtimes.sealed import hash_file, hash_files

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ import numpy as np
 import tokenizers
 from torch import Tensor
 
-from olmo2_export.architecture import Kind, Operation, around_attention, operations
+from olmo2_export.architecture import Operation, around_attention, find_kind, operations
 from olmo2_export.config import ModelConfig
 from olmo2_export.fp16.simulate import Simulated, simulate
 from olmo2_export.fp16.values import (
@@ -56,18 +56,6 @@ MARGIN = 30000.0
 TOKENS = 1024
 _LENGTH = 256
 _PROOF_SEQUENCES = 4
-_WRITERS: dict[Kind, str] = {
-    "gather": "the lookup",
-    "linear": "the linear layer",
-    "rms_norm": "the RMSNorm",
-    "layer_norm": "the LayerNorm",
-    "clip": "the clip",
-    "rotary": "the rotary embedding",
-    "attention": "the attention",
-    "add": "the sum",
-    "silu": "the SiLU",
-    "multiply": "the product",
-}
 _TEXT = Path(__file__).parents[1] / "demo" / "calibration.txt"
 
 
@@ -115,11 +103,12 @@ class Island:
         """In words."""
         p = self.peak
         size = f"max {p.largest:,.0f}" if p.largest > LIMIT else f"max {p.largest:,.0f}, beyond the margin"
+        writer = find_kind(self.operation.kind).words
         if self.is_weight:
-            return f"{size}, a weight; {_WRITERS[self.operation.kind]} of {', '.join(self.operation.reads)} uses it"
+            return f"{size}, a weight; the {writer} of {', '.join(self.operation.reads)} uses it"
         inputs = " and ".join(self.operation.reads) or "the tokens"
         readers = ", ".join(self.read_by) or "the cast to float32"
-        return f"{size} at {p.where}; written by {_WRITERS[self.operation.kind]} of {inputs}, read by {readers}"
+        return f"{size} at {p.where}; written by the {writer} of {inputs}, read by {readers}"
 
 
 @dataclass(frozen=True)
@@ -135,6 +124,8 @@ class Safety:
     islands: tuple[Island, ...]
     blocked: tuple[Peak, ...]
     """beyond the margin where no island can be"""
+    squares: tuple[Peak, ...] = ()
+    """of what each RMS norm reads"""
     bare: Simulated | None = None
     """without islands; None: not asked for"""
     held: Simulated | None = None
@@ -158,12 +149,7 @@ class Safety:
     def kept_anyway(self) -> list[Peak]:
         """What is beyond float16 inside kernels, which compute it in float32: scores, and the squares of norms."""
         inside = [p for name, p in self.peaks.items() if name.endswith(SCORES)]
-        squares = [
-            dataclasses.replace(p, name=f"{norm}.squares", largest=p.largest**2)
-            for name, p in self.peaks.items()
-            if name.endswith((".q_proj", ".k_proj")) and (norm := f"{name.removesuffix('_proj')}_norm") in self.peaks
-        ]
-        return [p for p in (*inside, *squares) if p.largest > LIMIT]
+        return [p for p in (*inside, *self.squares) if p.largest > LIMIT]
 
     def to_document(self) -> dict[str, Any]:
         """Return the JSON form; numbers that are not finite become None."""
@@ -291,8 +277,17 @@ def measure_safety(
         peaks=peaks,
         islands=tuple(_islands(rows, peaks, margin)),
         blocked=blocked,
+        squares=tuple(_squares(rows, peaks)),
     )
     return _proved(checkpoint, config, sequences, found) if prove else found
+
+
+def _squares(rows: Sequence[Operation], peaks: Mapping[str, Peak]) -> Iterator[Peak]:
+    """Yield the largest square inside each RMS norm."""
+    for row in rows:
+        if row.kind == "rms_norm":
+            read = peaks[row.reads[0]]
+            yield dataclasses.replace(read, name=f"{row.name}.squares", largest=read.largest**2)
 
 
 def _islands(ops: Sequence[Operation], peaks: Mapping[str, Peak], margin: float) -> list[Island]:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from olmo2_export.architecture import Operation, after_layers, operations, tensor_shapes
 from olmo2_export.config import ModelConfig
 from olmo2_export.model.rotary import model_tables
-from olmo2_export.quantize.sweep import Arithmetic, StagedLayer, embed, staged_layers, visible
+from olmo2_export.quantize.walk import Arithmetic, WalkedLayer, embed, visible, walked_layers
 from olmo2_export.weights.source import WeightSource
 from olmo2_export.weights.stored_names import EMBEDDING, HEAD, stored_weight
 
@@ -116,12 +116,12 @@ class Walk:
 class _Layer:
     """One layer, seen by an observer: its rows, and the scores inside the attention."""
 
-    def __init__(self, staged: StagedLayer) -> None:
-        self._staged, self._weights = staged, Weights(staged.weights)
+    def __init__(self, walked: WalkedLayer) -> None:
+        self._walked, self._weights = walked, Weights(walked.weights)
 
     def __call__(self, see: Observer, x: Tensor) -> Tensor:
         """[1, S, hidden] -> [1, S, hidden]."""
-        layer = self._staged
+        layer = self._walked
 
         def compute(row: Operation, inputs: Sequence[Tensor]) -> Tensor:
             if row.kind == "attention":
@@ -131,7 +131,7 @@ class _Layer:
         return layer.run(x, [layer.writes], compute=compute)[layer.writes]
 
     def _attention(self, see: Observer, row: Operation, inputs: Sequence[Tensor]) -> Tensor:
-        arithmetic = self._staged.arithmetic
+        arithmetic = self._walked.arithmetic
         q, k, v = arithmetic.query_key_value(inputs)
         length, head_dim = q.shape[2:]
         hidden = ~visible(length, row.window)
@@ -200,8 +200,8 @@ def walk_all(
                     bar.update(isinstance(step, _Layer))
 
         through(_Embedding(config))
-        for staged in staged_layers(checkpoint, config):
-            through(_Layer(staged))
+        for walked in walked_layers(checkpoint, config):
+            through(_Layer(walked))
         head = _Head(checkpoint, config)
         for number, (walk, states) in enumerate(zip(walks, hidden, strict=True)):
             for index, x in enumerate(states):

@@ -24,21 +24,10 @@ from collections.abc import Collection, Iterable
 
 import onnx_ir as ir
 
-from olmo2_export.architecture import Kind, Operation
+from olmo2_export.architecture import Operation, find_kind
 from olmo2_export.fuse.edit import IN_FLOAT32, is_op, name_of, new_cast
 from runtimes.errors import FusionError, first_names
 
-_OPERATORS: dict[Kind, str] = {
-    "gather": "Gather",
-    "linear": "MatMul",
-    "rms_norm": "RMSNormalization",
-    "layer_norm": "LayerNormalization",
-    "clip": "Clip",
-    "add": "Add",
-    "silu": "Sigmoid",
-    "multiply": "Mul",
-}
-"""the first node of an operation"""
 _MOVES = ("Slice", "Split", "Reshape", "Transpose", "Identity")
 
 
@@ -102,7 +91,7 @@ def find_operations(graph: ir.Graph, rows: Iterable[Operation]) -> dict[str, lis
     found: dict[str, list[ir.Node]] = {}
     values: dict[str, ir.Value] = {}
     for row in rows:
-        operator = _OPERATORS.get(row.kind)
+        operator = find_kind(row.kind).operator
         if operator is None:
             continue
         weight = graph.initializers.get(row.weight) if row.weight is not None else None

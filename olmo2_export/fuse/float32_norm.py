@@ -17,19 +17,19 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from olmo2_export.architecture import NORM_OPERATORS
+from olmo2_export.architecture import norm_operators
 from olmo2_export.fuse.edit import TO_PRECISION, is_op, name_of, new_cast
 
 
 def float32_norm(model: ir.Model) -> int:
     """Apply the rewrite everywhere it matches; return the number of norms rewritten."""
     graph = model.graph
-    rewritten = 0
+    rewritten, operators = 0, norm_operators()
     for node in list(graph):
-        if not any(is_op(node, operator) for operator in NORM_OPERATORS) or _is_done(node):
+        if not any(is_op(node, operator) for operator in operators) or _is_done(node):
             continue
         x, y = node.inputs[0], node.outputs[0]
-        assert x is not None  # both operators require it
+        assert x is not None  # every norm requires it
         up = new_cast(x, f"{name_of(y)}_input_float32", to_precision=False)
         down = new_cast(y, f"{name_of(y)}_rounded", to_precision=True)
         graph.insert_before(node, up)

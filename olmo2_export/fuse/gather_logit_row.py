@@ -19,7 +19,7 @@ import logging
 
 import onnx_ir as ir
 
-from olmo2_export.architecture import NORM_OPERATORS
+from olmo2_export.architecture import norm_operators
 from olmo2_export.fuse.edit import constant_ints, ensure_input, find_input, is_op, new_node, only_user
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def _why_not(graph: ir.Graph, node: ir.Node) -> str | None:
         return "does not start at -num_logits_to_keep"
     following = _to_the_end(node.outputs[0])
     producers = [value.producer() for value in following]
-    normed = any(is_op(producers[0], operator) for operator in NORM_OPERATORS) if producers else False
+    normed = any(is_op(producers[0], operator) for operator in norm_operators()) if producers else False
     if len(producers) != 2 or not normed or not is_op(producers[1], "MatMul"):
         return f"leads to {len(producers)} nodes and an output, not to the final norm and the head"
     if any(value.shape is None or len(value.shape) != 3 for value in (node.outputs[0], *following)):

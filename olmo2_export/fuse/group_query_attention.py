@@ -16,9 +16,9 @@ Becomes:
     seqlens_k = int32(ReduceSum(attention_mask, axis=1) - 1)                     [batch_size]
     total_sequence_length = int32(Shape(attention_mask)[1])                      []
 
-Padding is on the right: a row's tokens are the first sum(attention_mask[row]) slots, and their slots are their
-positions, so position_ids has no work left. Where past and present are bound to one buffer the operator writes behind
-what it holds; where they are not, it concatenates.
+Padding is on the right: a row's tokens are the first sum(attention_mask[row]) of the cache, and their places there are
+their positions, so position_ids has no work left. Where past and present are bound to one buffer the operator writes
+behind what it holds; where they are not, it concatenates.
 
 Source: onnxruntime, docs/ContribOperators.md, com.microsoft.GroupQueryAttention.
 """

@@ -1,8 +1,8 @@
 """The masks that the traced graph has: the causal rule, with or without a window, and padding, and nothing else.
 
-    slots = Range(0, Shape(attention_mask)[1], 1)                                             [P + S]
-    own_slots = slots[Shape(attention_mask)[1] - Shape(input_ids)[1] :]                       [S]
-    causal = LessOrEqual(Unsqueeze(slots, 0), Unsqueeze(own_slots, 1))                        [S, P + S]
+    cached = Range(0, Shape(attention_mask)[1], 1)                                            [P + S]
+    own = cached[Shape(attention_mask)[1] - Shape(input_ids)[1] :]                            [S]
+    causal = LessOrEqual(Unsqueeze(cached, 0), Unsqueeze(own, 1))                             [S, P + S]
     mask = And(Unsqueeze(causal, [0, 1]), Cast(Unsqueeze(attention_mask, [1, 2])))            [B, 1, S, P + S]
 
 and with a window, which counts the tokens of a row and no padding
@@ -88,19 +88,19 @@ def _is_padding(value: ir.Value | None, padding: ir.Value) -> bool:
 
 
 def _is_causal(graph: ir.Graph, value: ir.Value | None) -> bool:
-    """slots <= own slots, in each row those from the number of past tokens on"""
+    """cached <= own, in each row those from the number of past tokens on"""
     rule = value.producer() if value is not None else None
     if rule is None or not is_op(rule, "LessOrEqual"):
         return False
-    slots, own = _unsqueezed(rule.inputs[0], [0]), _unsqueezed(rule.inputs[1], [1])
-    count, cut = (v.producer() if v is not None else None for v in (slots, own))
+    cached, own = _unsqueezed(rule.inputs[0], [0]), _unsqueezed(rule.inputs[1], [1])
+    count, cut = (v.producer() if v is not None else None for v in (cached, own))
     if count is None or not is_op(count, "Range") or cut is None:
         return False
     zero, total, one = count.inputs
     return (
         (constant_ints(zero), constant_ints(one)) == ([0], [1])
         and _is_width(graph, total, "attention_mask")
-        and cut.inputs[0] is slots
+        and cut.inputs[0] is cached
         and _is_own_part(graph, cut, 0)
     )
 

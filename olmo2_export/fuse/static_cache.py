@@ -16,7 +16,7 @@ Becomes:
 and where the mask has a window
 
     y = trt::TRT_Attention(q * s, present_key, present_value, visible)
-                        visible = slots <= own and slots > own - window       bool [batch_size, 1, S, max_cache_length]
+                        visible = cached <= own and cached > own - window     bool [batch_size, 1, S, max_cache_length]
                         own = write_indices + 0, 1, ... sequence_length - 1
 
 TensorRT turns the scatter into an update of the input's own memory if the cache is an input, its result an output, and
@@ -126,7 +126,7 @@ def _scatter(graph: ir.Graph, past: ir.Value, new: ir.Value) -> ir.Node:
 
 
 def _visible(graph: ir.Graph, window: int) -> ir.Value:
-    """Return which slots of the cache each token sees, bool [batch_size, 1, S, capacity]; computed once per window."""
+    """Return which positions each token sees, bool [batch_size, 1, S, capacity]; computed once per window."""
     name = f"window_{window}"
     for node in graph:
         if node.outputs[0].name == name:
@@ -136,18 +136,18 @@ def _visible(graph: ir.Graph, window: int) -> ir.Value:
     wide: list[int | str] = ["batch_size", 1, "sequence_length", 1]
     each: list[int | str] = ["batch_size", 1, "sequence_length", CAPACITY]
     start, end, step = constant(graph, "zero", 0), constant(graph, CAPACITY, 0), constant(graph, "one", 1)
-    slots = new_node("Range", [start, end, step], "cache_slots", int64, [CAPACITY])
+    cached = new_node("Range", [start, end, step], "cache_slots", int64, [CAPACITY])
     place = new_node("Unsqueeze", [own, constant(graph, "axes_1_3", [1, 3])], "own_slots", int64, wide)
     before = new_node("Sub", [place.outputs[0], constant(graph, "window", window)], f"before_{name}", int64, wide)
-    causal = new_node("LessOrEqual", [slots.outputs[0], place.outputs[0]], "not_later", bool_type, each)
-    recent = new_node("Greater", [slots.outputs[0], before.outputs[0]], f"recent_{name}", bool_type, each)
+    causal = new_node("LessOrEqual", [cached.outputs[0], place.outputs[0]], "not_later", bool_type, each)
+    recent = new_node("Greater", [cached.outputs[0], before.outputs[0]], f"recent_{name}", bool_type, each)
     both = new_node("And", [causal.outputs[0], recent.outputs[0]], name, bool_type, each)
-    graph.insert_after(last, [slots, place, before, causal, recent, both])
+    graph.insert_after(last, [cached, place, before, causal, recent, both])
     return both.outputs[0]
 
 
 def _kv_lengths(graph: ir.Graph) -> ir.Value:
-    """Return the number of valid slots of each row after this call, int32 [batch_size]; computed once per graph."""
+    """Return the number of valid positions of each row after this call, int32 [batch_size]; computed once per graph."""
     for node in graph:
         if node.outputs[0].name == "kv_lengths":
             return node.outputs[0]

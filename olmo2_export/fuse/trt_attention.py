@@ -9,7 +9,7 @@
 | kv_lengths    | [batch]                                        | int32         |
 | -> output     | [batch, heads, sequence_length, head_dim]      | T             |
 
-T is float32, float16 or bfloat16. Without a mask query i of row b sees the key slots j <= kv_lengths[b] -
+T is float32, float16 or bfloat16. Without a mask query i of row b sees the key positions j <= kv_lengths[b] -
 sequence_length + i (causal_kind "lower_right"). With one it sees those where the mask is true, and kv_lengths and
 causal_kind are absent; that is the overload `WINDOW` of the function. Heads share kv_heads in groups. TensorRT's parser
 ignores the body and builds its native attention; onnxruntime has no such operator, inlines the body and computes the
@@ -61,15 +61,15 @@ def trt_attention_function(opset: int, overload: str = "") -> ir.Function:
 
 
 def _visible(add: Callable[..., ir.Value], inputs: Mapping[str, ir.Value]) -> ir.Value:
-    """Return which slots each query sees, bool [batch, 1, sequence_length, max_cache_length]."""
+    """Return which positions each query sees, bool [batch, 1, sequence_length, max_cache_length]."""
     zero = add("Constant", value=ir.tensor(0))
     one = add("Constant", value=ir.tensor(1))
     axis_1 = add("Constant", value=ir.tensor([1]))
     axes_1_3 = add("Constant", value=ir.tensor([1, 3]))
     length = add("Shape", inputs["query"], start=2, end=3)  # (1,)
     capacity = add("Shape", inputs["key"], start=2, end=3)
-    slots = add("Range", zero, add("Squeeze", capacity), one)  # (C,)
+    cached = add("Range", zero, add("Squeeze", capacity), one)  # (C,)
     steps = add("Range", zero, add("Squeeze", length), one)  # (S,)
     before = add("Sub", add("Cast", inputs["kv_lengths"], to=int(ir.DataType.INT64)), length)  # (B,)
-    last = add("Add", add("Unsqueeze", before, axis_1), steps)  # (B, S): the last slot each query sees
-    return add("LessOrEqual", slots, add("Unsqueeze", last, axes_1_3))
+    last = add("Add", add("Unsqueeze", before, axis_1), steps)  # (B, S): the last position each query sees
+    return add("LessOrEqual", cached, add("Unsqueeze", last, axes_1_3))

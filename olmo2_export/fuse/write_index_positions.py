@@ -1,4 +1,4 @@
-"""Count the positions in the graph, from the cache slot at which each sequence is written.
+"""Count the positions in the graph, from the place in the cache at which each sequence is written.
 
 Matches:
 
@@ -9,7 +9,8 @@ Becomes:
     positions = Unsqueeze(write_indices, 1) + Range(0, sequence_length)
     RotaryEmbedding(x, cos, sin, positions)                 write_indices: input, int64 [batch_size]
 
-In a cache without left padding a token's position is its slot, so a second input could only contradict the first.
+In a cache without left padding a token's position is its place there, so a second input could only contradict the
+first.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 | tensor                         | shape                                                  | dtype     |
 |--------------------------------|--------------------------------------------------------|-----------|
 | input_ids                      | [batch_size, sequence_length]                          | int64     |
-| write_indices                  | [batch_size]: the cache slot of each row's first token | int64     |
+| write_indices                  | [batch_size]: the position of each row's first token   | int64     |
 | logit_index                    | [batch_size, 1]: the token of each row to get logits   | int64     |
 | past_key_values.N.key, .value  | [batch_size, kv_heads, max_cache_length, head_dim]     | see below |
 | -> logits                      | [batch_size, vocab_size]                               | float32   |
@@ -11,9 +11,9 @@
 | -> top_logits                  | [batch_size, top_k]: their logits                      | float32   |
 | -> present.N.key, .value       | the past with the new tokens written in it             | see below |
 
-Row b's token i goes to slot, and has the position, write_indices[b] + i, which must be below max_cache_length; it sees
-the slots up to its own. TensorRT writes in place: present must be bound to the memory of past. That memory must hold
-finite numbers, such as zeros, from the start: slots that are not seen yet are read, and weighted with 0. Prompts of
+Row b's token i goes to the position write_indices[b] + i, which must be below max_cache_length; it sees the positions
+up to its own. TensorRT writes in place: present must be bound to the memory of past. That memory must hold
+finite numbers, such as zeros, from the start: positions that are not seen yet are read, and weighted with 0. Prompts of
 different lengths are padded on the right: logit_index picks each one's last token, and the next one is written over
 its padding.
 
@@ -40,7 +40,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from olmo2_export.architecture import NORMS, Operation, count, norm_counts, operations, shared_inputs
+from olmo2_export.architecture import Operation, count, norm_counts, norms, operations, shared_inputs
 from olmo2_export.catalog import static_row
 from olmo2_export.config import ModelConfig
 from olmo2_export.dtypes import ir_dtype
@@ -102,7 +102,7 @@ def expected_passes(rows: Sequence[Operation]) -> dict[str, int]:
         "gather_logit_row": 1,
         "write_index_positions": rotary,
         "static_cache": attention,
-        "float32_norm": count(rows, *NORMS),
+        "float32_norm": count(rows, *norms()),
         "float32_rotary": rotary,
         "float32_logits": 1,
         "plain_reshape": 4 * attention,
@@ -124,7 +124,7 @@ def static_graph(
             the graph is written, and are then rounded one at a time.
         config: the model's.
         precision: of weights, activations and cache; where weights are quantised, of the weights.
-        max_cache_length: slots of the cache, in tokens.
+        max_cache_length: of the cache, in tokens.
         top_k: candidates that the graph picks per row.
         weights: the linears, where they are quantised; read when the graph is written.
 

@@ -39,10 +39,10 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from olmo2_export.architecture import (
     EMBED,
     FINAL_NORM,
-    NORM_OPERATORS,
-    NORMS,
     Operation,
     after_layers,
+    norm_operators,
+    norms,
     of_layer,
     within_layer,
 )
@@ -195,11 +195,11 @@ class _Values:
         linear = next((reader for reader in readers if reader.kind == "linear"), None)
         if linear is not None and linear.weight is not None:
             return _linear(self._graph, linear.weight)[0]
-        if row.kind in NORMS:
+        if row.kind in norms():
             return self._norm(row)
         if row.kind == "clip":
             return _clipped(self.of(row.reads[0]))
-        norm = next((reader for reader in readers if reader.kind in NORMS), None)
+        norm = next((reader for reader in readers if reader.kind in norms()), None)
         if norm is None:
             raise PackageError(f"graph {self._graph.name}: no linear or norm reads {name}")
         picked = self.read_by(norm)
@@ -211,7 +211,7 @@ class _Values:
         """Return the input of a norm, found from its result; that is the result where the norm is ignored."""
         normed = self.of(norm.name)
         node = _back(normed, "Cast").producer()
-        x = node.inputs[0] if node is not None and node.op_type in NORM_OPERATORS else None
+        x = node.inputs[0] if node is not None and node.op_type in norm_operators() else None
         return _back(x or normed, "Cast")
 
     def rotated(self, row: Operation) -> ir.Value | None:
@@ -326,7 +326,7 @@ def _biased(y: ir.Value, bias: str) -> ir.Value:
 def _norm(graph: ir.Graph, weight: str) -> ir.Value | None:
     """Return the result of the norm with that weight, if somebody reads it."""
     for node in graph:
-        if node.op_type in NORM_OPERATORS and node.inputs[1] is not None:
+        if node.op_type in norm_operators() and len(node.inputs) > 1 and node.inputs[1] is not None:
             scale = _back(node.inputs[1], "Cast")
             if scale.name == weight and node.outputs[0].uses():
                 return _seen(node.outputs[0])

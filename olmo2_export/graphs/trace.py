@@ -124,8 +124,8 @@ def _example(config: ModelConfig) -> tuple[tuple[object, ...], tuple[object, ...
     mask = torch.ones(batch, past + sequence, dtype=torch.int64)
     cache = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_hidden_layers)]
     dynamic = torch.export.Dim.DYNAMIC
-    rows, slots = {0: dynamic, 1: dynamic}, {0: dynamic, 2: dynamic}
-    return (ids, mask, ids.clone(), cache, 2), (rows, rows, rows, [(slots, slots) for _ in cache], dynamic)
+    rows, cached = {0: dynamic, 1: dynamic}, {0: dynamic, 2: dynamic}
+    return (ids, mask, ids.clone(), cache, 2), (rows, rows, rows, [(cached, cached) for _ in cache], dynamic)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Where does a variant depart from PyTorch: the first layer, tensor and operation.
 
-taps.py          the same tensor names in every form of graph; cut a graph where its layers meet
-segments.py      run the cut graph, one segment in memory at a time
+segments.py      run a graph that was cut where its layers meet, one segment in memory at a time
 explain.py       which known mistake gives these numbers
 layer_checks.py  compare each operation on what it was given
 stored_values.py compare stored weights, scales and rotary tables

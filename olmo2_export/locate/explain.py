@@ -190,7 +190,7 @@ def attention_mask(attend: Callable[[int, int | None], Tensor], tokens: int, rig
     """Return mistakes of the causal mask, and of its window.
 
     Args:
-        attend: (shift, window) -> output, where a query sees `window` slots, or all, up to its own + shift.
+        attend: (shift, window) -> output, where a query sees `window` positions, or all, up to its own + shift.
         tokens: of the whole sequence.
         right: the window that it should have; None: none.
     """

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from olmo2_export.architecture import Operation, within_layer
+from olmo2_export.architecture import Operation, find_kind, norms, within_layer
 from olmo2_export.graphs.taps import HIDDEN, layer_name, tap_name
 from olmo2_export.locate import explain
 from olmo2_export.locate.explain import relative_error
@@ -23,8 +23,8 @@ from olmo2_export.locate.segments import Calls, joined
 from olmo2_export.truth.torch_layers import TorchLayer, TorchModel
 from olmo2_export.views.openers import Arrays
 
-NORM, LAYER_NORM, LINEAR, ROTARY, ATTENTION = "RMS norm", "layer norm", "linear", "rotary embedding", "attention"
-CLIP = "clip"
+NORM, LAYER_NORM = find_kind("rms_norm").words, find_kind("layer_norm").words
+LINEAR, ROTARY, ATTENTION, CLIP = "linear", "rotary embedding", "attention", "clip"
 CACHE, ADD, GATED = "KV cache write", "residual add", "gated activation (SiLU x up)"
 EMBEDDING, PICK = "embedding lookup", "choice of the rows that get logits"
 LAYER = "layer as a whole"
@@ -89,7 +89,7 @@ class LayerChecks:
             match row.kind:
                 case "linear":
                     yield self._linear(row)
-                case "rms_norm" | "layer_norm":
+                case norm if norm in norms():
                     yield self._norm(row)
                 case "clip":
                     yield self._clip(row)
@@ -155,13 +155,17 @@ class LayerChecks:
 
     def _norm(self, row: Operation) -> Checked:
         name, x = within_layer(row), self._value(row.reads[0])
-        operation = NORM if row.kind == "rms_norm" else LAYER_NORM
+        operation = find_kind(row.kind).words
 
         def explainer(found: Tensor, exact: Tensor) -> tuple[str, str | None]:
             layer = self._exact
-            mistakes = explain.layer_norm(x)
-            if row.kind == "rms_norm":
-                mistakes = explain.norm(layer, name, x, lambda eps: layer.norm(name, x, eps), layer.eps)
+            match row.kind:
+                case "rms_norm":
+                    mistakes = explain.norm(layer, name, x, lambda eps: layer.norm(name, x, eps), layer.eps)
+                case "layer_norm":
+                    mistakes = explain.layer_norm(x)
+                case _:
+                    mistakes = {explain.NOT_APPLIED: lambda: x}
             return operation, explain.best(found, exact, mistakes)
 
         return self._check(name, operation, lambda layer: layer.norm(name, x), explainer)
@@ -316,10 +320,10 @@ class LayerChecks:
             query = self._rotated(layer, row.reads[0])
             parts = []
             for (start, stop), (key, value) in zip(spans, presents, strict=True):
-                slots, queries = torch.arange(capacity)[None], torch.arange(start, stop)[:, None]
-                seen = slots <= queries + shift
+                cached, queries = torch.arange(capacity)[None], torch.arange(start, stop)[:, None]
+                seen = cached <= queries + shift
                 if window is not None:
-                    seen &= slots > queries - window
+                    seen &= cached > queries - window
                 pair = (value, key) if swapped else (key, value)
                 new = query[:, :, start:stop]
                 parts.append(layer.attend(new, *pair, seen[:, : key.shape[2]], scale, kv_heads=kv_heads))

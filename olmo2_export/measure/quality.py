@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 import olmo2_export.catalog as catalog
+from olmo2_export.architecture import operations, tensor_shapes
 from olmo2_export.catalog import QualityGate
 from olmo2_export.config import ModelConfig
 from olmo2_export.measure.parity import QUALITY, Check, Gate, PerplexityChange, kl_divergence, perplexity_change
@@ -47,9 +48,7 @@ def gate_of(variant: Variant, config: ModelConfig) -> QualityGate:
     gates = catalog.find(variant.name).weights.gates
     if gates is None:
         raise PackageError(f"variant {variant.name}: its weights are not quantised; there is no gate of their quality")
-    weights = 2 * config.vocab_size * config.hidden_size + config.num_hidden_layers * config.hidden_size * (
-        3 * config.intermediate_size
-    )
+    weights = sum(map(math.prod, tensor_shapes(operations(config)).values()))
     return gates[weights > _LARGE]
 
 

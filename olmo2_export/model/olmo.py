@@ -189,7 +189,7 @@ class OlmoForCausalLM(nn.Module):
 
         Args:
             input_ids: int64 [B, S].
-            attention_mask: int64 [B, P + S]; 0 hides a slot of the cache (padding) from every query.
+            attention_mask: int64 [B, P + S]; 0 hides a position of the cache (padding) from every query.
             position_ids: int64 [B, S], each below max_position_embeddings.
             past_key_values: per layer the key and value, each [B, kv_heads, P, head_dim].
             num_logits_to_keep: the last rows that get logits; 0 means all.
@@ -210,15 +210,15 @@ class OlmoForCausalLM(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor
     ) -> dict[tuple[str, int | None], Places]:
         """Return what each kind of layer needs, by its RoPE and its window."""
-        slots = torch.arange(attention_mask.shape[1], device=input_ids.device)
+        cached = torch.arange(attention_mask.shape[1], device=input_ids.device)
         first = attention_mask.shape[1] - input_ids.shape[1]
-        causal = slots[None, :] <= slots[first:][:, None]  # (S, P + S)
+        causal = cached[None, :] <= cached[first:][:, None]  # (S, P + S)
         whole = causal[None, None] & attention_mask[:, None, None, :].bool()  # (B, 1, S, P + S)
         layers = range(self.config.num_hidden_layers)
         masks: dict[int | None, Tensor] = {None: whole}
         for window in dict.fromkeys(map(self.config.window, layers)):
             if window is not None:
-                counts = attention_mask.cumsum(1)  # tokens of the row up to each slot: padding is in no window
+                counts = attention_mask.cumsum(1)  # tokens of the row up to each position: padding is in no window
                 recent = counts[:, None, :] > counts[:, first:][:, :, None] - window  # (B, S, P + S)
                 masks[window] = whole & recent[:, None]
         kinds = dict.fromkeys((self.config.rope_of(i), self.config.window(i)) for i in layers)

@@ -18,7 +18,7 @@ from olmo2_export.architecture import within_layer
 from olmo2_export.config import ModelConfig
 from olmo2_export.dtypes import float_dtype
 from olmo2_export.quantize.encode import SMALLEST_SCALE
-from olmo2_export.quantize.sweep import embed, staged_layers
+from olmo2_export.quantize.walk import embed, walked_layers
 from olmo2_export.weights.source import WeightSource
 from runtimes.errors import NumericError
 
@@ -57,15 +57,15 @@ def input_scales(
     """
     scales: dict[str, float] = {}
     hidden = torch.cat(embed(source, sequences))  # (B, S, hidden): one call for all, or threads wait for each other
-    layers = staged_layers(source, config)
+    layers = walked_layers(source, config)
     for layer in tqdm(layers, total=config.num_hidden_layers, desc="calibrating", unit="layer", leave=False):
-        values = layer.run(hidden, [*(stage.reads for stage in layer.stages), layer.writes])
-        for stage in layer.stages:
-            rows = [row for row in stage.linears if within_layer(row) not in kept]
+        values = layer.run(hidden, [*(group.reads for group in layer.input_groups), layer.writes])
+        for group in layer.input_groups:
+            rows = [row for row in group.linears if within_layer(row) not in kept]
             names = [row.weight for row in rows if row.weight is not None]
             if not names:
                 continue
-            scale = choose(values[stage.reads])
+            scale = choose(values[group.reads])
             if not math.isfinite(scale):
                 raise NumericError(f"{names[0]}: its inputs are NaN or Inf on the calibration tokens")
             scales.update(dict.fromkeys(names, scale))

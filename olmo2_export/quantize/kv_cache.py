@@ -14,7 +14,7 @@ import torch
 
 from olmo2_export.config import ModelConfig
 from olmo2_export.quantize.encode import usable
-from olmo2_export.quantize.sweep import embed, staged_layers
+from olmo2_export.quantize.walk import embed, walked_layers
 from olmo2_export.weights.source import WeightSource
 
 LARGEST_CODE = {8: 127, 4: 7}
@@ -26,7 +26,7 @@ MARGIN = {8: 1.25, 4: 1.0}
 def kv_cache_scales(
     checkpoint: WeightSource, config: ModelConfig, sequences: Sequence[np.ndarray], bits: int
 ) -> dict[str, np.ndarray]:
-    """Calibrate, in one sweep over the layers.
+    """Calibrate, in one walk over the layers.
 
     Args:
         checkpoint: the weights.
@@ -40,7 +40,7 @@ def kv_cache_scales(
     heads, size = config.num_key_value_heads, config.head_dim
     scales: dict[str, np.ndarray] = {}
     hidden = embed(checkpoint, sequences)
-    for layer in staged_layers(checkpoint, config):
+    for layer in walked_layers(checkpoint, config):
         attention = next(row for row in layer.rows if row.kind == "attention")
         before_rotation = {row.name: row.reads[0] for row in layer.rows if row.kind == "rotary"}
         _, keys, values = (before_rotation.get(name, name) for name in attention.reads)

@@ -25,7 +25,7 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.quantize.blocks import QuantizedMatrix
 from olmo2_export.quantize.calibration import calibration_tokens
 from olmo2_export.quantize.encode import cut, over_rows
-from olmo2_export.quantize.gptq_sweep import gptq_checkpoint
+from olmo2_export.quantize.gptq_walk import gptq_checkpoint
 from olmo2_export.quantize.round_to_nearest import round_to_nearest
 from olmo2_export.quantize.search import search
 from olmo2_export.quantize.sensitivity import choose_formats, measure_sensitivity
@@ -56,8 +56,6 @@ class TensorError:
     block_size: int
     nmse: float
     """squared error / squared weights"""
-    worst_block: float
-    """the largest squared error of a block / the mean squared weights of a block"""
 
 
 class QuantizedWeights:
@@ -148,7 +146,7 @@ def quantize(
     formats = tensor_formats(config, form=form, head=head, embedding=embedding, keep=keep)
     if size_budget is not None:
         better = replace(form, bits=8)
-        choose_formats(config, formats, dict.fromkeys(formats, 0.0), size_budget, better)  # refuses before the sweep
+        choose_formats(config, formats, dict.fromkeys(formats, 0.0), size_budget, better)  # refuses before the walk
         tokens = calibration_tokens(
             checkpoint, config, calibration, sequences=_SENSITIVITY_SEQUENCES, length=_SENSITIVITY_LENGTH
         )
@@ -182,16 +180,15 @@ def _check_options(recipe: str, calibration: Path | None, size_budget: float | N
 def measure_error(name: str, matrix: QuantizedMatrix, weight: Tensor) -> TensorError:
     """Compare a quantised weight with its source, a chunk of rows at a time."""
     form = matrix.form
-    sums: list[tuple[float, float, float]] = []
+    sums: list[tuple[float, float]] = []
 
     def work(start: int, stop: int) -> None:
         truth = cut(weight[start:stop], form)
-        squares = (cut(matrix.dequantize(start, stop), form) - truth).square_().sum(1, dtype=torch.float64)
+        squares = (cut(matrix.dequantize(start, stop), form) - truth).square_().sum(dtype=torch.float64)
         energy = truth.square_().sum(dtype=torch.float64)
-        sums.append((float(squares.sum()), float(energy), float(squares.max())))
+        sums.append((float(squares), float(energy)))
 
     over_rows(work, matrix.rows, matrix.columns)
-    errors, energies, worst = zip(*sums, strict=True)
+    errors, energies = zip(*sums, strict=True)
     energy = max(math.fsum(energies), 1e-300)  # all zero: no error either
-    blocks = matrix.rows * form.blocks(matrix.columns)
-    return TensorError(name, form.bits, form.block_size, math.fsum(errors) / energy, max(worst) * blocks / energy)
+    return TensorError(name, form.bits, form.block_size, math.fsum(errors) / energy)

@@ -1,7 +1,7 @@
 """Mixed precision: measure what 4 bits cost in each tensor, then buy 8 bits where a byte saves the most.
 
 The sensitivity of a tensor is the KL divergence, at the final logits, of the model in which it alone is quantised.
-One sweep measures all: beside the hidden states of the original model runs one stream of hidden states per tensor,
+One walk measures all: beside the hidden states of the original model runs one stream of hidden states per tensor,
 each starting at the layer of its tensor. Memory holds one layer and the streams: (7 layers + 2) x tokens x hidden x 4
 bytes, and time is that of about half as many forwards, so a few hundred tokens are the measure.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from olmo2_export.catalog import BlockFormat
 from olmo2_export.config import ModelConfig
 from olmo2_export.quantize.blocks import QuantizedMatrix
-from olmo2_export.quantize.sweep import Head, StagedLayer, embed, staged_layers
+from olmo2_export.quantize.walk import Head, WalkedLayer, embed, walked_layers
 from olmo2_export.weights.source import WeightSource
 from olmo2_export.weights.stored_names import EMBEDDING, HEAD, naming, weight_shapes
 from runtimes.errors import UsageError
@@ -59,7 +59,7 @@ def measure_sensitivity(
         ids, places = np.unique(np.stack(sequences), return_inverse=True)
         rows = quantized(EMBEDDING, checkpoint.picked(EMBEDDING, torch.from_numpy(ids)))  # blocks lie within rows
         streams[EMBEDDING] = rows[torch.from_numpy(places.reshape(original.shape[:2]))]
-    for layer in staged_layers(checkpoint, config):
+    for layer in walked_layers(checkpoint, config):
         streams = {name: layer(x) for name, x in streams.items()}
         for name in layer.weights:
             if name in formats:
@@ -120,7 +120,7 @@ def choose_formats(
     return chosen
 
 
-def _with_weight(layer: StagedLayer, name: str, weight: Tensor, x: Tensor) -> Tensor:
+def _with_weight(layer: WalkedLayer, name: str, weight: Tensor, x: Tensor) -> Tensor:
     kept = layer.weights[name]
     layer.replace(name, weight)
     y = layer(x)

@@ -21,6 +21,7 @@ from olmo2_export.truth.torch_layers import reference_logits
 from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes.errors import ConfigError, Olmo2ExportError, UsageError, VariantNotFoundError
 from runtimes.manifest import PARITY_NAME
+from runtimes.package import open_package
 from runtimes.sealed import read_sealed
 
 _LENGTH = 256  # tokens of a sequence
@@ -77,6 +78,7 @@ def gather(
     *,
     variants: Sequence[str] = (),
     bench: Path | None = None,
+    parity: Path | None = None,
     tokens: int | None = None,
 ) -> ReportData:
     """Read the package and run its variants beside PyTorch, on the CPU.
@@ -86,17 +88,21 @@ def gather(
         checkpoint: the reference weights.
         variants: which; none means all, those for TensorRT included.
         bench: the JSON of a benchmark.
+        parity: what `verify` wrote; None: the package's own, if there is one.
         tokens: at which logits are compared, at most; None: as many as `quality.quality_tokens` takes.
 
     Raises:
-        UsageError: the benchmark is none, or fewer than 2 tokens; said before anything is run.
+        UsageError: the benchmark is none, no parity report, or fewer than 2 tokens; said before anything is run.
         ConfigError: package and reference are not of one shape.
         IntegrityError: a file of the package changed.
     """
     if tokens is not None and tokens < 2:
         raise UsageError(f"tokens {tokens}: a report compares logits at 2 or more")
     measured = read_bench(bench) if bench is not None else None
-    summary = describe(package)
+    if parity is not None and not parity.is_file():
+        raise UsageError(f"--parity {parity}: expected the file that olmo2-export verify --out wrote")
+    opened = open_package(package)
+    summary = describe(opened, parity=parity)
     config = ModelConfig.from_json(checkpoint.folder / "config.json")
     if summary.model != config.spec:
         raise ConfigError(f"{package}: not of the reference's shape; give the checkpoint that it was exported from")
@@ -104,7 +110,7 @@ def gather(
     chosen = list(dict.fromkeys(variants)) or sorted(by_name, key=_order)
     if unknown := [name for name in chosen if name not in by_name]:
         raise VariantNotFoundError(f"{package}: no variant {', '.join(unknown)}; it has {', '.join(by_name)}")
-    verified = _parity(package)
+    verified = _parity(parity or opened.folder / PARITY_NAME)
     stale = {v.variant for v in summary.parity if v.stale}
     length = None if tokens is None else min(tokens, _LENGTH)
     sequences, origin = quality_tokens(checkpoint, config, length=length, most=tokens)
@@ -116,9 +122,9 @@ def gather(
             entry = by_name[name].variant
             location, sample, problem = None, None, None
             try:
-                sample = sample_logits(package, name, sequences, reference)
+                sample = sample_logits(opened, name, sequences, reference)
                 bar.update()
-                location = locate(package, checkpoint, name)
+                location = locate(opened, checkpoint, name)
                 bar.update()
             except Olmo2ExportError as error:  # a report says so of one variant, and goes on with the others
                 problem = " ".join(str(error).split())
@@ -157,9 +163,8 @@ def number(value: object) -> float:
         return math.nan
 
 
-def _parity(package: Path) -> dict[str, Any]:
-    """Return the variants of `parity.json`, which `describe` has checked."""
-    path = package / PARITY_NAME
+def _parity(path: Path) -> dict[str, Any]:
+    """Return the variants of a parity report, which `describe` has checked."""
     if not path.is_file():
         return {}
     return {name: report for name, report in read_sealed(path)["variants"].items() if isinstance(report, dict)}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from olmo2_export.evaluate.models import open_measured
 from olmo2_export.measure.parity import kl_divergence
-from runtimes.package import open_package
+from runtimes.package import AnyPackage, open_package
 
 POINTS = 60_000
 """logits that are kept of each variant"""
@@ -36,21 +35,22 @@ class LogitSample:
 
 
 def sample_logits(
-    package: Path, variant: str, sequences: Sequence[np.ndarray], reference: Sequence[np.ndarray]
+    package: AnyPackage, variant: str, sequences: Sequence[np.ndarray], reference: Sequence[np.ndarray]
 ) -> LogitSample:
     """Compare a variant with PyTorch at every position, some at a time.
 
     Args:
-        package: the package folder.
+        package: the package folder, or one that is open.
         variant: its name.
         sequences: int64 [S] each; longer ones than its cache are cut.
         reference: per sequence float32 [S, V].
     """
-    length = open_package(package).variant(variant).kv_cache.max_cache_length
+    opened = open_package(package)
+    length = opened.variant(variant).kv_cache.max_cache_length
     draw = np.random.default_rng(_SEED)
     share = POINTS / sum(min(len(ids), length) for ids in sequences)
     truths, tests, kls, agreements = [], [], [], []
-    with open_measured(package, variant) as runner:
+    with open_measured(opened, variant) as runner:
         for ids, wanted in zip(sequences, reference, strict=True):
             runner.reset()
             for start in range(0, min(len(ids), length), PIECE):

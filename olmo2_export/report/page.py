@@ -18,7 +18,8 @@ from olmo2_export.report.data import ReportData
 from olmo2_export.report.parity import passed_all
 from olmo2_export.report.parts import FAILED, FIGURES, NONE, PASSED, UNKNOWN
 from olmo2_export.report.sections import sections
-from olmo2_export.summary.text import printable, size
+from olmo2_export.summary.text import size
+from runtimes.command import printable
 
 HTML, MARKDOWN = "report.html", "report.md"
 _TEMPLATES = Path(__file__).parent

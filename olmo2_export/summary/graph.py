@@ -32,7 +32,7 @@ _MEANINGS: dict[Role, str] = {
     "attention_mask": "1 for a token, cached or new; 0 for padding",
     "position_ids": "place of each new token in its sequence",
     "logit_count": "last rows that get logits; 0, the default: all",
-    "write_indices": "cache slot of each row's first new token",
+    "write_indices": "position of each row's first new token",
     "logit_index": "the new token of each row that gets logits",
     "logits": "scores of the next token, before softmax",
     "candidate_ids": "the likeliest next tokens, best first",

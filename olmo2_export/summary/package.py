@@ -27,7 +27,7 @@ from runtimes.manifest import (
     TrtManifest,
     Variant,
 )
-from runtimes.package import Package, open_package
+from runtimes.package import AnyPackage, Package, open_package
 from runtimes.sealed import FileEntry, read_sealed
 
 
@@ -107,12 +107,13 @@ class PackageSummary:
         }
 
 
-def describe(package: Path, variant: str | None = None) -> PackageSummary:
+def describe(package: AnyPackage, variant: str | None = None, *, parity: Path | None = None) -> PackageSummary:
     """Check a package and gather what it holds.
 
     Args:
-        package: the package folder.
+        package: the package folder, or one that is open.
         variant: only that one, and the engines compiled from it; None: all. All files are checked in any case.
+        parity: what `verify` wrote; None: the package's own.
 
     Raises:
         PackageNotFoundError: it is none.
@@ -120,44 +121,47 @@ def describe(package: Path, variant: str | None = None) -> PackageSummary:
         IntegrityError: naming every file that is not the one that was written.
     """
     opened = open_package(package)
-    manifest, trt = opened.manifest, opened.trt
+    folder, manifest, trt = opened.folder, opened.manifest, opened.trt
     variants = manifest.variants | (trt.variants if trt else {})
     files = manifest.files | (trt.files if trt else {})
     if variant is not None and variant not in variants:
-        raise VariantNotFoundError(f"{package}: no variant {variant!r}; it has {', '.join(variants) or 'none'}")
+        raise VariantNotFoundError(f"{folder}: no variant {variant!r}; it has {', '.join(variants) or 'none'}")
     opened.check(manifest.files.keys() | _listed(manifest))
     if trt:
-        opened.check(trt.files.keys() | _listed(trt), remedy=f"run: olmo2-export build {package}")
-    reference, parity = read_parity(opened, {name: files[v.graph].sha256 for name, v in variants.items()})
+        opened.check(trt.files.keys() | _listed(trt), remedy=f"run: olmo2-export build {folder}")
+    reference, verdicts = read_parity(opened, {n: files[v.graph].sha256 for n, v in variants.items()}, parity)
     wanted = [v for name, v in variants.items() if variant in (None, name)]
-    config = ModelConfig.from_json(package / "config.json")
-    portable, origin = portable_ops(package, manifest, config)
+    config = ModelConfig.from_json(folder / "config.json")
+    portable, origin = portable_ops(folder, manifest, config)
     engines = [e for e in (trt.engines.values() if trt else ()) if variant in (None, e.variant)]
     return PackageSummary(
-        package=package,
+        package=folder,
         manifest=manifest,
         portable=portable,
         portable_from=origin,
-        variants=tuple(_summarize(package, entry, config, portable) for entry in wanted),
-        engines=tuple(summarize_engine(package, engine, files[engine.plan].size) for engine in engines),
+        variants=tuple(_summarize(folder, entry, config, portable) for entry in wanted),
+        engines=tuple(summarize_engine(folder, engine, files[engine.plan].size) for engine in engines),
         files=files,
         parity_reference=reference,
-        parity=tuple(v for v in parity if variant in (None, v.variant)),
+        parity=tuple(v for v in verdicts if variant in (None, v.variant)),
     )
 
 
-def read_parity(package: Package, graphs: Mapping[str, str]) -> tuple[str | None, tuple[ParityVerdict, ...]]:
+def read_parity(
+    package: Package, graphs: Mapping[str, str], parity: Path | None = None
+) -> tuple[str | None, tuple[ParityVerdict, ...]]:
     """Return which model the package was verified against, and the verdicts; None if it never was.
 
     Args:
         package: which.
         graphs: variant -> sha256 of its graph now.
+        parity: what `verify` wrote; None: the package's own.
 
     Raises:
         IntegrityError: the report was changed, or is of another export.
         PackageError: it is no parity report.
     """
-    path = package.folder / PARITY_NAME
+    path = parity or package.folder / PARITY_NAME
     if not path.is_file():
         return None, ()
     document = read_sealed(path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from pathlib import Path
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -15,26 +14,13 @@ from rich.text import Text
 
 from olmo2_export.summary.engine import EngineSummary
 from olmo2_export.summary.graph import GraphSummary, OpChange, Part
-from olmo2_export.summary.package import PackageSummary, VariantSummary, describe
+from olmo2_export.summary.package import PackageSummary, VariantSummary
+from runtimes.command import printable
 from runtimes.errors import first_names
 from runtimes.manifest import Engine, Variant
 
 WIDTH = 100
 """columns, where the output is no terminal"""
-
-
-def summarize(package: Path, variant: str | None = None) -> str:
-    """Check and describe a package: plain text of `WIDTH` columns, longer lines wrapped.
-
-    Args:
-        package: the package folder.
-        variant: only that one; None: all.
-
-    Raises:
-        PackageNotFoundError: it is none.
-        IntegrityError: naming every file that is not the one that was written.
-    """
-    return plain(describe(package, variant))
 
 
 def plain(summary: PackageSummary, width: int = WIDTH) -> str:
@@ -97,11 +83,6 @@ def render(summary: PackageSummary) -> RenderableType:
     blocks += [block for variant in summary.variants for block in _variant(variant, summary)]
     blocks += [block for engine in summary.engines for block in _engine(engine)]
     return Group(*blocks, *_files(summary), *_parity(summary))
-
-
-def printable(text: object) -> str:
-    """Return a name as it may go to a terminal: what steers one is shown as its code instead."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def size(nbytes: int) -> str:

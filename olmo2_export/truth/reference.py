@@ -14,24 +14,16 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from transformers.models.olmo.modeling_olmo import OlmoLayerNorm
-from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
-from transformers.models.olmo3.modeling_olmo3 import Olmo3RMSNorm
 
-from olmo2_export.config import TOKEN_ID_FIELDS, ModelType, read_json_object
+from olmo2_export.config import TOKEN_ID_FIELDS, read_json_object
 from olmo2_export.dtypes import float_dtype
+from olmo2_export.truth.classes import CLASSES, LAYER_NORM_EPS, LayerNorm, RMSNorm
 from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes.errors import CheckpointError, first_names
 
 _CONTEXT_PIECE = 512  # positions at a time where no logits are wanted
 _NOT_FOR_REFERENCE = {*TOKEN_ID_FIELDS, "auto_map", "quantization_config"}
 _OF_WINDOWS = {"layer_types", "sliding_window"}
-_CLASSES: dict[ModelType, tuple[type[transformers.PreTrainedConfig], type[transformers.PreTrainedModel]]] = {
-    "olmo": (transformers.OlmoConfig, transformers.OlmoForCausalLM),
-    "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM),
-    "olmo3": (transformers.Olmo3Config, transformers.Olmo3ForCausalLM),
-}
-_LAYER_NORM_EPS = 1e-5  # OlmoLayerNorm has it in its forward
 
 Rounding = Callable[[torch.Tensor], torch.Tensor]
 """float32 or float64 [..., K] -> the same, rounded"""
@@ -168,8 +160,8 @@ def open_reference(
     model: Any
     info: dict[str, Any]
     config = reference_config(checkpoint.folder)
-    _, causal_lm = _CLASSES[config.model_type]  # type: ignore[index]  # reference_config has made it of one of these
-    model, info = causal_lm.from_pretrained(  # type: ignore[misc]  # a pair, with loading info
+    classes = CLASSES[config.model_type]
+    model, info = classes.causal_lm.from_pretrained(  # type: ignore[misc]  # a pair, with loading info
         checkpoint.folder,
         config=config,
         dtype=float_dtype(precision).torch,
@@ -208,8 +200,8 @@ def reference_config(folder: Path) -> transformers.PreTrainedConfig:
     raw = read_json_object(folder / "config.json")
     left_out = _NOT_FOR_REFERENCE | (set() if raw["model_type"] == "olmo3" else _OF_WINDOWS)
     kept = {name: value for name, value in raw.items() if value is not None and name not in left_out}
-    config_class, _ = _CLASSES[raw["model_type"]]
-    config: transformers.PreTrainedConfig = config_class.from_dict(kept | dict.fromkeys(TOKEN_ID_FIELDS))
+    classes = CLASSES[raw["model_type"]]
+    config: transformers.PreTrainedConfig = classes.config.from_dict(kept | dict.fromkeys(TOKEN_ID_FIELDS))
     return config
 
 
@@ -217,17 +209,17 @@ def use_float64_norms(model: nn.Module) -> None:
     """Replace the norms: transformers computes them in float32 whatever the model's dtype."""
     for name, module in list(model.named_modules()):
         exact: nn.Module | None = None
-        if isinstance(module, (Olmo2RMSNorm, Olmo3RMSNorm)):
+        if isinstance(module, RMSNorm):
             exact = _Float64Norm(module)
-        elif isinstance(module, OlmoLayerNorm):
-            exact = nn.LayerNorm(module.normalized_shape, _LAYER_NORM_EPS, elementwise_affine=False)
+        elif isinstance(module, LayerNorm):
+            exact = nn.LayerNorm(module.normalized_shape, LAYER_NORM_EPS, elementwise_affine=False)
         if exact is not None:
             parent = model.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], exact)
 
 
 class _Float64Norm(nn.Module):
-    def __init__(self, norm: Olmo2RMSNorm | Olmo3RMSNorm) -> None:
+    def __init__(self, norm: RMSNorm) -> None:
         super().__init__()
         self.weight, self.eps = norm.weight, norm.variance_epsilon
 

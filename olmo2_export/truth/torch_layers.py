@@ -11,19 +11,17 @@ from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.olmo import modeling_olmo as olmo
-from transformers.models.olmo2 import modeling_olmo2 as olmo2
 from transformers.models.olmo2.modeling_olmo2 import apply_rotary_pos_emb, repeat_kv
-from transformers.models.olmo3 import modeling_olmo3 as olmo3
 
 from olmo2_export.config import ModelConfig
 from olmo2_export.dtypes import float_dtype
+from olmo2_export.truth.classes import CLASSES
 from olmo2_export.truth.reference import Rounding, reference_config, use_float64_norms
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.stored_names import EMBEDDING, HEAD, stored_weight
@@ -32,45 +30,6 @@ Weights = Callable[[str], Tensor]
 """a weight by the checkpoint's name, in the checkpoint's layout"""
 _ROWS = 1 << 13  # of the vocabulary at a time
 _NORM = "model.norm.weight"
-
-
-class _Rotary(Protocol):
-    """transformers' rotary embedding of one layer: what gives the dtype's device, positions -> cos and sin."""
-
-    def __call__(self, x: Tensor, position_ids: Tensor, /) -> tuple[Tensor, Tensor]: ...
-
-
-@dataclass(frozen=True)
-class _Classes:
-    """transformers' classes of one generation."""
-
-    layer: Callable[[Any, int], nn.Module]
-    norm: Callable[[Any], nn.Module]
-    rotary: Callable[[Any, int], _Rotary]
-    """the config, the layer"""
-
-
-def _rms_norm(norm: type[nn.Module]) -> Callable[[Any], nn.Module]:
-    return lambda config: norm(config.hidden_size, config.rms_norm_eps)
-
-
-def _rotary_of_layer(config: Any, layer: int) -> _Rotary:
-    return partial(olmo3.Olmo3RotaryEmbedding(config), layer_type=config.layer_types[layer])
-
-
-_CLASSES: dict[str, _Classes] = {
-    "olmo": _Classes(
-        olmo.OlmoDecoderLayer,
-        lambda config: olmo.OlmoLayerNorm(config.hidden_size),
-        lambda config, _: olmo.OlmoRotaryEmbedding(config),
-    ),
-    "olmo2": _Classes(
-        olmo2.Olmo2DecoderLayer,
-        _rms_norm(olmo2.Olmo2RMSNorm),
-        lambda config, _: olmo2.Olmo2RotaryEmbedding(config),
-    ),
-    "olmo3": _Classes(olmo3.Olmo3DecoderLayer, _rms_norm(olmo3.Olmo3RMSNorm), _rotary_of_layer),
-}
 
 
 @dataclass(frozen=True)
@@ -107,7 +66,7 @@ class TorchModel:
         `stored` reads embedding and head in parts; without it they come whole from `weights`.
         """
         self.config: Any = reference_config(folder)
-        self.classes = _CLASSES[self.config.model_type]
+        self.classes = CLASSES[self.config.model_type]
         self.config._attn_implementation = "sdpa"
         self.norm_eps: float | None = None if self.config.model_type == "olmo" else self.config.rms_norm_eps
         """of RMS norms; None: the model has layer norms"""
@@ -322,7 +281,7 @@ def reference_logits(
 def rotary_tables(folder: Path, layer: int, positions: int) -> tuple[Tensor, Tensor]:
     """Return transformers' cos and sin of a layer's first positions, float32 [positions, head_dim / 2] both."""
     config: Any = reference_config(folder)
-    rotary = _CLASSES[config.model_type].rotary(config, layer)
+    rotary = CLASSES[config.model_type].rotary(config, layer)
     cos, sin = rotary(torch.zeros(1), torch.arange(positions)[None])
     half = cos.shape[-1] // 2
     return cos[0, :, :half], sin[0, :, :half]

@@ -49,38 +49,39 @@ def run(args: argparse.Namespace) -> int:
     from olmo2_export.evaluate.text import HELDOUT
     from olmo2_export.peak_memory import peak_bytes
     from olmo2_export.weights.checkpoint import open_checkpoint
+    from runtimes.command import expanded
     from runtimes.errors import UsageError
     from runtimes.manifest import MANIFEST_NAME
     from runtimes.package import open_package
 
-    path = Path(args.model)
-    is_package = (path / MANIFEST_NAME).is_file()
+    path = expanded(args.model)
+    package = open_package(path) if (path / MANIFEST_NAME).is_file() else None
     of_package = {"--variant": args.variant, "--device": args.device, "--reference": args.reference}
     given = [name for name, value in of_package.items() if value is not None]
     given += ["--backend"] * (args.backend != "ort") + ["--decode-graph"] * args.decode_graph
     if args.max_tokens is not None and args.max_tokens < 1:
         raise UsageError(f"--max-tokens {args.max_tokens}: expected at least 1")
-    if args.pytorch and is_package:
-        source = open_package(path).manifest.source.model
+    if args.pytorch and package is not None:
+        source = package.manifest.source.model
         raise UsageError(f"--pytorch: {path} is a package; give the checkpoint it was exported from ({source})")
-    if not is_package and given:
+    if package is None and given:
         why = "PyTorch runs a checkpoint by itself" if args.pytorch else f"{path} is no package"
         raise UsageError(f"{', '.join(given)}: {why}")
-    if is_package and args.reference is None and (args.revision is not None or args.low_memory):
+    if package is not None and args.reference is None and (args.revision is not None or args.low_memory):
         raise UsageError("--revision and --low-memory: of the checkpoint, so give one with --reference")
 
     checkpoint = (
-        open_checkpoint(args.reference if is_package else args.model, args.revision)
-        if (args.reference or not is_package)
+        open_checkpoint(args.model if package is None else args.reference, args.revision)
+        if (args.reference or package is None)
         else None
     )
-    folder = path if is_package or checkpoint is None else checkpoint.folder
-    tokens = token_text(folder, args.text or HELDOUT, most=args.max_tokens, is_package=is_package)
+    tokenized = package or (path if checkpoint is None else checkpoint.folder)
+    tokens = token_text(tokenized, args.text or HELDOUT, most=args.max_tokens, is_package=package is not None)
     with ExitStack() as stack:
         models: list[Evaluated] = []
-        if is_package:
+        if package is not None:
             opened = open_package_model(
-                path,
+                package,
                 variant=args.variant,
                 backend=args.backend,
                 device=args.device,

@@ -15,6 +15,7 @@ def declare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--revision", metavar="REV", help="of the reference, if it is a Hub id")
     verb.add_argument("--variant", action="append", metavar="V", help="default: all; may be repeated")
     verb.add_argument("--bench", type=Path, metavar="FILE", help="what olmo2-export bench printed: throughput, memory")
+    verb.add_argument("--parity", type=Path, metavar="FILE", help="what verify --out wrote; default: the package's own")
     verb.add_argument("--tokens", type=int, metavar="N", help="at which logits are compared; default: at most 4096")
     verb.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="the folder to write; an old report is replaced"
@@ -29,7 +30,14 @@ def run(args: argparse.Namespace) -> int:
 
     check_out(args.out)
     checkpoint = open_checkpoint(args.reference, args.revision)
-    data = gather(args.package, checkpoint, variants=args.variant or [], bench=args.bench, tokens=args.tokens)
+    data = gather(
+        args.package,
+        checkpoint,
+        variants=args.variant or [],
+        bench=args.bench,
+        parity=args.parity,
+        tokens=args.tokens,
+    )
     written = write_report(data, args.out)
     print(
         f"{written.passed} variants passed, {written.failed} failed, {written.unverified} not verified yet; "

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from runtimes.command import printable
+
 if TYPE_CHECKING:
     from olmo2_export.weights.revisions import Revision
 
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"model": args.model, "revisions": [document(revision) for revision in revisions]}, indent=2))
         return 0
     print(table(revisions))
-    print(f"{args.model}: {len(revisions)} of {len(listed)} revisions")
+    print(f"{printable(args.model)}: {len(revisions)} of {len(listed)} revisions")
     return 0
 
 
@@ -62,7 +64,7 @@ def table(revisions: Sequence[Revision]) -> str:
         at = revision.training
         tokens = "-" if at.tokens_b is None else f"{at.tokens_b}B"
         numbers = ["-" if n is None else str(n) for n in (at.stage, at.ingredient, at.step)]
-        rows.append([revision.name, *numbers, tokens, revision.kind, (revision.commit or "-")[:12]])
+        rows.append([printable(revision.name), *numbers, tokens, revision.kind, (revision.commit or "-")[:12]])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     words = {0, 5, 6}
     return "\n".join(

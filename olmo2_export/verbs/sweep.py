@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olmo2_export.verbs.arguments import declare_backend, declare_device, declare_variant
+from runtimes.command import expanded, printable
 
 if TYPE_CHECKING:
     from olmo2_export.evaluate.revisions import RevisionResult
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     chosen = choose(args.model, args.revisions, args.every)
     for one in chosen:
         if is_pattern(one.asked):
-            print(f"{one.asked}: {len(one.names)} of {one.matched} revisions that match", flush=True)
+            print(f"{printable(one.asked)}: {len(one.names)} of {one.matched} revisions that match", flush=True)
     results = sweep(
         args.model,
         [name for one in chosen for name in one.names],
@@ -78,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
         max_tokens=args.max_tokens,
         low_memory=args.low_memory,
     )
-    name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
+    folder = expanded(args.model)
+    name = folder.resolve().name if folder.is_dir() else args.model
     title = f"{name}, {variant} on {text.name} ({results[0].evaluated_tokens:,} tokens)"
     files = draw(results, title, variant, args.out / "sweep")
     print(table(results))
@@ -98,7 +100,7 @@ def table(results: Sequence[RevisionResult]) -> str:
         numbers = [f"{r.perplexity:.3f}", _short(r.perplexity_se, ".3f"), f"{r.pytorch_perplexity:.3f}"]
         numbers += [f"{r.kl_mean_nats:.2e}", _short(r.kl_mean_se_nats, ".0e"), f"{r.top1_share:.2%}"]
         numbers += [_short(r.change_kl_mean_nats, ".4f"), _short(r.change_kl_mean_se_nats, ".4f"), f"{r.export_s:.1f}"]
-        rows.append([r.revision, *numbers, *[r.engine or "kept"] * engines])
+        rows.append([printable(r.revision), *numbers, *[r.engine or "kept"] * engines])
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     return "\n".join(
         "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))

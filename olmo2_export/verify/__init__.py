@@ -4,5 +4,6 @@ feeds.py    the ways to feed a graph: modes x rows x lengths
 measure.py  what PyTorch says; run a graph in all ways and compare; decode freely
 checks.py   calibration that repeats; quality on text
 variant.py  one variant: a loop over its views
+by_layer.py the same for a model that is larger than memory
 verify.py   the verdict on a package; parity.json
 """

@@ -12,7 +12,7 @@
 | 1            | at all positions                                                                                |
 | 61           | at all positions (less where the cache holds less, and still odd)                               |
 | capacity - 1 | where a call ends, and at each decoded token                                                    |
-| capacity     | the same: the last slot of the cache is written and read                                        |
+| capacity     | the same: the last position of the cache is written and read                                    |
 
 A batch has one row, or three of different lengths. Long rows are filled once per batch, but for prefill: the modes
 differ in how their last tokens come.

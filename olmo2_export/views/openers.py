@@ -20,11 +20,11 @@ from olmo2_export.graphs.files import save_graph
 from olmo2_export.views.table import View
 from runtimes import Device
 from runtimes.errors import BackendError
-from runtimes.manifest import TensorSpec, Variant
+from runtimes.manifest import EngineBackend, TensorSpec, Variant
 from runtimes.ort.devices import find_device
 from runtimes.ort.session import open_session
 from runtimes.targets import Target
-from runtimes.trt.nvidia import TensorRTBackend, load_tensorrt, tensorrt_backend
+from runtimes.trt.nvidia import load_tensorrt, tensorrt_backend
 
 Arrays = dict[str, np.ndarray]
 Run = Callable[[Mapping[str, np.ndarray]], Arrays]
@@ -68,7 +68,7 @@ def _spec(value: ir.Value) -> TensorSpec:
     return TensorSpec(str(value.name), "float32", (), "hidden_state")
 
 
-def tensorrt_opener(backend: TensorRTBackend, runner: Callable[[Path], Any] | None = None) -> Opener:
+def tensorrt_opener(backend: EngineBackend, runner: Callable[[Path], Any] | None = None) -> Opener:
     """Return what compiles segments of a graph's first call for the GPU at hand.
 
     Args:
@@ -91,7 +91,7 @@ def tensorrt_opener(backend: TensorRTBackend, runner: Callable[[Path], Any] | No
     return open_segment
 
 
-def tensorrt_runner(backend: TensorRTBackend) -> Callable[[Path], Any]:
+def tensorrt_runner(backend: EngineBackend) -> Callable[[Path], Any]:
     """Return what makes Polygraphy's runner of a graph on a TensorRT, compiled for the GPU at hand.
 
     Raises:
@@ -116,7 +116,7 @@ def tensorrt_runner(backend: TensorRTBackend) -> Callable[[Path], Any]:
     return make
 
 
-def _choose(backend: TensorRTBackend) -> None:
+def _choose(backend: EngineBackend) -> None:
     """Let Polygraphy use one of the two TensorRTs from here on."""
     import polygraphy.config  # type: ignore[import-untyped]  # here: this room is also for those who have none
 

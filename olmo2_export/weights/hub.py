@@ -28,6 +28,7 @@ from olmo2_export.weights.other_formats import (
     refuse_file,
     refuse_other_formats,
 )
+from runtimes.command import expanded
 from runtimes.errors import CheckpointError, CheckpointNotFoundError, broken_link, first_names
 from runtimes.manifest import SourceKind
 
@@ -103,14 +104,6 @@ def _file_names(model: str, revision: str | None) -> list[str]:
         return HfApi().list_repo_files(model, revision=revision)
     except _REQUEST_FAILED:
         return []
-
-
-def expanded(model: str) -> Path:
-    """Return a path, `~` and `~user` replaced where there is such a user."""
-    try:
-        return Path(model).expanduser()
-    except RuntimeError:  # no such user, or no home
-        return Path(model)
 
 
 def is_hub_id(model: str) -> bool:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, TypeAlias, TypeVar
 
-from olmo2_export.weights.hub import DEMO, expanded, is_hub_id, list_refs
+from olmo2_export.weights.hub import DEMO, is_hub_id, list_refs
 from olmo2_export.weights.revision_names import TrainingPoint, read_name, training_order
+from runtimes.command import expanded
 from runtimes.errors import CheckpointNotFoundError, UsageError, first_names
 
 T = TypeVar("T")

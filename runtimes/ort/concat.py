@@ -56,7 +56,7 @@ class ConcatCache:
     """per row, the ids of the tokens in it"""
     values: Values
     mask: Ids
-    """[B, slots]: 1 where the slot holds a token, 0 where padding was put or a token was dropped"""
+    """[B, P]: 1 where the position holds a token, 0 where padding was put or a token was dropped"""
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -93,7 +93,7 @@ class ConcatRunner:
 
     Rows of different lengths are padded on the left, call by call, so that the last position is every row's last
     token. The mask hides the padding for good, also in the middle of the cache, and position_ids skip it. `truncate`
-    hides what it drops, and copies what is left where slots at the end are hidden in every row.
+    hides what it drops, and copies what is left where positions at the end are hidden in every row.
 
     Prompts are computed in pieces of `prefill_chunk` tokens, since the attention weights of a call take heads x
     sequence_length x total_sequence_length numbers; where all positions are asked for, in one.
@@ -370,9 +370,9 @@ class ConcatRunner:
         """Return the cache with only the first tokens of each row; `lengths` was checked."""
         kept = np.array(lengths, np.int64)[:, None]
         mask = np.where(cache.mask.cumsum(axis=1) <= kept, cache.mask, 0)  # (B, P)
-        slots = int(np.flatnonzero(mask.any(axis=0)).max(initial=-1)) + 1  # all after are hidden in every row
-        values = cache.values if slots == mask.shape[1] else _first_slots(cache.values, slots)
-        return ConcatCache(_cut(cache.tokens, lengths), values, mask[:, :slots])
+        width = int(np.flatnonzero(mask.any(axis=0)).max(initial=-1)) + 1  # all after are hidden in every row
+        values = cache.values if width == mask.shape[1] else _first_positions(cache.values, width)
+        return ConcatCache(_cut(cache.tokens, lengths), values, mask[:, :width])
 
     def _call(self, feeds: Mapping[str, Ids], past: Values) -> tuple[Logits, Values]:
         """Run the graph once; return the logits, copied out, and the past of the next call, not copied."""
@@ -394,14 +394,14 @@ class ConcatRunner:
 
 
 def _zeros(spec: KVCacheSpec, batch_size: int, length: int) -> ort.OrtValue:
-    """Return an empty past of `length` slots; it serves as all of them, since nothing is written to inputs."""
+    """Return an empty past of `length` positions; it serves as all of them, since nothing is written to inputs."""
     shape = (batch_size, spec.num_key_value_heads, length, spec.head_dim)
     return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.dtype(spec.dtype)))
 
 
-def _first_slots(values: Values, slots: int) -> Values:
+def _first_positions(values: Values, width: int) -> Values:
     return {
-        name: ort.OrtValue.ortvalue_from_numpy(value.numpy()[:, :, :slots].copy()) for name, value in values.items()
+        name: ort.OrtValue.ortvalue_from_numpy(value.numpy()[:, :, :width].copy()) for name, value in values.items()
     }
 
 

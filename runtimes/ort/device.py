@@ -236,7 +236,7 @@ class DeviceBuffer:
             value.update_inplace(content)
 
     def clear(self, row: int, start: int) -> None:
-        """Set a row's keys and values to zero from one slot on; through the host, as this is for errors."""
+        """Set a row's keys and values to zero from one position on; through the host, as this is for errors."""
         for value in self._values.values():
             content = value.numpy()
             content[row : row + 1, :, start:] = 0

@@ -22,6 +22,7 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state  # type: ignore[import-untyped]
 
 from runtimes.errors import BackendError
+from runtimes.targets import find_target
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -96,7 +97,7 @@ class Device:
         if PROVIDERS[self.name] not in found:
             raise BackendError(
                 f"device {self.name}: onnxruntime gave {', '.join(found)}, expected {PROVIDERS[self.name]}; "
-                f"{_REMEDIES[self.name]}"
+                f"{find_target('ort', self.name).reinstall}"
             )
 
 
@@ -135,13 +136,6 @@ def find_device(name: str) -> Device:
             return Device(name)
 
 
-_REMEDIES = {
-    "cpu": "reinstall 'olmo2-export[cpu]'",
-    "cuda": "pip uninstall onnxruntime && pip install --force-reinstall 'olmo2-export[gpu]' (onnxruntime-gpu)",
-    "nv-rtx": "pip install 'olmo2-export[nv-rtx]' (onnxruntime-ep-nv-tensorrt-rtx-cu13)",
-}
-
-
 def _find_cuda() -> Device:
     cuda = Device("cuda", GpuMemory())
     cuda.check(ort.get_available_providers())
@@ -163,7 +157,7 @@ def _why_no_cuda(error: Exception) -> str:
     except OSError as missing:
         if any(name in str(missing) for name in _DRIVER):
             return f"{missing}; this machine has no NVIDIA driver"
-        return f"{missing}; pip install --force-reinstall 'olmo2-export[gpu]' brings CUDA's libraries"
+        return f"{missing}; {find_target('ort', 'cuda').reinstall} brings CUDA's libraries"
     return f"no usable GPU ({str(error).strip().splitlines()[0][:200]}); nvidia-smi shows what the driver sees"
 
 
@@ -172,7 +166,7 @@ def _find_rtx_gpu() -> Any:
     try:
         import onnxruntime_ep_nv_tensorrt_rtx as plugin  # type: ignore[import-not-found]
     except ImportError as error:
-        raise BackendError(f"device nv-rtx: {error}; {_REMEDIES['nv-rtx']}") from error
+        raise BackendError(f"device nv-rtx: {error}; {find_target('ort', 'nv-rtx').install}") from error
     name = PROVIDERS["nv-rtx"]
     if not _rtx_gpus():
         try:

@@ -293,5 +293,5 @@ class SharedRunner(RowRunner):
 
 
 def attention_mask(lengths: Ids, width: int) -> Ids:
-    """Return int64 [B, width]: 1 for the first `lengths` slots of each row."""
+    """Return int64 [B, width]: 1 for the first `lengths` positions of each row."""
     return (np.arange(width) < lengths[:, None]).astype(np.int64)

@@ -1,7 +1,7 @@
 """The static-cache graph on onnxruntime's CPU or CUDA provider, with its KV cache written in place.
 
-Past and present are bound to one buffer. TensorScatter then writes the new slots alone, where it otherwise copies the
-whole cache (seen with onnxruntime 1.31 on a CPU: 0.007 instead of 2.4 ms for 32 MB).
+Past and present are bound to one buffer. TensorScatter then writes the new positions alone, where it otherwise copies
+the whole cache (seen with onnxruntime 1.31 on a CPU: 0.007 instead of 2.4 ms for 32 MB).
 
 On CUDA the cache lies in device memory and everything else is copied from and to the host at each call. That is for
 proof, not for speed: nothing is captured, as shapes that the attention's mask needs are computed on the host.
@@ -24,7 +24,7 @@ from runtimes.ort.session import one_line
 from runtimes.runners.runner import Ids
 
 PREFILL_CHUNK = 512
-"""tokens of a row per call; attention holds a score for each of them and each slot of the cache"""
+"""tokens of a row per call; attention holds a score for each of them and each position of the cache"""
 
 
 class OrtStaticSession:
@@ -155,7 +155,7 @@ class _HostBuffer:
             array[target, :, :length] = array[source, :, :length]
 
     def clear(self, row: int, start: int) -> None:
-        """Set a row's keys and values to zero from one slot on."""
+        """Set a row's keys and values to zero from one position on."""
         for array in self._caches.values():
             array[row : row + 1, :, start:] = 0
 

@@ -3,7 +3,7 @@
 | tensor                          | shape                                                   | dtype          |
 |---------------------------------|---------------------------------------------------------|----------------|
 | input_ids                       | [batch_size, sequence_length]                           | int64          |
-| write_indices                   | [batch_size]: the slot of each row's first token here   | int64          |
+| write_indices                   | [batch_size]: the position of each row's first token    | int64          |
 | logit_index                     | [batch_size, 1]: the position here that gets logits     | int64          |
 | past_key_values.N.key, .value   | [batch_size, kv_heads, C, head_dim]                     | kv_cache.dtype |
 | -> logits                       | [batch_size, vocab_size]                                | float32        |
@@ -64,7 +64,7 @@ class StaticSession(Protocol):
         ...
 
     def clear(self, row: int, start: int) -> None:
-        """Set a row's keys and values to zero from one slot on."""
+        """Set a row's keys and values to zero from one position on."""
         ...
 
     def copy_row(self, source: int, target: int, length: int) -> None:
@@ -80,9 +80,9 @@ class StaticRunner(RowRunner):
     """Implements `runtimes.runners.runner.Runner`, and slots, with a static-cache graph.
 
     Prompts are computed in pieces of `prefill_chunk` tokens. Rows of different lengths are padded on the right; what is
-    written after a row's last token, and what `truncate` drops, is overwritten by its next. A slot is a position, and
-    padding must not pass C: where it would, the row starts earlier and computes tokens that the cache holds already
-    once more, to the same values.
+    written after a row's last token, and what `truncate` drops, is overwritten by its next. Padding must not pass C:
+    where it would, the row starts earlier and computes tokens that the cache holds already once more, to the same
+    values.
 
     The graph gives the logits of one position per row, so `all_positions` calls it once for each position; that is
     meant for verification, not for speed.
@@ -136,7 +136,7 @@ class StaticRunner(RowRunner):
         return self._session.run(0, ids, starts, np.zeros_like(starts), wanted)
 
     def _undo(self, rows: Sequence[int]) -> None:
-        # Slots that are not seen yet are read and weighted with 0, and 0 times NaN is NaN.
+        # Positions that are not seen yet are read and weighted with 0, and 0 times NaN is NaN.
         for row in rows:
             self._session.clear(row, len(self._row_tokens(row)))
 

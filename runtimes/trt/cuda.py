@@ -123,24 +123,6 @@ def copy_to_host(target: int, source: int, size: int, stream: Stream) -> None:
     _call("cudaMemcpyAsync", target, source, size, cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost, stream.handle)
 
 
-class Event:
-    """A moment in a stream; the time between two of them is what the GPU took."""
-
-    def __init__(self) -> None:
-        self.handle = int(_call("cudaEventCreate"))
-
-    def record(self, stream: Stream) -> None:
-        _call("cudaEventRecord", self.handle, stream.handle)
-
-    def seconds_since(self, start: Event) -> float:
-        """Wait for this event; return the seconds from `start` to it."""
-        _call("cudaEventSynchronize", self.handle)
-        return float(_call("cudaEventElapsedTime", start.handle, self.handle)) / 1000
-
-    def close(self) -> None:
-        _release("cudaEventDestroy", self.handle)
-
-
 class Graph:
     """Work recorded from a stream, to be launched as one."""
 

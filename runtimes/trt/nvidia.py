@@ -18,25 +18,22 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, TypeAlias, get_args
 
 from runtimes.errors import BackendError, FailedError
+from runtimes.manifest import EngineBackend
+from runtimes.targets import find_target
 
 logger = logging.getLogger(__name__)
 
-TensorRTBackend = Literal["trt_rtx", "trt"]
 Buffer: TypeAlias = bytes | memoryview | mmap.mmap
 
 RTX_VERSION = "1.7.1.116"
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 """the compute capabilities that TensorRT for RTX compiles for"""
 
-_MODULES: dict[TensorRTBackend, str] = {"trt_rtx": "tensorrt_rtx_bindings", "trt": "tensorrt"}
+_MODULES: dict[EngineBackend, str] = {"trt_rtx": "tensorrt_rtx_bindings", "trt": "tensorrt"}
 _LEAN = "tensorrt_lean"
-_INSTALL: dict[TensorRTBackend, str] = {
-    "trt_rtx": f"pip install tensorrt-rtx-cu13-libs=={RTX_VERSION} tensorrt-rtx-cu13-bindings=={RTX_VERSION}",
-    "trt": "pip install tensorrt --extra-index-url https://pypi.nvidia.com",
-}
 # Said of every int64 input; the runners bind int64.
 _HARMLESS = ("has Int64 binding",)
 
@@ -54,7 +51,7 @@ class Message:
 class TensorRT:
     """One of the two libraries, loaded."""
 
-    backend: TensorRTBackend
+    backend: EngineBackend
     module: Any
     """tensorrt or tensorrt_rtx_bindings"""
     version: str
@@ -70,32 +67,32 @@ class TensorRT:
         yield self.messages
 
 
-def tensorrt_backend(name: str) -> TensorRTBackend:
+def tensorrt_backend(name: str) -> EngineBackend:
     """Return the backend of that name, which is a TensorRT.
 
     Raises:
         BackendError: it is another one.
     """
-    found: TensorRTBackend | None = next((known for known in get_args(TensorRTBackend) if known == name), None)
+    found: EngineBackend | None = next((known for known in get_args(EngineBackend) if known == name), None)
     if found is None:
-        raise BackendError(f"backend {name}: no TensorRT; there is {', '.join(get_args(TensorRTBackend))}")
+        raise BackendError(f"backend {name}: no TensorRT; there is {', '.join(get_args(EngineBackend))}")
     return found
 
 
-def check_installed(backend: TensorRTBackend) -> None:
+def check_installed(backend: EngineBackend) -> None:
     """Look for a library without loading it, which takes a second and 300 MB.
 
     Raises:
         BackendError: it is not installed; the message has the pip line.
     """
     if importlib.util.find_spec(_MODULES[backend]) is None:
-        raise BackendError(f"backend {backend}: {_MODULES[backend]} is not installed; {_INSTALL[backend]}")
+        raise BackendError(f"backend {backend}: {_MODULES[backend]} is not installed; {find_target(backend).install}")
 
 
-_loaded: dict[TensorRTBackend, TensorRT] = {}
+_loaded: dict[EngineBackend, TensorRT] = {}
 
 
-def load_tensorrt(backend: TensorRTBackend, *, portable: bool = False) -> TensorRT:
+def load_tensorrt(backend: EngineBackend, *, portable: bool = False) -> TensorRT:
     """Import one of the two libraries.
 
     Args:
@@ -113,7 +110,7 @@ def load_tensorrt(backend: TensorRTBackend, *, portable: bool = False) -> Tensor
             module = importlib.import_module(name)
         except (ImportError, OSError) as error:
             raise BackendError(
-                f"backend {backend}: {name} cannot be imported ({error}); {_INSTALL[backend]}"
+                f"backend {backend}: {name} cannot be imported ({error}); {find_target(backend).install}"
             ) from error
         messages: list[Message] = []
         _loaded[backend] = TensorRT(

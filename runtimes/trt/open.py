@@ -24,12 +24,12 @@ from runtimes.errors import (
     VariantNotFoundError,
     first_names,
 )
-from runtimes.manifest import Engine, ModelSpec, TrtManifest, Variant
+from runtimes.manifest import OLDEST_GPU, Engine, EngineBackend, ModelSpec, TrtManifest, Variant
 from runtimes.package import Package
 from runtimes.runners.static import StaticRunner
 from runtimes.targets import find_target, runnable
 from runtimes.trt.jit_cache import JitCache
-from runtimes.trt.nvidia import TensorRT, TensorRTBackend, check_version, load_engine, load_tensorrt
+from runtimes.trt.nvidia import TensorRT, check_version, load_engine, load_tensorrt
 from runtimes.trt.session import TrtSession, plan_memory
 
 logger = logging.getLogger(__name__)
@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 PORTABLE, WEIGHT_STREAMING = "portable", "weight_streaming"
 """flags of an engine that a runner has to know"""
 
-_PORTABLE_FROM = {"fp32": 8.0, "fp16": 8.0, "bf16": 8.0, "int4": 8.0, "int8": 8.0, "fp8": 8.9}
-"""precision -> the oldest compute capability that a portable engine runs on; its compatibility begins at 8.0"""
+_PORTABLE_FROM = 8.0
+"""the oldest compute capability that a portable engine runs on, if its precision does"""
 _HEADROOM = 256_000_000
 """bytes of the GPU's memory, or a twentieth of it if that is more: left free when weights are streamed, for contexts,
 kernels and what other programs take meanwhile"""
@@ -87,7 +87,7 @@ class MemoryBudget:
 
 def open_trt(
     package: Package,
-    backend: TensorRTBackend,
+    backend: EngineBackend,
     variant: str | None,
     *,
     check_hashes: bool,
@@ -142,7 +142,7 @@ def open_trt(
     return StaticRunner(session, graph, model, max_slots or entry.max_batch_size)
 
 
-def find_engine(package: Package, backend: TensorRTBackend, variant: str | None) -> tuple[Engine, Variant, TrtManifest]:
+def find_engine(package: Package, backend: EngineBackend, variant: str | None) -> tuple[Engine, Variant, TrtManifest]:
     """Return an engine of a package, the graph it was compiled from, and the manifest that vouches for both.
 
     Raises:
@@ -176,7 +176,7 @@ def check_capability(gpu: cuda.Gpu, entry: Engine, package: Path) -> None:
         BackendError: naming the GPUs that it runs on.
     """
     found = gpu.compute_capability
-    oldest = _PORTABLE_FROM.get(entry.precision) if PORTABLE in entry.flags else None
+    oldest = max(_PORTABLE_FROM, float(OLDEST_GPU[entry.precision])) if PORTABLE in entry.flags else None
     if found in entry.compute_capabilities or (oldest is not None and float(found) >= oldest):
         return
     if oldest is None:
@@ -184,7 +184,7 @@ def check_capability(gpu: cuda.Gpu, entry: Engine, package: Path) -> None:
             f"engine {entry.name} was built for compute capability {', '.join(entry.compute_capabilities)}; "
             f"{gpu.name} has {found}: {_command(package, entry)} --compute-capability {found}"
         )
-    other = replace(entry, precision="bf16" if float(found) >= _PORTABLE_FROM["bf16"] else "fp16")
+    other = replace(entry, precision="bf16" if float(found) >= float(OLDEST_GPU["bf16"]) else "fp16")
     raise BackendError(
         f"engine {entry.name} is portable, and in {entry.precision} that is compute capability {oldest} or newer; "
         f"{gpu.name} has {found}: build one for it: {_command(package, other)}"

@@ -208,12 +208,12 @@ class TrtSession:
 
     def clear(self, row: int, start: int) -> None:
         spec = self._spec
-        slot = spec.head_dim * find_dtype(spec.dtype).size
-        free = (spec.max_cache_length - start) * slot
+        token = spec.head_dim * find_dtype(spec.dtype).size
+        free = (spec.max_cache_length - start) * token
         for offset in self._sizes.caches.values() if free else ():
             self._caches.clear(
-                offset + row * self._sizes.cache_row + start * slot,
-                pitch=spec.max_cache_length * slot,
+                offset + row * self._sizes.cache_row + start * token,
+                pitch=spec.max_cache_length * token,
                 width=free,
                 height=spec.num_key_value_heads,
                 stream=self._stream,
@@ -222,13 +222,13 @@ class TrtSession:
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         spec, row = self._spec, self._sizes.cache_row
-        slot = spec.head_dim * find_dtype(spec.dtype).size
+        token = spec.head_dim * find_dtype(spec.dtype).size
         for offset in self._sizes.caches.values():
             self._caches.copy(
                 offset + source * row,
                 offset + target * row,
-                pitch=spec.max_cache_length * slot,
-                width=length * slot,
+                pitch=spec.max_cache_length * token,
+                width=length * token,
                 height=spec.num_key_value_heads,
                 stream=self._stream,
             )

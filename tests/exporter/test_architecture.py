@@ -17,11 +17,11 @@ from olmo2_export.architecture import (
     around_attention,
     between,
     count,
+    input_groups,
     norm_counts,
     of_layer,
     operations,
     shared_inputs,
-    stages,
     tensor_shapes,
     within_layer,
 )
@@ -68,10 +68,10 @@ def test_every_row_reads_what_an_earlier_one_writes(config: ModelConfig) -> None
     assert [row.name for row in rows if row.layer is None] == [EMBED, FINAL_NORM, LOGITS]
 
 
-def test_stages_of_a_layer(config: ModelConfig) -> None:
+def test_groups_of_linears_of_a_layer(config: ModelConfig) -> None:
     layer = of_layer(operations(config), 1)
     x, h = "model.layers.0.mlp_residual", f"{L1}attention_residual"
-    assert [([within_layer(row) for row in s.linears], s.reads, s.start) for s in stages(layer)] == [
+    assert [([within_layer(row) for row in s.linears], s.reads, s.start) for s in input_groups(layer)] == [
         (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], x, x),
         (["self_attn.o_proj"], f"{L1}self_attn.attention", x),
         (["mlp.gate_proj", "mlp.up_proj"], h, h),

@@ -13,21 +13,29 @@ from support.checkpoints import SHAPE
 
 import olmo2_export.catalog as catalog
 import runtimes.targets as targets
+from olmo2_export.bench.entries import default_variants
 from olmo2_export.bench.gpu import _backend_and_variant
-from olmo2_export.catalog import INT4_BLOCKS, TRT_INT8, VARIANTS, QualityGate, VariantRow
+from olmo2_export.catalog import INT4_BLOCKS, TRT_INT8, VARIANTS, BlockFormat, QualityGate, VariantRow
 from olmo2_export.cli import parse_args
 from olmo2_export.config import ModelConfig
 from olmo2_export.engine.options import EngineOptions, resolve_options
+from olmo2_export.measure import quality
+from olmo2_export.measure.parity import KERNEL_PARITY, QUALITY
 from olmo2_export.measure.quality import gate_of
+from olmo2_export.package.export import export
+from olmo2_export.package.plan import plan_export
 from olmo2_export.package.trt_variants import TrtOptions
 from olmo2_export.package.variants import check_variants
 from olmo2_export.package.weight_choice import Options
 from olmo2_export.report.data import _order
 from olmo2_export.report.plots import colour
+from olmo2_export.verify.variant import measure_variant
+from olmo2_export.weights.checkpoint import open_checkpoint
+from runtimes import open_runner
 from runtimes.errors import PackageError, UsageError, VariantNotFoundError
-from runtimes.manifest import KVCacheSpec, Precision, Variant
+from runtimes.manifest import OLDEST_GPU, KVCacheSpec, Precision, Variant
 from runtimes.ort.open import default_variant
-from runtimes.package import Package
+from runtimes.package import Package, open_package
 from runtimes.targets import TARGETS, find_target, runnable, runs
 
 PATHS = {
@@ -62,7 +70,7 @@ def config(tiny_checkpoint: Path) -> ModelConfig:
 
 def test_the_rows_agree_with_each_other_and_with_the_targets() -> None:
     assert {row.name: row.path for row in VARIANTS} == PATHS
-    assert sorted(catalog.precisions()) == sorted(get_args(Precision))
+    assert sorted(catalog.precisions()) == sorted(get_args(Precision)) == sorted(OLDEST_GPU)
     assert catalog.exported() == ["fp32", "q4", "q8", "fp16", "bf16", "q4f16"]
     assert max(Counter(row.colour for row in VARIANTS).values()) == 1
     known = {target.name: target for target in TARGETS}
@@ -105,6 +113,7 @@ def test_the_gates_are_what_they_were(
     assert gate_of(entry(name), config) == QualityGate(*small)
     wide = dataclasses.replace(config, vocab_size=49_000_000 // SHAPE["hidden_size"])
     assert gate_of(entry(name), wide) == QualityGate(*small)  # 100 M and a bit less
+    assert gate_of(entry(name), dataclasses.replace(config, vocab_size=520_009)) == QualityGate(*large)  # attentions
     assert gate_of(entry(name), dataclasses.replace(config, vocab_size=2_000_000)) == QualityGate(*large)
 
 
@@ -138,9 +147,23 @@ NVFP4 = VariantRow(
     targets=("trt_rtx", "trt"),
     form="static",
     dtype="bfloat16",
-    weights=dataclasses.replace(TRT_INT8, precision="nvfp4", bits=4, oldest_gpu="10.0", on_older="fp8"),
+    weights=dataclasses.replace(TRT_INT8, precision="nvfp4", bits=4, on_older="fp8"),
     colour="#345678",
 )
+
+
+Q4S = dataclasses.replace(
+    catalog.find("q4"),
+    name="q4s",
+    weights=dataclasses.replace(INT4_BLOCKS, gates=(QualityGate(9.0, None, 0.0, 9.0),) * 2),
+    colour="#456789",
+    defaults=catalog.QuantizationDefaults(
+        "rtn", BlockFormat(4, 32, False), BlockFormat(8, 32, True), BlockFormat(8, 32, True), 6.5
+    ),
+    prefill_graph=False,
+    quantized_cache=False,
+)
+"""of a precision that is there, so that its package can be read: other blocks, no int8 graph, gates that never fail"""
 
 
 @pytest.fixture
@@ -150,6 +173,7 @@ def more(monkeypatch: pytest.MonkeyPatch) -> None:
     fastest = {"cpu": ("q2", *TARGETS[0].variants), "cuda": (*TARGETS[1].variants, "q2f16")}
     rows = [dataclasses.replace(t, variants=fastest.get(t.name, t.variants)) for t in TARGETS]
     monkeypatch.setattr(targets, "TARGETS", tuple(rows))
+    monkeypatch.setitem(OLDEST_GPU, "nvfp4", "10.0")  # type: ignore[misc]
 
 
 @pytest.mark.usefixtures("more")
@@ -205,6 +229,58 @@ def test_a_new_variant_is_chosen_where_it_runs() -> None:
     assert runnable(whole, find_target("ort", "nv-rtx")) == ["fp16"]
     assert default_variant(whole, "cpu") == "q2"
     assert default_variant(whole, "cuda") == "fp16"
+
+
+def test_a_new_variant_is_predicted_written_run_and_verified(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From its row alone: sizes before it is made, counts, choice at opening, views and both verdicts."""
+    monkeypatch.setattr(catalog, "VARIANTS", (*VARIANTS, Q4S))
+    first = dataclasses.replace(TARGETS[0], variants=("q4s", *TARGETS[0].variants))
+    monkeypatch.setattr(targets, "TARGETS", (first, *TARGETS[1:]))
+    monkeypatch.setattr(quality, "_MOST_TOKENS", 64)
+    monkeypatch.setattr(quality, "_LENGTH", 64)
+    checkpoint, out = open_checkpoint(str(tiny_checkpoint)), tmp_path / "package"
+    (predicted,) = plan_export(checkpoint, variants=["q4s"]).variants
+    export(checkpoint, out, variants=["fp32", "q4s"])
+    package = open_package(out)
+    made = package.variant("q4s")
+    assert predicted.graphs.keys() == {made.graph} == {"onnx/model_q4s.onnx"}
+    assert predicted.graphs[made.graph].data == sum(package.manifest.files[name].size for name in made.data)
+    assert made.op_counts["com.microsoft::MatMulNBits"] == 7 * SHAPE["num_hidden_layers"] + 1
+    assert made.op_counts["com.microsoft::GatherBlockQuantized"] == 1
+    assert made.quantization is not None
+    assert predicted.bits_per_weight == pytest.approx(made.quantization.bits_per_weight)
+    with open_runner(out) as runner:
+        assert runner.variant.name == "q4s"
+    report = measure_variant(package, "q4s", checkpoint, longest=24)
+    assert report.passed
+    assert {case.mode.split()[0] for case in report.cases} == {"kernels", "prefill", "decode", "chunked", "prefix"}
+    strict = dataclasses.replace(Q4S, weights=INT4_BLOCKS)
+    monkeypatch.setattr(catalog, "VARIANTS", (*VARIANTS, strict))
+    report = measure_variant(package, "q4s", checkpoint, longest=24)
+    assert report.verdicts == {KERNEL_PARITY: True, QUALITY: False}
+
+
+def test_a_new_target_is_offered_by_the_verbs(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = dataclasses.replace(
+        TARGETS[1], name="npu", backend="npu", device="npu", backend_words="a made-up runtime", variants=("q4f16",)
+    )
+    monkeypatch.setattr(targets, "TARGETS", (*TARGETS, row))
+    where = ["--backend", "npu", "--device", "npu"]
+    for verb in (["verify", "p", "--reference", "demo"], ["evaluate", "p"], ["bench", "p"]):
+        args = parse_args([*verb, *where])
+        assert (args.backend, args.device) == ("npu", "npu")
+        assert find_target(args.backend, args.device) == row
+    with pytest.raises(UsageError, match="invalid choice: 'npu'"):
+        parse_args(["build", "p", "--backend", "npu"])  # it needs no engine
+    assert _backend_and_variant("npu:q4f16") == ("npu", "q4f16")
+    whole = package(entry("fp32", "concat"), entry("fp16", dtype="float16"), entry("q4f16", dtype="float16"))
+    assert default_variants(whole, row) == ["q4f16"]
+    assert default_variants(package(entry("fp32", "concat")), row) == []
+    engines = dataclasses.replace(row, needs_engine=True)
+    monkeypatch.setattr(targets, "TARGETS", (*TARGETS, engines))
+    assert parse_args(["build", "p", "--backend", "npu"]).backend == "npu"
 
 
 @pytest.mark.usefixtures("more")

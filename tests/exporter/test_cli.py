@@ -18,8 +18,8 @@ from olmo2_export.catalog import precisions
 from olmo2_export.engine import build as engine
 from olmo2_export.engine.options import EngineOptions, Profile
 from runtimes.errors import UsageError
+from runtimes.manifest import EngineBackend
 from runtimes.package import open_package
-from runtimes.trt.nvidia import TensorRTBackend
 
 
 def test_export_verify_inspect(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,7 +193,7 @@ def test_refit_from_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("flag", ["precision", "backend", "profile"])
 def test_choices_are_those_of_the_library(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    known = {"precision": precisions(), "backend": get_args(TensorRTBackend), "profile": get_args(Profile)}[flag]
+    known = {"precision": precisions(), "backend": get_args(EngineBackend), "profile": get_args(Profile)}[flag]
     for value in known:
         assert getattr(cli.parse_args(["build", "x", f"--{flag}", value]), flag) == value
     assert cli.main(["build", "x", f"--{flag}", "other"]) == 2

@@ -1,25 +1,32 @@
-"""One row more in each layer, a norm without a weight before q, k and v: everything else follows from the rows."""
+"""A kind of norm that is not there, before q, k and v of each layer: what it is stands in one row, all else follows.
+
+    y = x / |x|        one length for every token, no weight; ONNX has it as LpNormalization
+
+Its arithmetic is its own (in the product `quantize.walk` has it, here a few lines do), and so is PyTorch's module.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from olmo2_export import architecture
 from olmo2_export.architecture import (
+    KindRow,
     Operation,
+    input_groups,
     of_layer,
     operations,
     shared_inputs,
-    stages,
     tensor_shapes,
 )
 from olmo2_export.catalog import BlockFormat
@@ -37,11 +44,11 @@ from olmo2_export.graphs.device import device_graph
 from olmo2_export.graphs.shared import shared_graph
 from olmo2_export.graphs.static import static_graph
 from olmo2_export.graphs.taps import find_segments
-from olmo2_export.locate.layer_checks import LAYER_NORM, LayerChecks
+from olmo2_export.locate.layer_checks import LayerChecks
 from olmo2_export.locate.segments import Calls, run_segments
 from olmo2_export.quantize.input_scales import input_scales
 from olmo2_export.quantize.recipes import quantize
-from olmo2_export.quantize.sweep import Head, embed, staged_layers
+from olmo2_export.quantize.walk import Arithmetic, Head, embed, walked_layers
 from olmo2_export.truth.torch_layers import TorchModel
 from olmo2_export.views.openers import onnxruntime_opener
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
@@ -51,6 +58,8 @@ from runtimes.package import open_package
 
 LAYERS = 3
 NAME = "input_layernorm"
+KIND: Any = "length_norm"
+OPERATOR = "LpNormalization"
 L1 = "model.layers.1."
 
 
@@ -72,24 +81,37 @@ def plain(config: ModelConfig) -> tuple[Operation, ...]:
 @pytest.fixture
 def rows(plain: tuple[Operation, ...], config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[Operation, ...]:
     """The rows with the norm, which are now what every part of the exporter sees."""
-    assert all(row.kind != "layer_norm" for row in plain)
-    layer_operations = architecture.layer_operations
+    assert all(row.kind != KIND for row in plain)
+    monkeypatch.setattr(architecture, "KINDS", (*architecture.KINDS, KindRow(KIND, "length norm", OPERATOR, True)))
+    layer_operations, arithmetic = architecture.layer_operations, Arithmetic.__call__
 
     def with_norm(config: ModelConfig, layer: int, x: str) -> tuple[Operation, ...]:
-        norm = Operation(f"model.layers.{layer}.{NAME}", "layer_norm", (x,), layer)
+        norm = Operation(f"model.layers.{layer}.{NAME}", KIND, (x,), layer)
         read_it = {f"model.layers.{layer}.self_attn.{n}_proj": (norm.name,) for n in "qkv"}
         rest = layer_operations(config, layer, x)
         return norm, *(dataclasses.replace(row, reads=read_it.get(row.name, row.reads)) for row in rest)
 
+    def computed(self: Arithmetic, row: Operation, inputs: Sequence[torch.Tensor], *parameters: Any) -> torch.Tensor:
+        return length_norm(inputs[0]) if row.kind == KIND else arithmetic(self, row, inputs, *parameters)
+
     monkeypatch.setattr(architecture, "layer_operations", with_norm)
+    monkeypatch.setattr(Arithmetic, "__call__", computed)
     return operations(config)
 
 
+def length_norm(x: torch.Tensor) -> torch.Tensor:
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+class LengthNorm(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return length_norm(x)
+
+
 @pytest.fixture
-def portable(tiny_package: Path, plain: tuple[Operation, ...], config: ModelConfig) -> ir.Model:
+def portable(tiny_package: Path, plain: tuple[Operation, ...]) -> ir.Model:
     """The fp32 graph with that norm in it."""
     model = ir.load(tiny_package / "onnx" / "model.onnx")
-    ones = np.ones(config.hidden_size, np.float32)
     found = find_operations(model.graph, plain)
     for layer in range(LAYERS):
         linears = [found[f"model.layers.{layer}.self_attn.{n}_proj"][0] for n in "qkv"]
@@ -97,13 +119,7 @@ def portable(tiny_package: Path, plain: tuple[Operation, ...], config: ModelConf
         assert x is not None
         assert x.dtype is not None
         assert x.shape is not None
-        name = f"ones_{layer}"
-        scale = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), const_value=ir.tensor(ones, name=name))
-        scale.shape = ir.Shape(ones.shape)
-        model.graph.initializers.add(scale)
-        norm = new_node("LayerNormalization", [x, scale], f"normed_{layer}", x.dtype, list(x.shape))
-        norm.attributes["axis"] = ir.AttrInt64("axis", -1)
-        norm.attributes["epsilon"] = ir.AttrFloat32("epsilon", config.norm_eps)
+        norm = new_node(OPERATOR, [x], f"normed_{layer}", x.dtype, list(x.shape), {"axis": -1, "p": 2})
         model.graph.insert_before(linears[0], norm)
         for linear in linears:
             linear.replace_input_with(0, norm.outputs[0])
@@ -111,7 +127,7 @@ def portable(tiny_package: Path, plain: tuple[Operation, ...], config: ModelConf
 
 
 def test_counts_follow(plain: tuple[Operation, ...], rows: tuple[Operation, ...]) -> None:
-    one = {"LayerNormalization": LAYERS}
+    one = {OPERATOR: LAYERS}
     assert trace.expected_op_counts(rows) == trace.expected_op_counts(plain) | one
     assert shared.expected_op_counts(rows) == shared.expected_op_counts(plain) | one
     assert device.expected_op_counts(rows, 13, 0) == device.expected_op_counts(plain, 13, 0) | one
@@ -128,21 +144,20 @@ def test_names_of_weights_follow(
     shapes = weight_shapes(config)
     assert tensor_shapes(rows) == tensor_shapes(plain)  # it has none
     weighted = tuple(
-        dataclasses.replace(row, weight=f"{row.name}.weight", shape=(96,)) if row.kind == "layer_norm" else row
-        for row in rows
+        dataclasses.replace(row, weight=f"{row.name}.weight", shape=(96,)) if row.kind == KIND else row for row in rows
     )
     more = tensor_shapes(weighted).items() - tensor_shapes(plain).items()
     assert more == {(f"model.layers.{layer}.{NAME}.weight", (96,)) for layer in range(LAYERS)}
     assert list(shapes) == [name for name, shape in tensor_shapes(weighted).items() if len(shape) == 2]
 
 
-def test_stages_follow(rows: tuple[Operation, ...], checkpoint: Checkpoint, config: ModelConfig) -> None:
-    first = stages(of_layer(rows, 1))[0]
+def test_groups_of_linears_follow(rows: tuple[Operation, ...], checkpoint: Checkpoint, config: ModelConfig) -> None:
+    first = input_groups(of_layer(rows, 1))[0]
     assert (first.reads, first.start) == (f"{L1}{NAME}", "model.layers.0.mlp_residual")
     sequences = [np.arange(40, dtype=np.int64)]
     scales = input_scales(checkpoint, config, sequences, lambda inputs: float(inputs.abs().amax()))
     x = torch.cat(embed(checkpoint, sequences))
-    wanted = float(F.layer_norm(x, x.shape[-1:], eps=config.norm_eps).abs().amax())
+    wanted = float(length_norm(x).abs().amax())
     assert scales["model.layers.0.self_attn.v_proj.weight"] == wanted
 
 
@@ -150,7 +165,7 @@ def test_the_walk_in_float16_follows(rows: tuple[Operation, ...], checkpoint: Ch
     found = measure_safety(checkpoint, config, tokens=256)
     values = [name for name in found.peaks if name.startswith(L1) and not name.endswith((".weight", ".scores"))]
     assert values == [row.name for row in of_layer(rows, 1)]
-    assert 1 < found.peaks[f"{L1}{NAME}"].largest < 96**0.5
+    assert 96**-0.5 < found.peaks[f"{L1}{NAME}"].largest < 1
     assert Float32Islands(frozenset({f"{L1}{NAME}"})).operations(rows) == {
         f"{L1}{name}" for name in (NAME, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     }
@@ -162,7 +177,7 @@ def test_the_walk_in_float16_follows(rows: tuple[Operation, ...], checkpoint: Ch
 def test_the_walk_is_the_graph(portable: ir.Model, checkpoint: Checkpoint, config: ModelConfig, tmp_path: Path) -> None:
     ids = np.arange(40, dtype=np.int64)
     (x,) = embed(checkpoint, [ids])
-    for layer in staged_layers(checkpoint, config):
+    for layer in walked_layers(checkpoint, config):
         x = layer(x)
     wanted = Head(checkpoint, config).logits(x)[0].numpy()
     ir.save(portable, tmp_path / "model.onnx", external_data="model.onnx_data")
@@ -184,20 +199,21 @@ def test_graphs_follow(
     wide = Float32Islands(frozenset({f"{L1}{NAME}"}))
     fused = shared_graph(portable, rows, DEVICE)
     graph, _, counts = device_graph(fused, checkpoint, config, ir.DataType.FLOAT16, wide=wide)
-    assert counts["LayerNormalization"] == LAYERS
-    made = [node.outputs[0].dtype for node in graph.graph if node.op_type == "LayerNormalization"]
+    assert counts[OPERATOR] == LAYERS
+    made = [node.outputs[0].dtype for node in graph.graph if node.op_type == OPERATOR]
     assert made == [ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.FLOAT16]
     weights = quantize(checkpoint, config, "rtn", form=BlockFormat(4, 32, symmetric=False))
     _, counts = shared.decode_graph(shared_graph(portable, rows), weights, rows)
     assert counts["com.microsoft::MatMulNBits"] == 7 * LAYERS + 1
-    with pytest.raises(FusionError, match="LayerNormalization: expected 3, found 0"):
+    with pytest.raises(FusionError, match=f"{OPERATOR}: expected 3, found 0"):
         shared.decode_graph(shared_graph(without(portable), rows), weights, rows)
     graph, _ = static_graph(portable.clone(), config, "fp16", 40)
-    made = [node.outputs[0].dtype for node in graph.graph if node.op_type == "LayerNormalization"]
+    made = [node.outputs[0].dtype for node in graph.graph if node.op_type == OPERATOR]
     assert made == [ir.DataType.FLOAT] * LAYERS
 
 
-@pytest.mark.parametrize(("operator", "applied"), [("LayerNormalization", 1), ("Softmax", 0)])
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize(("operator", "applied"), [(OPERATOR, 1), ("Softmax", 0)])
 def test_the_row_of_the_logits_is_found_before_another_norm(operator: str, applied: int, portable: ir.Model) -> None:
     last = [node for node in portable.graph if node.op_type == "RMSNormalization"][-1]
     last.op_type = operator
@@ -207,7 +223,7 @@ def test_the_row_of_the_logits_is_found_before_another_norm(operator: str, appli
 def without(portable: ir.Model) -> ir.Model:
     """The graph, its norms left out."""
     model = portable.clone()
-    for node in [node for node in model.graph if node.op_type == "LayerNormalization"]:
+    for node in [node for node in model.graph if node.op_type == OPERATOR]:
         assert node.inputs[0] is not None
         node.outputs[0].replace_all_uses_with(node.inputs[0])
         model.graph.remove(node, safe=True)
@@ -215,7 +231,7 @@ def without(portable: ir.Model) -> ir.Model:
 
 
 def test_taps_and_checks_follow(
-    rows: tuple[Operation, ...], portable: ir.Model, checkpoint: Checkpoint, config: ModelConfig, tiny_package: Path
+    rows: tuple[Operation, ...], portable: ir.Model, checkpoint: Checkpoint, tiny_package: Path
 ) -> None:
     segments = find_segments(portable, rows)
     assert [part.taps[f"model.layers.{part.layer}.{NAME}"] for part in segments[1:-1]] == [
@@ -230,12 +246,12 @@ def test_taps_and_checks_follow(
             continue
         layers = [model.layer(segment.layer) for model in models]
         for layer in layers:
-            layer.module.input_layernorm = nn.LayerNorm(96, config.norm_eps, elementwise_affine=False)
+            layer.module.input_layernorm = LengthNorm()
         with torch.inference_mode():
             checks = LayerChecks(of_layer(rows, segment.layer), found, calls, *layers).run()
         assert (checks[0].parity.name, checks[0].parity.operation) == (
             f"model.layers.{segment.layer}.{NAME}",
-            LAYER_NORM,
+            "length norm",
         )
         assert len(checks) == 19 - 1 + 2  # SiLU is a part of the gated activation; the attention has two caches
         assert max(check.parity.relative for check in checks) < 1e-5

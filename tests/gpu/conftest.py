@@ -21,7 +21,8 @@ from rows import RowsFile, row_name, row_of
 from olmo2_export.package.export import export
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
 from runtimes.errors import BackendError
-from runtimes.trt.nvidia import TensorRTBackend, check_installed
+from runtimes.manifest import EngineBackend
+from runtimes.trt.nvidia import check_installed
 
 CUDA_VARIANTS = ("bf16", "fp16", "q4f16")
 QUICKEST_FIRST = (
@@ -86,9 +87,9 @@ def device(gpu: str) -> str:
 
 
 @pytest.fixture(params=["trt_rtx", "trt"])
-def backend(gpu: str, request: pytest.FixtureRequest) -> TensorRTBackend:
+def backend(gpu: str, request: pytest.FixtureRequest) -> EngineBackend:
     """A TensorRT that is installed and knows this GPU."""
-    found: TensorRTBackend = request.param
+    found: EngineBackend = request.param
     if gpu == "cpu":
         pytest.skip("an engine runs on a GPU alone")
     try:

@@ -12,7 +12,7 @@ import pytest
 from checklist import figure_of
 
 from olmo2_export.bench import gpu
-from runtimes.trt.nvidia import TensorRTBackend
+from runtimes.manifest import EngineBackend
 
 Record = Callable[[str, object], None]
 
@@ -48,7 +48,7 @@ def test_bench_cuda(work: Path, device: str, request: pytest.FixtureRequest, rec
 
 
 def test_bench_engine(
-    backend: TensorRTBackend, work: Path, request: pytest.FixtureRequest, record_property: Record
+    backend: EngineBackend, work: Path, request: pytest.FixtureRequest, record_property: Record
 ) -> None:
     """bf16 and int4 engines built for this GPU."""
     wanted = [f"{backend}:bf16", f"{backend}:int4"]

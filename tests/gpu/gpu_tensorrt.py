@@ -30,16 +30,15 @@ from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
 from runtimes import open_runner
 from runtimes.errors import InputError
 from runtimes.generation.generate import generate_tokens
-from runtimes.manifest import Precision
+from runtimes.manifest import EngineBackend, Precision
 from runtimes.text.sampling import Sampler
 from runtimes.trt import open as trt_runner
-from runtimes.trt.nvidia import TensorRTBackend
 
 Record = Callable[[str, object], None]
 PROMPTS = [[5, 9, 77, 300, 12], [8, 4000], [17] * 40]
 
 
-def built(package: Path, backend: TensorRTBackend, precision: Precision, **flags: bool) -> Path:
+def built(package: Path, backend: EngineBackend, precision: Precision, **flags: bool) -> Path:
     """Build for this GPU and return the package."""
     options = EngineOptions(
         precision, backend, compute_capabilities=["current"], max_cache_length=256, prefill_chunk=64
@@ -48,7 +47,7 @@ def built(package: Path, backend: TensorRTBackend, precision: Precision, **flags
     return package
 
 
-def text(package: Path, backend: TensorRTBackend, precision: Precision) -> list[int]:
+def text(package: Path, backend: EngineBackend, precision: Precision) -> list[int]:
     """Twelve greedy tokens."""
     with open_runner(package, variant=f"trt_{precision}", backend=backend) as runner:
         return list(generate_tokens(runner, PROMPTS[0], sampler=Sampler(), max_new_tokens=12))
@@ -56,7 +55,7 @@ def text(package: Path, backend: TensorRTBackend, precision: Precision) -> list[
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "int4", "int8", "fp8"])
 def test_engine_parity(
-    precision: Precision, backend: TensorRTBackend, demo_package: Path, demo: Checkpoint, record_property: Record
+    precision: Precision, backend: EngineBackend, demo_package: Path, demo: Checkpoint, record_property: Record
 ) -> None:
     """Every case of verify at the gate of the precision; with it, that lower_right is relative to kv_lengths."""
     if precision == "fp8" and torch.cuda.get_device_capability() < (8, 9):
@@ -68,7 +67,7 @@ def test_engine_parity(
     assert report.passed, [case.failures for case in report.cases] + [c.failures for c in report.checks]
 
 
-def test_engine_slots(backend: TensorRTBackend, demo_package: Path, record_property: Record) -> None:
+def test_engine_slots(backend: EngineBackend, demo_package: Path, record_property: Record) -> None:
     """Slots of different lengths decode as they do alone; what waits is not written over."""
     with open_runner(built(demo_package, backend, "fp16"), variant="trt_fp16", backend=backend) as runner:
         alone = []
@@ -89,7 +88,7 @@ def test_engine_slots(backend: TensorRTBackend, demo_package: Path, record_prope
     assert same >= 2
 
 
-def test_engine_candidates(backend: TensorRTBackend, demo_package: Path, record_property: Record) -> None:
+def test_engine_candidates(backend: EngineBackend, demo_package: Path, record_property: Record) -> None:
     """The decode step that moves a few bytes picks what the logits say."""
     with open_runner(built(demo_package, backend, "fp16"), variant="trt_fp16", backend=backend) as runner:
         runner.prefill([PROMPTS[0]])
@@ -102,9 +101,7 @@ def test_engine_candidates(backend: TensorRTBackend, demo_package: Path, record_
     record_property("figure", f"{ids.nbytes + values.nbytes} bytes a step instead of {logits.nbytes:,}")
 
 
-def test_engine_refuses_beyond_its_profile(
-    backend: TensorRTBackend, demo_package: Path, record_property: Record
-) -> None:
+def test_engine_refuses_beyond_its_profile(backend: EngineBackend, demo_package: Path, record_property: Record) -> None:
     """More rows than it was built for: one line with the numbers."""
     with open_runner(built(demo_package, backend, "fp16"), variant="trt_fp16", backend=backend) as runner:
         with pytest.raises(InputError) as caught:
@@ -114,7 +111,7 @@ def test_engine_refuses_beyond_its_profile(
         runner.prefill([[1, 2]] * 4)
 
 
-def test_engine_runtime_cache(backend: TensorRTBackend, demo_package: Path, record_property: Record) -> None:
+def test_engine_runtime_cache(backend: EngineBackend, demo_package: Path, record_property: Record) -> None:
     """The second start finds what the first compiled for this GPU."""
     if backend == "trt":
         pytest.skip("full TensorRT compiles nothing when it loads")
@@ -137,7 +134,7 @@ def test_engine_runtime_cache(backend: TensorRTBackend, demo_package: Path, reco
 @pytest.mark.parametrize("flag", ["weight_streaming", "portable"])
 def test_engine_flag(
     flag: str,
-    backend: TensorRTBackend,
+    backend: EngineBackend,
     demo_package: Path,
     record_property: Record,
     monkeypatch: pytest.MonkeyPatch,
@@ -159,7 +156,7 @@ def test_engine_flag(
 
 
 @pytest.mark.parametrize("option", ["latency", "top_k"])
-def test_engine_option(option: str, backend: TensorRTBackend, demo_package: Path, record_property: Record) -> None:
+def test_engine_option(option: str, backend: EngineBackend, demo_package: Path, record_property: Record) -> None:
     """An engine for one row, or that picks eight candidates, gives the text of the plain one."""
     plain = text(built(demo_package, backend, "bf16"), backend, "bf16")
     engine = EngineOptions("bf16", backend, ["current"], max_cache_length=256, prefill_chunk=64)
@@ -170,7 +167,7 @@ def test_engine_option(option: str, backend: TensorRTBackend, demo_package: Path
 
 
 def test_engine_timing_cache(
-    backend: TensorRTBackend, demo_package: Path, tmp_path: Path, record_property: Record
+    backend: EngineBackend, demo_package: Path, tmp_path: Path, record_property: Record
 ) -> None:
     """The second build takes its measurements from the file."""
     if backend == "trt_rtx":
@@ -184,7 +181,7 @@ def test_engine_timing_cache(
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(16, 16), (40, 8)])
 def test_engine_random(
-    heads: int, kv_heads: int, backend: TensorRTBackend, tmp_path: Path, record_property: Record
+    heads: int, kv_heads: int, backend: EngineBackend, tmp_path: Path, record_property: Record
 ) -> None:
     """Randomised norms, the head layouts of the 1B and the 32B, at the gate of bf16."""
     shape = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": 32 * heads}
@@ -197,7 +194,7 @@ def test_engine_random(
     assert report.passed, [case.failures for case in report.cases]
 
 
-def test_engine_greedy(backend: TensorRTBackend, demo_package: Path, demo: Checkpoint, record_property: Record) -> None:
+def test_engine_greedy(backend: EngineBackend, demo_package: Path, demo: Checkpoint, record_property: Record) -> None:
     """64 greedy tokens of five prompts equal those of transformers on the same GPU, but for near-ties."""
     model = Olmo2ForCausalLM.from_pretrained(demo.folder, dtype=torch.bfloat16).to("cuda").eval()
     equal = 0
@@ -219,7 +216,7 @@ def with_another_norm(out: Path) -> Path:
     return checkpoint
 
 
-def test_engine_refit(backend: TensorRTBackend, demo_package: Path, tmp_path: Path, record_property: Record) -> None:
+def test_engine_refit(backend: EngineBackend, demo_package: Path, tmp_path: Path, record_property: Record) -> None:
     """Other weights in a plan give the text of an engine that was built with them."""
     if backend == "trt_rtx":
         pytest.skip("TensorRT for RTX has no such thing")
@@ -232,7 +229,7 @@ def test_engine_refit(backend: TensorRTBackend, demo_package: Path, tmp_path: Pa
     record_property("figure", f"refit in {report.seconds:.1f} s, 12 tokens equal to those of a build")
 
 
-def test_engine_sweep(backend: TensorRTBackend, tmp_path: Path, record_property: Record) -> None:
+def test_engine_sweep(backend: EngineBackend, tmp_path: Path, record_property: Record) -> None:
     """Two revisions on engines: each is PyTorch's with its own weights, and the second engine is not built anew."""
     shutil.copytree(open_checkpoint("demo").folder, tmp_path / "revisions" / "step1")
     with_another_norm(tmp_path / "revisions" / "step2")
@@ -245,7 +242,7 @@ def test_engine_sweep(backend: TensorRTBackend, tmp_path: Path, record_property:
     assert found[1].change_kl_mean_nats > 0.003  # 0.006 in float32
 
 
-def test_engine_layers(backend: TensorRTBackend, demo_package: Path, record_property: Record) -> None:
+def test_engine_layers(backend: EngineBackend, demo_package: Path, record_property: Record) -> None:
     """Every tensor of the first call, TensorRT against onnxruntime, with Polygraphy."""
     built(demo_package, backend, "fp16")
     differences, first = compare_variant(demo_package, "trt_fp16", backend)
@@ -254,7 +251,7 @@ def test_engine_layers(backend: TensorRTBackend, demo_package: Path, record_prop
     assert first is None, first
 
 
-def test_engine_cuda_graph(backend: TensorRTBackend, demo_package: Path, record_property: Record) -> None:
+def test_engine_cuda_graph(backend: EngineBackend, demo_package: Path, record_property: Record) -> None:
     """A step that is a replayed CUDA graph gives what a prefill of the same token gives, and takes no longer."""
     with open_runner(built(demo_package, backend, "fp16"), variant="trt_fp16", backend=backend) as runner:
         runner.prefill([PROMPTS[0]])

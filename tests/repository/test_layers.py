@@ -20,6 +20,7 @@ OWNERS = {
     "tensorrt_rtx": {"runtimes/trt/nvidia.py"},
     "tensorrt_rtx_bindings": {"runtimes/trt/nvidia.py"},
     "transformers": {
+        "olmo2_export/truth/classes.py",
         "olmo2_export/truth/reference.py",
         "olmo2_export/truth/torch_layers.py",
         "olmo2_export/demo/train.py",
@@ -84,6 +85,13 @@ def test_imports_point_one_way(tree: str) -> None:
 def test_rooms_of_the_import_order_exist(tree: str) -> None:
     there = {path.stem for path in (ROOT / tree).iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
     assert set(order(tree)) == there
+
+
+def test_a_room_that_lists_its_files_lists_those_that_are_there() -> None:
+    for path in (path for path in sources() if path.name == "__init__.py"):
+        listed = re.findall(r"^(\w+\.py)", path.read_text(encoding="utf-8"), re.M)
+        there = {file.name for file in path.parent.glob("*.py")} - {path.name}
+        assert not listed or sorted(listed) == sorted(there), path
 
 
 @pytest.mark.parametrize("tree", ["olmo2_export", "runtimes"])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
-from runtimes.command import Parser, run_command
+from runtimes.command import Parser, expanded, printable, run_command
 from runtimes.errors import FailedError, UsageError
 
 
@@ -69,6 +70,24 @@ def test_a_reader_that_went_away_is_no_error(capsys: pytest.CaptureFixture[str])
 
 def test_the_exit_code_is_what_the_body_returns() -> None:
     assert [run_command("tool", lambda code=code: code) for code in (None, 0, 1)] == [0, 0, 1]
+
+
+def test_the_home_of_a_path_is_expanded_and_that_of_nobody_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of/a")
+    parser = Parser(prog="tool")
+    verb = parser.add_subparsers().add_parser("verb")
+    verb.add_argument_group("files").add_argument("--out", type=Path, default=Path("~/out"))
+    verb.add_argument("--text")
+    given = parser.parse_args(["verb", "--out", "~/x/~y", "--text", "~/z"])
+    assert (given.out, given.text) == (Path("/home/of/a/x/~y"), "~/z")
+    assert parser.parse_args(["verb", "--out", "./~/x"]).out == Path("~/x")
+    with pytest.raises(UsageError, match=r"--out: ~of-nobody/x: there is no home of ~of-nobody; write \./~of-nobody/x"):
+        parser.parse_args(["verb", "--out", "~of-nobody/x"])
+    assert expanded("~of-nobody/x") == Path("~of-nobody/x")
+
+
+def test_what_steers_a_terminal_is_printed_as_its_code() -> None:
+    assert printable("a\nb\x1b[31m ü") == r"a\nb\x1b[31m ü"
 
 
 def test_a_command_line_that_makes_no_sense_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:

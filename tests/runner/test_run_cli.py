@@ -465,7 +465,7 @@ def test_defaults() -> None:
     args = parse_args(["generate", "folder", "--prompt", "x"])
     assert vars(args) == {
         "verb": "generate",
-        "package": "folder",
+        "package": Path("folder"),
         "prompt": "x",
         "special_tokens": False,
         "variant": None,

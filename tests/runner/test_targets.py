@@ -13,10 +13,10 @@ import runtimes.targets as targets
 from runtimes import open_runner
 from runtimes.cli import parse_args
 from runtimes.errors import BackendError, UsageError
-from runtimes.manifest import KVCacheSpec, Variant
+from runtimes.manifest import EngineBackend, KVCacheSpec, Variant
 from runtimes.package import Package
 from runtimes.targets import TARGETS, Backend, Device, Target, backends, devices, find_target, runnable, runs
-from runtimes.trt.nvidia import TensorRTBackend
+from runtimes.trt.nvidia import RTX_VERSION
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,7 +49,7 @@ def package(
 def test_the_rows_are_the_closed_sets() -> None:
     assert backends() == get_args(Backend)
     assert devices() == get_args(Device)
-    assert backends(engines=True) == get_args(TensorRTBackend)
+    assert backends(engines=True) == get_args(EngineBackend)
     assert len({target.name for target in TARGETS}) == len(TARGETS)
     assert len({(target.backend, target.device) for target in TARGETS}) == len(TARGETS)
 
@@ -57,7 +57,17 @@ def test_the_rows_are_the_closed_sets() -> None:
 def test_pip_knows_the_extras() -> None:
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {target.extra for target in TARGETS} <= known.keys()
-    assert find_target("trt").install == "pip install 'olmo2-export[tensorrt]'"
+    assert find_target().install == "pip install 'olmo2-export[cpu]'"
+    assert find_target().reinstall == "pip install --force-reinstall 'olmo2-export[cpu]'"
+    gpu = "pip uninstall onnxruntime && pip install --force-reinstall 'olmo2-export[gpu]'"
+    assert find_target("ort", "cuda").reinstall == gpu
+    index = " --extra-index-url https://pypi.nvidia.com"
+    assert find_target("trt").install == f"pip install 'olmo2-export[tensorrt]'{index}"
+
+
+def test_the_extra_of_tensorrt_for_rtx_is_the_version_whose_plans_are_read() -> None:
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert f"tensorrt-rtx-cu13-bindings=={RTX_VERSION}" in known[find_target("trt_rtx").extra]
 
 
 @pytest.mark.parametrize(

@@ -36,10 +36,8 @@ class FakeCudart:
         self._streams: dict[int, list[Callable[[], None]]] = {}
         self._recording: dict[int, list[Callable[[], None]]] = {}
         self._graphs: dict[int, list[Callable[[], None]]] = {}
-        self._events: dict[int, float] = {}
         self._integrated = 0
         self._handles = iter(range(1, 1 << 30))
-        self._now = 0.0
         self._faults: dict[str, Any] = {}
         """function -> the status it returns instead of doing anything"""
         self._calls: list[str] = []
@@ -165,7 +163,7 @@ class FakeCudart:
         self._enqueue(stream, lambda: np.copyto(target, source))
         return OK
 
-    # Streams and events
+    # Streams
 
     def cudaStreamCreateWithFlags(self, flags: int) -> Any:  # noqa: N802
         assert flags == real_cuda.cudaStreamNonBlocking
@@ -183,30 +181,6 @@ class FakeCudart:
 
     def cudaStreamDestroy(self, stream: int) -> Any:  # noqa: N802
         assert self._streams.pop(stream) == []
-        return OK
-
-    def cudaEventCreate(self) -> Any:  # noqa: N802
-        handle = next(self._handles)
-        self._events[handle] = -1.0
-        return *OK, handle
-
-    def cudaEventRecord(self, event: int, stream: int) -> Any:  # noqa: N802
-        self._now += 2.5
-        now = self._now
-        self._enqueue(stream, lambda: self._events.__setitem__(event, now))
-        return OK
-
-    def cudaEventSynchronize(self, event: int) -> Any:  # noqa: N802
-        for stream in self._streams:
-            self.cudaStreamSynchronize(stream)
-        assert self._events[event] >= 0
-        return OK
-
-    def cudaEventElapsedTime(self, start: int, end: int) -> Any:  # noqa: N802
-        return *OK, self._events[end] - self._events[start]
-
-    def cudaEventDestroy(self, event: int) -> Any:  # noqa: N802
-        del self._events[event]
         return OK
 
     # Graphs

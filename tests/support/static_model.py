@@ -56,7 +56,7 @@ def reference(ids: np.ndarray, capacity: int = CAPACITY) -> np.ndarray:
 
 
 def graph(capacity: int = CAPACITY, changed: dict[str, np.ndarray] | None = None) -> onnx.ModelProto:
-    """past.key holds x by head, past.value twice that; slot = position. `changed` replaces weights."""
+    """past.key holds x by head, past.value twice that; each lies at its position. `changed` replaces weights."""
     cache = ["batch_size", HEADS, capacity, HEAD_DIM]
     constants = {
         **weights(capacity),

@@ -93,7 +93,7 @@ def test_current_without_a_gpu(monkeypatch: pytest.MonkeyPatch, backend: Any, re
 
 def test_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(BackendError, match=r"tensorrt .*not installed; pip install tensorrt"):
+    with pytest.raises(BackendError, match=r"tensorrt .*not installed; pip install 'olmo2-export\[tensorrt\]' --extra"):
         resolve_options(EngineOptions(backend="trt"), MODEL)
 
 

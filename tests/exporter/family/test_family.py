@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.checkpoints import OLMO1, OLMO3, YARN, make_checkpoint
 from support.matrix import seen
+from support.own_model import load_model
 from transformers import AutoModelForCausalLM
 
 from olmo2_export.catalog import precisions
@@ -20,8 +21,6 @@ from olmo2_export.engine.build import build
 from olmo2_export.engine.options import EngineOptions
 from olmo2_export.locate.locate import format_location, locate
 from olmo2_export.measure.parity import KERNEL_PARITY, ParityReport
-from olmo2_export.model.olmo import OlmoForCausalLM
-from olmo2_export.model.rotary import model_tables
 from olmo2_export.package.export import export
 from olmo2_export.package.plan import plan_export
 from olmo2_export.package.weight_choice import Options
@@ -54,23 +53,11 @@ def assert_parity(report: ParityReport) -> None:
     assert report.verdicts[KERNEL_PARITY], (report.variant, failed, report.greedy, report.checks)
 
 
-def load(folder: Path) -> tuple[OlmoForCausalLM, ModelConfig]:
-    checkpoint, config = open_checkpoint(str(folder)), ModelConfig.from_json(folder / "config.json")
-    model = OlmoForCausalLM(config).eval()
-    state = {name: checkpoint.tensor(name).float() for name in checkpoint.tensors}
-    if config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state)
-    for name, table in model_tables(config).items():
-        setattr(model, name, table)
-    return model, config
-
-
 @pytest.mark.parametrize("fields", SHAPES.values(), ids=SHAPES)
 @torch.inference_mode()
 def test_logits_and_cache_are_those_of_transformers(tmp_path: Path, fields: dict[str, Any]) -> None:
     folder = make_checkpoint(tmp_path / "c", **fields)
-    model, config = load(folder)
+    model, config = load_model(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.randint(0, config.vocab_size, (2, 41), generator=torch.Generator().manual_seed(1))
     expected = theirs(ids, use_cache=False).logits
@@ -89,7 +76,7 @@ def test_logits_and_cache_are_those_of_transformers(tmp_path: Path, fields: dict
 @pytest.mark.parametrize("side", ["left", "right", "middle"])
 def test_a_window_counts_tokens_and_no_padding(tmp_path: Path, side: str) -> None:
     folder = make_checkpoint(tmp_path / "c", **OLMO3)
-    model, config = load(folder)
+    model, config = load_model(folder)
     ids = torch.randint(0, config.vocab_size, (1, 33), generator=torch.Generator().manual_seed(1))
     past = [(torch.zeros(1, config.num_key_value_heads, 0, 16),) * 2 for _ in range(config.num_hidden_layers)]
     alone, _ = model(ids, torch.ones(1, 33, dtype=torch.int64), torch.arange(33)[None], past, 0)

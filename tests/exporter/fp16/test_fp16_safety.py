@@ -34,7 +34,8 @@ from olmo2_export.graphs.trace import trace
 from olmo2_export.package.export import export
 from olmo2_export.package.trt_variants import TrtOptions, write_trt_variant
 from olmo2_export.package.weight_choice import Options
-from olmo2_export.summary.text import summarize
+from olmo2_export.summary.package import describe
+from olmo2_export.summary.text import plain
 from olmo2_export.truth.torch_layers import reference_logits
 from olmo2_export.verify.verify import format_reports, verify
 from olmo2_export.views.static_forms import rounded_form
@@ -179,6 +180,16 @@ def test_scores_are_kept_by_the_kernel_and_would_break_without(folders: Folders)
     assert rounded.bad_positions > 200
 
 
+def test_squares_inside_every_norm_are_seen(folders: Folders) -> None:
+    folder = folders("residual")
+    found = measured(folder)
+    norms = [row for row in operations(ModelConfig.from_json(folder / "config.json")) if row.kind == "rms_norm"]
+    assert [p.name for p in found.squares] == [f"{row.name}.squares" for row in norms]
+    assert [p.largest for p in found.squares] == [found.peaks[row.reads[0]].largest ** 2 for row in norms]
+    assert found.kept_anyway[-1].name == "model.norm.squares"
+    assert found.kept_anyway[-1].largest > 6.4e9  # of 8e4
+
+
 def test_what_the_attention_reads_cannot_be_an_island(
     folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -257,7 +268,7 @@ def test_apply_writes_a_package_that_verifies(
         assert "read by model.norm" in variant.float32_islands[f"{L2}mlp_residual"]
     assert variants["q4f16"].op_counts["com.microsoft::MatMulNBits"] == 7 * 3 + 1 - 5
     assert variants["q4f16"].op_counts["MatMul"] == 2  # q, k and v as one; gate and up
-    assert f"float32 {L1}mlp_residual: max" in " ".join(summarize(out).split())
+    assert f"float32 {L1}mlp_residual: max" in " ".join(plain(describe(out)).split())
     model = ir.load(out / "onnx/model_fp16.onnx")
     wide = [n.op_type for n in model.graph if n.op_type != "Cast" and n.outputs[0].dtype == ir.DataType.FLOAT]
     assert wide == [

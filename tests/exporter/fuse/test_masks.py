@@ -51,13 +51,13 @@ def replaced(model: ir.Model, value: ir.Value, op_type: str, others: list[ir.Val
 
 
 def window(model: ir.Model) -> None:
-    """Each token also sees no more than 4 slots: the causal rule And a second one, as a sliding window is."""
+    """Each token also sees no more than 4 positions: the causal rule And a second one, as a sliding window is."""
     rule = first(model, "LessOrEqual")
-    slots, own = rule.inputs
-    assert slots is not None
+    cached, own = rule.inputs
+    assert cached is not None
     assert own is not None
     oldest = ir.node("Sub", [own, constant(model, "window", [4])])
-    inside = ir.node("Greater", [slots, oldest.outputs[0]])
+    inside = ir.node("Greater", [cached, oldest.outputs[0]])
     model.graph.insert_before(rule, [oldest, inside])
     replaced(model, rule.outputs[0], "And", [inside.outputs[0]])
 
@@ -65,11 +65,11 @@ def window(model: ir.Model) -> None:
 def window_of_the_whole_mask(model: ir.Model) -> None:
     """The same, written around the mask with padding."""
     rule, both = first(model, "LessOrEqual"), first(model, "And")
-    slots, own = rule.inputs
-    assert slots is not None
+    cached, own = rule.inputs
+    assert cached is not None
     assert own is not None
     oldest = ir.node("Sub", [own, constant(model, "window", [4])])
-    inside = ir.node("Greater", [slots, oldest.outputs[0]])
+    inside = ir.node("Greater", [cached, oldest.outputs[0]])
     model.graph.insert_before(both, [oldest, inside])
     replaced(model, both.outputs[0], "And", [inside.outputs[0]])
 
@@ -90,12 +90,12 @@ def shifted(model: ir.Model) -> None:
 
 
 def strided(model: ir.Model) -> None:
-    """Slots are counted in twos."""
+    """Positions are counted in twos."""
     first(model, "Range").replace_input_with(2, constant(model, "two", 2))
 
 
 def from_the_start(model: ir.Model) -> None:
-    """A token's own slots are not those behind the past."""
+    """A token's own positions are not those behind the past."""
     first(model, "Sub").replace_input_with(1, constant(model, "none", 0))
 
 
@@ -147,7 +147,7 @@ def test_a_window_is_taken_over(windowed: ir.Model) -> None:
 
 
 def counts_exclusively(model: ir.Model) -> None:
-    """A token is not counted at its own slot."""
+    """A token is not counted at its own position."""
     first(model, "CumSum").attributes["exclusive"] = ir.AttrInt64("exclusive", 1)
 
 

@@ -40,7 +40,7 @@ from runtimes.manifest import Precision
 from runtimes.package import open_package
 
 # max abs difference of logits of order 3 from transformers' float32. Both add the same few hundred products in float32,
-# in another order; measured up to 6e-6. A wrong mask, slot or position gives more than 1e-2.
+# in another order; measured up to 6e-6. A wrong mask or position gives more than 1e-2.
 FP32_TOLERANCE = 1e-4
 # RMS error over transformers' own in float16, both from float32: measured 0.60 to 0.74, as the graph rounds q and k
 # once instead of twice. It says nothing of a GPU: onnxruntime's CPU kernels compute float16 in float32, node by node.
@@ -112,7 +112,7 @@ def write_from_trace(checkpoint: Path, capacity: int, folder: Path) -> Path:
 
 @pytest.fixture(scope="module", params=SHAPES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Callable[..., Any]]:
-    """A float32 graph with a cache of 13 slots, and transformers' logits [B, S, V] for the same weights."""
+    """A float32 graph with a cache of 13 tokens, and transformers' logits [B, S, V] for the same weights."""
     folder = tmp_path_factory.mktemp(request.param)
     checkpoint = make_checkpoint(folder / "checkpoint", **SHAPES[request.param])
     return write_from_trace(checkpoint, 13, folder), reference(checkpoint, torch.float32)

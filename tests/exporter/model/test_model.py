@@ -8,25 +8,13 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import make_checkpoint
+from support.own_model import load_model
 from transformers import Olmo2ForCausalLM as TransformersOlmo2
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RotaryEmbedding
 
 from olmo2_export.config import ModelConfig
-from olmo2_export.model.olmo import OlmoForCausalLM, RMSNorm
+from olmo2_export.model.olmo import RMSNorm
 from olmo2_export.model.rotary import model_tables
-from olmo2_export.weights.checkpoint import open_checkpoint
-
-
-def load(folder: Path) -> tuple[OlmoForCausalLM, ModelConfig]:
-    checkpoint, config = open_checkpoint(str(folder)), ModelConfig.from_json(folder / "config.json")
-    model = OlmoForCausalLM(config).eval()
-    state = {name: checkpoint.tensor(name).float() for name in checkpoint.tensors}
-    if config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state)
-    for name, table in model_tables(config).items():
-        setattr(model, name, table)
-    return model, config
 
 
 @pytest.mark.parametrize(
@@ -43,7 +31,7 @@ def load(folder: Path) -> tuple[OlmoForCausalLM, ModelConfig]:
 @torch.inference_mode()
 def test_logits_and_cache_are_those_of_transformers(tmp_path: Path, fields: dict[str, Any]) -> None:
     folder = make_checkpoint(tmp_path / "c", **fields)
-    model, config = load(folder)
+    model, config = load_model(folder)
     theirs = TransformersOlmo2.from_pretrained(folder, dtype=torch.float32)
     ids = torch.randint(0, config.vocab_size, (2, 11), generator=torch.Generator().manual_seed(1))
     expected = theirs(ids, use_cache=True)

@@ -25,7 +25,8 @@ from support.static_model import write_package
 from olmo2_export import atomic
 from olmo2_export.atomic import replace_folder
 from olmo2_export.package.export import export
-from olmo2_export.summary.text import summarize
+from olmo2_export.summary.package import describe
+from olmo2_export.summary.text import plain
 from olmo2_export.verify.verify import verify
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes.errors import (
@@ -511,14 +512,14 @@ def test_one_flipped_bit_anywhere_is_refused_by_name(tiny_package: Path, tmp_pat
         data[position] ^= 1
         (copy / name).write_bytes(data)
         with pytest.raises(PackageError, match=Path(name).name):
-            summarize(copy)
+            plain(describe(copy))
         data[position] ^= 1
     (copy / name).write_bytes(data[:-1])
     with pytest.raises(PackageError, match=Path(name).name):
-        summarize(copy)
+        plain(describe(copy))
     (copy / name).unlink()
     with pytest.raises(PackageError, match=Path(name).name):
-        summarize(copy)
+        plain(describe(copy))
 
 
 def test_a_manifest_of_another_format_says_so(tiny_package: Path, tmp_path: Path) -> None:
@@ -571,7 +572,7 @@ def test_a_manifest_with_other_fields_says_so(tiny_package: Path, tmp_path: Path
             open_package(copy)
     (copy / MANIFEST_NAME).write_bytes(seal(document | {"files": {}}))
     with pytest.raises(IntegrityError, match="not in the manifest"):
-        summarize(copy)
+        plain(describe(copy))
     (copy / MANIFEST_NAME).write_bytes(seal(document | {"variants": {}}))
     with pytest.raises(VariantNotFoundError, match="it has none"):
         open_package(copy).variant(None)

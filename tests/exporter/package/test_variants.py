@@ -19,7 +19,8 @@ from olmo2_export.measure.quality import broken_limits, quality_tokens
 from olmo2_export.package import variants
 from olmo2_export.package.export import export
 from olmo2_export.package.weight_choice import Options
-from olmo2_export.summary.text import summarize
+from olmo2_export.summary.package import describe
+from olmo2_export.summary.text import plain
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes import open_runner
 from runtimes.errors import ConfigError, UsageError
@@ -56,7 +57,7 @@ def test_one_command_makes_both_variants_of_the_demo(tmp_path: Path, capsys: pyt
     assert q4.files == tuple(
         f"onnx/model_q4{part}" for part in (".onnx", ".onnx_data", "_prefill.onnx", "_prefill.onnx_data")
     )
-    assert "quantised search: 4.60 bits per weight" in summarize(tmp_path / "p")
+    assert "quantised search: 4.60 bits per weight" in plain(describe(tmp_path / "p"))
     with open_runner(tmp_path / "p") as runner:
         assert runner.variant.name == "q4"  # the first by name
 

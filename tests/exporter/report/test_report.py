@@ -26,7 +26,7 @@ from olmo2_export.report.logit_samples import sample_logits
 from olmo2_export.report.parts import FIGURES, NONE, figures
 from olmo2_export.truth.torch_layers import reference_logits
 from olmo2_export.weights.checkpoint import open_checkpoint
-from runtimes.errors import UsageError
+from runtimes.errors import PackageError, UsageError
 
 HOSTILE = "<script>alert(1)<|x`$a_b$"
 VOID = {"meta", "br", "img", "link", "hr", "input", "path", "use", "rect", "image", "line", "circle"}
@@ -390,6 +390,26 @@ def test_samples_are_of_the_variant(package: Path, tiny_checkpoint: Path) -> Non
         assert len(sample.truth) == len(sample.test)
         errors[variant] = float(np.sqrt(np.mean((sample.truth - sample.test) ** 2)))
     assert errors["fp32"] < 1e-5 < errors["bf16"] < errors["q4"] < 1
+
+
+def test_what_verify_wrote_elsewhere_is_read(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(*_: object) -> None:
+        raise PackageError("not measured here")
+
+    monkeypatch.setattr(report_data, "sample_logits", nothing)
+    checkpoint = open_checkpoint(str(package.parent / HOSTILE))
+    copy = Path(shutil.copytree(package, tmp_path / "copy"))
+    out = (copy / "parity.json").rename(tmp_path / "out.json")
+    (bare,) = report_data.gather(copy, checkpoint, variants=["fp32"], tokens=2).variants
+    (read,) = report_data.gather(copy, checkpoint, variants=["fp32"], tokens=2, parity=out).variants
+    assert bare.parity is None
+    assert read.parity == json.loads(out.read_text())["variants"]["fp32"]
+    assert read.problem == "not measured here"
+    command = ["report", str(copy), "--reference", str(checkpoint.folder), "--out", str(tmp_path / "page")]
+    with pytest.raises(UsageError, match=r"--parity .*none.json: expected the file that olmo2-export verify --out"):
+        cli.run(cli.parse_args([*command, "--parity", str(tmp_path / "none.json")]))
+    with pytest.raises(PackageError, match=f"{package / 'config.json'}: "):
+        cli.run(cli.parse_args([*command, "--parity", str(package / "config.json")]))
 
 
 def test_svg_takes_the_colour_of_the_page() -> None:

@@ -18,8 +18,9 @@ from olmo2_export.package.export import export
 from olmo2_export.summary import graph as graph_summary
 from olmo2_export.summary.graph import op_changes, portable_ops
 from olmo2_export.summary.package import describe
-from olmo2_export.summary.text import plain, printable, short_name, size
+from olmo2_export.summary.text import plain, short_name, size
 from olmo2_export.weights.checkpoint import open_checkpoint
+from runtimes.command import printable
 from runtimes.package import open_package
 
 

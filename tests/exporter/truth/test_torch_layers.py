@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from support.checkpoints import make_checkpoint
 
-from olmo2_export.config import ModelConfig
+from olmo2_export.config import ModelConfig, ModelType
 from olmo2_export.measure.quality import quality_tokens
 from olmo2_export.truth import torch_layers
+from olmo2_export.truth.classes import CLASSES
 from olmo2_export.truth.reference import open_reference
 from olmo2_export.truth.torch_layers import TorchLayer, reference_logits
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
@@ -37,6 +39,12 @@ def test_a_layer_at_a_time_is_the_whole_model(tmp_path: Path, fields: dict[str, 
     checkpoint = open_checkpoint(str(make_checkpoint(tmp_path, dtype=torch.bfloat16, **fields)))
     random = np.random.default_rng(0)
     assert_the_same_bits(checkpoint, [random.integers(0, 131, n, dtype=np.int64) for n in (1, 37, 250)])
+
+
+def test_every_model_type_has_its_classes() -> None:
+    assert sorted(CLASSES) == sorted(get_args(ModelType))
+    for name, classes in CLASSES.items():
+        assert classes.config.model_type == classes.causal_lm.config_class.model_type == name
 
 
 def test_of_the_demo_too() -> None:

@@ -22,7 +22,8 @@ from olmo2_export import atomic, cli
 from olmo2_export.locate.locate import locate_all
 from olmo2_export.package.export import export
 from olmo2_export.package.trt_variants import TrtOptions
-from olmo2_export.summary.text import summarize
+from olmo2_export.summary.package import describe
+from olmo2_export.summary.text import plain
 from olmo2_export.truth.reference import open_reference
 from olmo2_export.verify import verify as verify_module
 from olmo2_export.verify.feeds import LENGTHS, MIN_CAPACITY, MODES
@@ -97,7 +98,7 @@ def test_the_demo_verifies_on_text_and_the_report_says_how(demo_package: Path, t
     assert len(document["cases"]) == 32
     assert document["verdicts"] == {"kernel parity": True, "quality": True}
     assert document["perplexity"]["tokens_from"] == "text"
-    assert "fp32     passed on ort" in summarize(copy)
+    assert "fp32     passed on ort" in plain(describe(copy))
     table = format_reports([report])
     assert "72 of 72 tokens equal over 3 prompts" in table
     assert "FAIL" not in table
@@ -109,14 +110,14 @@ def test_parity_json_is_sealed_and_bound_to_its_export(copy: Path, tiny_checkpoi
     raw = (copy / "parity.json").read_bytes()
     (copy / "parity.json").write_bytes(raw.replace(b"true", b"TRUE"[:0] + b"true ", 1))
     with pytest.raises(IntegrityError, match=r"parity\.json"):
-        summarize(copy)
+        plain(describe(copy))
     other = make_checkpoint(tmp_path / "other", seed=3)
     export(open_checkpoint(str(other)), tmp_path / "new")
     (tmp_path / "new" / "parity.json").write_bytes(raw)
     with pytest.raises(IntegrityError, match="of another export"):
-        summarize(tmp_path / "new")
+        plain(describe(tmp_path / "new"))
     verify(tmp_path / "new", open_checkpoint(str(other)), longest=SHORT)  # and is simply replaced
-    assert "passed" in summarize(tmp_path / "new")
+    assert "passed" in plain(describe(tmp_path / "new"))
 
 
 @pytest.mark.usefixtures("little_text")
@@ -124,7 +125,7 @@ def test_other_weights_fail(copy: Path, tmp_path: Path) -> None:
     (report,) = verify(copy, open_checkpoint(str(make_checkpoint(tmp_path / "other", seed=1))), longest=SHORT)
     assert not report.passed
     assert read_sealed(copy / "parity.json")["variants"]["fp32"]["passed"] is False
-    assert "FAILED" in summarize(copy)
+    assert "FAILED" in plain(describe(copy))
     assert "FAIL" in format_reports([report])
 
 

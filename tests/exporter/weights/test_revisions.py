@@ -190,6 +190,17 @@ def test_a_folder_of_revisions_is_listed_too(tmp_path: Path, capsys: pytest.Capt
     assert "6 of 6 revisions" in capsys.readouterr().out
 
 
+def test_a_folder_with_a_newline_in_its_name_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "runs\n" / "step1\nstep2").mkdir(parents=True)
+    (tmp_path / "runs\n" / "step1\nstep2" / "config.json").write_text("{}")
+    assert cli.main(["revisions", str(tmp_path / "runs\n")]) == 0
+    _, row, last = capsys.readouterr().out.splitlines()
+    assert row.split()[0] == r"step1\nstep2"
+    assert last == rf"{tmp_path}/runs\n: 1 of 1 revisions"
+    assert cli.main(["revisions", str(tmp_path / "runs\n"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["revisions"][0]["name"] == "step1\nstep2"
+
+
 @pytest.mark.parametrize(
     ("model", "said"),
     [

@@ -164,7 +164,7 @@ def test_lean_runtime_serves_portable_plans_alone(portable: bool, monkeypatch: p
             nvidia.load_tensorrt("trt")
 
 
-@pytest.mark.parametrize(("backend", "pip"), [("trt", "https://pypi.nvidia.com"), ("trt_rtx", "tensorrt-rtx-cu13")])
+@pytest.mark.parametrize(("backend", "pip"), [("trt", "https://pypi.nvidia.com"), ("trt_rtx", "tensorrt-rtx")])
 def test_missing_library_names_the_pip_line(backend: Any, pip: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvidia, "_loaded", {})
     monkeypatch.setattr(nvidia, "_MODULES", {backend: "no_such_module"})

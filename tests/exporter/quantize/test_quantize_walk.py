@@ -14,7 +14,7 @@ from support.checkpoints import make_checkpoint
 from olmo2_export.config import ModelConfig
 from olmo2_export.quantize.calibration import calibration_tokens
 from olmo2_export.quantize.input_scales import fp8_scale, input_scales, int8_scale
-from olmo2_export.quantize.sweep import Head, embed, staged_layers
+from olmo2_export.quantize.walk import Head, embed, walked_layers
 from olmo2_export.truth.reference import open_reference
 from olmo2_export.weights.checkpoint import open_checkpoint
 from olmo2_export.weights.stored_names import linear_names, weight_shapes
@@ -39,7 +39,7 @@ def test_sweep_equals_transformers(tmp_path: Path, fields: dict[str, object]) ->
     with open_reference(checkpoint, "fp32") as reference:
         truth = reference.logits(sequences)
     hidden = embed(checkpoint, sequences)
-    for layer in staged_layers(checkpoint, config):
+    for layer in walked_layers(checkpoint, config):
         hidden = [layer(x) for x in hidden]
     head = Head(checkpoint, config)
     for got, wanted in zip((head.logits(x)[0].numpy() for x in hidden), truth, strict=True):
@@ -52,7 +52,7 @@ def test_one_layer_in_memory_at_a_time(tiny_checkpoint: Path) -> None:
     checkpoint = open_checkpoint(str(tiny_checkpoint))
     config = ModelConfig.from_json(tiny_checkpoint / "config.json")
     alive: list[weakref.ref[object]] = []
-    for layer in staged_layers(checkpoint, config):
+    for layer in walked_layers(checkpoint, config):
         gc.collect()
         # The loop variable still holds the one before while the next is made, as it would in any loop.
         assert sum(reference() is not None for reference in alive) <= 1

@@ -1,13 +1,13 @@
 """Run a checkpoint layer by layer, with the float32 weights of one layer in memory at a time.
 
     hidden = embed(...)
-    for layer in staged_layers(...):            # reads a layer, drops it before the next
+    for layer in walked_layers(...):            # reads a layer, drops it before the next
         hidden = [layer(x) for x in hidden]
     logits = Head(...).logits(hidden[0])
 
 A layer runs its rows of `architecture`, from any value to any other, so that whoever quantises it can look at the
-inputs of each stage and replace its weights before the next. The arithmetic is that of `model`; only the attention is
-computed by another operator, as the ONNX one is slow outside a graph.
+inputs of each group of linears and replace its weights before the next. The arithmetic is that of `model`; only the
+attention is computed by another operator, as the ONNX one is slow outside a graph.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olmo2_export.architecture import Operation, after_layers, between, of_layer, operations, stages, tensor_shapes
+from olmo2_export.architecture import (
+    Operation,
+    after_layers,
+    between,
+    input_groups,
+    of_layer,
+    operations,
+    tensor_shapes,
+)
 from olmo2_export.config import ModelConfig
 from olmo2_export.model.rotary import model_tables, table_names
 from olmo2_export.weights.source import WeightSource
@@ -103,12 +111,12 @@ def visible(length: int, window: int | None) -> Tensor:
     return seen if window is None else seen.triu(1 - window)
 
 
-class StagedLayer:
+class WalkedLayer:
     """One layer in float32."""
 
     def __init__(self, checkpoint: WeightSource, rows: Sequence[Operation], index: int, arithmetic: Arithmetic) -> None:
         self.rows, self.index, self.arithmetic = tuple(rows), index, arithmetic
-        self.stages = stages(rows)
+        self.input_groups = input_groups(rows)
         self.reads, self.writes = rows[0].reads[0], rows[-1].name
         self.weights = {name: checkpoint.tensor(name).float() for name in tensor_shapes(rows)}
 
@@ -182,8 +190,8 @@ def embed(checkpoint: WeightSource, sequences: Sequence[np.ndarray]) -> list[Ten
     return [checkpoint.picked(EMBEDDING, torch.from_numpy(ids)).float()[None] for ids in sequences]
 
 
-def staged_layers(checkpoint: WeightSource, config: ModelConfig) -> Iterator[StagedLayer]:
+def walked_layers(checkpoint: WeightSource, config: ModelConfig) -> Iterator[WalkedLayer]:
     """Read one layer after the other; drop each before asking for the next."""
     rows, arithmetic = operations(config), Arithmetic(config, model_tables(config))
     for index in range(config.num_hidden_layers):
-        yield StagedLayer(checkpoint, of_layer(rows, index), index, arithmetic)
+        yield WalkedLayer(checkpoint, of_layer(rows, index), index, arithmetic)

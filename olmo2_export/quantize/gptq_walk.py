@@ -14,7 +14,7 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.quantize.gptq import Hessian, factor, gptq_factored
 from olmo2_export.quantize.search import search
 from olmo2_export.quantize.spool import Spool
-from olmo2_export.quantize.sweep import Head, StagedLayer, embed, staged_layers
+from olmo2_export.quantize.walk import Head, WalkedLayer, embed, walked_layers
 from olmo2_export.weights.source import WeightSource
 from olmo2_export.weights.stored_names import EMBEDDING, HEAD, naming
 
@@ -50,15 +50,15 @@ def gptq_checkpoint(
         hidden = [torch.cat([embedding.dequantize(i, i + 1) for i in ids.tolist()])[None] for ids in sequences]
     else:
         hidden = embed(checkpoint, sequences)
-    layers = staged_layers(checkpoint, config)
+    layers = walked_layers(checkpoint, config)
     for layer in tqdm(layers, total=config.num_hidden_layers, desc="GPTQ", unit="layer", leave=False):
         start = layer.reads
-        for stage in layer.stages:
-            if stage.start != start:
-                hidden = [layer.value(x, stage.start, start) for x in hidden]
-                start = stage.start
-            names = [row.weight for row in stage.linears if row.weight is not None]
-            _quantize_group(layer, names, (layer.value(x, stage.reads, start) for x in hidden), formats, spool)
+        for group in layer.input_groups:
+            if group.start != start:
+                hidden = [layer.value(x, group.start, start) for x in hidden]
+                start = group.start
+            names = [row.weight for row in group.linears if row.weight is not None]
+            _quantize_group(layer, names, (layer.value(x, group.reads, start) for x in hidden), formats, spool)
         hidden = [layer.value(x, layer.writes, start) for x in hidden]
     head = Head(checkpoint, config)
     hessian = Hessian(config.hidden_size)
@@ -69,7 +69,7 @@ def gptq_checkpoint(
 
 
 def _quantize_group(
-    layer: StagedLayer,
+    layer: WalkedLayer,
     names: Sequence[str],
     inputs: Iterable[Tensor],
     formats: Mapping[str, BlockFormat],
