@@ -7,6 +7,7 @@ REVISION  ?=
 OUT       ?=
 VARIANTS  ?= fp32 q4
 PRECISION ?= bf16
+SUPPORT ?= check
 PROMPT    ?= In the beginning
 EXTRAS    ?= dev
 ROW       ?=
@@ -31,7 +32,7 @@ DEFAULT_OUT   := : "$${OUT:=packages/$$(basename "$$MODEL")}";
 REVISION_FLAG := $${REVISION:+--revision "$$REVISION"}
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export test test-pythons test-oldest check format lint types docs docs-links bench targets gpu-test peers clean
+.PHONY: help setup export test support test-pythons test-oldest check format lint types docs docs-links bench targets gpu-test peers clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -55,9 +56,12 @@ export: $(STAMP) ## MODEL -> package, parity, TensorRT engine, and a sample of t
 
 # A process per CPU, each test file in one of them; then what asserts time, memory, locks, signals or kills, by itself.
 # Both read the packages that the first has made.
+support: SUPPORT := write
+support: test ## the tests, and the support matrix written anew from what they have seen
+
 test: $(STAMP) ## the tests
 	rm -rf build/shared
-	$(BIN)/python -m pytest --shared=build/shared --durations 25 -m 'not alone' -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest --shared=build/shared --support=$(SUPPORT) --durations 25 -m 'not alone' -n auto --maxprocesses 8 --dist loadfile
 	$(BIN)/python -m pytest --shared=build/shared --durations 25 -m alone
 
 check: $(STAMP) format lint types docs test ## format, lint, types, docs and tests: what CI runs

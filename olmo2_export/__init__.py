@@ -1,3 +1,3 @@
-"""Export OLMo 2 to ONNX and TensorRT, and verify what was made."""
+"""Export OLMo to ONNX and TensorRT, and verify what was made."""
 
 import runtimes.telemetry  # noqa: F401  # before any onnxruntime, also that of a peer's interpreter

@@ -1,5 +1,7 @@
 """What the model computes, as rows of data, made from a config: whoever must know what a layer is asks here.
 
+OLMo 2 and 3:
+
 | operation                               | kind      | reads                                                    |
 |-----------------------------------------|-----------|----------------------------------------------------------|
 | model.embed_tokens                      | gather    | the tokens                                               |
@@ -19,6 +21,19 @@
 | model.norm                              | rms_norm  | mlp_residual of the last layer                           |
 | lm_head                                 | linear    | model.norm                                               |
 
+OLMo 1, where it differs:
+
+| operation                               | kind       | reads                                                   |
+|-----------------------------------------|------------|---------------------------------------------------------|
+| model.layers.N.input_layernorm          | layer_norm | the embedding, or mlp_residual of the layer before      |
+| model.layers.N.self_attn.{q,k,v}_proj   | linear     | input_layernorm                                         |
+| model.layers.N.self_attn.{q,k,v}_clip   | clip       | q_proj; k_proj; v_proj; where the config has clip_qkv   |
+| model.layers.N.attention_residual       | add        | what input_layernorm reads, and o_proj                  |
+| model.layers.N.post_attention_layernorm | layer_norm | attention_residual                                      |
+| model.layers.N.mlp.{gate,up}_proj       | linear     | post_attention_layernorm                                |
+| model.layers.N.mlp_residual             | add        | attention_residual, down_proj                           |
+| model.norm                              | layer_norm | mlp_residual of the last layer                          |
+
 From the rows follow, each in its own file: how often every operator must occur in a graph and a network; names and
 shapes of the checkpoint's tensors; the linears that are merged, or quantised on one input; a layer run by itself; the
 walk that finds what overflows float16; the tensors that `locate` compares. `model.olmo` says the same in equations, and
@@ -33,9 +48,9 @@ from typing import Literal
 
 from olmo2_export.config import ModelConfig
 
-Kind = Literal["gather", "linear", "rms_norm", "layer_norm", "rotary", "attention", "add", "silu", "multiply"]
+Kind = Literal["gather", "linear", "rms_norm", "layer_norm", "clip", "rotary", "attention", "add", "silu", "multiply"]
 NORMS: tuple[Kind, ...] = ("rms_norm", "layer_norm")
-"""OLMo 2 has no layer_norm; that one may have no weight"""
+"""a layer_norm has no weight"""
 NORM_OPERATORS = ("RMSNormalization", "LayerNormalization")
 """of ONNX, in the same order"""
 EMBED, FINAL_NORM, LOGITS = "model.embed_tokens", "model.norm", "lm_head"
@@ -57,6 +72,12 @@ class Operation:
     """of the weight; of a linear [out, in]"""
     bias: str | None = None
     """the checkpoint's name; it has as many numbers as the weight has rows"""
+    rope: str = ""
+    """of a rotary: which of the config's `ropes`"""
+    window: int | None = None
+    """of an attention: the tokens that each sees, itself among them; None: all up to itself"""
+    limit: float | None = None
+    """of a clip: the largest magnitude"""
 
 
 @dataclass(frozen=True)
@@ -75,45 +96,77 @@ def operations(config: ModelConfig) -> tuple[Operation, ...]:
     rows = [Operation(EMBED, "gather", (), None, f"{EMBED}.weight", table)]
     for layer in range(config.num_hidden_layers):
         rows += layer_operations(config, layer, rows[-1].name)
-    last = Operation(FINAL_NORM, "rms_norm", (rows[-1].name,), None, f"{FINAL_NORM}.weight", (config.hidden_size,))
+    last = _norm(config, FINAL_NORM, rows[-1].name, config.hidden_size, None)
     return (*rows, last, Operation(LOGITS, "linear", (FINAL_NORM,), None, f"{LOGITS}.weight", table))
 
 
 def layer_operations(config: ModelConfig, layer: int, x: str) -> tuple[Operation, ...]:
     """Return the rows of one layer; it reads `x`, and its last row writes what the next one reads."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    query, key_value = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     p = f"model.layers.{layer}."
-    a, m = f"{p}self_attn.", f"{p}mlp."
     h, y = f"{p}attention_residual", f"{p}mlp_residual"
 
-    def linear(name: str, reads: str, shape: tuple[int, int], *, bias: bool = False) -> Operation:
-        return Operation(name, "linear", (reads,), layer, f"{name}.weight", shape, f"{name}.bias" if bias else None)
+    def norm(name: str, reads: str) -> Operation:
+        return _norm(config, f"{p}{name}", reads, config.hidden_size, layer)
 
-    def norm(name: str, reads: str, size: int) -> Operation:
-        return Operation(name, "rms_norm", (reads,), layer, f"{name}.weight", (size,))
+    if config.norms_first:
+        before, between = norm("input_layernorm", x), norm("post_attention_layernorm", h)
+        attention = _attention_operations(config, layer, before.name)
+        mlp = _mlp_operations(config, layer, between.name)
+        added = (Operation(h, "add", (x, attention[-1].name), layer), Operation(y, "add", (h, mlp[-1].name), layer))
+        return before, *attention, added[0], between, *mlp, added[1]
+    attention, mlp = _attention_operations(config, layer, x), _mlp_operations(config, layer, h)
+    after = norm("post_attention_layernorm", attention[-1].name), norm("post_feedforward_layernorm", mlp[-1].name)
+    added = (Operation(h, "add", (x, after[0].name), layer), Operation(y, "add", (h, after[1].name), layer))
+    return *attention, after[0], added[0], *mlp, after[1], added[1]
 
-    biased = config.attention_bias
+
+def _attention_operations(config: ModelConfig, layer: int, x: str) -> tuple[Operation, ...]:
+    """From what q, k and v read to o_proj."""
+    hidden, biased = config.hidden_size, config.attention_bias
+    query, key_value = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    a = f"model.layers.{layer}.self_attn."
+    rows: list[Operation] = []
+
+    def add(row: Operation) -> str:
+        rows.append(row)
+        return row.name
+
+    sizes = {"q": query, "k": key_value, "v": key_value}
+    made = {n: add(_linear(f"{a}{n}_proj", x, (size, hidden), layer, biased)) for n, size in sizes.items()}
+    if config.clip_qkv is not None:
+        limit = config.clip_qkv
+        made = {n: add(Operation(f"{a}{n}_clip", "clip", (made[n],), layer, limit=limit)) for n in sizes}
+    if not config.norms_first:
+        made |= {n: add(_norm(config, f"{a}{n}_norm", made[n], sizes[n], layer)) for n in "qk"}
+    rope = config.rope_of(layer)
+    made |= {n: add(Operation(f"{a}{n}_rotary", "rotary", (made[n],), layer, rope=rope)) for n in "qk"}
+    read = (made["q"], made["k"], made["v"])
+    attention = add(Operation(f"{a}attention", "attention", read, layer, window=config.window(layer)))
+    add(_linear(f"{a}o_proj", attention, (hidden, query), layer, biased))
+    return tuple(rows)
+
+
+def _mlp_operations(config: ModelConfig, layer: int, h: str) -> tuple[Operation, ...]:
+    """From what gate and up read to down_proj."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    m = f"model.layers.{layer}.mlp."
     return (
-        linear(f"{a}q_proj", x, (query, hidden), bias=biased),
-        linear(f"{a}k_proj", x, (key_value, hidden), bias=biased),
-        linear(f"{a}v_proj", x, (key_value, hidden), bias=biased),
-        norm(f"{a}q_norm", f"{a}q_proj", query),
-        norm(f"{a}k_norm", f"{a}k_proj", key_value),
-        Operation(f"{a}q_rotary", "rotary", (f"{a}q_norm",), layer),
-        Operation(f"{a}k_rotary", "rotary", (f"{a}k_norm",), layer),
-        Operation(f"{a}attention", "attention", (f"{a}q_rotary", f"{a}k_rotary", f"{a}v_proj"), layer),
-        linear(f"{a}o_proj", f"{a}attention", (hidden, query), bias=biased),
-        norm(f"{p}post_attention_layernorm", f"{a}o_proj", hidden),
-        Operation(h, "add", (x, f"{p}post_attention_layernorm"), layer),
-        linear(f"{m}gate_proj", h, (inner, hidden)),
-        linear(f"{m}up_proj", h, (inner, hidden)),
+        _linear(f"{m}gate_proj", h, (inner, hidden), layer),
+        _linear(f"{m}up_proj", h, (inner, hidden), layer),
         Operation(f"{m}act_fn", "silu", (f"{m}gate_proj",), layer),
         Operation(f"{m}product", "multiply", (f"{m}act_fn", f"{m}up_proj"), layer),
-        linear(f"{m}down_proj", f"{m}product", (hidden, inner)),
-        norm(f"{p}post_feedforward_layernorm", f"{m}down_proj", hidden),
-        Operation(y, "add", (h, f"{p}post_feedforward_layernorm"), layer),
+        _linear(f"{m}down_proj", f"{m}product", (hidden, inner), layer),
     )
+
+
+def _linear(name: str, reads: str, shape: tuple[int, int], layer: int, biased: bool = False) -> Operation:
+    return Operation(name, "linear", (reads,), layer, f"{name}.weight", shape, f"{name}.bias" if biased else None)
+
+
+def _norm(config: ModelConfig, name: str, reads: str, size: int, layer: int | None) -> Operation:
+    if config.norms_first:
+        return Operation(name, "layer_norm", (reads,), layer)
+    return Operation(name, "rms_norm", (reads,), layer, f"{name}.weight", (size,))
 
 
 def within_layer(row: Operation) -> str:

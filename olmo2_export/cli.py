@@ -7,11 +7,12 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from olmo2_export.verbs import bench, build, debug, evaluate, export, fp16, inspect, report, sweep, verify
+from olmo2_export.verbs import bench, build, debug, evaluate, export, fp16, inspect, report, revisions, sweep, verify
 from runtimes.command import Parser, run_command
 
 # In the order of a package's life.
 VERBS = {
+    "revisions": revisions,
     "export": export,
     "fp16": fp16,
     "verify": verify,
@@ -31,7 +32,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         UsageError: bad usage, before anything is imported or written.
     """
-    parser = Parser(prog="olmo2-export", description="OLMo 2 from checkpoint to verified inference.")
+    parser = Parser(prog="olmo2-export", description="OLMo from checkpoint to verified inference.")
     common = Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show tracebacks and debug logging")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")

@@ -1,6 +1,12 @@
-"""config.json -> ModelConfig: the shape of an OLMo 2, and a refusal, by name, of everything else.
+"""config.json -> ModelConfig: the shape of an OLMo 1, 2 or 3, and a refusal, by name, of everything else.
 
-Both forms are read: transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 writes `rope_parameters`.
+| model_type | norms                                                   | q and k       | attention              |
+|------------|---------------------------------------------------------|---------------|------------------------|
+| olmo       | LayerNorm without weights, before attention and MLP     | clipped, or not | full                 |
+| olmo2      | RMSNorm after attention and MLP                         | RMSNorm       | full                   |
+| olmo3      | RMSNorm after attention and MLP                         | RMSNorm       | full, or a window, by layer |
+
+Source: transformers, models/olmo, models/olmo2 and models/olmo3.
 """
 
 from __future__ import annotations
@@ -11,8 +17,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+from olmo2_export.fields import Fields, short
+from olmo2_export.rope import FULL, SLIDING, LayerType, Rope, read_ropes
 from runtimes.errors import ConfigError, broken_link
 from runtimes.manifest import ModelSpec
 
@@ -23,11 +31,17 @@ _MAX_LAYERS = 1_000
 _MAX_WIDTH = 1 << 20
 _MAX_VOCABULARY = 1 << 24
 _MAX_CONTEXT = 1 << 22
-_DEFAULT_CONTEXT, _DEFAULT_THETA = 2048, 10_000.0
+_DEFAULT_CONTEXT = 2048
+_DEFAULT_WINDOW = 4096
+_DEFAULT_EPS = 1e-5
+_FULL_EVERY = 4  # layers of Olmo 3, where it does not say which
 
 LFS_POINTER = "version https://git-lfs"
 """how a file begins that git did not replace by its contents"""
 TOKEN_ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+ModelType = Literal["olmo", "olmo2", "olmo3"]
+TITLES: dict[ModelType, str] = {"olmo": "OLMo 1", "olmo2": "OLMo 2", "olmo3": "Olmo 3"}
 
 # Fields that do not change the logits.
 _NEUTRAL = frozenset(
@@ -42,10 +56,9 @@ _INEXPRESSIBLE: dict[str, tuple[object, ...]] = {
     "final_logit_softcapping": (0,),
     "logit_scale": (1,),
     "mlp_bias": (),
-    "partial_rotary_factor": (1,),
 }
-_FULL_ATTENTION = "full_attention"
-_ROPE_FIELDS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+# What only some of the family have.
+_ONLY_IN: dict[str, ModelType] = {"clip_qkv": "olmo"}
 # What transformers ignores, or the weights prove wrong: said in a warning.
 _IGNORED = {
     "auto_map": "code of its own, which is never run; the model is transformers' Olmo2ForCausalLM",
@@ -55,20 +68,39 @@ _ACTIVATIONS = ("silu", "swish")
 """two names of one function in transformers"""
 _READ = frozenset(
     "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-    "head_dim max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters hidden_act attention_bias "
-    "tie_word_embeddings layer_types sliding_window".split()
+    "head_dim max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters partial_rotary_factor "
+    "hidden_act attention_bias tie_word_embeddings layer_types sliding_window pretraining_tp".split()
 )
-# A repository's own name of an OLMo -> where a checkpoint for transformers is.
+# What is near, by its model_type -> what it is, and what to do.
 _OTHER_FORMS = {
-    "hf_olmo": "the form for AI2's own code; give the repository whose name ends in -hf",
-    "olmo_1124": "the preview's name of olmo2; give the released repository, or write olmo2 if it is one",
+    "hf_olmo": "OLMo 1 in the form for AI2's own code; give the repository whose name ends in -hf, such as "
+    "allenai/OLMo-7B-hf",
+    "olmo_1124": "OLMo 2 under its preview's name; give the released repository, such as allenai/OLMo-2-1124-7B, or "
+    "write olmo2 if it is one",
+    "olmoe": "OLMoE, a mixture of experts, which no graph here has; transformers, vLLM and llama.cpp run it",
+    "flex_olmo": "FlexOlmo, a mixture of experts, which no graph here has; transformers and vLLM run it",
+    "olmo_hybrid": "OLMo Hybrid, most of whose layers are linear attention, which no graph here has; transformers and "
+    "vLLM run it",
+    "molmo": "Molmo, which reads pictures, and no graph here does; transformers, with the repository's own code, and "
+    "vLLM run it",
+    "molmo2": "Molmo 2, which reads pictures, and no graph here does; transformers and vLLM run it",
 }
+OLMO_CORE = (
+    "a checkpoint of OLMo-core; convert it to Hugging Face format first, with OLMo-core's "
+    "src/examples/huggingface/convert_checkpoint_to_hf.py"
+)
+"""what is said of one, by its config.json or by its files"""
+_MLX = (
+    "weights quantised by MLX (quantization, of group_size and bits), which have a float bias per group; give the "
+    "model that they were made from, or run it with mlx-lm; if the weights are plain numbers, remove the field"
+)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of an OLMo 2, in the names of its config.json."""
+    """The shape of an OLMo, in the names of its config.json."""
 
+    model_type: ModelType
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -78,9 +110,17 @@ class ModelConfig:
     """fewer than num_attention_heads: grouped-query attention"""
     head_dim: int
     max_position_embeddings: int
-    """tokens"""
-    rms_norm_eps: float
-    rope_theta: float
+    """tokens; fewer than in the file where the RoPE ends before, see `rope`"""
+    norm_eps: float
+    """rms_norm_eps; OLMo 1 has 1e-5 whatever its file says"""
+    clip_qkv: float | None
+    """the largest magnitude of queries, keys and values"""
+    layer_types: tuple[LayerType, ...]
+    sliding_window: int | None
+    """tokens that a layer of sliding attention sees, the present one among them; None: no layer has a window"""
+    full_rope: Rope
+    sliding_rope: Rope
+    """of each type of layer; the same where the model has one"""
     attention_bias: bool
     """q, k, v and o projections have a bias"""
     tie_word_embeddings: bool
@@ -101,19 +141,19 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """Build from the decoded JSON; `where` names it in messages."""
-        fields = _Fields(raw)
-        kind = raw.get("model_type")
-        other = _OTHER_FORMS.get(kind) if isinstance(kind, str) else None
-        fields.require(kind == "olmo2", f"model_type {_short(kind)} ({other or 'only olmo2'})")
+        refuse_other_forms(raw, where)
+        fields = Fields(raw)
+        kind, known = raw.get("model_type"), get_args(ModelType)
+        fields.require(kind in known, f"model_type {short(kind)} (only {', '.join(known)})")
+        model_type: ModelType = next((name for name in known if name == kind), "olmo2")
         activation = raw.get("hidden_act", "silu")
-        fields.require(activation in _ACTIVATIONS, f"hidden_act {_short(activation)} (only 'silu')")
+        fields.require(activation in _ACTIVATIONS, f"hidden_act {short(activation)} (only 'silu')")
         for name, neutral in sorted(_INEXPRESSIBLE.items()):
             fields.require(
-                any(raw.get(name) == value for value in (None, False, *neutral)),
-                f"{name} {_short(raw.get(name))} (OLMo 2 does not have it; if the model was trained without it, remove "
-                "the field)",
+                _ONLY_IN.get(name) == model_type or any(raw.get(name) == value for value in (None, False, *neutral)),
+                f"{name} {short(raw.get(name))} ({TITLES[model_type]} does not have it; if the model was trained "
+                "without it, remove the field)",
             )
-        fields.full_attention()
 
         vocab_size = fields.integer("vocab_size", 2, _MAX_VOCABULARY)
         hidden_size = fields.integer("hidden_size", 1, _MAX_WIDTH)
@@ -128,14 +168,18 @@ class ModelConfig:
             fields.require(hidden_size % heads == 0, f"hidden_size {hidden_size} is no multiple of the {heads} heads")
         head_dim = fields.integer("head_dim", 1, _MAX_WIDTH, default=max(1, hidden_size // heads))
         fields.require(head_dim % 2 == 0, f"head_dim {head_dim} is odd (rotary embedding turns pairs)")
-        said = fields.ignored()
+        fields.said += [f"{name} is {why}" for name, why in _IGNORED.items() if raw.get(name) not in (None, False)]
+        context = fields.integer("max_position_embeddings", 1, _MAX_CONTEXT, default=_DEFAULT_CONTEXT)
+        layer_types, window = _attention_types(fields, model_type, layers, context)
+        ropes = read_ropes(fields, context, head_dim, by_layer_type=model_type == "olmo3")
         for name in TOKEN_ID_FIELDS:
             check_token_ids(raw, name, fields.problems)
             if beyond := [i for i in token_ids(raw, name) if not 0 <= i < vocab_size]:
-                said.append(
-                    f"{name} {_short(raw[name])}: the vocabulary has {vocab_size}, {beyond[0]} is never sampled"
+                fields.said.append(
+                    f"{name} {short(raw[name])}: the vocabulary has {vocab_size}, {beyond[0]} is never sampled"
                 )
         config = cls(
+            model_type=model_type,
             vocab_size=vocab_size,
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
@@ -143,11 +187,13 @@ class ModelConfig:
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            max_position_embeddings=fields.integer(
-                "max_position_embeddings", 1, _MAX_CONTEXT, default=_DEFAULT_CONTEXT
-            ),
-            rms_norm_eps=fields.number("rms_norm_eps", default=1e-5),
-            rope_theta=fields.rope_theta(),
+            max_position_embeddings=ropes.longest,
+            norm_eps=_DEFAULT_EPS if model_type == "olmo" else fields.number("rms_norm_eps", default=_DEFAULT_EPS),
+            clip_qkv=fields.number("clip_qkv") if model_type == "olmo" and raw.get("clip_qkv") is not None else None,
+            layer_types=layer_types,
+            sliding_window=window,
+            full_rope=ropes.full,
+            sliding_rope=ropes.sliding,
             attention_bias=fields.boolean("attention_bias"),
             tie_word_embeddings=fields.boolean("tie_word_embeddings"),
         )
@@ -155,16 +201,41 @@ class ModelConfig:
             raise ConfigError(f"{where}: cannot express {'; '.join(fields.problems)}")
         unknown = sorted(raw.keys() - _READ - _NEUTRAL - _INEXPRESSIBLE.keys() - _IGNORED.keys())
         if unknown:
-            said.append(f"unknown fields {', '.join(unknown)} are not used; verify will tell if they matter")
-        for line in said:
+            fields.said.append(f"unknown fields {', '.join(unknown)} are not used; verify will tell if they matter")
+        for line in fields.said:
             _warn_once(f"{where}: {line}")
         return config
+
+    @property
+    def norms_first(self) -> bool:
+        """Whether a norm is before attention and MLP, not after them."""
+        return self.model_type == "olmo"
+
+    def window(self, layer: int) -> int | None:
+        """Return how many tokens a layer sees; None: all."""
+        return self.sliding_window if self.layer_types[layer] == SLIDING else None
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Return how many tokens each layer sees, 0: all; empty where all see all."""
+        found = tuple(self.window(layer) or 0 for layer in range(self.num_hidden_layers))
+        return found if any(found) else ()
+
+    @property
+    def ropes(self) -> dict[str, Rope]:
+        """Each RoPE that a layer has, by the names of its tables' last part."""
+        used = dict.fromkeys(self.full_rope if kind == FULL else self.sliding_rope for kind in self.layer_types)
+        return {"": next(iter(used))} if len(used) == 1 else {"": self.full_rope, "_sliding": self.sliding_rope}
+
+    def rope_of(self, layer: int) -> str:
+        """Return which of `ropes` a layer has."""
+        return "_sliding" if len(self.ropes) > 1 and self.layer_types[layer] == SLIDING else ""
 
     @property
     def spec(self) -> ModelSpec:
         """What runners need of it, as the manifest carries it."""
         return ModelSpec(
-            model_type="olmo2",
+            model_type=self.model_type,
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
             num_hidden_layers=self.num_hidden_layers,
@@ -175,94 +246,56 @@ class ModelConfig:
         )
 
 
-class _Fields:
-    """Reads typed fields and collects every problem, so that one message names them all."""
+def refuse_other_forms(raw: Mapping[str, Any], where: str) -> None:
+    """Refuse what is near to a model that is read, and none; this needs config.json alone, and no weights.
 
-    def __init__(self, raw: Mapping[str, Any]) -> None:
-        self.raw = raw
-        self.problems: list[str] = []
+    Raises:
+        ConfigError: saying what it is and what to do.
+    """
+    kind, table = raw.get("model_type"), raw.get("quantization")
+    if isinstance(kind, str) and kind in _OTHER_FORMS:
+        raise ConfigError(f"{where}: model_type {kind}: {_OTHER_FORMS[kind]}")
+    if is_olmo_core(raw):
+        raise ConfigError(f"{where}: {OLMO_CORE}")
+    if isinstance(table, Mapping) and {"group_size", "bits"} <= table.keys() and "quant_method" not in table:
+        raise ConfigError(f"{where}: {_MLX}")
 
-    def require(self, condition: bool, problem: str) -> None:
-        if not condition:
-            self.problems.append(problem)
 
-    def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
-        value = self.raw.get(name)
-        if value is None and default is not None:
-            return default
-        if type(value) is not int or not low <= value <= high:  # bool is an int to Python
-            self.problems.append(f"{name} {_short(value)} (an integer from {low} to {high})")
-            return low
-        return value
+def is_olmo_core(raw: Mapping[str, Any]) -> bool:
+    """Tell OLMo-core's own config.json: the whole of a training run, the model in a table of it."""
+    if "model_type" in raw:
+        return False
+    return isinstance(raw.get("model"), Mapping) or any(name in str(raw)[:4000] for name in ("OlmoCore", "olmo_core"))
 
-    def number(self, name: str, default: float | None = None, source: Mapping[str, Any] | None = None) -> float:
-        value: Any = (self.raw if source is None else source).get(name)
-        if value is None and default is not None:
-            return default
-        if type(value) not in (int, float) or not 0 < value < 1e30:  # false for NaN, too
-            self.problems.append(f"{name} {_short(value)} (a positive number)")
-            return 1.0
-        return float(value)
 
-    def boolean(self, name: str) -> bool:
-        value = self.raw.get(name)
-        if value is None:
-            return False
-        if type(value) is not bool:
-            self.problems.append(f"{name} {_short(value)} (true or false)")
-            return False
-        return value
-
-    def full_attention(self) -> None:
-        """Refuse sliding windows, unless they are as wide as the context or not in use."""
-        types, window = self.raw.get("layer_types"), self.raw.get("sliding_window")
-        full = isinstance(types, list) and all(kind == _FULL_ATTENTION for kind in types)
-        self.require(types is None or full, f"layer_types {_short(types)} (only {_FULL_ATTENTION})")
-        unused = window in (None, False) or full or self.raw.get("use_sliding_window") is False
-        context = self.raw.get("max_position_embeddings", _DEFAULT_CONTEXT)
-        wide = type(window) is int and type(context) is int and window >= context
-        self.require(
+def _attention_types(
+    fields: Fields, model_type: ModelType, layers: int, context: int
+) -> tuple[tuple[LayerType, ...], int | None]:
+    """Return the type of each layer, and the window of those that have one; a window as wide as the context is none."""
+    types, window = fields.raw.get("layer_types"), fields.raw.get("sliding_window")
+    if model_type != "olmo3":
+        full = isinstance(types, list) and all(kind == FULL for kind in types)
+        title = TITLES[model_type]
+        fields.require(types is None or full, f"layer_types {short(types)} (only {FULL})")
+        unused = window in (None, False) or full or fields.raw.get("use_sliding_window") is False
+        wide = type(window) is int and window >= context
+        fields.require(
             unused or wide,
-            f"sliding_window {_short(window)} (OLMo 2 attends to all; if it was trained so, remove the field)",
+            f"sliding_window {short(window)} ({title} attends to all; if it was trained so, remove the field)",
         )
-
-    def ignored(self) -> list[str]:
-        """Return what is set and not used, with the reason."""
-        found = [f"{name} is {why}" for name, why in _IGNORED.items() if self.raw.get(name) not in (None, False)]
-        for name in ("rope_parameters", "rope_scaling"):
-            table = self.raw.get(name)
-            extra = sorted(table.keys() - _ROPE_FIELDS) if isinstance(table, Mapping) else []
-            if extra:
-                found.append(f"{name}: {', '.join(extra)} mean nothing for plain RoPE, here as in transformers")
-        return found
-
-    def rope_theta(self) -> float:
-        """Read either form; both at once must agree, and only plain RoPE can be expressed."""
-        parameters, scaling = self.raw.get("rope_parameters"), self.raw.get("rope_scaling")
-        for name, table in (("rope_parameters", parameters), ("rope_scaling", scaling)):
-            if table is None:
-                continue
-            if not isinstance(table, Mapping):
-                self.problems.append(f"{name} {_short(table)} (an object)")
-                continue
-            kind = table.get("rope_type", table.get("type", "default"))
-            plain = kind == "default" or (kind == "linear" and table.get("factor") == 1)
-            self.require(plain, f"{name}: rope_type {_short(kind)} (only 'default')")
-            named = "rope_type" in table or "type" in table
-            extra = sorted(table.keys() - _ROPE_FIELDS)
-            self.require(named or not extra, f"{name}: {', '.join(extra)} (without a rope_type)")
-            part = table.get("partial_rotary_factor")
-            self.require(part in (None, 1), f"{name}: partial_rotary_factor {_short(part)} (only 1)")
-        tables = [table for table in (scaling, parameters) if isinstance(table, Mapping) and table]
-        places = [*tables[:1], self.raw]  # in transformers, rope_scaling goes before rope_parameters
-        source = next((place for place in places if place.get("rope_theta") is not None), None)
-        theta = _DEFAULT_THETA if source is None else self.number("rope_theta", source=source)
-        for other in (self.raw, *tables):
-            if other.get("rope_theta") not in (None, theta):
-                self.problems.append(
-                    f"rope_theta {_short(other['rope_theta'])} beside {theta:g}, which transformers takes; say one"
-                )
-        return theta
+        return (FULL,) * layers, None
+    if types is None:
+        types = [SLIDING if (layer + 1) % _FULL_EVERY else FULL for layer in range(layers)]
+    known = isinstance(types, list) and all(kind in (FULL, SLIDING) for kind in types)
+    fields.require(
+        known and len(types) == layers, f"layer_types {short(types)} ({layers}, of {FULL} and {SLIDING}, one a layer)"
+    )
+    if not known or SLIDING not in types:
+        return (FULL,) * layers, None
+    missing = "sliding_window" in fields.raw and window is None
+    fields.require(not missing, f"sliding_window {window} (layers of {SLIDING} need a number of tokens)")
+    size = fields.integer("sliding_window", 1, _MAX_CONTEXT, default=_DEFAULT_WINDOW)
+    return tuple(types), size if size < context else None
 
 
 def token_ids(raw: Mapping[str, Any], name: str) -> list[int]:
@@ -279,7 +312,7 @@ def check_token_ids(raw: Mapping[str, Any], name: str, problems: list[str]) -> N
     value = raw.get(name)
     ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
     if value is not None and any(type(i) is not int for i in ids):
-        problems.append(f"{name} {_short(value)} (a token id)")
+        problems.append(f"{name} {short(value)} (a token id)")
 
 
 @cache
@@ -312,8 +345,3 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(raw).__name__}")
     return raw
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -107,6 +107,9 @@ class KVCacheSpec:
     max_cache_length: int
     """tokens: for `concat` and `shared` the model's context, for `static` the capacity of the buffer"""
     quantization: KVCacheQuantization | None = None
+    windows: tuple[int, ...] = ()
+    """tokens that each layer sees, the present one among them, 0: all; empty: all layers see all. A runner may forget
+    keys and values that no later token sees"""
 
     @property
     def stored_head_dim(self) -> int:
@@ -503,6 +506,9 @@ def _check(manifest: object) -> None:
     if isinstance(manifest, Manifest):
         _check_names(manifest.source.files)
     for variant in manifest.variants.values():
+        windows = variant.kv_cache.windows
+        if windows and len(windows) != variant.kv_cache.num_layers:
+            raise ValueError(f"kv_cache.windows has {len(windows)} layers, expected {variant.kv_cache.num_layers}")
         for graph in (variant, variant.prefill):
             oldest = graph.min_onnxruntime if graph is not None else None
             if oldest is not None and re.fullmatch(r"\d+(\.\d+){1,2}", oldest) is None:

@@ -51,6 +51,8 @@ class Target:
     """it runs what `olmo2-export build` compiles of a graph, and not the graph"""
     takes_threads: bool = True
     """threads of the CPU are its caller's to choose"""
+    refits: bool = False
+    """other weights can be put into an engine that was built for it, without building it again"""
 
     @property
     def on_gpu(self) -> bool:
@@ -136,6 +138,7 @@ TARGETS: tuple[Target, ...] = (
         takes_others=True,
         needs_engine=True,
         takes_threads=False,
+        refits=True,
     ),
 )
 """of a backend the first is where it runs unless a device is named"""

@@ -21,9 +21,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--packages", type=Path, help="a folder that packages.py has written; default: export them")
     parser.addoption("--shared", type=Path, help="a folder for what is made once, which another run goes on with")
 
+    parser.addoption("--support", choices=("check", "write"), help="compare the support matrix, or write it anew")
 
-def pytest_configure() -> None:
+
+def pytest_configure(config: pytest.Config) -> None:
     take_one_cpu()
+    mode: str | None = config.getoption("--support")
+    if mode is not None and not hasattr(config, "workerinput"):  # the process that hears of all tests
+        from support.matrix import Matrix
+
+        config.pluginmanager.register(Matrix(mode, config.rootpath))
 
 
 def pytest_collection_finish() -> None:

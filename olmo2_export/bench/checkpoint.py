@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from olmo2_export.config import ModelConfig
-from olmo2_export.model.olmo import Olmo2ForCausalLM
+from olmo2_export.model.olmo import OlmoForCausalLM
 
 SIZES: dict[str, dict[str, int]] = {
     "demo": {
@@ -37,8 +37,32 @@ SIZES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 16,
         "vocab_size": 100_352,
     },
+    "7B": {
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "intermediate_size": 11_008,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 100_352,
+    },
+    "13B": {
+        "num_hidden_layers": 40,
+        "hidden_size": 5120,
+        "intermediate_size": 13_824,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+        "vocab_size": 100_352,
+    },
+    "32B": {
+        "num_hidden_layers": 64,
+        "hidden_size": 5120,
+        "intermediate_size": 27_648,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "vocab_size": 100_352,
+    },
 }
-"""the shapes that can be measured; 1B is that of allenai/OLMo-2-0425-1B"""
+"""the shapes that can be measured; all but demo are those of allenai's OLMo 2"""
 
 Form: TypeAlias = Literal["olmo2", "llama"]
 """llama: a Llama of the same shape, for the peers that have no OLMo 2"""
@@ -79,7 +103,7 @@ def write_checkpoint(folder: Path, sizes: dict[str, int], form: Form = "olmo2") 
         "eos_token_id": sizes["vocab_size"] - 1,
     }
     with torch.device("meta"):
-        model = Olmo2ForCausalLM(ModelConfig.from_dict({**config, "model_type": "olmo2"}))
+        model = OlmoForCausalLM(ModelConfig.from_dict({**config, "model_type": "olmo2"}))
     shapes = {name: weight.shape for name, weight in model.state_dict().items()}
     if form == "llama":
         config |= {"architectures": ["LlamaForCausalLM"], "bos_token_id": 0, "hidden_act": "silu"}

@@ -2,6 +2,7 @@
 
 options.py   what can be asked for, and what is refused before anything expensive
 build.py     package -> engine in trt/, in one atomic step; refit
+renew.py     the same for one of many revisions: refit where the target can, else build
 process.py   start the process, follow it, take its result
 worker.py    the process
 compiler.py  parse, check, build, write

@@ -4,8 +4,9 @@
     DIR/packages/REVISION/      the package of the revision evaluated last
 
 The first revision is exported; of the others only the weights are written, beside graph files that stay byte for byte
-what they are. Each is compared with PyTorch on its own weights, on the same tokens, and with the same variant of the
-revision before it (KL(before || this), nats per token), which says how much the model changed in between.
+what they are. Engines are likewise built once and refitted, where full TensorRT runs them. Each revision is compared
+with PyTorch on its own weights, on the same tokens, and with the same variant of the revision before it
+(KL(before || this), nats per token), which says how much the model changed in between.
 """
 
 from __future__ import annotations
@@ -13,32 +14,31 @@ from __future__ import annotations
 import csv
 import json
 import os
-import re
-import shutil
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from olmo2_export.atomic import locked
-from olmo2_export.config import ModelConfig
 from olmo2_export.evaluate.evaluate import Evaluation, evaluate, token_text
-from olmo2_export.evaluate.models import open_package_model, open_torch_model
+from olmo2_export.evaluate.models import PackageModel, open_package_model, open_torch_model
+from olmo2_export.evaluate.revision_packages import (
+    EngineOrigin,
+    RevisionPackage,
+    RevisionPackages,
+    engine_options,
+    folder_name,
+)
 from olmo2_export.evaluate.text import HELDOUT
-from olmo2_export.package.export import export
-from olmo2_export.package.variants import Options
-from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
-from runtimes import Device
-from runtimes.errors import ConfigError, FailedError, PackageError, UsageError, first_names
-from runtimes.package import open_package
-from runtimes.sealed import hash_file, hash_files
+from olmo2_export.package.weight_choice import Options
+from olmo2_export.weights.revision_names import read_name
+from runtimes import Backend, Device
+from runtimes.errors import FailedError, UsageError, first_names
+from runtimes.sealed import hash_file
 
 RESULTS, TABLE = "sweep.json", "sweep.csv"
-_PACKAGES = "packages"
-_NAME = re.compile(r"(?P<stage>.*?)step(?P<step>\d+)(?:-tokens(?P<tokens>\d+)B)?$")
-_UNSAFE = re.compile(r"[^\w.-]")
 
 
 @dataclass(frozen=True)
@@ -72,39 +72,19 @@ class RevisionResult:
     graph_sha256: str
     """of the graph file: the same for all"""
     export_s: float
+    """of the package, engine included"""
     evaluate_s: float
-
-
-def step_of(revision: str) -> tuple[int | None, int | None]:
-    """Return (steps, billions of tokens) out of a name such as `stage1-step10000-tokens21B`; None where it has none."""
-    found = _NAME.match(revision)
-    if found is None:
-        return None, None
-    tokens = found["tokens"]
-    return int(found["step"]), int(tokens) if tokens else None
+    engine: EngineOrigin | None = None
+    """how the engine was made, where one was evaluated; None: it was there, from an earlier start"""
 
 
 def in_order(revisions: Sequence[str]) -> list[str]:
     """Return revisions by their steps, where all are of one stage and have different ones; else as they were given."""
-    found = [_NAME.match(revision) for revision in revisions]
-    stages = {match["stage"] if match else None for match in found}
-    steps = [step_of(revision)[0] for revision in revisions]
-    if len(stages) > 1 or None in steps or len(set(steps)) < len(steps):
+    steps = {revision: read_name(revision).step for revision in revisions}
+    known = {step for step in steps.values() if step is not None}
+    if len({revision.partition("step")[0] for revision in revisions}) > 1 or len(known) < len(revisions):
         return list(revisions)
-    return sorted(revisions, key=lambda revision: step_of(revision)[0] or 0)
-
-
-def open_revision(model: str, revision: str) -> Checkpoint:
-    """Open one revision: of a Hub id, or the folder of that name in a local folder.
-
-    Raises:
-        CheckpointNotFoundError, CheckpointError: as `open_checkpoint`.
-        UsageError: the model is the demo, which has no revisions.
-    """
-    folder = Path(model).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        return open_checkpoint(str(folder / revision))
-    return open_checkpoint(model, revision)
+    return sorted(revisions, key=lambda revision: steps[revision] or 0)
 
 
 def sweep(
@@ -114,6 +94,7 @@ def sweep(
     *,
     variant: str = "fp32",
     options: Options | None = None,
+    backend: Backend = "ort",
     device: Device | None = None,
     text: Path = HELDOUT,
     context: int | None = None,
@@ -127,8 +108,10 @@ def sweep(
         model: a Hub id, or a folder with one folder per revision.
         revisions: their names, at least one, in any order; see `in_order`.
         out: the folder for results and packages.
-        variant: what is evaluated of each.
-        options: how a quantised variant is made; None: the defaults.
+        variant: what is evaluated of each; with a TensorRT backend a graph for it, such as trt_bf16.
+        options: how a quantised variant is made; None: the defaults. Of an engine recipe and calibration alone.
+        backend: what runs it. Of a TensorRT backend the first revision's engine is built here, on the GPU; those of the
+            others are that one with other weights, where the backend can do that, and built where it cannot.
         device: where onnxruntime runs it; None: on the CPU.
         text: UTF-8 text, or token ids as `.npy`.
         context, stride: as `evaluate`.
@@ -139,15 +122,17 @@ def sweep(
         A result per revision, in order.
 
     Raises:
-        UsageError: no revision, or one twice; a folder that holds a sweep of something else.
+        UsageError: no revision, or one twice; a folder that holds a sweep of something else; options that mean nothing.
+        BackendError: the TensorRT backend is not installed, or there is no GPU for its engines.
         ConfigError: a revision of another shape, or with another tokenizer, than the first.
         FailedError: a graph that is not the one of the first revision.
     """
     if not revisions or len(set(revisions)) < len(revisions):
         raise UsageError(f"revisions {', '.join(revisions) or '(none)'}: expected at least one, none of them twice")
-    if len(safe := {_folder_name(name) for name in revisions}) < len(revisions):
+    if len(safe := {folder_name(name) for name in revisions}) < len(revisions):
         raise UsageError(f"revisions {', '.join(sorted(safe))}: the names differ in signs that no folder name has")
     options = options or Options()
+    engine = engine_options(variant, backend, options, context)
     settings = {
         "model": model,
         "variant": variant,
@@ -156,14 +141,14 @@ def sweep(
         "context_tokens": context,
         "stride_tokens": stride,
         "max_tokens": max_tokens,
-    }
+    } | ({} if engine is None else {"backend": backend})
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{out}: cannot be created ({error.strerror}); choose another --out") from error
     ordered = in_order(revisions)
     with locked(out):
-        work = _Sweep(model, out, variant, options)
+        work = RevisionPackages(model, out, variant, options, engine)
         known = _finished(out, settings)
         _write(out, settings, [], known)  # from now on the packages belong to these settings
         for before, revision in zip([None, *ordered], ordered, strict=False):
@@ -171,20 +156,21 @@ def sweep(
                 continue
             known.pop(revision, None)
             started = time.monotonic()
-            checkpoint, package = work.package(revision)
+            made = work.package(revision)
+            checkpoint, package = made.checkpoint, made.folder
             export_s = time.monotonic() - started
             tokens = token_text(package, text, most=max_tokens)
             graph = work.graph_sha256(package)
             if others := {r.graph_sha256 for r in known.values()} - {graph}:
                 raise FailedError(f"{package}: graph {graph[:12]}, the other revisions have {first_names(others)}")
             with ExitStack() as stack:
-                tested = stack.enter_context(open_package_model(package, variant=variant, device=device))
+                tested = stack.enter_context(_open(package, variant, backend, device))
                 references = [stack.enter_context(open_torch_model(checkpoint, low_memory=low_memory))]
                 if before is not None:
-                    _, earlier = work.package(before)
-                    references.append(stack.enter_context(open_package_model(earlier, variant=variant, device=device)))
+                    earlier = work.package(before).folder
+                    references.append(stack.enter_context(_open(earlier, variant, backend, device)))
                 found = evaluate(tested, tokens, references=references, context=context, stride=stride)
-            known[revision] = _result(revision, before, checkpoint, found, graph, export_s)
+            known[revision] = _result(revision, before, made, found, graph, export_s)
             _write(out, settings, [known[name] for name in ordered if name in known], known)
             work.forget_all_but(revision)
     results = [known[name] for name in ordered]
@@ -192,92 +178,20 @@ def sweep(
     return results
 
 
-class _Sweep:
-    """The packages of a sweep."""
-
-    def __init__(self, model: str, out: Path, variant: str, options: Options) -> None:
-        self._model, self._variant, self._options = model, variant, options
-        self._folder = out / _PACKAGES
-
-    def package(self, revision: str) -> tuple[Checkpoint, Path]:
-        """Return a revision's checkpoint and package, which is made if it is not there."""
-        checkpoint = open_revision(self._model, revision)
-        path = self._folder / _folder_name(revision)
-        others = [p for p in sorted(self._folder.glob("*")) if p != path and self._is_whole(p)]
-        if others:
-            self._check_same_model(others[0], checkpoint, revision)
-        if not self._is_whole(path, checkpoint):
-            export(
-                checkpoint,
-                path,
-                variants=[self._variant],
-                options=self._options,
-                force=True,
-                graphs_of=others[0] if others else None,
-            )
-        return checkpoint, path
-
-    def graph_sha256(self, package: Path) -> str:
-        """Return the hash of the graph file, as it is on disk."""
-        return hash_file(package / open_package(package).variant(self._variant).graph).sha256
-
-    def forget_all_but(self, revision: str) -> None:
-        """Remove the packages that no later revision is compared with."""
-        for path in self._folder.glob("*"):
-            if path.name != _folder_name(revision) and self._is_whole(path):
-                shutil.rmtree(path)
-
-    def _is_whole(self, path: Path, checkpoint: Checkpoint | None = None) -> bool:
-        """Tell whether a folder is a package of this variant, and of that checkpoint."""
-        try:
-            manifest = open_package(path).manifest
-        except PackageError:
-            return False
-        if self._variant not in manifest.variants:
-            return False
-        if checkpoint is None:
-            return True
-        source = manifest.source
-        if (source.model, source.revision) != (checkpoint.model, checkpoint.revision):
-            return False
-        return checkpoint.kind == "hub" or source.files == hash_files(checkpoint.folder, checkpoint.files)
-
-    def _check_same_model(self, package: Path, checkpoint: Checkpoint, revision: str) -> None:
-        new = ModelConfig.from_json(checkpoint.folder / "config.json")
-        old = ModelConfig.from_json(package / "config.json")
-        different = [
-            f"{f.name} {getattr(new, f.name)!r} ({getattr(old, f.name)!r})"
-            for f in fields(ModelConfig)
-            if getattr(new, f.name) != getattr(old, f.name)
-        ]
-        if different:
-            raise ConfigError(
-                f"{self._model}@{revision}: not of the shape of {package.name} (in brackets): {', '.join(different)}; "
-                "a sweep writes all revisions into one graph: sweep those of one shape"
-            )
-        files = [folder / "tokenizer.json" for folder in (checkpoint.folder, package)]
-        hashes = {hash_file(file).sha256 if file.is_file() else None for file in files}
-        if len(hashes) > 1:
-            raise ConfigError(
-                f"{self._model}@{revision}: another tokenizer.json than {package.name}; they could not be compared"
-            )
-
-
-def _folder_name(revision: str) -> str:
-    name = _UNSAFE.sub("_", revision)
-    return f"_{name}" if name.startswith(".") else name
+def _open(package: Path, variant: str, backend: Backend, device: Device | None) -> AbstractContextManager[PackageModel]:
+    return open_package_model(package, variant=variant, backend=backend, device=device)
 
 
 def _result(
-    revision: str, before: str | None, checkpoint: Checkpoint, found: Evaluation, graph: str, export_s: float
+    revision: str, before: str | None, made: RevisionPackage, found: Evaluation, graph: str, export_s: float
 ) -> RevisionResult:
     pytorch, *rest = found.comparisons
-    step, tokens_b = step_of(revision)
+    training = read_name(revision)
     return RevisionResult(
         revision=revision,
-        commit=checkpoint.revision,
-        step=step,
-        tokens_b=tokens_b,
+        commit=made.checkpoint.revision,
+        step=training.step,
+        tokens_b=training.tokens_b,
         perplexity=found.perplexity.value,
         perplexity_se=found.perplexity.se,
         pytorch_perplexity=pytorch.perplexity.value,
@@ -293,6 +207,7 @@ def _result(
         graph_sha256=graph,
         export_s=export_s,
         evaluate_s=found.seconds,
+        engine=made.engine,
     )
 
 
@@ -308,7 +223,7 @@ def _finished(out: Path, settings: dict[str, Any]) -> dict[str, RevisionResult]:
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: not a sweep's results ({type(error).__name__}); use another --out") from error
     if before != settings:
-        different = [name for name, value in settings.items() if before.get(name) != value]
+        different = [name for name in {**settings, **before} if before.get(name) != settings.get(name)]
         raise UsageError(f"{path}: a sweep with other settings ({', '.join(different)}); use another --out")
     return results
 

@@ -61,6 +61,7 @@ _WRITERS: dict[Kind, str] = {
     "linear": "the linear layer",
     "rms_norm": "the RMSNorm",
     "layer_norm": "the LayerNorm",
+    "clip": "the clip",
     "rotary": "the rotary embedding",
     "attention": "the attention",
     "add": "the sum",

@@ -4,7 +4,7 @@ A value has the name of the operation that writes it, a row of `architecture`. I
 queries and keys itself, and holds the scores in float32: `self_attn.{q,k}_rotary` and `self_attn.scores` are seen here,
 but are no values of the graph. k's rotated is what the KV cache holds.
 
-OLMo 2 normalises what a layer adds, not what it reads: the residual stream reaches the linears as large as it is.
+OLMo 2 and 3 normalise what a layer adds, not what it reads: the residual stream reaches the linears as large as it is.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from olmo2_export.architecture import Operation, after_layers, operations, tensor_shapes
 from olmo2_export.config import ModelConfig
-from olmo2_export.model.olmo import rotary_tables
-from olmo2_export.quantize.sweep import Arithmetic, StagedLayer, embed, staged_layers
+from olmo2_export.model.rotary import model_tables
+from olmo2_export.quantize.sweep import Arithmetic, StagedLayer, embed, staged_layers, visible
 from olmo2_export.weights.source import WeightSource
 from olmo2_export.weights.stored_names import EMBEDDING, HEAD, stored_weight
 
@@ -134,9 +134,9 @@ class _Layer:
         arithmetic = self._staged.arithmetic
         q, k, v = arithmetic.query_key_value(inputs)
         length, head_dim = q.shape[2:]
-        visible = torch.ones(length, length, dtype=torch.bool).tril()
-        scores = (q @ k.transpose(2, 3) * head_dim**-0.5).masked_fill(~visible, 0)  # (B, heads, S, S)
-        scores = see.value(row.name.rpartition(".")[0] + SCORES, scores).masked_fill(~visible, -torch.inf)
+        hidden = ~visible(length, row.window)
+        scores = (q @ k.transpose(2, 3) * head_dim**-0.5).masked_fill(hidden, 0)  # (B, heads, S, S)
+        scores = see.value(row.name.rpartition(".")[0] + SCORES, scores).masked_fill(hidden, -torch.inf)
         return arithmetic.joined(scores.softmax(-1) @ v)
 
 
@@ -152,7 +152,7 @@ class _Head:
     def __init__(self, checkpoint: WeightSource, config: ModelConfig) -> None:
         *self._norms, self._linear = after_layers(operations(config))
         self._weights = Weights({name: checkpoint.tensor(name).float() for name in tensor_shapes(self._norms)})
-        self._arithmetic = Arithmetic(config, rotary_tables(config))
+        self._arithmetic = Arithmetic(config, model_tables(config))
         self._stored = stored_weight(checkpoint, config, HEAD)
 
     @cached_property

@@ -33,6 +33,7 @@ _OPERATORS: dict[Kind, str] = {
     "linear": "MatMul",
     "rms_norm": "RMSNormalization",
     "layer_norm": "LayerNormalization",
+    "clip": "Clip",
     "add": "Add",
     "silu": "Sigmoid",
     "multiply": "Mul",

@@ -8,6 +8,10 @@ Becomes:
 
     Cast(RotaryEmbedding(Transpose(Reshape(x)), cos, sin, positions) [* query_scale], precision)
 
+Where q and k have no norm, and so no rounding before the rotation, it becomes
+
+    Cast(RotaryEmbedding(Cast(x, float32), cos, sin, positions) [* query_scale], precision)
+
 cos and sin stay float32, which a rotation of float32 takes. transformers rounds once more, between norm and rotation.
 Source: transformers, Olmo2Attention and its apply_rotary_pos_emb.
 """
@@ -30,14 +34,21 @@ def float32_rotary(model: ir.Model) -> int:
     for node in list(graph):
         if not is_op(node, "RotaryEmbedding"):
             continue
-        cast = _rounding_before(node)
-        if cast is None:
-            logger.debug("float32_rotary: %s: no rounding before it", node.name)
+        if _is_done(node):
+            logger.debug("float32_rotary: %s: it is in float32", node.name)
             continue
-        exact, last = cast.inputs[0], node
-        assert exact is not None  # a Cast has an input
-        cast.outputs[0].replace_all_uses_with(exact)
-        graph.remove(cast, safe=True)
+        last = node
+        if (cast := _rounding_before(node)) is not None:
+            exact = cast.inputs[0]
+            assert exact is not None  # a Cast has an input
+            cast.outputs[0].replace_all_uses_with(exact)
+            graph.remove(cast, safe=True)
+        else:
+            x = node.inputs[0]
+            assert x is not None  # the operator requires it
+            up = new_cast(x, f"{name_of(node.outputs[0])}_input_float32", to_precision=False)
+            graph.insert_before(node, up)
+            node.replace_input_with(0, up.outputs[0])
         follower = only_user(node.outputs[0])
         if (
             follower is not None
@@ -51,6 +62,14 @@ def float32_rotary(model: ir.Model) -> int:
         down.replace_input_with(0, last.outputs[0])
         rewritten += 1
     return rewritten
+
+
+def _is_done(node: ir.Node) -> bool:
+    """Tell whether what the rotation gives is rounded, at once or after the scaling of the queries."""
+    follower = only_user(node.outputs[0])
+    if follower is not None and is_op(follower, "Mul"):
+        follower = only_user(follower.outputs[0])
+    return follower is not None and follower.meta.get(TO_PRECISION, False)
 
 
 def _rounding_before(node: ir.Node) -> ir.Node | None:

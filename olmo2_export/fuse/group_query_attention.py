@@ -11,7 +11,8 @@ Matches:
 Becomes:
 
     y, present_key, present_value = com.microsoft::GroupQueryAttention(
-        q0, k0, v0, past_key, past_value, seqlens_k, total_sequence_length, cos, sin, do_rotary=1, scale=s)
+        q0, k0, v0, past_key, past_value, seqlens_k, total_sequence_length, cos, sin, do_rotary=1, scale=s,
+        local_window_size=window, where the mask has one)
     seqlens_k = int32(ReduceSum(attention_mask, axis=1) - 1)                     [batch_size]
     total_sequence_length = int32(Shape(attention_mask)[1])                      []
 
@@ -31,7 +32,7 @@ import onnx_ir as ir
 
 from olmo2_export.fuse.cached_attention import cached_attention
 from olmo2_export.fuse.edit import constant, find_input, is_op, new_node, only_user
-from olmo2_export.fuse.masks import is_causal_and_padding
+from olmo2_export.fuse.masks import read_rule
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class _Attention:
     past: tuple[ir.Value, ir.Value]
     tables: tuple[ir.Value, ir.Value]
     scale: float
+    window: int | None
     heads: int
     kv_heads: int
     merged: ir.Node
@@ -84,8 +86,9 @@ def _match(graph: ir.Graph, node: ir.Node) -> _Attention | str:
     position_ids = find_input(graph, "position_ids")
     if position_ids is None or find_input(graph, "attention_mask") is None or mask.is_graph_input():
         return "no position_ids, or no attention_mask to count with"
-    if not is_causal_and_padding(graph, mask):
-        return f"its mask {mask.name} is not the causal rule and attention_mask alone"
+    rule = read_rule(graph, mask)
+    if rule is None:
+        return f"its mask {mask.name} is not the causal rule, with or without a window, and attention_mask alone"
     rotary = [value.producer() for value in (query, key)]
     for rotation in rotary:
         if rotation is None or not is_op(rotation, "RotaryEmbedding") or set(rotation.attributes) - {"interleaved"}:
@@ -111,7 +114,7 @@ def _match(graph: ir.Graph, node: ir.Node) -> _Attention | str:
     if not isinstance(heads, int) or not isinstance(kv_heads, int):
         return f"{heads} and {kv_heads} heads, expected numbers"
     q0, k0, v0 = (v for v in split if v is not None)
-    return _Attention(q0, k0, v0, found.past, (cos, sin), found.scale, heads, kv_heads, merged)
+    return _Attention(q0, k0, v0, found.past, (cos, sin), found.scale, rule.window, heads, kv_heads, merged)
 
 
 def _split_heads(value: ir.Value | None) -> ir.Value | None:
@@ -152,7 +155,8 @@ def _rewrite(graph: ir.Graph, node: ir.Node, found: _Attention) -> None:
     fused = ir.node(
         NAME,
         [found.query, found.key, found.value, *found.past, seqlens, total, *found.tables],
-        {"num_heads": found.heads, "kv_num_heads": found.kv_heads, "scale": found.scale, "do_rotary": 1},
+        {"num_heads": found.heads, "kv_num_heads": found.kv_heads, "scale": found.scale, "do_rotary": 1}
+        | ({} if found.window is None else {"local_window_size": found.window}),
         domain=DOMAIN,
         outputs=outputs,
         name=f"node_{node.outputs[0].name}_fused",

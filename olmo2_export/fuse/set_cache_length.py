@@ -4,9 +4,11 @@ Matches:
 
     past_key_values.N.* and present.N.*: [batch_size, kv_heads, "max_cache_length", head_dim]
 
+    the initializer "max_cache_length" of a graph with windows, int64 []
+
 Becomes:
 
-    the same values with the number in the place of the symbol
+    the same values with the number in the place of the symbol, and that number
 
 TensorRT updates a cache in place only if its length is static.
 """
@@ -22,6 +24,8 @@ def set_cache_length(model: ir.Model, max_cache_length: int) -> int:
     """Apply everywhere; return the number of values whose shape has become static, two for each cache."""
     values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
     fixed = 0
+    if (capacity := model.graph.initializers.get(CAPACITY)) is not None:
+        capacity.const_value = ir.tensor(max_cache_length, dtype=ir.DataType.INT64, name=CAPACITY)
     for value in values:
         if value.shape is None or all(str(d) != CAPACITY for d in value.shape):
             continue

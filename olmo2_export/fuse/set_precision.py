@@ -72,6 +72,7 @@ def set_precision(model: ir.Model, dtype: ir.DataType) -> WeightRounding:
         FusionError: a node would read two precisions, or an initializer would need two.
     """
     rounding = WeightRounding(dtype)
+    _split_scalars(model.graph)
     settled: set[ir.Value] = set()
     for value in model.graph.inputs:
         if _is_float(value):
@@ -92,6 +93,21 @@ def set_precision(model: ir.Model, dtype: ir.DataType) -> WeightRounding:
         for result in filter(_is_float, node.outputs):
             result.type = ir.TensorType(flowing)
     return rounding
+
+
+def _split_scalars(graph: ir.Graph) -> None:
+    """Give each clip numbers of its own: what reads them may have another dtype than the next clip."""
+    for node in graph:
+        if not is_op(node, "Clip"):
+            continue
+        for position, value in enumerate(node.inputs[1:], 1):
+            if value is None or value.const_value is None or len(value.uses()) == 1:
+                continue
+            name = f"{name_of(value)}_{name_of(node.outputs[0])}"
+            tensor = ir.tensor(value.const_value.numpy(), name=name)
+            own = ir.Value(name=name, const_value=tensor, shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
+            graph.register_initializer(own)
+            node.replace_input_with(position, own)
 
 
 def _is_float(value: ir.Value | None) -> TypeGuard[ir.Value]:

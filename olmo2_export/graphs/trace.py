@@ -29,14 +29,12 @@ import torch
 from olmo2_export.architecture import Operation, count, norm_counts, operations
 from olmo2_export.config import ModelConfig
 from olmo2_export.fuse import PORTABLE, apply, check_op_counts
-from olmo2_export.model.olmo import Olmo2ForCausalLM
+from olmo2_export.model.olmo import OlmoForCausalLM
 from runtimes.errors import FusionError
 from runtimes.manifest import TensorSpec
 
 OPSET = 23
 IR_VERSION = 11
-ROTARY_TABLES = ("rotary_cos", "rotary_sin")
-"""the initializers that come from the config instead of the checkpoint"""
 
 
 def portable_inputs(config: ModelConfig) -> tuple[TensorSpec, ...]:
@@ -62,7 +60,8 @@ def portable_outputs(config: ModelConfig) -> tuple[TensorSpec, ...]:
 
 def expected_op_counts(rows: Sequence[Operation]) -> dict[str, int]:
     """Return how often each fused operator must occur in the portable graph."""
-    return norm_counts(rows) | {"RotaryEmbedding": count(rows, "rotary"), "Attention": count(rows, "attention")}
+    fused = {"RotaryEmbedding": count(rows, "rotary"), "Attention": count(rows, "attention")}
+    return norm_counts(rows) | fused | ({"Clip": clips} if (clips := count(rows, "clip")) else {})
 
 
 def trace(config: ModelConfig) -> ir.Model:
@@ -72,8 +71,8 @@ def trace(config: ModelConfig) -> ir.Model:
         config: the model's shape.
 
     Returns:
-        The portable graph, a copy to edit. Its initializers bear the checkpoint's tensor names (and `ROTARY_TABLES`)
-        and have no data yet; `value.meta["transposed"]` marks those stored as [in, out].
+        The portable graph, a copy to edit. Its initializers bear the names of the checkpoint's tensors and of the
+        model's buffers, and have no data yet; `value.meta["transposed"]` marks those stored as [in, out].
 
     Raises:
         FusionError: the exporter did not emit the expected operators, inputs or outputs.
@@ -85,7 +84,7 @@ def trace(config: ModelConfig) -> ir.Model:
 @lru_cache(maxsize=8)
 def _traced(config: ModelConfig) -> ir.Model:
     with torch.device("meta"):
-        model = Olmo2ForCausalLM(config).eval()
+        model = OlmoForCausalLM(config).eval()
         arguments, dynamic_shapes = _example(config)
     inputs, outputs = portable_inputs(config), portable_outputs(config)
     with _quiet_exporter():
@@ -107,7 +106,7 @@ def _traced(config: ModelConfig) -> ir.Model:
         onnxscript.optimizer.optimize_ir(graph_model)
     apply(graph_model, PORTABLE)
     _name_dimensions(graph_model, inputs, outputs)
-    _strip(graph_model)
+    _strip(graph_model, config.model_type)
     _give_default(graph_model.graph, "num_logits_to_keep", 0)
     check_op_counts(graph_model, expected_op_counts(operations(config)))
     return graph_model
@@ -170,12 +169,12 @@ def _all_values(graph: ir.Graph) -> Iterator[ir.Value]:
         yield from node.outputs
 
 
-def _strip(model: ir.Model) -> None:
+def _strip(model: ir.Model, name: str) -> None:
     """Remove the exporter's notes: they hold local paths and source lines, and differ from machine to machine."""
     model.producer_name, model.producer_version, model.doc_string = "olmo2-export", None, None
     model.ir_version = IR_VERSION
     model.metadata_props.clear()
-    model.graph.name, model.graph.doc_string = "olmo2", None
+    model.graph.name, model.graph.doc_string = name, None
     model.graph.metadata_props.clear()
     for node in model.graph:
         node.metadata_props.clear()

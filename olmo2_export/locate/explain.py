@@ -15,6 +15,8 @@ Candidates = Mapping[str, Callable[[], Tensor]]
 _EXPLAINED = 0.1
 """share of the error that a mistake may leave over, to be named"""
 NOT_APPLIED = "it is not applied: its input is what the next operation reads"
+LAYER_NORM_EPS = 1e-5
+"""of OLMo 1"""
 _EPS = (1e-4, 1e-5, 1e-7, 1e-8)
 _THETAS = (10_000.0, 50_000.0, 100_000.0, 500_000.0, 1_000_000.0)
 
@@ -50,11 +52,39 @@ def norm(layer: TorchLayer | None, name: str, x: Tensor, apply: Callable[[float]
     return made
 
 
+def layer_norm(x: Tensor) -> Candidates:
+    """Return mistakes of a layer norm without weight and bias."""
+    wide = x.double()
+    centred = wide - wide.mean(-1, keepdim=True)
+    made: dict[str, Callable[[], Tensor]] = {
+        NOT_APPLIED: lambda: x,
+        "it is an RMS norm: the mean is not subtracted": lambda: (
+            wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + LAYER_NORM_EPS)
+        ),
+    }
+    for eps in (1e-3, 1e-4, 1e-6, 1e-8):
+        made[f"its epsilon is {eps:g}, that of OLMo 1 is {LAYER_NORM_EPS:g}"] = lambda eps=eps: (  # type: ignore[misc]
+            centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+        )
+    return made
+
+
+def clip(x: Tensor, found: Tensor, limit: float) -> Candidates:
+    """Return mistakes of a clip to `limit`; `found` is what the graph gave."""
+    largest = float(found.abs().max())
+    return {
+        "it is not applied": lambda: x,
+        f"its limit is {largest:.4g}, the config says {limit:g}": lambda: x.clamp(-largest, largest),
+        "it has no lower limit": lambda: x.clamp(max=limit),
+        "it has no upper limit": lambda: x.clamp(min=-limit),
+    }
+
+
 def _per_head(layer: TorchLayer, name: str, x: Tensor, eps: float) -> Tensor:
     if not name.startswith("self_attn"):
         return x[..., :0]
     heads = x.view(*x.shape[:2], -1, layer.head_dim)
-    normed = heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + eps)
+    normed: Tensor = heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + eps)
     return normed.flatten(2) * layer.module.get_submodule(name).get_parameter("weight").double()
 
 
@@ -97,6 +127,9 @@ def rotary(layer: TorchLayer, x: Tensor) -> Candidates:
         "positions are one too small": lambda: layer.rotate(x, shift=-1),
         "it turns the other way": lambda: _backwards(layer, x),
     }
+    for kind in layer.other_kinds:
+        words = f"it is that of the layers of {kind}, this one is of {layer.kind}"
+        made[words] = lambda kind=kind: layer.rotate(x, kind=kind)  # type: ignore[misc]
     for theta in _THETAS:
         if theta != layer.theta:
             words = f"its theta is {theta:g}, the config says {layer.theta:g}"
@@ -153,20 +186,27 @@ def addition(one: Tensor, other: Tensor) -> Candidates:
     }
 
 
-def attention_mask(attend: Callable[[int, int | None], Tensor], tokens: int) -> Candidates:
-    """Return mistakes of the causal mask.
+def attention_mask(attend: Callable[[int, int | None], Tensor], tokens: int, right: int | None = None) -> Candidates:
+    """Return mistakes of the causal mask, and of its window.
 
     Args:
         attend: (shift, window) -> output, where a query sees `window` slots, or all, up to its own + shift.
         tokens: of the whole sequence.
+        right: the window that it should have; None: none.
     """
     made: dict[str, Callable[[], Tensor]] = {
-        "its causal mask is off by +1: each token sees the next one": lambda: attend(1, None),
-        "its causal mask is off by -1: no token sees itself": lambda: attend(-1, None),
-        "it has no causal mask": lambda: attend(tokens, None),
+        "its causal mask is off by +1: each token sees the next one": lambda: attend(1, right),
+        "its causal mask is off by -1: no token sees itself": lambda: attend(-1, right),
+        "it has no causal mask": lambda: attend(tokens, right),
     }
+    if right is not None:
+        made[f"its window of {right} tokens is not applied: it sees all before"] = lambda: attend(0, None)
     for window in range(1, tokens):
-        made[f"it sees only a window of {window} tokens"] = lambda window=window: attend(0, window)  # type: ignore[misc]
+        words = f"it sees only a window of {window} tokens"
+        if right is not None:
+            words = f"it sees a window of {window} tokens, the config says {right}"
+        if window != right:
+            made[words] = lambda window=window: attend(0, window)  # type: ignore[misc]
     return made
 
 

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from olmo2_export.architecture import Operation, within_layer
+from olmo2_export.graphs.taps import HIDDEN, layer_name, tap_name
 from olmo2_export.locate import explain
 from olmo2_export.locate.explain import relative_error
 from olmo2_export.locate.segments import Calls, joined
-from olmo2_export.locate.taps import HIDDEN, layer_name, tap_name
 from olmo2_export.truth.torch_layers import TorchLayer, TorchModel
 from olmo2_export.views.openers import Arrays
 
 NORM, LAYER_NORM, LINEAR, ROTARY, ATTENTION = "RMS norm", "layer norm", "linear", "rotary embedding", "attention"
+CLIP = "clip"
 CACHE, ADD, GATED = "KV cache write", "residual add", "gated activation (SiLU x up)"
 EMBEDDING, PICK = "embedding lookup", "choice of the rows that get logits"
 LAYER = "layer as a whole"
@@ -90,6 +91,8 @@ class LayerChecks:
                     yield self._linear(row)
                 case "rms_norm" | "layer_norm":
                     yield self._norm(row)
+                case "clip":
+                    yield self._clip(row)
                 case "rotary":
                     if self._has(tap_name(row)):
                         yield self._rotary(row)
@@ -156,12 +159,21 @@ class LayerChecks:
 
         def explainer(found: Tensor, exact: Tensor) -> tuple[str, str | None]:
             layer = self._exact
-            mistakes: explain.Candidates = {explain.NOT_APPLIED: lambda: x}
+            mistakes = explain.layer_norm(x)
             if row.kind == "rms_norm":
                 mistakes = explain.norm(layer, name, x, lambda eps: layer.norm(name, x, eps), layer.eps)
             return operation, explain.best(found, exact, mistakes)
 
         return self._check(name, operation, lambda layer: layer.norm(name, x), explainer)
+
+    def _clip(self, row: Operation) -> Checked:
+        x = self._value(row.reads[0])
+        return self._check(
+            tap_name(row),
+            CLIP,
+            lambda layer: layer.clip(x),
+            lambda found, exact: (CLIP, explain.best(found, exact, explain.clip(x, found, self._exact.limit))),
+        )
 
     def _gated(self, row: Operation) -> Checked:
         gate, up = (self._value(name) for name in (self._rows[row.reads[0]].reads[0], row.reads[1]))
@@ -296,7 +308,7 @@ class LayerChecks:
         def attend(
             layer: TorchLayer,
             shift: int = 0,
-            window: int | None = None,
+            window: int | None = row.window,
             scale: float = 1.0,
             kv_heads: list[int] | None = None,
             swapped: bool = False,
@@ -315,7 +327,8 @@ class LayerChecks:
 
         def explainer(found: Tensor, exact: Tensor) -> tuple[str, str | None]:
             layer = self._exact
-            mistakes = dict(explain.attention_mask(lambda shift, window: attend(layer, shift, window), spans[-1][1]))
+            masked = explain.attention_mask(lambda s, w: attend(layer, s, w), spans[-1][1], row.window)
+            mistakes = dict(masked)
             mistakes["keys and values are swapped"] = lambda: attend(layer, swapped=True)
             words = (
                 explain.best(found, exact, mistakes)
@@ -374,14 +387,10 @@ def head_checks(found: Sequence[Arrays], calls: Calls, exact: TorchModel, own: T
         ),
         (
             "model.norm",
-            NORM,
+            NORM if exact.norm_eps is not None else LAYER_NORM,
             lambda model: model.norm(x),
             normed,
-            lambda: explain.best(
-                normed,
-                exact.norm(x),
-                explain.norm(None, "", x, lambda eps: exact.norm(x, eps), exact.config.rms_norm_eps),
-            ),
+            lambda: explain.best(normed, exact.norm(x), _norm_mistakes(exact, x)),
         ),
         ("logits", LINEAR, lambda model: model.head(normed), logits, lambda: _head_words(logits, exact, normed)),
     ]
@@ -401,6 +410,12 @@ def _head_check(
     expected = relative_error(compute(own), right)
     parity = TensorParity(name, None, operation, relative_error(graph, right), expected)
     return Checked(parity, lambda: _finite(graph, operation) or (operation, words()))
+
+
+def _norm_mistakes(exact: TorchModel, x: Tensor) -> explain.Candidates:
+    if exact.norm_eps is None:
+        return explain.layer_norm(x)
+    return explain.norm(None, "", x, lambda eps: exact.norm(x, eps), exact.norm_eps)
 
 
 def _head_words(logits: Tensor, exact: TorchModel, normed: Tensor) -> str | None:

@@ -10,9 +10,9 @@ import torch
 
 from olmo2_export.config import ModelConfig
 from olmo2_export.dtypes import float_dtype
-from olmo2_export.graphs.trace import ROTARY_TABLES
 from olmo2_export.locate.explain import relative_error
 from olmo2_export.locate.layer_checks import TensorParity
+from olmo2_export.model.rotary import table_names
 from olmo2_export.stored_graph import load_graph
 from olmo2_export.truth.torch_layers import rotary_tables
 from olmo2_export.views.shared_forms import stored_int8, stored_matrices
@@ -27,22 +27,24 @@ from runtimes.manifest import Quantization, Variant
 _TABLE_ERROR = float_dtype("bfloat16").roundoff  # of a number from -1 to 1
 
 
-def tables_check(package: Package, entry: Variant, checkpoint: Checkpoint) -> tuple[TensorParity, str] | None:
+def tables_check(
+    package: Package, entry: Variant, checkpoint: Checkpoint, config: ModelConfig
+) -> tuple[TensorParity, str] | None:
     """Compare the stored rotary tables with transformers' at every position; return what is wrong."""
     stored = load_graph(package.folder / entry.graph).graph.initializers
-    tensors = [stored[name].const_value for name in ROTARY_TABLES if name in stored]
-    found = [torch.from_numpy(t.numpy().astype(np.float32)) for t in tensors if t is not None]
-    if len(found) != len(ROTARY_TABLES):
-        return None
-    wanted = rotary_tables(checkpoint.folder, len(found[0]))
-    for name, table, truth in zip(ROTARY_TABLES, found, wanted, strict=True):
-        wrong = (table - truth).abs().amax(dim=1) > _TABLE_ERROR
-        if bool(wrong.any()):
-            first = int(wrong.int().argmax())
-            words = (
-                f"The rotary table {name} is wrong at {int(wrong.sum())} of {len(truth)} positions, first at {first}."
-            )
-            return TensorParity(name, None, "rotary table", relative_error(table, truth), 0.0), words
+    layers = {config.rope_of(layer): layer for layer in range(config.num_hidden_layers)}
+    for which, names in table_names(config).items():
+        tensors = [stored[name].const_value for name in names if name in stored]
+        found = [torch.from_numpy(t.numpy().astype(np.float32)) for t in tensors if t is not None]
+        if len(found) != len(names):
+            continue
+        wanted = rotary_tables(checkpoint.folder, layers[which], len(found[0]))
+        for name, table, truth in zip(names, found, wanted, strict=True):
+            wrong = (table - truth).abs().amax(dim=1) > _TABLE_ERROR * truth.abs().max()
+            if bool(wrong.any()):
+                first, count = int(wrong.int().argmax()), int(wrong.sum())
+                words = f"The rotary table {name} is wrong at {count} of {len(truth)} positions, first at {first}."
+                return TensorParity(name, None, "rotary table", relative_error(table, truth), 0.0), words
     return None
 
 

@@ -1,40 +1,51 @@
-"""OLMo 2 for export: plain torch, in the checkpoint's tensor names, with the KV cache as inputs and outputs.
+"""OLMo 1, 2 and 3 for export: plain torch, in the checkpoint's tensor names, with the KV cache as inputs and outputs.
 
-A layer, as in "2 OLMo 2 Furious" (arXiv:2501.00656), normalises after attention and after the MLP, and normalises the
+OLMo 2 and 3, as in "2 OLMo 2 Furious" (arXiv:2501.00656), normalise after attention and after the MLP, and the
 full-width q and k before the heads are split:
 
     h = x + RMSNorm(Attention(x))
     y = h + RMSNorm(MLP(h))
 
-RMSNormalization, RotaryEmbedding and Attention are written so that the exporter emits the standard ONNX operators of
-opset 23. Instantiate under `torch.device("meta")` to trace without any weight in memory.
+OLMo 1, as in "OLMo: Accelerating the Science of Language Models" (arXiv:2402.00838), normalises before both, by a
+LayerNorm without weight and bias, and clips q, k and v where its config says so:
+
+    h = x + Attention(LayerNorm(x))
+    y = h + MLP(LayerNorm(h))
+
+In some layers of Olmo 3 a token sees itself and the sliding_window - 1 tokens before it, and these may have another
+RoPE than the others.
+
+RMSNormalization, LayerNormalization, RotaryEmbedding and Attention are written so that the exporter emits the standard
+ONNX operators of opset 23. Instantiate under `torch.device("meta")` to trace without any weight in memory.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olmo2_export.config import ModelConfig
+from olmo2_export.model.rotary import table_names
 
 KeyValue = tuple[Tensor, Tensor]
 """the key and value of one layer, each [batch, kv_heads, length, head_dim]"""
+UNIT = "unit"
+"""the last part of the name of a LayerNorm's scale, which is all ones, as ONNX wants one"""
 
 
-def rotary_tables(config: ModelConfig) -> KeyValue:
-    """Return cos and sin, each float32 [max_position_embeddings, head_dim / 2].
+class Places(NamedTuple):
+    """Where tokens are, and what they see, for one kind of layer."""
 
-    The angles are rounded to float32 before cos and sin, as in the code the models were trained with: a more exact
-    table would be further from them, by up to 1e-4 at position 4096.
-
-    Source: transformers, Olmo2RotaryEmbedding.
-    """
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    inv_freq = 1.0 / (config.rope_theta**exponent)
-    positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
-    angles = positions[:, None] * inv_freq
-    return angles.cos(), angles.sin()
+    position_ids: Tensor
+    """int64 [B, S]"""
+    cos: Tensor
+    sin: Tensor
+    """float32 [max_position_embeddings, head_dim / 2]"""
+    mask: Tensor
+    """bool [B, 1, S, P + S]"""
 
 
 class RMSNorm(nn.Module):
@@ -49,8 +60,22 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
+class LayerNorm(nn.Module):
+    """LayerNorm in float32, without weight and bias; the scale of ones is no parameter and in no checkpoint."""
+
+    unit: Tensor
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.register_buffer(UNIT, torch.ones(size), persistent=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.unit.shape, self.unit, None, self.eps).to(x.dtype)
+
+
 class Attention(nn.Module):
-    """Causal grouped-query attention with full-width QK-norm and rotate-half RoPE."""
+    """Causal grouped-query attention with rotate-half RoPE; q and k are normalised in full width, or clipped."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -62,21 +87,26 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=bias)
-        self.q_norm = RMSNorm(q_size, config.rms_norm_eps)
-        self.k_norm = RMSNorm(kv_size, config.rms_norm_eps)
+        self.clip = config.clip_qkv
+        self.normed = not config.norms_first
+        if self.normed:
+            self.q_norm = RMSNorm(q_size, config.norm_eps)
+            self.k_norm = RMSNorm(kv_size, config.norm_eps)
 
     def split_heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, S, H*D) -> (B, H, S, D)
 
-    def forward(
-        self, x: Tensor, position_ids: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past: KeyValue
-    ) -> tuple[Tensor, KeyValue]:
-        q = self.split_heads(self.q_norm(self.q_proj(x)))
-        k = self.split_heads(self.k_norm(self.k_proj(x)))
-        v = self.split_heads(self.v_proj(x))
-        q = torch.onnx.ops.rotary_embedding(q, cos, sin, position_ids)
-        k = torch.onnx.ops.rotary_embedding(k, cos, sin, position_ids)
-        y, key, value, _ = torch.onnx.ops.attention(q, k, v, mask, *past, scale=self.head_dim**-0.5)
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.clip is not None:
+            q, k, v = (y.clamp(-self.clip, self.clip) for y in (q, k, v))
+        return (self.q_norm(q), self.k_norm(k), v) if self.normed else (q, k, v)
+
+    def forward(self, x: Tensor, at: Places, past: KeyValue) -> tuple[Tensor, KeyValue]:
+        q, k, v = map(self.split_heads, self.project(x))
+        q = torch.onnx.ops.rotary_embedding(q, at.cos, at.sin, at.position_ids)
+        k = torch.onnx.ops.rotary_embedding(k, at.cos, at.sin, at.position_ids)
+        y, key, value, _ = torch.onnx.ops.attention(q, k, v, at.mask, *past, scale=self.head_dim**-0.5)
         return self.o_proj(y.transpose(1, 2).flatten(2)), (key, value)
 
 
@@ -101,13 +131,20 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norms_first = config.norms_first
+        if self.norms_first:
+            self.input_layernorm = LayerNorm(config.hidden_size, config.norm_eps)
+            self.post_attention_layernorm: nn.Module = LayerNorm(config.hidden_size, config.norm_eps)
+        else:
+            self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+            self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(
-        self, x: Tensor, position_ids: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past: KeyValue
-    ) -> tuple[Tensor, KeyValue]:
-        attended, present = self.self_attn(x, position_ids, cos, sin, mask, past)
+    def forward(self, x: Tensor, at: Places, past: KeyValue) -> tuple[Tensor, KeyValue]:
+        if self.norms_first:
+            attended, present = self.self_attn(self.input_layernorm(x), at, past)
+            h = x + attended
+            return h + self.mlp(self.post_attention_layernorm(h)), present
+        attended, present = self.self_attn(x, at, past)
         h = x + self.post_attention_layernorm(attended)
         return h + self.post_feedforward_layernorm(self.mlp(h)), present
 
@@ -119,23 +156,26 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        norm = LayerNorm if config.norms_first else RMSNorm
+        self.norm = norm(config.hidden_size, config.norm_eps)
 
 
-class Olmo2ForCausalLM(nn.Module):
-    """OLMo 2 with an explicit KV cache.
+class OlmoForCausalLM(nn.Module):
+    """An OLMo with an explicit KV cache.
 
-    The two rotary tables are buffers; `lm_head.weight` is always a tensor of its own, also where the checkpoint ties
-    it to the embedding, because the graph wants the two in different layouts.
+    The rotary tables are buffers; `lm_head.weight` is always a tensor of its own, also where the checkpoint ties it to
+    the embedding, because the graph wants the two in different layouts.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         table = (config.max_position_embeddings, config.head_dim // 2)
-        self.register_buffer("rotary_cos", torch.empty(table), persistent=False)
-        self.register_buffer("rotary_sin", torch.empty(table), persistent=False)
+        for names in table_names(config).values():
+            for name in names:
+                self.register_buffer(name, torch.empty(table), persistent=False)
 
     def forward(
         self,
@@ -157,14 +197,34 @@ class Olmo2ForCausalLM(nn.Module):
         Returns:
             logits [B, num_logits, V], and the present keys and values, each [B, kv_heads, P + S, head_dim].
         """
-        slots = torch.arange(attention_mask.shape[1], device=input_ids.device)
-        own_slots = slots[attention_mask.shape[1] - input_ids.shape[1] :]
-        causal = slots[None, :] <= own_slots[:, None]  # (S, P + S)
-        mask = causal[None, None] & attention_mask[:, None, None, :].bool()  # (B, 1, S, P + S)
+        places = self._places(input_ids, attention_mask, position_ids)
         x = self.model.embed_tokens(input_ids)
         present: list[KeyValue] = []
-        for layer, past in zip(self.model.layers, past_key_values, strict=True):
-            x, key_value = layer(x, position_ids, self.rotary_cos, self.rotary_sin, mask, past)
+        for index, (layer, past) in enumerate(zip(self.model.layers, past_key_values, strict=True)):
+            x, key_value = layer(x, places[self.config.rope_of(index), self.config.window(index)], past)
             present.append(key_value)
         x = x[:, -num_logits_to_keep:]
         return self.lm_head(self.model.norm(x)), present
+
+    def _places(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor
+    ) -> dict[tuple[str, int | None], Places]:
+        """Return what each kind of layer needs, by its RoPE and its window."""
+        slots = torch.arange(attention_mask.shape[1], device=input_ids.device)
+        first = attention_mask.shape[1] - input_ids.shape[1]
+        causal = slots[None, :] <= slots[first:][:, None]  # (S, P + S)
+        whole = causal[None, None] & attention_mask[:, None, None, :].bool()  # (B, 1, S, P + S)
+        layers = range(self.config.num_hidden_layers)
+        masks: dict[int | None, Tensor] = {None: whole}
+        for window in dict.fromkeys(map(self.config.window, layers)):
+            if window is not None:
+                counts = attention_mask.cumsum(1)  # tokens of the row up to each slot: padding is in no window
+                recent = counts[:, None, :] > counts[:, first:][:, :, None] - window  # (B, S, P + S)
+                masks[window] = whole & recent[:, None]
+        kinds = dict.fromkeys((self.config.rope_of(i), self.config.window(i)) for i in layers)
+        tables = table_names(self.config)
+        found: dict[tuple[str, int | None], Places] = {}
+        for rope, window in kinds:
+            cos, sin = (self.get_buffer(name) for name in tables[rope])
+            found[rope, window] = Places(position_ids, cos, sin, masks[window])
+        return found

@@ -12,7 +12,7 @@ computed by another operator, as the ONNX one is slow outside a graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from olmo2_export.architecture import Operation, after_layers, between, of_layer, operations, stages, tensor_shapes
 from olmo2_export.config import ModelConfig
-from olmo2_export.model.olmo import rotary_tables
+from olmo2_export.model.rotary import model_tables, table_names
 from olmo2_export.weights.source import WeightSource
 from olmo2_export.weights.stored_names import EMBEDDING, HEAD, stored_weight
 
@@ -36,8 +36,8 @@ class Arithmetic:
     """Every kind of operation in PyTorch, on whole sequences from position 0 on."""
 
     config: ModelConfig
-    rotary: tuple[Tensor, Tensor]
-    """as `model.olmo.rotary_tables` returns them"""
+    tables: Mapping[str, Tensor]
+    """as `model.rotary.model_tables` returns them"""
 
     def __call__(self, row: Operation, inputs: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Compute one operation.
@@ -56,14 +56,20 @@ class Arithmetic:
                 assert weight is not None  # its row names one
                 return F.linear(x, weight, bias)
             case "rms_norm":
-                return F.rms_norm(x, x.shape[-1:], weight, self.config.rms_norm_eps)
+                return F.rms_norm(x, x.shape[-1:], weight, self.config.norm_eps)
             case "layer_norm":
-                return F.layer_norm(x, x.shape[-1:], weight, bias, self.config.rms_norm_eps)
+                return F.layer_norm(x, x.shape[-1:], weight, bias, self.config.norm_eps)
+            case "clip":
+                assert row.limit is not None  # its row has one
+                return x.clamp(-row.limit, row.limit)
             case "rotary":
-                return self._rotated(self.heads(x))
+                return self._rotated(self.heads(x), row.rope)
             case "attention":
                 query, key, value = self.query_key_value(inputs)
-                return self.joined(F.scaled_dot_product_attention(query, key, value, is_causal=True))
+                if row.window is None or row.window >= x.shape[2]:
+                    return self.joined(F.scaled_dot_product_attention(query, key, value, is_causal=True))
+                seen = visible(query.shape[2], row.window)
+                return self.joined(F.scaled_dot_product_attention(query, key, value, attn_mask=seen))
             case "add":
                 return x + inputs[1]
             case "silu":
@@ -85,10 +91,16 @@ class Arithmetic:
         groups = self.config.num_attention_heads // self.config.num_key_value_heads
         return query, key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
-    def _rotated(self, x: Tensor) -> Tensor:
-        cos, sin = (table[: x.shape[2]] for table in self.rotary)
+    def _rotated(self, x: Tensor, rope: str) -> Tensor:
+        cos, sin = (self.tables[name][: x.shape[2]] for name in table_names(self.config)[rope])
         left, right = x.chunk(2, dim=-1)
         return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+
+
+def visible(length: int, window: int | None) -> Tensor:
+    """Return which tokens each token sees in an attention: bool [length, length]."""
+    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    return seen if window is None else seen.triu(1 - window)
 
 
 class StagedLayer:
@@ -148,7 +160,7 @@ class Head:
     def __init__(self, checkpoint: WeightSource, config: ModelConfig) -> None:
         *self._norms, _ = after_layers(operations(config))
         self._weights = {name: checkpoint.tensor(name).float() for name in tensor_shapes(self._norms)}
-        self._arithmetic = Arithmetic(config, rotary_tables(config))
+        self._arithmetic = Arithmetic(config, model_tables(config))
         self.weight = stored_weight(checkpoint, config, HEAD)
 
     def norm(self, x: Tensor) -> Tensor:
@@ -167,12 +179,11 @@ class Head:
 
 def embed(checkpoint: WeightSource, sequences: Sequence[np.ndarray]) -> list[Tensor]:
     """Look tokens up: int64 [S] each -> float32 [1, S, hidden] each."""
-    table = checkpoint.tensor(EMBEDDING)  # mapped: only the rows looked up are read
-    return [table[torch.from_numpy(ids)].float()[None] for ids in sequences]
+    return [checkpoint.picked(EMBEDDING, torch.from_numpy(ids)).float()[None] for ids in sequences]
 
 
 def staged_layers(checkpoint: WeightSource, config: ModelConfig) -> Iterator[StagedLayer]:
     """Read one layer after the other; drop each before asking for the next."""
-    rows, arithmetic = operations(config), Arithmetic(config, rotary_tables(config))
+    rows, arithmetic = operations(config), Arithmetic(config, model_tables(config))
     for index in range(config.num_hidden_layers):
         yield StagedLayer(checkpoint, of_layer(rows, index), index, arithmetic)

@@ -1,4 +1,4 @@
-"""PyTorch logits taken as truth: transformers' own Olmo2ForCausalLM, which shares no code with this project's model."""
+"""PyTorch logits taken as truth: transformers' own OLMo 1, 2 and 3, which share no code with this project's."""
 
 from __future__ import annotations
 
@@ -14,15 +14,24 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from transformers.models.olmo.modeling_olmo import OlmoLayerNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.models.olmo3.modeling_olmo3 import Olmo3RMSNorm
 
-from olmo2_export.config import TOKEN_ID_FIELDS, read_json_object
+from olmo2_export.config import TOKEN_ID_FIELDS, ModelType, read_json_object
 from olmo2_export.dtypes import float_dtype
 from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes.errors import CheckpointError, first_names
 
 _CONTEXT_PIECE = 512  # positions at a time where no logits are wanted
-_NOT_FOR_REFERENCE = {*TOKEN_ID_FIELDS, "auto_map", "layer_types", "quantization_config", "sliding_window"}
+_NOT_FOR_REFERENCE = {*TOKEN_ID_FIELDS, "auto_map", "quantization_config"}
+_OF_WINDOWS = {"layer_types", "sliding_window"}
+_CLASSES: dict[ModelType, tuple[type[transformers.PreTrainedConfig], type[transformers.PreTrainedModel]]] = {
+    "olmo": (transformers.OlmoConfig, transformers.OlmoForCausalLM),
+    "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM),
+    "olmo3": (transformers.Olmo3Config, transformers.Olmo3ForCausalLM),
+}
+_LAYER_NORM_EPS = 1e-5  # OlmoLayerNorm has it in its forward
 
 Rounding = Callable[[torch.Tensor], torch.Tensor]
 """float32 or float64 [..., K] -> the same, rounded"""
@@ -158,9 +167,11 @@ def open_reference(
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # ours is enough
     model: Any
     info: dict[str, Any]
-    model, info = transformers.Olmo2ForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with loading info
+    config = reference_config(checkpoint.folder)
+    _, causal_lm = _CLASSES[config.model_type]  # type: ignore[index]  # reference_config has made it of one of these
+    model, info = causal_lm.from_pretrained(  # type: ignore[misc]  # a pair, with loading info
         checkpoint.folder,
-        config=reference_config(checkpoint.folder),
+        config=config,
         dtype=float_dtype(precision).torch,
         use_safetensors=True,
         local_files_only=True,
@@ -188,27 +199,35 @@ def open_reference(
         gc.collect()
 
 
-def reference_config(folder: Path) -> transformers.Olmo2Config:
+def reference_config(folder: Path) -> transformers.PreTrainedConfig:
     """Return config.json as transformers reads it, without what changes no logits and may keep it from loading.
 
-    That is: fields that are null; ids of tokens, which may be beyond the vocabulary; code of its own; layer types, of
-    which OLMo 2 has one; and a quantization_config, since weights are read as the plain numbers they are.
+    That is: fields that are null; ids of tokens, which may be beyond the vocabulary; code of its own; layer types
+    where the model has one; and a quantization_config, since weights are read as the plain numbers they are.
     """
     raw = read_json_object(folder / "config.json")
-    kept = {name: value for name, value in raw.items() if value is not None and name not in _NOT_FOR_REFERENCE}
-    return transformers.Olmo2Config.from_dict(kept | dict.fromkeys(TOKEN_ID_FIELDS))
+    left_out = _NOT_FOR_REFERENCE | (set() if raw["model_type"] == "olmo3" else _OF_WINDOWS)
+    kept = {name: value for name, value in raw.items() if value is not None and name not in left_out}
+    config_class, _ = _CLASSES[raw["model_type"]]
+    config: transformers.PreTrainedConfig = config_class.from_dict(kept | dict.fromkeys(TOKEN_ID_FIELDS))
+    return config
 
 
 def use_float64_norms(model: nn.Module) -> None:
     """Replace the norms: transformers computes them in float32 whatever the model's dtype."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, Olmo2RMSNorm):
+        exact: nn.Module | None = None
+        if isinstance(module, (Olmo2RMSNorm, Olmo3RMSNorm)):
+            exact = _Float64Norm(module)
+        elif isinstance(module, OlmoLayerNorm):
+            exact = nn.LayerNorm(module.normalized_shape, _LAYER_NORM_EPS, elementwise_affine=False)
+        if exact is not None:
             parent = model.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.rpartition(".")[2], _Float64Norm(module))
+            setattr(parent, name.rpartition(".")[2], exact)
 
 
 class _Float64Norm(nn.Module):
-    def __init__(self, norm: Olmo2RMSNorm) -> None:
+    def __init__(self, norm: Olmo2RMSNorm | Olmo3RMSNorm) -> None:
         super().__init__()
         self.weight, self.eps = norm.weight, norm.variance_epsilon
 

@@ -1,37 +1,93 @@
-"""transformers' own OLMo 2, a layer at a time: each operation by itself, the layer as it runs it, and all of them.
+"""transformers' own OLMo, a layer at a time: each operation by itself, the layer as it runs it, and all of them.
 
-The modules, the rotary embedding and the order of operations are those of transformers' Olmo2DecoderLayer, so that a
-bug in this project's model is one too. One layer's weights are in memory, in one dtype.
+The modules, the rotary embedding and the order of operations are those of transformers' decoder layers, so that a bug
+in this project's model is not one here too. One layer's weights are in memory, in one dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.olmo2.modeling_olmo2 import (
-    Olmo2DecoderLayer,
-    Olmo2RMSNorm,
-    Olmo2RotaryEmbedding,
-    apply_rotary_pos_emb,
-    repeat_kv,
-)
+from transformers.models.olmo import modeling_olmo as olmo
+from transformers.models.olmo2 import modeling_olmo2 as olmo2
+from transformers.models.olmo2.modeling_olmo2 import apply_rotary_pos_emb, repeat_kv
+from transformers.models.olmo3 import modeling_olmo3 as olmo3
 
 from olmo2_export.config import ModelConfig
 from olmo2_export.dtypes import float_dtype
 from olmo2_export.truth.reference import Rounding, reference_config, use_float64_norms
 from olmo2_export.weights.checkpoint import Checkpoint
-from olmo2_export.weights.stored_names import stored_weight
+from olmo2_export.weights.stored_names import EMBEDDING, HEAD, stored_weight
 
 Weights = Callable[[str], Tensor]
 """a weight by the checkpoint's name, in the checkpoint's layout"""
 _ROWS = 1 << 13  # of the vocabulary at a time
+_NORM = "model.norm.weight"
+
+
+class _Rotary(Protocol):
+    """transformers' rotary embedding of one layer: what gives the dtype's device, positions -> cos and sin."""
+
+    def __call__(self, x: Tensor, position_ids: Tensor, /) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """transformers' classes of one generation."""
+
+    layer: Callable[[Any, int], nn.Module]
+    norm: Callable[[Any], nn.Module]
+    rotary: Callable[[Any, int], _Rotary]
+    """the config, the layer"""
+
+
+def _rms_norm(norm: type[nn.Module]) -> Callable[[Any], nn.Module]:
+    return lambda config: norm(config.hidden_size, config.rms_norm_eps)
+
+
+def _rotary_of_layer(config: Any, layer: int) -> _Rotary:
+    return partial(olmo3.Olmo3RotaryEmbedding(config), layer_type=config.layer_types[layer])
+
+
+_CLASSES: dict[str, _Classes] = {
+    "olmo": _Classes(
+        olmo.OlmoDecoderLayer,
+        lambda config: olmo.OlmoLayerNorm(config.hidden_size),
+        lambda config, _: olmo.OlmoRotaryEmbedding(config),
+    ),
+    "olmo2": _Classes(
+        olmo2.Olmo2DecoderLayer,
+        _rms_norm(olmo2.Olmo2RMSNorm),
+        lambda config, _: olmo2.Olmo2RotaryEmbedding(config),
+    ),
+    "olmo3": _Classes(olmo3.Olmo3DecoderLayer, _rms_norm(olmo3.Olmo3RMSNorm), _rotary_of_layer),
+}
+
+
+@dataclass(frozen=True)
+class StoredTables:
+    """Embedding and head of a checkpoint, read in parts: neither is in memory as a whole."""
+
+    checkpoint: Checkpoint
+    tied: bool
+    """the head is the embedding"""
+
+    def embedding(self, ids: Tensor) -> Tensor:
+        """Return the rows of tokens: int64 [S] -> [S, hidden], as they are stored."""
+        return self.checkpoint.picked(EMBEDDING, ids)
+
+    def head(self) -> Iterator[Tensor]:
+        """Yield the rows of the head, [n, hidden], as they are stored; a part is overwritten by the next."""
+        return self.checkpoint.rows(EMBEDDING if self.tied else HEAD)
 
 
 class TorchModel:
@@ -44,18 +100,27 @@ class TorchModel:
         precision: str,
         rounding: Mapping[str, Rounding] | None = None,
         tables: torch.dtype = torch.float32,
+        stored: StoredTables | None = None,
     ) -> None:
-        """See `views.View`; `tables` is the dtype that a graph's rotary tables have."""
-        self.config = reference_config(folder)
+        """See `views.View`; `tables` is the dtype that a graph's rotary tables have.
+
+        `stored` reads embedding and head in parts; without it they come whole from `weights`.
+        """
+        self.config: Any = reference_config(folder)
+        self.classes = _CLASSES[self.config.model_type]
         self.config._attn_implementation = "sdpa"
+        self.norm_eps: float | None = None if self.config.model_type == "olmo" else self.config.rms_norm_eps
+        """of RMS norms; None: the model has layer norms"""
         self.dtype = float_dtype(precision).torch
         self.rounding = dict(rounding or {})
         self.weights = weights
         self.tables = tables
+        self.stored = stored
 
     def embed(self, ids: Tensor) -> Tensor:
         """Look tokens up: int64 [S] -> [1, S, hidden]."""
-        return self.weights("model.embed_tokens.weight")[ids].to(self.dtype)[None]
+        rows = self.weights(EMBEDDING)[ids] if self.stored is None else self.stored.embedding(ids)
+        return rows.to(self.dtype)[None]
 
     def layer(self, index: int) -> TorchLayer:
         """Read one layer."""
@@ -63,8 +128,12 @@ class TorchModel:
 
     def norm(self, x: Tensor, eps: float | None = None) -> Tensor:
         """Apply the last norm."""
-        holder = nn.ModuleDict({"norm": Olmo2RMSNorm(x.shape[-1], eps or self.config.rms_norm_eps)})
-        holder["norm"].weight = _parameter(self.weights("model.norm.weight"), self.dtype)
+        config = copy(self.config)
+        if eps is not None:
+            config.rms_norm_eps = eps
+        holder = nn.ModuleDict({"norm": self.classes.norm(config)})
+        if "weight" in holder["norm"].state_dict():
+            holder["norm"].weight = _parameter(self.weights(_NORM), self.dtype)
         if self.dtype == torch.float64:
             use_float64_norms(holder)
         normed: Tensor = holder["norm"](x.to(self.dtype))
@@ -72,10 +141,15 @@ class TorchModel:
 
     def head(self, x: Tensor) -> Tensor:
         """Return logits: [..., hidden] -> [..., V]."""
-        rounding = self.rounding.get("lm_head.weight")
+        rounding = self.rounding.get(HEAD)
         x = x.to(self.dtype) if rounding is None else rounding(x.to(self.dtype))
-        parts = torch.split(self.weights("lm_head.weight"), _ROWS)
-        return torch.cat([F.linear(x, part.to(self.dtype)) for part in parts], dim=-1)
+        parts = torch.split(self.weights(HEAD), _ROWS) if self.stored is None else self.stored.head()
+        logits = x.new_empty(*x.shape[:-1], self.config.vocab_size)
+        end = 0
+        for part in parts:
+            start, end = end, end + len(part)
+            logits[..., start:end] = F.linear(x, part.to(self.dtype))
+        return logits
 
 
 class TorchLayer:
@@ -86,7 +160,7 @@ class TorchLayer:
         self.dtype, self._rounding = model.dtype, model.rounding
         self._prefix = f"model.layers.{index}."
         with torch.device("meta"):
-            self.module = Olmo2DecoderLayer(config, 0)
+            self.module = model.classes.layer(config, index)
         for name in self.module.state_dict():
             owner, _, attribute = name.rpartition(".")
             weight = _parameter(model.weights(self._prefix + name), self.dtype)
@@ -98,14 +172,27 @@ class TorchLayer:
             if name.startswith(self._prefix):
                 linear = self.module.get_submodule(name.removeprefix(self._prefix).removesuffix(".weight"))
                 linear.register_forward_pre_hook(self._rounded(self._rounding[name]))
-        self._rotary, self._tables = Olmo2RotaryEmbedding(config), model.tables
+        self._rotary, self._tables = model.classes.rotary(config, index), model.tables
         self.heads = config.num_attention_heads
         self.kv_heads: int = config.num_key_value_heads or self.heads
-        self.head_dim: int = self.module.self_attn.head_dim
-        self.scale: float = self.module.self_attn.scaling
-        rope: Any = config.rope_parameters  # transformers has filled it in
-        self.theta = float(rope["rope_theta"])
-        self.eps: float = config.rms_norm_eps
+        attention: Any = self.module.self_attn
+        self._activation: Callable[[Tensor], Tensor] = self.module.get_submodule("mlp.act_fn")
+        self.head_dim: int = attention.head_dim
+        self.scale: float = attention.scaling
+        rope = config.rope_parameters  # transformers has filled it in
+        by_kind = config.model_type == "olmo3"
+        kinds = dict(zip(config.layer_types, range(len(config.layer_types)), strict=True)) if by_kind else {}
+        self.kind: str | None = config.layer_types[index] if by_kind else None
+        """the type of its attention, where the model has several"""
+        self.other_kinds = {kind: model.classes.rotary(config, i) for kind, i in kinds.items() if kind != self.kind}
+        """the rotary embeddings of the other types"""
+        self.limit = float(getattr(config, "clip_qkv", None) or 0.0)
+        """of the clip of queries, keys and values, where the model has one"""
+        self.theta = float((rope[self.kind] if by_kind else rope)["rope_theta"])
+        self.eps = model.norm_eps or 0.0
+        """of RMS norms"""
+        self.window: int | None = getattr(attention, "sliding_window", None)
+        """tokens that each sees, itself among them; None: all up to itself"""
 
     @staticmethod
     def _rounded(rounding: Rounding) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
@@ -119,11 +206,16 @@ class TorchLayer:
         """Run the layer as transformers does, on a whole sequence: [1, S, hidden] -> the same."""
         positions = torch.arange(x.shape[1])[None]
         x = x.to(self.dtype)
-        y: Tensor = self.module(x, attention_mask=None, position_embeddings=self._cos_sin(x, positions))
+        mask = None
+        if self.window is not None and self.window < x.shape[1]:
+            seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril().triu(1 - self.window)
+            mask = seen[None, None]
+        y: Tensor = self.module(x, attention_mask=mask, position_embeddings=self._cos_sin(x, positions))
         return y
 
-    def _cos_sin(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = (table.to(self._tables).float() for table in self._rotary(x, positions))
+    def _cos_sin(self, x: Tensor, positions: Tensor, kind: str | None = None) -> tuple[Tensor, Tensor]:
+        rotary = self._rotary if kind is None else self.other_kinds[kind]
+        cos, sin = (table.to(self._tables).float() for table in rotary(x, positions))
         return cos, sin
 
     def weight(self, linear: str) -> Tensor:
@@ -148,10 +240,14 @@ class TorchLayer:
         """[1, S, heads * head_dim] -> [1, heads, S, head_dim]."""
         return x.to(self.dtype).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
 
-    def rotate(self, x: Tensor, *, theta: float | None = None, shift: int = 0) -> Tensor:
-        """Rotate heads, [1, heads, S, head_dim], that stand at positions 0, 1, ... + shift."""
+    def clip(self, x: Tensor) -> Tensor:
+        """Clip queries, keys or values."""
+        return x.to(self.dtype).clamp(-self.limit, self.limit)
+
+    def rotate(self, x: Tensor, *, theta: float | None = None, shift: int = 0, kind: str | None = None) -> Tensor:
+        """Rotate heads, [1, heads, S, head_dim], that stand at positions 0, 1, ... + shift; `kind`: as other layers."""
         positions = torch.arange(x.shape[2])[None] + shift
-        cos, sin = self._cos_sin(x, positions)
+        cos, sin = self._cos_sin(x, positions, kind)
         if theta is not None:
             inverse = theta ** -(torch.arange(0, self.head_dim, 2).double() / self.head_dim)
             angles = (positions[..., None] * inverse).repeat(1, 1, 2)
@@ -187,13 +283,14 @@ class TorchLayer:
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
         """Return down_proj's input."""
-        y: Tensor = self.module.mlp.act_fn(gate.to(self.dtype)) * up.to(self.dtype)
+        y: Tensor = self._activation(gate.to(self.dtype)) * up.to(self.dtype)
         return y
 
 
 def open_layers(checkpoint: Checkpoint, config: ModelConfig) -> TorchModel:
     """Return transformers' float32 model of a checkpoint, whose layers are read when they are asked for."""
-    return TorchModel(checkpoint.folder, partial(stored_weight, checkpoint, config), "fp32")
+    weights, stored = partial(stored_weight, checkpoint, config), StoredTables(checkpoint, config.tie_word_embeddings)
+    return TorchModel(checkpoint.folder, weights, "fp32", stored=stored)
 
 
 @torch.inference_mode()
@@ -222,10 +319,11 @@ def reference_logits(
         yield model.head(model.norm(x))[0].numpy()
 
 
-def rotary_tables(folder: Path, positions: int) -> tuple[Tensor, Tensor]:
-    """Return transformers' cos and sin of the first positions, float32 [positions, head_dim / 2] both."""
-    config = reference_config(folder)
-    cos, sin = Olmo2RotaryEmbedding(config)(torch.zeros(1), torch.arange(positions)[None])
+def rotary_tables(folder: Path, layer: int, positions: int) -> tuple[Tensor, Tensor]:
+    """Return transformers' cos and sin of a layer's first positions, float32 [positions, head_dim / 2] both."""
+    config: Any = reference_config(folder)
+    rotary = _CLASSES[config.model_type].rotary(config, layer)
+    cos, sin = rotary(torch.zeros(1), torch.arange(positions)[None])
     half = cos.shape[-1] // 2
     return cos[0, :, :half], sin[0, :, :half]
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
 
 import olmo2_export.catalog as catalog
+from olmo2_export.architecture import Operation, operations
 from olmo2_export.config import ModelConfig
+from olmo2_export.graphs.by_layer import Recorded, in_pieces, logits_by_layer
 from olmo2_export.measure.parity import QUALITY, Check, ParityReport, PerplexityChange
 from olmo2_export.measure.quality import (
+    PIECE,
     Measured,
     gate_of,
     measure_quality,
@@ -73,6 +80,8 @@ def quality_checks(
     checkpoint: Checkpoint,
     config: ModelConfig,
     target: Target,
+    *,
+    by_layer: bool = False,
 ) -> tuple[list[Check], PerplexityChange | None]:
     """Measure a variant on held-out text: each graph it has, and both in turns on one cache.
 
@@ -86,6 +95,7 @@ def quality_checks(
         checkpoint: the original weights.
         config: their shape.
         target: where it runs.
+        by_layer: with one layer in memory at a time; the graphs are not run in turns then.
 
     Returns:
         A check for each, and the change of perplexity of the first; None where it could not be measured.
@@ -95,7 +105,8 @@ def quality_checks(
     wanted = list(reference_logits(checkpoint, config, sequences))
     checks: list[Check] = []
     changes: list[PerplexityChange] = []
-    for run in _runs(package, entry, view, target):
+    runs = _runs_by_layer(view, package, entry, config, sequences) if by_layer else _runs(package, entry, view, target)
+    for run in runs:
         try:
             with run.opened as runner:
                 measured = measure_quality(runner, sequences, wanted, origin, alternate=run.alternate)
@@ -122,6 +133,30 @@ def _runs(package: Package, entry: Variant, view: View, target: Target) -> Itera
         if entry.prefill is not None:
             for name, alternate in (("int8 quality", False), ("quality of both in turns", True)):
                 yield _Run(name, open_ort(package.folder, entry, package.model, None), alternate)
+
+
+def _runs_by_layer(
+    view: View, package: Package, entry: Variant, config: ModelConfig, sequences: Sequence[np.ndarray]
+) -> Iterator[_Run]:
+    rows = operations(config)
+    if entry.quantization is None or catalog.is_for_devices(entry.name):
+        yield _Run("quality", _recorded(view.graph, view.variant, rows, sequences, view.model))
+        return
+    yield _Run("quality", _recorded(package.folder / entry.graph, entry, rows, sequences))
+    if entry.prefill is not None:
+        yield _Run("int8 quality", _recorded(package.folder / entry.prefill.graph, entry, rows, sequences))
+
+
+@contextmanager
+def _recorded(
+    graph: Path,
+    entry: Variant,
+    rows: Sequence[Operation],
+    sequences: Sequence[np.ndarray],
+    model: ir.Model | None = None,
+) -> Iterator[Measured]:
+    plans = in_pieces(sequences, PIECE)
+    yield Recorded(plans, logits_by_layer(graph, entry, rows, plans, model))
 
 
 @contextmanager

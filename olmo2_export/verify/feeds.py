@@ -52,6 +52,8 @@ class ModeResult:
     """per row float32 [n, vocab_size]; () where there is an error"""
     error: str
     """why there are none: not finite, or the graph did not run; else empty"""
+    first: int = 0
+    """the sequence that the first row is of"""
 
 
 Pieces = list[tuple[np.ndarray, Logits]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from olmo2_export.measure.parity import (
     compare_greedy,
     failed_case,
 )
+from olmo2_export.truth.layered import LayeredReference
 from olmo2_export.truth.reference import Rounding, open_reference
 from olmo2_export.verify.feeds import MIN_CAPACITY, ModeResult, compared_positions, feed_all, row_lengths
 from olmo2_export.weights.checkpoint import Checkpoint
@@ -76,6 +77,8 @@ def ask_pytorch(
     capacity: int | None = None,
     bar: tqdm[Any] | None = None,
     weights: Mapping[str, torch.Tensor] | None = None,
+    *,
+    by_layer: bool = False,
 ) -> Truth:
     """Compute what is compared against, once for all variants.
 
@@ -87,6 +90,7 @@ def ask_pytorch(
             LONGEST if that is less.
         bar: advanced after each PyTorch model.
         weights: to compute with instead of the reference's, by the checkpoint's names.
+        by_layer: with one layer in memory at a time; there are no continuations then.
 
     Raises:
         ConfigError: package and reference are not of one shape.
@@ -107,17 +111,21 @@ def ask_pytorch(
     own: dict[str, list[np.ndarray]] = {}
     continuations: list[tuple[np.ndarray, np.ndarray]] = []
     for precision in ["fp64", *sorted({"fp32", *precisions})]:
-        with open_reference(checkpoint, precision, weights) as torch_model:
-            logits = torch_model.logits(sequences, positions)
-            if precision == "fp32":
-                continuations = [torch_model.greedy(ids[:GREEDY_PROMPT], new_tokens) for ids in sequences]
+        if by_layer:
+            logits = LayeredReference(checkpoint, config, precision, weights).logits(sequences, positions)
+        else:
+            with open_reference(checkpoint, precision, weights) as torch_model:
+                logits = torch_model.logits(sequences, positions)
+                if precision == "fp32":
+                    continuations = [torch_model.greedy(ids[:GREEDY_PROMPT], new_tokens) for ids in sequences]
         if precision == "fp64":
             exact = logits
         else:
             own[precision] = logits
         if bar is not None:
             bar.update()
-    draws = partial(draw_logits, checkpoint, sequences, positions, weights or {}, dict.fromkeys(_linears(config)))
+    draw = draw_by_layer if by_layer else draw_logits
+    draws = partial(draw, checkpoint, sequences, positions, weights or {}, dict.fromkeys(_linears(config)))
     return Truth(sequences, positions, capacity, origin, exact, own, continuations, draws)
 
 
@@ -140,6 +148,25 @@ def draw_logits(
     Returns:
         Per draw and sequence float32 [n, vocab_size].
     """
+    with open_reference(checkpoint, "fp32", weights, _moved(rounding)) as reference:
+        return [reference.logits(sequences, positions) for _ in range(DRAWS)]
+
+
+def draw_by_layer(
+    checkpoint: Checkpoint,
+    sequences: Sequence[np.ndarray],
+    positions: Sequence[np.ndarray],
+    weights: Mapping[str, torch.Tensor],
+    rounding: Mapping[str, Rounding | None],
+) -> list[list[np.ndarray]]:
+    """As `draw_logits`, with one layer in memory at a time."""
+    config = ModelConfig.from_json(checkpoint.folder / "config.json")
+    reference = LayeredReference(checkpoint, config, "fp32", weights, _moved(rounding))
+    return [reference.logits(sequences, positions) for _ in range(DRAWS)]
+
+
+def _moved(rounding: Mapping[str, Rounding | None]) -> dict[str, Rounding]:
+    """Return what moves the inputs of linears a little, and then rounds them where they are."""
     generator = torch.Generator().manual_seed(SEED)
 
     def moved(rounds: Rounding | None) -> Rounding:
@@ -152,9 +179,7 @@ def draw_logits(
 
         return move
 
-    inputs = {name: moved(rounds) for name, rounds in rounding.items()}
-    with open_reference(checkpoint, "fp32", weights, inputs) as reference:
-        return [reference.logits(sequences, positions) for _ in range(DRAWS)]
+    return {name: moved(rounds) for name, rounds in rounding.items()}
 
 
 def _linears(config: ModelConfig) -> list[str]:
@@ -188,8 +213,36 @@ def measure_runner(
     cases = feed(runner, truth, truth.exact, own, gate, draws)
     tokens = [
         _greedy(runner, ids[:GREEDY_PROMPT], len(wanted))
-        for ids, (wanted, _) in zip(truth.sequences, truth.continuations, strict=True)
+        for ids, (wanted, _) in zip(truth.sequences, truth.continuations, strict=False)  # none where layers are apart
     ]
+    limit = runner.max_cache_length
+    return report_of(truth, gate, cases, tokens, variant, precision, graph_sha256, limit, backend=backend)
+
+
+def report_of(
+    truth: Truth,
+    gate: Gate,
+    cases: Sequence[CaseResult],
+    tokens: Sequence[np.ndarray],
+    variant: str,
+    precision: str,
+    graph_sha256: str,
+    max_cache_length: int,
+    *,
+    backend: str = "ort",
+    coverage: str = "",
+) -> ParityReport:
+    """Make the report of what was measured.
+
+    Args:
+        truth: what `ask_pytorch` found.
+        gate: the limits.
+        cases: compared already.
+        tokens: the greedy ones, where there are continuations to compare with; int64 each.
+        variant, precision, graph_sha256, backend: see `measure_runner`.
+        max_cache_length: tokens that the cache holds.
+        coverage: what was not run, and why; empty: all was.
+    """
     return ParityReport(
         variant=variant,
         backend=backend,
@@ -205,7 +258,8 @@ def measure_runner(
         ),
         libraries={name: importlib.metadata.version(name) for name in ("onnxruntime", "torch", "transformers")},
         capacity=truth.capacity,
-        max_cache_length=runner.max_cache_length,
+        max_cache_length=max_cache_length,
+        coverage=coverage,
     )
 
 
@@ -229,17 +283,29 @@ def feed(
         gate: the limits.
         draws: of `own`; None: its error is taken as it is.
     """
+    return compare_fed(lambda: feed_all(runner, truth.sequences, truth.capacity), truth, exact, own, gate, draws)
+
+
+def compare_fed(
+    run: Callable[[], Iterable[ModeResult]],
+    truth: Truth,
+    exact: Sequence[np.ndarray],
+    own: Sequence[np.ndarray],
+    gate: Gate,
+    draws: Draws | None = None,
+) -> list[CaseResult]:
+    """As `feed`; `run` gives the cases, anew at each call."""
     cases: list[CaseResult] = []
     kept: list[ModeResult] | None = []
     held = 0
-    for fed in feed_all(runner, truth.sequences, truth.capacity):
+    for fed in run():
         cases.append(_compared(fed, truth, exact, own, gate, ()))
         held += sum(logits.nbytes for logits in fed.logits)
         kept = [*kept, fed] if kept is not None and held <= _KEPT else None
     if draws is None or all(case.passed for case in cases):
         return cases
     drawn = draws()
-    again = kept if kept is not None else feed_all(runner, truth.sequences, truth.capacity)
+    again = kept if kept is not None else run()
     return [_compared(fed, truth, exact, own, gate, drawn) for fed in again]
 
 
@@ -253,8 +319,11 @@ def _compared(
 ) -> CaseResult:
     if fed.error:
         return failed_case(fed.mode, fed.lengths, fed.error)
-    found = [np.searchsorted(truth.positions[row], at) for row, at in enumerate(fed.positions)]
-    wanted, ours, *others = ([a[row][index] for row, index in enumerate(found)] for a in (exact, own, *draws))
+    rows = range(fed.first, fed.first + len(fed.positions))
+    found = [np.searchsorted(truth.positions[row], at) for row, at in zip(rows, fed.positions, strict=True)]
+    wanted, ours, *others = (
+        [a[row][index] for row, index in zip(rows, found, strict=True)] for a in (exact, own, *draws)
+    )
     return compare(fed.mode, fed.lengths, fed.logits, wanted, ours, gate, others)
 
 

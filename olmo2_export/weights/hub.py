@@ -1,18 +1,33 @@
-"""Where a checkpoint is: a Hub id, a local folder, or the bundled demo; and what a folder is that is none."""
+"""Where a checkpoint is: a Hub id, a local folder, or the bundled demo; and which revisions a repository has."""
 
 from __future__ import annotations
 
 import glob
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Literal, TypeAlias
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    SafetensorsParsingError,
+)
 
-from olmo2_export.config import LFS_POINTER
+from olmo2_export.config import LFS_POINTER, read_json_object, refuse_other_forms
+from olmo2_export.weights.other_formats import (
+    ADAPTER,
+    INDEX,
+    SINGLE,
+    is_whole,
+    listed_place,
+    refuse_file,
+    refuse_other_formats,
+)
 from runtimes.errors import CheckpointError, CheckpointNotFoundError, broken_link, first_names
 from runtimes.manifest import SourceKind
 
@@ -27,43 +42,136 @@ TEXT_FILES = (
 """files that a package takes over as they are, where the checkpoint has them"""
 TEMPLATES = "additional_chat_templates"
 """a folder of chat templates beside the default one, NAME.jinja each"""
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-_ADAPTER = "adapter_config.json"
-_TEXTS = ["config.json", *TEXT_FILES, f"{TEMPLATES}/*.jinja", INDEX, _ADAPTER]
+Ref: TypeAlias = tuple[str, Literal["branch", "tag"], str]
+"""a branch's or tag's name, which of them it is, and the commit that it leads to"""
+
+_TEXTS = ["config.json", *TEXT_FILES, f"{TEMPLATES}/*.jinja", INDEX, ADAPTER]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+# What is raised of a request: HfHubHTTPError is both an error of the library below, which has others for a network
+# that is down, and an OSError, as OfflineModeIsEnabled is.
+_REQUEST_FAILED: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], HFValidationError, OSError)
+_NO_LIST: tuple[type[Exception], ...] = (*_REQUEST_FAILED, ValueError, KeyError, TypeError)
+"""what is raised of an answer that is no list of revisions, besides"""
 
 
-def locate(model: str, revision: str | None) -> tuple[Path, str, SourceKind]:
+def locate(model: str, revision: str | None, *, weights: bool = True) -> tuple[Path, str, SourceKind]:
     """Find a checkpoint and download what is on the Hub: its texts, then the weight files that its index names.
+
+    What config.json says to be another model is refused before any weights are downloaded.
 
     Args:
         model: `demo`, a local folder, or a Hub id.
         revision: branch, tag or commit; Hub ids only.
+        weights: False leaves the weight files where they are.
 
     Returns:
         The folder; the Hub id, `demo`, or the folder's name; and which of these it is.
 
     Raises:
-        CheckpointNotFoundError: no such folder, repository or revision.
+        CheckpointNotFoundError: no such folder, repository or revision; or a repository that holds something else.
+        ConfigError: config.json on the Hub is of another model.
     """
     if model == DEMO:
         return Path(__file__).parents[1] / "demo", DEMO, "demo"
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.is_dir():
         return path, path.resolve().name, "folder"
     if path.exists():
-        raise CheckpointNotFoundError(f"{path}: a file; MODEL is a folder, a Hub id (owner/name) or '{DEMO}'")
+        refuse_file(path)
     if lost := broken_link(path):
         raise CheckpointNotFoundError(f"{path}: {lost}")
-    if not _HUB_ID.fullmatch(model):
+    if not is_hub_id(model):
         raise CheckpointNotFoundError(f"{model}: no such folder, and not a Hub id (owner/name) or '{DEMO}'")
     folder = _download(model, revision, _TEXTS)
     at = folder.name if _COMMIT.fullmatch(folder.name) else revision  # all files of one commit
+    if (folder / "config.json").is_file():
+        refuse_other_forms(read_json_object(folder / "config.json"), f"{model}: config.json")
     shards = sorted(set(read_index(folder / INDEX).values())) if (folder / INDEX).exists() else []
+    if not weights:
+        return folder, model, "hub"
     _download(model, at, [SINGLE, *map(glob.escape, shards)])
+    if not is_whole(folder) and (names := _file_names(model, at)):
+        refuse_other_formats(listed_place(model, names, folder))
     return folder, model, "hub"
+
+
+def _file_names(model: str, revision: str | None) -> list[str]:
+    """Return the names of all files of a repository; none where the Hub cannot be asked, as what is here tells too."""
+    try:
+        return HfApi().list_repo_files(model, revision=revision)
+    except _REQUEST_FAILED:
+        return []
+
+
+def expanded(model: str) -> Path:
+    """Return a path, `~` and `~user` replaced where there is such a user."""
+    try:
+        return Path(model).expanduser()
+    except RuntimeError:  # no such user, or no home
+        return Path(model)
+
+
+def is_hub_id(model: str) -> bool:
+    """Tell whether a name can be a repository's on the Hub."""
+    return _HUB_ID.fullmatch(model) is not None
+
+
+def list_refs(model: str) -> list[Ref]:
+    """Return the branches and tags of a repository on the Hub, in no order.
+
+    Raises:
+        CheckpointNotFoundError: no such repository, or the Hub cannot be reached; the cache does not know them all.
+    """
+    try:
+        refs = HfApi().list_repo_refs(model)
+    except OfflineModeIsEnabled as error:
+        raise CheckpointNotFoundError(
+            f"{model}: its revisions are listed by the Hub, and HF_HUB_OFFLINE is set; unset it, or name the revisions"
+        ) from error
+    except HfHubHTTPError as error:
+        raise CheckpointNotFoundError(f"{model}: {_reason(error)}") from error
+    except _NO_LIST as error:
+        raise CheckpointNotFoundError(
+            f"{model}: its revisions are listed by the Hub, which does not answer as expected ({_reason(error)}); "
+            "check the network, or name the revisions"
+        ) from error
+    branches: list[Ref] = [(ref.name, "branch", ref.target_commit) for ref in refs.branches]
+    tags: list[Ref] = [(ref.name, "tag", ref.target_commit) for ref in refs.tags]
+    return branches + tags
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def remote_headers(model: str, revision: str, files: Sequence[str]) -> dict[str, dict[str, tuple[str, list[int]]]]:
+    """Read the headers of weight files that stay on the Hub: some 100 KB of each.
+
+    Args:
+        model: a Hub id.
+        revision: a commit.
+        files: safetensors of the repository.
+
+    Returns:
+        Per file, tensor -> its dtype as safetensors names it, and its shape.
+
+    Raises:
+        CheckpointNotFoundError: the Hub cannot be reached, or has no such file.
+        CheckpointError: a header is damaged.
+    """
+    found: dict[str, dict[str, tuple[str, list[int]]]] = {}
+    for file in files:
+        try:
+            header = HfApi().parse_safetensors_file_metadata(model, file, revision=revision)
+        except SafetensorsParsingError as error:
+            raise CheckpointError(f"{model}: {file}: a damaged header; expected safetensors: {error}") from error
+        except _REQUEST_FAILED as error:
+            said = f"{file}: its header cannot be read: {_reason(error)}"
+            raise CheckpointNotFoundError(f"{model}@{revision}: {said}") from error
+        found[file] = {name: (str(info.dtype), list(info.shape)) for name, info in header.tensors.items()}
+    return found
 
 
 def _download(model: str, revision: str | None, patterns: Sequence[str]) -> Path:
@@ -75,8 +183,7 @@ def _download(model: str, revision: str | None, patterns: Sequence[str]) -> Path
             f"{model}: the Hub cannot be reached and the cache has no copy; check the network or HF_HUB_OFFLINE"
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CheckpointNotFoundError(f"{model}@{revision or 'main'}: {reason}") from error
+        raise CheckpointNotFoundError(f"{model}@{revision or 'main'}: {_reason(error)}") from error
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -106,90 +213,3 @@ def read_index(path: Path) -> dict[str, str]:
 def _is_shard(name: str) -> bool:
     path = PurePosixPath(name)  # ./x.safetensors is x.safetensors
     return path.as_posix() == Path(name).name and path.suffix == ".safetensors"
-
-
-def refuse_other_formats(folder: Path) -> None:
-    """Refuse a folder that is not a checkpoint of a whole model in Hugging Face format; say what it is and what to do.
-
-    Raises:
-        CheckpointNotFoundError: it has no config.json, or no safetensors.
-    """
-    weights = any((folder / name).exists() or (folder / name).is_symlink() for name in (SINGLE, INDEX))
-    config = (folder / "config.json").is_file()
-    if lost := broken_link(folder / "config.json"):
-        raise CheckpointNotFoundError(f"{folder}/config.json: {lost}")
-    if weights and config:
-        return
-    if found := next((said for shows, said in _OTHERS if shows(folder)), None):
-        raise CheckpointNotFoundError(f"{folder}: {found}")
-    inner = sorted(p.parent.name for p in folder.glob("*/config.json"))
-    if inner and not config:
-        newest = max(inner, key=lambda name: [int(digits) for digits in re.findall(r"\d+", name)] or [-1])
-        raise CheckpointNotFoundError(
-            f"{folder}: no config.json, but checkpoints in {first_names(inner)}; give one of them: {folder / newest}"
-        )
-    if not config:
-        raise CheckpointNotFoundError(f"{folder}: no config.json; is this a checkpoint in Hugging Face format?")
-    shards = sorted(p.name for p in folder.glob("*.safetensors"))
-    if shards:
-        raise CheckpointNotFoundError(
-            f"{folder}: {first_names(shards)}, but neither {SINGLE} nor {INDEX}, which says what belongs together; "
-            "download the index, or rename a single file"
-        )
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
-    hint = f"; {first_names(pickles)} is never read: convert it to safetensors" if pickles else ""
-    raise CheckpointNotFoundError(
-        f"{folder}: neither {SINGLE} nor {INDEX}{hint}; on the Hub, --revision refs/pr/1 may have a conversion"
-    )
-
-
-def _has(*patterns: str) -> Callable[[Path], bool]:
-    return lambda folder: any(next(folder.glob(pattern), None) is not None for pattern in patterns)
-
-
-def _is_olmo_core(folder: Path) -> bool:
-    config = _config(folder)
-    return (
-        "OlmoCore" in str(config)[:4000]
-        or "olmo_core" in str(config)[:4000]
-        or (isinstance(config.get("model"), dict) and "model_type" not in config)
-    )
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-_CONVERT = "convert it to Hugging Face format first"
-_OTHERS: tuple[tuple[Callable[[Path], bool], str], ...] = (
-    (
-        _has(_ADAPTER, "adapter_model.safetensors"),
-        "a LoRA adapter (PEFT), not a model; merge it into its base model first (PeftModel.merge_and_unload, then "
-        "save_pretrained) and give that folder",
-    ),
-    (
-        lambda folder: _is_olmo_core(folder) or _has("model_and_optim/*", "model_and_optim/.metadata")(folder),
-        f"a checkpoint of OLMo-core; {_CONVERT}, with OLMo-core's src/examples/huggingface/convert_checkpoint_to_hf.py",
-    ),
-    (
-        _has("config.yaml"),
-        f"a checkpoint of AI2's OLMo trainer (config.yaml); {_CONVERT}, with OLMo's scripts/convert_olmo2_to_hf.py",
-    ),
-    (_has("*.distcp", "*/*.distcp"), f"a distributed checkpoint of PyTorch (.distcp); {_CONVERT}"),
-    (
-        _has("zero_to_fp32.py", "global_step*/*.pt"),
-        "a DeepSpeed checkpoint; run its zero_to_fp32.py --safe_serialization and give that folder",
-    ),
-    (_has("manifest.json"), "a package or another export, not a checkpoint; give the model that it was made from"),
-    (_has("*.gguf"), "GGUF files, not a checkpoint; give the model that they were made from"),
-    (
-        _has("snapshots/*/config.json"),
-        "the cache of a Hub repository; give its id (owner/name), or the folder snapshots/COMMIT in it",
-    ),
-    (_has("flax_model.msgpack", "tf_model.h5"), f"weights of Flax or TensorFlow; {_CONVERT}, for PyTorch"),
-)
-"""what people give by mistake, in the order in which it is asked"""

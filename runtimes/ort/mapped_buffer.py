@@ -3,6 +3,8 @@
 All of it is there from the start, as addresses: memory is what was written, page by page. So nothing is copied while
 texts grow, the arrays stay where they are bound, and a row that nobody needs gives its pages back. numpy's own zeros
 would be huge pages, of which a short row fills little: four rows of 100 tokens took 1635 MB instead of 123.
+
+A layer with a window gives back what no later token sees: its pages read as zeros from then on, and take no memory.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ class MappedBuffer:
         self._rows = 0
         self._maps: dict[str, mmap.mmap] = {}
         self._arrays: dict[str, np.ndarray] = {}
+        self._windowed = [f"{n}.{kind}" for n, size in enumerate(spec.windows) if size for kind in ("key", "value")]
+        self._forgotten: dict[int, int] = {}  # row -> its first tokens that layers with a window have no more
         self._bindings: dict[tuple[int, int, int, tuple[str, ...]], Any] = {}
 
     def reserve(self, rows: int, held: Sequence[int]) -> None:
@@ -56,7 +60,8 @@ class MappedBuffer:
             ) from error
         for name, (_, array) in made.items():
             for row, length in enumerate(held[: self._rows]):
-                array[row, :, :length] = self._arrays[name][row, :, :length]
+                first = self._first(name, row)
+                array[row, :, first:length] = self._arrays[name][row, :, first:length]
         self._bindings.clear()
         self._maps = {name: pages for name, (pages, _) in made.items() if pages is not None}
         self._arrays = {name: array for name, (_, array) in made.items()}
@@ -64,17 +69,49 @@ class MappedBuffer:
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Copy the first tokens of a row to another."""
-        for array in self._arrays.values():
-            array[target, :, :length] = array[source, :, :length]
+        for name, array in self._arrays.items():
+            first = self._first(name, source)
+            array[target, :, first:length] = array[source, :, first:length]
+        self._forgotten[target] = self.forgotten(source)
+
+    def forgotten(self, row: int) -> int:
+        """Return how many of a row's first tokens layers with a window have no more."""
+        return self._forgotten.get(row, 0)
+
+    def rewrite(self, row: int) -> None:
+        """Take note that a row is written from its start."""
+        self._forgotten.pop(row, None)
+
+    def forget(self, row: int, count: int) -> None:
+        """Give the system the pages with a row's first tokens in layers with a window, as no later token sees them."""
+        before = self.forgotten(row)
+        if count <= before or not self._maps:
+            return
+        for name in self._windowed:
+            heads = self._arrays[name][row]
+            token, size = heads[0, 0].nbytes, heads[0].nbytes
+            for head in range(len(heads)):
+                start = row * heads.nbytes + head * size
+                # What was given back before may end within a page, which is free only now.
+                self._give_pages(name, start + max(0, before * token - mmap.PAGESIZE), start + count * token)
+        self._forgotten[row] = count
 
     def give_back(self, row: int) -> None:
         """Give the system the pages that hold this row alone; they read as zeros from then on."""
-        for name, pages in self._maps.items():
+        self.rewrite(row)
+        for name in self._maps:
             size = self._arrays[name][0].nbytes
-            first = -(-row * size // mmap.PAGESIZE) * mmap.PAGESIZE
-            length = (row + 1) * size // mmap.PAGESIZE * mmap.PAGESIZE - first
-            if length > 0:
-                pages.madvise(mmap.MADV_DONTNEED, first, length)
+            self._give_pages(name, row * size, (row + 1) * size)
+
+    def _first(self, name: str, row: int) -> int:
+        return self.forgotten(row) if name in self._windowed else 0
+
+    def _give_pages(self, name: str, start: int, stop: int) -> None:
+        """Give back the pages that lie between two bytes of an array."""
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = stop // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if length > 0:
+            self._maps[name].madvise(mmap.MADV_DONTNEED, first, length)
 
     def binding(self, session: ort.InferenceSession, start: int, stop: int, outputs: Sequence[str]) -> Any:
         """Return the binding of rows start to stop as past and present; kept, as making it costs as much as a layer."""
@@ -90,6 +127,7 @@ class MappedBuffer:
 
     def close(self) -> None:
         self._rows = 0
+        self._forgotten.clear()
         self._bindings.clear()
         self._arrays.clear()
         self._maps.clear()  # unmapped when the last array of theirs is gone

@@ -22,6 +22,11 @@ from runtimes.runners.slots import DEFAULT_SLOTS, piece_length
 PREFILL_CHUNK = 128
 """tokens of one sequence per call: seen as fast as 512, and the activations take a quarter of the memory"""
 _BATCHED_LOGITS = 64
+_NOTHING: Ids = np.zeros(0, np.int64)
+KEPT = 256
+"""tokens before those that a window needs that are kept, so that a text may be cut back by so many"""
+FORGOTTEN = 256
+"""tokens at least that are forgotten at once"""
 
 
 class KVBuffer(Protocol):
@@ -63,6 +68,9 @@ class SharedRunner(RowRunner):
     Where the variant has a prefill graph, it is used from `prefill.min_rows` tokens a step. The two graphs round
     differently; `decode` of few rows and `decode_block` use the first alone.
 
+    Layers with a window keep their last tokens alone, `KEPT` more than the window and up to `FORGOTTEN` until they are
+    given back; where a text is cut back further, what is left of it is computed again. An exact runner keeps all.
+
     An exact runner uses the prefill graph for prompts alone, row by row, and computes the rows of a step in pairs: the
     kernels of quantised weights take two rows at a time, and a last one that is left over has other bits.
     """
@@ -89,12 +97,14 @@ class SharedRunner(RowRunner):
         self._prefill = prefill
         self._prefill_rows = variant.prefill.min_rows if variant.prefill else 0
         self._buffer: KVBuffer = buffer or MappedBuffer(variant.kv_cache, max_slots + max_slots % 2)
+        self._window = max(variant.kv_cache.windows, default=0)
 
     @one_thread
     def decode_block(self, token_ids: TokenIds) -> Logits:
         (ids,) = self._checked([token_ids])
         (held,) = self._held(1)
         self._reserve(1)
+        self._remember(0, held)
         if self.exact:  # as `decode` would, to the bit
             steps = [self._append(ids[None, n : n + 1], np.array([len(held) + n])) for n in range(len(ids))]
             logits: Logits = np.concatenate(steps)
@@ -121,16 +131,19 @@ class SharedRunner(RowRunner):
             and self._worth_batching(rows, all_positions)
         ):
             return self._batched(rows, all_positions)
-        return [
-            self._compute(row, len(all_ids) - len(ids), ids, all_positions)
-            for row, (ids, all_ids) in enumerate(zip(rows, tokens, strict=True))
-        ]
+        found = []
+        for row, (ids, all_ids) in enumerate(zip(rows, tokens, strict=True)):
+            past = len(all_ids) - len(ids)
+            self._remember(row, all_ids[:past])
+            found.append(self._compute(row, past, ids, all_positions))
+        return found
 
     def _reserve(self, rows: int) -> None:
         held = [0 if row is None else len(row) for row in self._tokens]
         self._buffer.reserve(rows, held)
 
     def _feed(self, row: int, held: Ids, ids: Ids) -> Logits:
+        self._remember(row, held)
         return self._compute(row, len(held), ids, all_positions=False, cut=True)
 
     def _copy(self, source: int, target: int, ids: Ids) -> None:
@@ -145,8 +158,34 @@ class SharedRunner(RowRunner):
 
     def _step(self, ids: Ids, starts: Ids, wanted: Sequence[str]) -> list[npt.NDArray[Any]]:
         self._reserve(max(len(ids), len(self._tokens)))
+        for row, start in enumerate(starts):
+            self._remember(row, self._row_tokens(row)[:start])
         found = self._run(0, len(ids), ids, starts + 1, keep=1, decoding=self.exact, wanted=wanted)
+        for row, start in enumerate(starts):
+            self._forget(row, int(start) + 1)
         return [array[:, 0] for array in found]
+
+    def _forgetful(self) -> MappedBuffer | None:
+        """Return the buffer whose layers with a window give back what no later token sees; None: they keep all."""
+        return self._buffer if self._window and not self.exact and isinstance(self._buffer, MappedBuffer) else None
+
+    def _remember(self, row: int, held: Ids) -> None:
+        """Make sure that a row has the keys and values that the token behind `held` sees in layers with a window."""
+        buffer = self._forgetful()
+        if buffer is None:
+            return
+        if not len(held):
+            buffer.rewrite(row)
+        elif buffer.forgotten(row) > max(0, len(held) + 1 - self._window):
+            buffer.rewrite(row)
+            self._compute(row, 0, held, all_positions=False)
+
+    def _forget(self, row: int, length: int) -> None:
+        """Give back what no token behind the first `length` sees in layers with a window, but for `KEPT` more."""
+        buffer = self._forgetful()
+        unseen = length + 1 - self._window - KEPT
+        if buffer is not None and unseen >= buffer.forgotten(row) + FORGOTTEN:
+            buffer.forget(row, unseen)
 
     def _worth_batching(self, rows: list[Ids], all_positions: bool) -> bool:
         """Tell whether one padded call does not compute much more than one call per row."""
@@ -173,10 +212,13 @@ class SharedRunner(RowRunner):
             if all_positions or last:
                 pieces.append(logits[0])
             start += count
+            self._forget(row, past + start)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def _batched(self, rows: list[Ids], all_positions: bool) -> list[Logits]:
         """Run new rows in one call, padded on the right."""
+        for number in range(len(rows)):
+            self._remember(number, _NOTHING)
         lengths = np.array([len(row) for row in rows])
         width = int(lengths.max())
         ids = np.zeros((len(rows), width), np.int64)

@@ -12,6 +12,7 @@ import pytest
 from support.checkpoints import SHAPE
 
 from olmo2_export.config import ModelConfig
+from olmo2_export.rope import Rope
 from runtimes.errors import ConfigError
 
 V5: dict[str, Any] = SHAPE | {"model_type": "olmo2", "hidden_act": "silu"}
@@ -24,8 +25,8 @@ V4: dict[str, Any] = {k: v for k, v in V5.items() if k != "rope_parameters"} | {
 def test_both_forms_give_the_same_config() -> None:
     config = ModelConfig.from_dict(V5)
     assert config == ModelConfig.from_dict(V4)
-    assert config.rope_theta == 500000.0
-    assert (config.head_dim, config.num_key_value_heads, config.rms_norm_eps) == (16, 2, 1e-6)
+    assert config.full_rope == Rope(theta=500000.0)
+    assert (config.head_dim, config.num_key_value_heads, config.norm_eps) == (16, 2, 1e-6)
     assert (config.attention_bias, config.tie_word_embeddings) == (False, False)
 
 
@@ -34,14 +35,14 @@ def test_defaults_are_those_of_transformers() -> None:
         k: v for k, v in V4.items() if k not in ("num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling")
     }
     config = ModelConfig.from_dict(raw)
-    assert (config.num_key_value_heads, config.rms_norm_eps, config.rope_theta) == (6, 1e-5, 10_000.0)
+    assert (config.num_key_value_heads, config.norm_eps, config.full_rope.theta) == (6, 1e-5, 10_000.0)
 
 
 def test_optional_fields_are_read() -> None:
     config = ModelConfig.from_dict(
         V5 | {"attention_bias": True, "tie_word_embeddings": True, "rms_norm_eps": 0.003, "head_dim": 20}
     )
-    assert (config.attention_bias, config.tie_word_embeddings, config.rms_norm_eps, config.head_dim) == (
+    assert (config.attention_bias, config.tie_word_embeddings, config.norm_eps, config.head_dim) == (
         True,
         True,
         0.003,
@@ -53,7 +54,7 @@ def test_optional_fields_are_read() -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"model_type": "olmo3"}, "model_type 'olmo3'"),
+        ({"model_type": "olmo4"}, "model_type 'olmo4'"),
         ({"model_type": "llama"}, "model_type 'llama'"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"hidden_size": -5}, "hidden_size -5"),
@@ -71,14 +72,24 @@ def test_optional_fields_are_read() -> None:
         ({"vocab_size": True}, "vocab_size True"),
         ({"vocab_size": "131"}, "vocab_size '131'"),
         ({"attention_bias": 1}, "attention_bias 1"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8}}, "rope_type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "axial", "rope_theta": 1e4, "factor": 8}}, "rope_type 'axial'"),
+        ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "rope_type 'proportional'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "factor None"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0, "factor": 8.0}}, "rope_theta 1"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": float("nan")}}, "factor nan"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "low_freq_factor None"),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "short_factor"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "which olmo3 alone has"),
         ({"rope_parameters": {"rope_theta": 0}}, "rope_theta 0"),
         ({"rope_parameters": {"rope_theta": 1e4, "factor": 8.0}}, "factor"),
         ({"rope_parameters": [1]}, "rope_parameters [1]"),
         ({"rope_theta": 1e4}, "rope_theta 10000.0 beside 500000"),
         ({"rope_scaling": {"type": "linear", "factor": 1.0}}, "rope_theta 500000.0 beside 10000"),
         ({"rope_scaling": {"type": "default", "rope_theta": 3e5}}, "rope_theta 500000.0 beside 300000"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 5e5}},
+            "rope_scaling and rope_parameters differ",
+        ),
         ({"clip_qkv": 8.0}, "clip_qkv 8.0"),
         ({"sliding_window": 32}, "sliding_window 32"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
@@ -118,7 +129,7 @@ def test_null_fields_of_other_models_are_fine() -> None:
         ({"partial_rotary_factor": 1.0, "logit_scale": 1.0, "final_logit_softcapping": 0.0}, ""),
         ({"hidden_act": "swish"}, ""),
         ({"attention_bias": None, "tie_word_embeddings": None}, ""),
-        ({"rope_scaling": {"type": "linear", "factor": 1, "rope_theta": 5e5}}, "factor mean nothing"),
+        ({"rope_scaling": {"type": "linear", "factor": 1, "rope_theta": 5e5}}, ""),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "factor": 8.0}}, "factor mean nothing"),
         ({"eos_token_id": 50279}, "eos_token_id 50279: the vocabulary has 131"),
         ({"eos_token_id": [130, 131]}, "131 is never sampled"),
@@ -177,3 +188,100 @@ def test_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(V4))
     assert ModelConfig.from_json(path) == ModelConfig.from_dict(V5)
+
+
+OLMO1: dict[str, Any] = SHAPE | {"model_type": "olmo", "hidden_act": "silu", "rope_parameters": None}
+V4_OLMO3: dict[str, Any] = {k: v for k, v in V4.items() if k != "rope_scaling"} | {
+    "model_type": "olmo3",
+    "num_hidden_layers": 8,
+    "sliding_window": 32,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 8.0,
+        "original_max_position_embeddings": 32,
+        "attention_factor": 1.2079441541679836,
+        "beta_fast": 32,
+        "beta_slow": 1,
+    },
+}
+YARN = Rope("yarn", 5e5, factor=8.0, original_length=32, attention_factor=1.2079441541679836)
+
+
+def test_an_olmo_1_has_its_own_epsilon_and_clips() -> None:
+    config = ModelConfig.from_dict(OLMO1 | {"rms_norm_eps": 1e-6, "clip_qkv": 8.0, "pretraining_tp": 1})
+    assert (config.norm_eps, config.clip_qkv, config.full_rope.theta) == (1e-5, 8.0, 10_000.0)
+    assert (config.norms_first, config.sliding_window) == (True, None)
+    assert ModelConfig.from_dict(OLMO1 | {"clip_qkv": None}).clip_qkv is None
+
+
+def test_ai2s_own_form_gives_yarn_to_full_attention_alone() -> None:
+    config = ModelConfig.from_dict(V4_OLMO3)
+    assert (config.full_rope, config.sliding_rope) == (YARN, Rope(theta=5e5))
+    assert [config.window(layer) for layer in range(8)] == [32, 32, 32, None] * 2
+    assert [config.rope_of(layer) for layer in range(8)] == ["_sliding"] * 3 + [""] + ["_sliding"] * 3 + [""]
+    nested = V4_OLMO3 | {
+        "rope_theta": None,
+        "rope_scaling": None,
+        "rope_parameters": {
+            "full_attention": V4_OLMO3["rope_scaling"] | {"rope_theta": 5e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+        },
+    }
+    assert ModelConfig.from_dict(nested) == config
+
+
+def test_a_window_as_wide_as_the_context_is_none() -> None:
+    config = ModelConfig.from_dict(V4_OLMO3 | {"sliding_window": 256})
+    assert [config.window(layer) for layer in range(8)] == [None] * 8
+    assert len(config.ropes) == 2  # each type still has its own
+
+
+def test_one_rope_for_all_layers_is_one_table() -> None:
+    config = ModelConfig.from_dict(V4_OLMO3 | {"rope_scaling": None})
+    assert config.ropes == {"": Rope(theta=5e5)}
+    assert [config.rope_of(layer) for layer in range(8)] == [""] * 8
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            {"rope_theta": None, "rope_scaling": None, "rope_parameters": {"rope_type": "yarn", "factor": 8.0}},
+            "one table for all layers: for olmo3 transformers takes plain RoPE of theta 500000",
+        ),
+        (
+            {"rope_theta": None, "rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            "one table for all layers",
+        ),
+        ({"rope_theta": 1e4}, "rope_theta 10000.0 (for olmo3 transformers gives it to full attention alone"),
+        ({"rope_scaling": {"type": "yarn", "factor": 8.0}}, "type 'yarn' (for olmo3 transformers reads rope_type"),
+        (
+            {"rope_scaling": None, "rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 8.0,
+             "truncate": False}}},
+            "truncate false",
+        ),
+        ({"rope_parameters": {"sliding_attention": {"rope_type": "default"}}}, "transformers fails"),
+        ({"layer_types": ["full_attention"] * 7}, "layer_types"),
+        ({"layer_types": ["full_attention"] * 7 + ["linear_attention"]}, "layer_types"),
+        ({"sliding_window": None}, "sliding_window None"),
+        ({"sliding_window": 0}, "sliding_window 0"),
+        ({"clip_qkv": 8.0}, "clip_qkv 8.0 (Olmo 3 does not have it"),
+        ({"partial_rotary_factor": 0.25}, "partial_rotary_factor 0.25"),
+    ],
+)  # fmt: skip
+def test_what_transformers_reads_otherwise_than_it_was_trained_is_refused(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_dict(V4_OLMO3 | change)
+    assert named in str(caught.value)
+
+
+def test_longrope_ends_at_its_original_length(caplog: pytest.LogCaptureFixture) -> None:
+    table = {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8,
+    }
+    config = ModelConfig.from_dict(V5 | {"rope_parameters": table}, where="long")
+    assert config.max_position_embeddings == 64
+    assert "the package ends at 64 tokens" in caplog.text

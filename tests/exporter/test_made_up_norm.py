@@ -36,9 +36,9 @@ from olmo2_export.graphs import device, shared, static, trace
 from olmo2_export.graphs.device import device_graph
 from olmo2_export.graphs.shared import shared_graph
 from olmo2_export.graphs.static import static_graph
+from olmo2_export.graphs.taps import find_segments
 from olmo2_export.locate.layer_checks import LAYER_NORM, LayerChecks
 from olmo2_export.locate.segments import Calls, run_segments
-from olmo2_export.locate.taps import find_segments
 from olmo2_export.quantize.input_scales import input_scales
 from olmo2_export.quantize.recipes import quantize
 from olmo2_export.quantize.sweep import Head, embed, staged_layers
@@ -103,7 +103,7 @@ def portable(tiny_package: Path, plain: tuple[Operation, ...], config: ModelConf
         model.graph.initializers.add(scale)
         norm = new_node("LayerNormalization", [x, scale], f"normed_{layer}", x.dtype, list(x.shape))
         norm.attributes["axis"] = ir.AttrInt64("axis", -1)
-        norm.attributes["epsilon"] = ir.AttrFloat32("epsilon", config.rms_norm_eps)
+        norm.attributes["epsilon"] = ir.AttrFloat32("epsilon", config.norm_eps)
         model.graph.insert_before(linears[0], norm)
         for linear in linears:
             linear.replace_input_with(0, norm.outputs[0])
@@ -142,7 +142,7 @@ def test_stages_follow(rows: tuple[Operation, ...], checkpoint: Checkpoint, conf
     sequences = [np.arange(40, dtype=np.int64)]
     scales = input_scales(checkpoint, config, sequences, lambda inputs: float(inputs.abs().amax()))
     x = torch.cat(embed(checkpoint, sequences))
-    wanted = float(F.layer_norm(x, x.shape[-1:], eps=config.rms_norm_eps).abs().amax())
+    wanted = float(F.layer_norm(x, x.shape[-1:], eps=config.norm_eps).abs().amax())
     assert scales["model.layers.0.self_attn.v_proj.weight"] == wanted
 
 
@@ -230,7 +230,7 @@ def test_taps_and_checks_follow(
             continue
         layers = [model.layer(segment.layer) for model in models]
         for layer in layers:
-            layer.module.input_layernorm = nn.LayerNorm(96, config.rms_norm_eps, elementwise_affine=False)
+            layer.module.input_layernorm = nn.LayerNorm(96, config.norm_eps, elementwise_affine=False)
         with torch.inference_mode():
             checks = LayerChecks(of_layer(rows, segment.layer), found, calls, *layers).run()
         assert (checks[0].parity.name, checks[0].parity.operation) == (

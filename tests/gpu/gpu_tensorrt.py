@@ -23,6 +23,7 @@ from transformers import Olmo2ForCausalLM
 from olmo2_export.debug.debug import compare_variant
 from olmo2_export.engine.build import build, refit
 from olmo2_export.engine.options import EngineOptions
+from olmo2_export.evaluate.revisions import sweep
 from olmo2_export.package.export import export
 from olmo2_export.verify.verify import verify
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
@@ -209,21 +210,39 @@ def test_engine_greedy(backend: TensorRTBackend, demo_package: Path, demo: Check
     assert equal >= 1
 
 
+def with_another_norm(out: Path) -> Path:
+    """Write the demo's checkpoint with one norm the other way round."""
+    checkpoint = Path(shutil.copytree(open_checkpoint("demo").folder, out))
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"].flip(0).contiguous()
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    return checkpoint
+
+
 def test_engine_refit(backend: TensorRTBackend, demo_package: Path, tmp_path: Path, record_property: Record) -> None:
     """Other weights in a plan give the text of an engine that was built with them."""
     if backend == "trt_rtx":
         pytest.skip("TensorRT for RTX has no such thing")
-    checkpoint = Path(shutil.copytree(open_checkpoint("demo").folder, tmp_path / "checkpoint"))
-    weights = load_file(checkpoint / "model.safetensors")
-    weights["model.norm.weight"] = weights["model.norm.weight"].flip(0).contiguous()
-    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    other = tmp_path / "other"
+    checkpoint, other = with_another_norm(tmp_path / "checkpoint"), tmp_path / "other"
     export(open_checkpoint(str(checkpoint)), other)
     wanted = text(built(other, backend, "fp16"), backend, "fp16")
     source = built(demo_package, backend, "fp16", refit=True)
     report = refit(other, source, EngineOptions("fp16", backend), progress=False)
     assert text(other, backend, "fp16") == wanted != text(source, backend, "fp16")
     record_property("figure", f"refit in {report.seconds:.1f} s, 12 tokens equal to those of a build")
+
+
+def test_engine_sweep(backend: TensorRTBackend, tmp_path: Path, record_property: Record) -> None:
+    """Two revisions on engines: each is PyTorch's with its own weights, and the second engine is not built anew."""
+    shutil.copytree(open_checkpoint("demo").folder, tmp_path / "revisions" / "step1")
+    with_another_norm(tmp_path / "revisions" / "step2")
+    names, out = ["step1", "step2"], tmp_path / "out"
+    found = sweep(str(tmp_path / "revisions"), names, out, variant="trt_bf16", backend=backend, max_tokens=1000)
+    assert [one.engine for one in found] == ["built", "refitted" if backend == "trt" else "built"]
+    record_property("figure", f"{found[1].engine}: KL {found[1].kl_mean_nats:.1e}, {found[1].export_s:.1f} s")
+    assert all(one.kl_mean_nats < 1e-3 for one in found)  # 0.006 with the weights of the other
+    assert found[1].change_kl_mean_nats is not None
+    assert found[1].change_kl_mean_nats > 0.003  # 0.006 in float32
 
 
 def test_engine_layers(backend: TensorRTBackend, demo_package: Path, record_property: Record) -> None:

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Olmo2Config, Olmo2ForCausalLM
+from transformers import (
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 131,
@@ -28,6 +37,25 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 130,
     "pad_token_id": 129,
 }
+
+_FAMILY: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
+    "olmo": (OlmoConfig, OlmoForCausalLM),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM),
+    "olmo3": (Olmo3Config, Olmo3ForCausalLM),
+}
+OLMO1: dict[str, Any] = {"model_type": "olmo", "clip_qkv": 1.5, "rope_parameters": None}
+"""fields of an OLMo 1 whose clip reaches a tenth of the queries and keys"""
+YARN: dict[str, Any] = {"rope_type": "yarn", "rope_theta": 500000.0, "factor": 8.0}
+OLMO3: dict[str, Any] = {
+    "model_type": "olmo3",
+    "num_hidden_layers": 4,
+    "sliding_window": 8,
+    "rope_parameters": {
+        "full_attention": YARN | {"original_max_position_embeddings": 16},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500000.0},
+    },
+}
+"""fields of an Olmo 3 whose fourth layer alone sees more than 8 tokens, and has YaRN"""
 
 
 def make_checkpoint(
@@ -47,10 +75,12 @@ def make_checkpoint(
         shards: more than 1 gives that many safetensors files or a few more, and an index.
         old_config: write config.json as transformers 4 does, with rope_theta and rope_scaling.
         seed: of the weights.
-        fields: config fields.
+        fields: config fields; `model_type` chooses the generation.
     """
     torch.manual_seed(seed)
-    model = Olmo2ForCausalLM(Olmo2Config(**{**SHAPE, **fields}))
+    fields = {**SHAPE, **fields}
+    config_class, model_class = _FAMILY[fields.pop("model_type", "olmo2")]
+    model: Any = model_class(config_class(**fields))  # type: ignore[arg-type]  # a class per generation
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim > 1:

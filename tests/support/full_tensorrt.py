@@ -13,6 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 API = json.loads((Path(__file__).parent / "tensorrt_api.json").read_text())
 VERSION: str = API["version"]
 
@@ -62,3 +64,33 @@ def module(**classes: Any) -> SimpleNamespace:
     assert classes.keys() <= API["classes"].keys()
     plain = {name: type(name, (), {}) for name in ("IStreamWriter", "IProgressMonitor")}
     return SimpleNamespace(**plain, **enums(), **classes)
+
+
+def pretend_installed(monkeypatch: pytest.MonkeyPatch, *others: Any, gpu: str = "9.0") -> list[Any]:
+    """Have full TensorRT installed on a GPU, and its process answer with a plan that says what made it.
+
+    Args:
+        monkeypatch: undoes it.
+        others: modules that ask for library and GPU, beside those of the engine.
+        gpu: its compute capability.
+
+    Returns:
+        What the process was asked for, a CompileRequest or a RefitRequest each time.
+    """
+    from olmo2_export.engine import build, options
+    from olmo2_export.engine.compiler import CompileRequest, CompileResult
+
+    requests: list[Any] = []
+
+    def run(asked: Any, folder: Path, *, progress: bool) -> CompileResult:  # noqa: ARG001
+        requests.append(asked)
+        (folder / asked.plan).write_bytes(b"plan" if isinstance(asked, CompileRequest) else b"refitted")
+        pasts = [r.name for r in asked.profiles["decode"][3:]] if isinstance(asked, CompileRequest) else []
+        aliases = {name.replace("past_key_values.", "present."): name for name in pasts}
+        return CompileResult(VERSION, getattr(asked, "layer_counts", {}), aliases, 1)
+
+    for module in (options, build, *others):
+        monkeypatch.setattr(module, "check_installed", lambda _: None)
+        monkeypatch.setattr(module, "gpu_at_hand", lambda _: gpu)
+    monkeypatch.setattr(build, "run_worker", run)
+    return requests

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -41,6 +41,11 @@ def files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
+def refs_of(kind: str, names: Iterable[str]) -> list[dict[str, str]]:
+    """Branches (heads) or tags, as the Hub lists them."""
+    return [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": commit_of(name)} for name in names]
+
+
 def point_to(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path, *, offline: bool = False) -> None:
     """Do in this process what HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE do in a new one, which costs five seconds.
 
@@ -56,11 +61,15 @@ def point_to(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path, *, offline:
 
 
 @contextmanager
-def local_hub(folder: Path, revisions: Mapping[str, Path] | None = None) -> Iterator[Hub]:
-    """Serve a checkpoint folder as `REPOSITORY`, branch main at `COMMIT`, and others under other revisions."""
+def local_hub(
+    folder: Path, revisions: Mapping[str, Path] | None = None, tags: Mapping[str, Path] | None = None
+) -> Iterator[Hub]:
+    """Serve a checkpoint folder as `REPOSITORY`, branch main at `COMMIT`, and others as other branches and tags."""
     hub = Hub()
-    folders = {commit_of(name): path for name, path in {"main": folder, **(revisions or {})}.items()}
-    commits = {name: commit_of(name) for name in ("main", *(revisions or {}))} | {c: c for c in folders}
+    branches = {"main": folder, **(revisions or {})}
+    served = {**branches, **(tags or {})}
+    folders = {commit_of(name): path for name, path in served.items()}
+    commits = {name: commit_of(name) for name in served} | {c: c for c in folders}
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -76,6 +85,10 @@ def local_hub(folder: Path, revisions: Mapping[str, Path] | None = None) -> Iter
 
         def answer(self, body: bool) -> None:
             path = unquote(self.path.split("?")[0])
+            if path == f"/api/models/{REPOSITORY}/refs":
+                refs = {"branches": refs_of("heads", branches), "tags": refs_of("tags", tags or {}), "converts": []}
+                self.send(200, json.dumps(refs).encode(), {"Content-Type": "application/json"}, body)
+                return
             for name, commit in commits.items():
                 folder, prefix = folders[commit], f"/{REPOSITORY}/resolve/{name}/"
                 if path == f"/api/models/{REPOSITORY}/revision/{name}":

@@ -19,7 +19,7 @@ from olmo2_export.engine import compiler as engine_compiler
 from olmo2_export.engine import options as engine_options
 from olmo2_export.engine import refitter as engine_refitter
 from olmo2_export.engine.build import build, refit
-from olmo2_export.engine.compiler import CompileRequest, CompileResult, compile_plan
+from olmo2_export.engine.compiler import CompileRequest, compile_plan
 from olmo2_export.engine.options import EngineOptions
 from olmo2_export.engine.refitter import RefitRequest, refit_plan
 from runtimes.errors import BackendError, EngineBuildError, UsageError
@@ -189,20 +189,7 @@ def test_plan_of_another_version_is_not_loaded(library: Library, tmp_path: Path)
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Full TensorRT is installed on a GPU of 9.0, and its process answers; gives the requests."""
-    requests: list[Any] = []
-
-    def run(asked: Any, folder: Path, *, progress: bool) -> CompileResult:  # noqa: ARG001
-        requests.append(asked)
-        (folder / asked.plan).write_bytes(b"plan" if isinstance(asked, CompileRequest) else b"refitted")
-        pasts = [r.name for r in asked.profiles["decode"][3:]] if isinstance(asked, CompileRequest) else []
-        aliases = {name.replace("past_key_values.", "present."): name for name in pasts}
-        return CompileResult(full_tensorrt.VERSION, getattr(asked, "layer_counts", {}), aliases, 1)
-
-    for module in (engine_options, engine_module):
-        monkeypatch.setattr(module, "check_installed", lambda _: None)
-        monkeypatch.setattr(module, "gpu_at_hand", lambda _: "9.0")
-    monkeypatch.setattr(engine_module, "run_worker", run)
-    return requests
+    return full_tensorrt.pretend_installed(monkeypatch)
 
 
 REAL_GPU_AT_HAND = engine_options.gpu_at_hand

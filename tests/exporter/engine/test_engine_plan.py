@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from support.checkpoints import make_checkpoint
+from support.matrix import seen
 
 from olmo2_export.catalog import precisions
 from olmo2_export.engine.build import build
@@ -98,7 +99,9 @@ def test_kernels_of_every_precision_and_head_layout(
 
 
 @pytest.mark.parametrize("precision", [p for p, batch in DECODE if batch == 1])
-def test_kernels_of_profile_latency(package: tuple[str, Path], precision: Precision) -> None:
+def test_kernels_of_profile_latency(
+    package: tuple[str, Path], precision: Precision, request: pytest.FixtureRequest
+) -> None:
     name, folder = package
     if name != "16/16":
         pytest.skip("the layouts differ in the attention kernel only, which the other test looks at")
@@ -106,6 +109,7 @@ def test_kernels_of_profile_latency(package: tuple[str, Path], precision: Precis
     assert not materialized_weights(kernels["decode"])
     check_decode(kernels["decode"], LAYERS[name], writers=2 if precision == "fp8" else 1)
     assert len(kernels["decode"]) == DECODE[precision, 1]
+    seen(request, "olmo2", "TensorRT for RTX", precision, "compiled")
 
 
 def plan_of(tmp_path: Path, *lines: str) -> Path:

@@ -6,22 +6,26 @@ import csv
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from support import full_tensorrt
 from support.checkpoints import make_checkpoint
 from support.hub import REPOSITORY, commit_of, local_hub, point_to
 
 from olmo2_export import cli
-from olmo2_export.evaluate import revisions
+from olmo2_export.evaluate import revision_packages, revisions
 from olmo2_export.evaluate.evaluate import evaluate, token_text
 from olmo2_export.evaluate.models import open_package_model, open_torch_model
-from olmo2_export.evaluate.revisions import RevisionResult, in_order, step_of, sweep
+from olmo2_export.evaluate.revision_packages import open_revision
+from olmo2_export.evaluate.revisions import RevisionResult, in_order, sweep
 from olmo2_export.evaluate.revisions_plot import draw
 from olmo2_export.package.export import export
+from olmo2_export.verbs.sweep import table
 from olmo2_export.weights.checkpoint import open_checkpoint
-from runtimes.errors import CheckpointNotFoundError, ConfigError, FusionError, UsageError
+from runtimes.errors import BackendError, CheckpointNotFoundError, ConfigError, FusionError, UsageError
 from runtimes.package import open_package
 from runtimes.sealed import hash_file
 
@@ -191,20 +195,17 @@ def test_another_shape_or_tokenizer_is_refused(folder: Path, ids: Path, tmp_path
     for name in ("step1", "step2", "step3"):
         make_checkpoint(root / name, **SHAPE | {"rms_norm_eps": 1e-5 if name == "step2" else 1e-6})
     (root / "step3" / "tokenizer.json").write_bytes(b"{}")
-    with pytest.raises(ConfigError, match=r"rms_norm_eps 1e-05 \(1e-06\)"):
+    with pytest.raises(ConfigError, match=r"norm_eps 1e-05 \(1e-06\)"):
         sweep(str(root), ["step1", "step2"], tmp_path / "out", text=ids, context=64, max_tokens=20)
     with pytest.raises(ConfigError, match=r"another tokenizer\.json"):
         sweep(str(root), ["step1", "step3"], tmp_path / "out", text=ids, context=64, max_tokens=20)
     with pytest.raises(CheckpointNotFoundError):
-        revisions.open_revision(str(folder), "step7")
+        open_revision(str(folder), "step7")
     with pytest.raises(UsageError, match="only Hub ids have revisions"):
-        revisions.open_revision("demo", "step7")
+        open_revision("demo", "step7")
 
 
-def test_names() -> None:
-    assert step_of("stage1-step10000-tokens21B") == (10000, 21)
-    assert step_of("step500") == (500, None)
-    assert step_of("main") == (None, None)
+def test_revisions_of_one_stage_are_taken_by_their_steps() -> None:
     assert in_order(["step10", "step9", "step100"]) == ["step9", "step10", "step100"]
     mixed = ["stage2-ingredient1-step1000-tokens3B", "stage1-step5000-tokens11B"]
     assert in_order(mixed) == mixed
@@ -225,3 +226,117 @@ def test_the_drawing(swept: tuple[list[RevisionResult], Path], tmp_path: Path) -
         assert (pixels == colour).all(axis=1).sum() > 200
     unnamed = [dataclasses.replace(r, step=None) for r in results[:1]]
     assert draw(unnamed, "a model", "fp32", tmp_path / "c")[0].stat().st_size > 10_000
+
+
+# Engines
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Full TensorRT on a GPU of 9.0, as far as it is built with; what runs instead is its graph, on the CPU."""
+
+    def opened(package: Path, *, variant: str, backend: str, device: None) -> object:
+        assert (backend, device) == ("trt", None)
+        return open_package_model(package, variant=variant)
+
+    monkeypatch.setattr(revisions, "open_package_model", opened)
+    return full_tensorrt.pretend_installed(monkeypatch, revision_packages)
+
+
+def test_engines_of_a_sweep_are_built_once_and_refitted(
+    worker: list[Any], folder: Path, ids: Path, tmp_path: Path, swept: tuple[list[RevisionResult], Path]
+) -> None:
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"variant": "trt_fp16", "backend": "trt", "text": ids, "context": 64}
+    results = sweep(str(folder), NAMES, out, **options)
+    assert [type(asked).__name__ for asked in worker] == ["CompileRequest", "RefitRequest", "RefitRequest"]
+    assert [result.engine for result in results] == ["built", "refitted", "refitted"]
+    plans = [out.resolve() / "packages" / name / "trt" / "model_fp16.trt.engine" for name in NAMES]
+    assert [asked.refit_from for asked in worker[1:]] == [str(plan) for plan in plans[:2]]
+    assert plans[2].read_bytes() == b"refitted"
+    engines = open_package(out / "packages" / NAMES[2]).trt
+    assert engines is not None
+    (engine,) = engines.engines.values()
+    assert (engine.max_batch_size, engine.max_cache_length, engine.flags) == (2, 64, ("refit",))
+    for result, plain in zip(results, swept[0], strict=True):  # each has the weights of its own revision
+        assert result.perplexity == pytest.approx(plain.perplexity, rel=0.01)
+        assert result.pytorch_perplexity == plain.pytorch_perplexity
+        assert 0 < result.kl_mean_nats < 1e-3
+    assert results[2].change_kl_mean_nats == pytest.approx(swept[0][2].change_kl_mean_nats, rel=0.05)
+
+    assert [line.split()[-1] for line in table(results).splitlines()] == ["engine", "built", "refitted", "refitted"]
+    assert "engine" not in table(swept[0])
+
+    # It goes on where it ended.
+    assert sweep(str(folder), NAMES, out, **options) == results
+    assert len(worker) == 3
+    with pytest.raises(UsageError, match=r"other settings \(variant, backend\)"):
+        sweep(str(folder), NAMES, out, text=ids, context=64)
+
+
+def test_an_engine_that_is_there_is_kept_and_one_of_another_gpu_is_not(
+    worker: list[Any], folder: Path, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"variant": "trt_fp16", "backend": "trt", "text": ids, "context": 64, "max_tokens": 100}
+    (first,) = sweep(str(folder), NAMES[:1], out, **options)
+    assert (first.engine, len(worker)) == ("built", 1)
+    plan = out / "packages" / NAMES[0] / "trt" / "model_fp16.trt.engine"
+
+    (out / "sweep.json").unlink()  # as if it had ended before the first was evaluated
+    assert sweep(str(folder), NAMES[:1], out, **options)[0].engine is None
+    assert len(worker) == 1
+    (out / "sweep.json").unlink()
+    plan.write_bytes(b"damaged")
+    assert sweep(str(folder), NAMES[:1], out, **options)[0].engine == "built"
+    assert (plan.read_bytes(), len(worker)) == (b"plan", 2)
+
+    full_tensorrt.pretend_installed(monkeypatch, revision_packages, gpu="8.9")
+    two = sweep(str(folder), NAMES[:2], out, **options)
+    assert [result.engine for result in two] == ["built", "built"]  # the first was found in sweep.json
+    engines = open_package(out / "packages" / NAMES[1]).trt
+    assert engines is not None
+    assert engines.engines["trt_fp16"].compute_capabilities == ("8.9",)
+
+
+def test_what_a_sweep_of_engines_cannot_do_is_said_first(
+    worker: list[Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["sweep", str(folder), "--revisions", NAMES[0], "--out", str(tmp_path / "out"), "--backend", "trt"]
+
+    def no_gpu(_: str) -> str:
+        raise BackendError("no GPU to ask; backend trt builds on the GPU itself") from BackendError("CUDA finds no GPU")
+
+    for more, said in (
+        (["--variant", "q4"], "variant q4: backend trt runs engines of trt_"),
+        (["--no-prefill-graph"], "backend trt: of an engine recipe and calibration can be chosen"),
+        (["--device", "cpu"], "device cpu: backend trt runs on the GPU"),
+    ):
+        assert cli.main([*command, *more]) == 2
+        assert said in capsys.readouterr().err
+    monkeypatch.setattr(revision_packages, "gpu_at_hand", no_gpu)
+    assert cli.main(command) == 2
+    error = capsys.readouterr().err
+    assert "a sweep runs its engines on this machine, and it has no GPU (CUDA finds no GPU); without --backend" in error
+    assert error.count("\n") == 1
+    assert not worker
+    assert not (tmp_path / "out").exists()
+
+
+def test_patterns_on_the_command_line(
+    folder: Path, ids: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["sweep", str(folder), "--text", str(ids), "--max-tokens", "60", "--out", str(tmp_path / "out")]
+    assert cli.main([*command, "--revisions", "stage1-*", "--every", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("stage1-*: 2 of 3 revisions that match\n")
+    document = json.loads(out.splitlines()[-1])
+    assert [r["revision"] for r in document["revisions"]] == [NAMES[0], NAMES[2]]
+    for arguments, said in (
+        (["--revisions", "stage2-*"], f"{folder}: no revision matches 'stage2-*'; it has {NAMES[0]}"),
+        (["--revisions", NAMES[0], "--every", "2"], "--every 2: thins out what a pattern"),
+    ):
+        assert cli.main([*command, *arguments]) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1

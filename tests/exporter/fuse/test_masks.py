@@ -7,11 +7,12 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
+from support.checkpoints import OLMO3, SHAPE
 
 from olmo2_export.architecture import operations
 from olmo2_export.config import ModelConfig
 from olmo2_export.fuse.group_query_attention import group_query_attention
-from olmo2_export.fuse.masks import is_causal_and_padding
+from olmo2_export.fuse.masks import Rule, read_rule
 from olmo2_export.fuse.static_cache import static_cache
 from olmo2_export.graphs.shared import shared_graph
 from olmo2_export.graphs.static import static_graph
@@ -116,9 +117,92 @@ def test_the_traced_mask_is_dropped(traced: ir.Model) -> None:
     model = traced.clone()
     mask = first(model, "Attention").inputs[3]
     assert mask is not None
-    assert is_causal_and_padding(model.graph, mask)
+    assert read_rule(model.graph, mask) == Rule(None)
     assert static_cache(model) == LAYERS
     assert group_query_attention(traced.clone()) == LAYERS
+
+
+@pytest.fixture(scope="module")
+def windowed() -> ir.Model:
+    """An Olmo 3 of four layers: three see 8 tokens, the last one all."""
+    return trace(ModelConfig.from_dict(SHAPE | OLMO3))
+
+
+def masks_of(model: ir.Model) -> list[ir.Value]:
+    masks = [node.inputs[3] for node in model.graph if node.op_type == "Attention"]
+    return [mask for mask in masks if mask is not None]
+
+
+def test_a_window_is_taken_over(windowed: ir.Model) -> None:
+    assert [read_rule(windowed.graph, mask) for mask in masks_of(windowed)] == [*[Rule(8)] * 3, Rule(None)]
+    model = windowed.clone()
+    assert group_query_attention(model) == 4
+    sizes = [n.attributes.get_int("local_window_size", -1) for n in model.graph if n.op_type == "GroupQueryAttention"]
+    assert sizes == [8, 8, 8, -1]
+    model = windowed.clone()
+    assert static_cache(model) == 4
+    attentions = [node for node in model.graph if node.op_type == "TRT_Attention"]
+    assert [node.overload for node in attentions] == ["window"] * 3 + [""]
+    assert [len(node.inputs) for node in attentions] == [4, 4, 4, 6]
+
+
+def counts_exclusively(model: ir.Model) -> None:
+    """A token is not counted at its own slot."""
+    first(model, "CumSum").attributes["exclusive"] = ir.AttrInt64("exclusive", 1)
+
+
+def counts_backwards(model: ir.Model) -> None:
+    first(model, "CumSum").attributes["reverse"] = ir.AttrInt64("reverse", 1)
+
+
+def counts_rows(model: ir.Model) -> None:
+    """Along the batch."""
+    first(model, "CumSum").replace_input_with(1, constant(model, "along_rows", 0))
+
+
+def hides_what_is_recent(model: ir.Model) -> None:
+    first(model, "Greater").op_type = "Less"
+
+
+def counts_from_the_start(model: ir.Model) -> None:
+    """A token's own counts are not those behind the past."""
+    cut = [node for node in model.graph if node.op_type == "Slice"][1]
+    cut.replace_input_with(1, constant(model, "from_the_start", [0]))
+
+
+def window_is_computed(model: ir.Model) -> None:
+    """Its size is no constant."""
+    rule = first(model, "Greater").inputs[1]
+    node = rule.producer() if rule is not None else None
+    assert node is not None
+    node.replace_input_with(1, first(model, "Squeeze").outputs[0])
+
+
+def one_more_rule(model: ir.Model) -> None:
+    """What is recent is inverted as well."""
+    replaced(model, first(model, "Greater").outputs[0], "Not", [])
+
+
+SPOILED_WINDOWS = [
+    counts_exclusively,
+    counts_backwards,
+    counts_rows,
+    hides_what_is_recent,
+    counts_from_the_start,
+    window_is_computed,
+    one_more_rule,
+]
+
+
+@pytest.mark.parametrize("a_pass", [static_cache, group_query_attention])
+@pytest.mark.parametrize("spoil", SPOILED_WINDOWS)
+def test_another_window_is_kept(
+    spoil: Callable[[ir.Model], None], a_pass: Callable[[ir.Model], int], windowed: ir.Model
+) -> None:
+    model = windowed.clone()
+    spoil(model)
+    assert a_pass(model) == 1  # the layer that sees all
+    assert len(masks_of(model)) == 3
 
 
 @pytest.mark.parametrize("a_pass", [static_cache, group_query_attention])

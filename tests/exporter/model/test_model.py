@@ -12,18 +12,20 @@ from transformers import Olmo2ForCausalLM as TransformersOlmo2
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RotaryEmbedding
 
 from olmo2_export.config import ModelConfig
-from olmo2_export.model.olmo import Olmo2ForCausalLM, RMSNorm, rotary_tables
+from olmo2_export.model.olmo import OlmoForCausalLM, RMSNorm
+from olmo2_export.model.rotary import model_tables
 from olmo2_export.weights.checkpoint import open_checkpoint
 
 
-def load(folder: Path) -> tuple[Olmo2ForCausalLM, ModelConfig]:
+def load(folder: Path) -> tuple[OlmoForCausalLM, ModelConfig]:
     checkpoint, config = open_checkpoint(str(folder)), ModelConfig.from_json(folder / "config.json")
-    model = Olmo2ForCausalLM(config).eval()
+    model = OlmoForCausalLM(config).eval()
     state = {name: checkpoint.tensor(name).float() for name in checkpoint.tensors}
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state)
-    model.rotary_cos, model.rotary_sin = rotary_tables(config)
+    for name, table in model_tables(config).items():
+        setattr(model, name, table)
     return model, config
 
 
@@ -66,9 +68,9 @@ def test_rotary_tables_are_bit_identical_to_those_of_transformers(tmp_path: Path
     config = ModelConfig.from_json(folder / "config.json")
     theirs = Olmo2RotaryEmbedding(TransformersOlmo2.from_pretrained(folder).config)
     cos, sin = theirs(torch.zeros(1), torch.arange(4096)[None])
-    ours = rotary_tables(config)
-    assert torch.equal(ours[0], cos[0, :, :8])
-    assert torch.equal(ours[1], sin[0, :, :8])
+    ours = model_tables(config)
+    assert torch.equal(ours["rotary_cos"], cos[0, :, :8])
+    assert torch.equal(ours["rotary_sin"], sin[0, :, :8])
 
 
 def test_norm_weight_is_multiplied_before_the_cast_down() -> None:

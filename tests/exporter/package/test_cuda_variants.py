@@ -27,7 +27,7 @@ from olmo2_export.graphs.files import save_graph
 from olmo2_export.graphs.shared import shared_graph
 from olmo2_export.graphs.trace import trace
 from olmo2_export.package.export import export
-from olmo2_export.package.variants import Options
+from olmo2_export.package.weight_choice import Options
 from olmo2_export.truth.reference import open_reference
 from olmo2_export.verify.verify import verify
 from olmo2_export.views.shared_forms import stored_matrices

@@ -29,7 +29,7 @@ from support.rebuilt_packages import rebuilt
 from olmo2_export.catalog import INT4_BLOCKS
 from olmo2_export.measure.parity import DRAWS, ParityReport
 from olmo2_export.package.export import export
-from olmo2_export.package.variants import Options
+from olmo2_export.package.weight_choice import Options
 from olmo2_export.verify.feeds import MODES
 from olmo2_export.verify.variant import measure_variant
 from olmo2_export.verify.verify import format_reports, verify

@@ -167,3 +167,9 @@ def test_a_file_that_changed_in_the_cache_is_caught(served: Path, tmp_path: Path
     assert "download it again" in result.stderr
     shutil.rmtree(cache)
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["source"]["revision"] == COMMIT
+
+
+@pytest.mark.parametrize("verb", [["export", "--dry-run", "--out", "x"], ["revisions"]])
+def test_the_home_of_nobody_is_no_folder(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([verb[0], "~nobody-of-that-name/x", *verb[1:]]) == 2
+    assert "no such folder" in capsys.readouterr().err

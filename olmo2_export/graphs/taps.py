@@ -3,17 +3,19 @@
 | name, after `model.layers.N.`  | shape                              | what gives it                          |
 |--------------------------------|------------------------------------|----------------------------------------|
 | self_attn.{q,k,v}_proj         | [B, S, heads * head_dim]           | linear                                 |
-| self_attn.{q,k}_norm           | [B, S, heads * head_dim]           | RMS norm                               |
+| self_attn.{q,k}_norm           | [B, S, heads * head_dim]           | RMS norm; not in OLMo 1                |
+| self_attn.{q,k,v}_clip         | [B, S, heads * head_dim]           | clip; in OLMo 1 with clip_qkv          |
 | self_attn.{q,k}_rotary         | [B, heads, S, head_dim]            | rotary embedding, where it is a node   |
 | self_attn.{key,value}_cache    | [B, kv_heads, length, head_dim]    | KV cache write: the output present.N   |
 | self_attn.attention            | [B, S, heads * head_dim]           | attention; the input of o_proj         |
 | self_attn.o_proj               | [B, S, hidden]                     | linear                                 |
-| post_attention_layernorm       | [B, S, hidden]                     | RMS norm                               |
+| post_attention_layernorm       | [B, S, hidden]                     | RMS norm; layer norm in OLMo 1         |
 | after_attention                | [B, S, hidden]                     | residual add; the input of gate and up |
 | mlp.{gate,up}_proj             | [B, S, intermediate]               | linear                                 |
 | mlp.gated                      | [B, S, intermediate]               | gated activation; the input of down    |
 | mlp.down_proj                  | [B, S, hidden]                     | linear                                 |
-| post_feedforward_layernorm     | [B, S, hidden]                     | RMS norm                               |
+| post_feedforward_layernorm     | [B, S, hidden]                     | RMS norm; not in OLMo 1                |
+| input_layernorm                | [B, S, hidden]                     | layer norm; in OLMo 1                  |
 | output                         | [B, S, hidden]                     | residual add                           |
 
 and model.embed_tokens, model.norm_input (the rows that get logits), model.norm, logits. Values are found from the names
@@ -106,7 +108,7 @@ def find_segments(model: ir.Model, rows: Sequence[Operation]) -> list[Segment]:
     return [*segments, Segment(None, taps | {"logits": "logits"}, ends[-1], None)]
 
 
-def cut(model: ir.Model, segment: Segment, hidden_shape: Sequence[int] | None = None) -> ir.Model:
+def cut(model: ir.Model, segment: Segment, hidden_shape: Sequence[int | str] | None = None) -> ir.Model:
     """Return a segment as a graph; its outputs are its taps and its result, in float32 where they are bfloat16.
 
     Args:
@@ -195,6 +197,8 @@ class _Values:
             return _linear(self._graph, linear.weight)[0]
         if row.kind in NORMS:
             return self._norm(row)
+        if row.kind == "clip":
+            return _clipped(self.of(row.reads[0]))
         norm = next((reader for reader in readers if reader.kind in NORMS), None)
         if norm is None:
             raise PackageError(f"graph {self._graph.name}: no linear or norm reads {name}")
@@ -327,6 +331,18 @@ def _norm(graph: ir.Graph, weight: str) -> ir.Value | None:
             if scale.name == weight and node.outputs[0].uses():
                 return _seen(node.outputs[0])
     return None
+
+
+def _clipped(value: ir.Value) -> ir.Value:
+    """Return a value after the clip that reads it; itself, where none does, or nobody reads the clip."""
+    for user in _users(value):
+        if is_op(user, "Clip") and user.outputs[0].uses():
+            return _seen(user.outputs[0])
+        if is_op(user, "Cast"):
+            found = _clipped(user.outputs[0])
+            if found is not user.outputs[0]:
+                return found
+    return value
 
 
 def _rotated(value: ir.Value) -> ir.Value | None:

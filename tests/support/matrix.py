@@ -1,0 +1,120 @@
+"""The support matrix: what a run of the tests has seen of each model, variant and backend; the docs have no other.
+
+    pytest --support check       fails where README.md or docs/support.md say something else than the run
+    pytest --support write       writes both anew
+
+A test that has seen something says so with `seen`; only what passed counts. A run of a part of the tests is held to
+what it has seen alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import pytest
+
+State = Literal["verified", "compiled", "refused"]
+"""verified: all cases of `verify` passed; compiled: TensorRT built an engine, which no GPU has run; refused: by name"""
+PROPERTY = "support"
+PAGES = ("README.md", "docs/support.md")
+MODELS = {"olmo": "OLMo 1", "olmo2": "OLMo 2", "olmo3": "Olmo 3, 3.1"}
+COLUMNS = {
+    "onnxruntime": ("fp32", "q4", "q8", "bf16", "fp16", "q4f16"),
+    "graph for TensorRT": ("bf16", "fp16", "fp32", "int4", "int8", "fp8"),
+    "TensorRT for RTX": ("bf16", "fp16", "fp32", "int4", "int8", "fp8"),
+}
+"""backend -> precisions or variants, in the order of the page"""
+_MARK = re.compile(r"(<!-- support -->\n)(.*?)(<!-- end of support -->)", re.DOTALL)
+
+
+@dataclass(frozen=True, order=True)
+class Seen:
+    """One cell."""
+
+    model: str
+    backend: str
+    variant: str
+    state: str
+    reason: str = ""
+    """of a refusal"""
+
+
+def seen(
+    request: pytest.FixtureRequest, model: str, backend: str, variant: str, state: State, reason: str = ""
+) -> None:
+    """Say what a test has seen; to be called at its end."""
+    assert state in get_args(State)
+    cell = Seen(model, backend, variant, state, reason)
+    request.node.user_properties.append((PROPERTY, [cell.model, cell.backend, cell.variant, cell.state, cell.reason]))
+
+
+class Matrix:
+    """A plugin that collects the cells of all tests that passed, and compares the pages with them at the end."""
+
+    def __init__(self, mode: str, root: Path) -> None:
+        self._mode, self._root = mode, root
+        self._cells: set[Seen] = set()
+        self.stale: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed:
+            self._cells |= {Seen(*value) for name, value in report.user_properties if name == PROPERTY}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        tables = {"README.md": overview(self._cells), "docs/support.md": whole(self._cells)}
+        for page, table in tables.items():
+            path = self._root / page
+            text = path.read_text(encoding="utf-8")
+            fresh = _MARK.sub(lambda found, t=table: found[1] + t + found[3], text)  # type: ignore[misc]
+            if fresh == text:
+                continue
+            if self._mode == "write":
+                path.write_text(fresh, encoding="utf-8")
+            else:
+                self.stale.append(page)
+        if self.stale:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self.stale:
+            terminalreporter.write_line(
+                f"support matrix: {', '.join(self.stale)} differ from what this run has seen: look why, or write them "
+                "anew with: make support",
+                red=True,
+            )
+
+
+def overview(cells: Iterable[Seen]) -> str:
+    """Return the table of the README: models, and per backend the precisions."""
+    cells = list(cells)
+    lines = [f"| | {' | '.join(COLUMNS)} |", "|---|" + "---|" * len(COLUMNS)]
+    for model, title in MODELS.items():
+        parts = []
+        for backend, variants in COLUMNS.items():
+            states = {c.variant: c.state for c in cells if (c.model, c.backend) == (model, backend)}
+            found = [v for v in variants if v in states]
+            word = "compiled" if backend == "TensorRT for RTX" else "verified"
+            parts.append(f"{word}: {', '.join(f'`{v}`' for v in found)}" if found else "-")
+        lines.append(f"| {title} | {' | '.join(parts)} |")
+    return "\n".join(lines) + "\n"
+
+
+def whole(cells: Iterable[Seen]) -> str:
+    """Return the tables of docs/support.md: each model, variant and backend, and what is refused."""
+    cells = sorted(cells)
+    states = {(c.model, c.backend, c.variant): c.state for c in cells}
+    lines: list[str] = []
+    for backend, variants in COLUMNS.items():
+        lines += [f"| {backend} | {' | '.join(f'`{v}`' for v in variants)} |", "|---|" + "---|" * len(variants)]
+        for model, title in MODELS.items():
+            lines.append(f"| {title} | {' | '.join(states.get((model, backend, v), '-') for v in variants)} |")
+        lines.append("")
+    refused = [c for c in cells if c.state == "refused"]
+    if refused:
+        lines += ["| refused | because |", "|---|---|", *(f"| {c.model} | {c.reason} |" for c in refused), ""]
+    return "\n".join(lines)
