@@ -78,7 +78,7 @@ VIEWS = ["", "kernels ", "int8 exact ", "int8 "]
 QUALITY = ["quality", "int8 quality", "quality of both in turns"]
 
 
-@pytest.mark.usefixtures("little_text")
+@pytest.mark.usefixtures("little_text", "short_rows")
 @pytest.mark.parametrize("bug", EXACT_BUGS, ids=lambda bug: bug.__name__)
 def test_bug_in_the_decode_graph_turns_exact_parity_red(
     package: Path, checkpoint: str, tmp_path: Path, bug: Bug
@@ -89,7 +89,7 @@ def test_bug_in_the_decode_graph_turns_exact_parity_red(
     assert "exact" in red(report), format_reports([report])
 
 
-@pytest.mark.usefixtures("little_text")
+@pytest.mark.usefixtures("little_text", "short_rows")
 @pytest.mark.parametrize("bug", WEIGHT_BUGS, ids=lambda bug: bug.__name__)
 def test_wrong_weights_turn_the_weights_check_red(package: Path, checkpoint: str, tmp_path: Path, bug: Bug) -> None:
     """The graph computes what they say, so that parity with the dequantised weights cannot see it."""
@@ -100,7 +100,7 @@ def test_wrong_weights_turn_the_weights_check_red(package: Path, checkpoint: str
     assert "weights" in red(report), format_reports([report])
 
 
-@pytest.mark.usefixtures("little_text")
+@pytest.mark.usefixtures("little_text", "short_rows")
 @pytest.mark.parametrize(
     ("bug", "part"),
     [
@@ -151,7 +151,7 @@ def test_one_extreme_weight_is_no_false_alarm(outlier: tuple[Path, str]) -> None
     assert {c.draws for c in report.cases if c.mode in MODES} == {1 + DRAWS}
 
 
-@pytest.mark.usefixtures("little_text")
+@pytest.mark.usefixtures("little_text", "short_rows")
 @pytest.mark.parametrize(
     ("bug", "graph", "part"),
     [
@@ -210,7 +210,7 @@ def test_each_graph_is_measured_and_both_on_one_cache(package: Path, checkpoint:
     assert set(QUALITY) <= red(report)
 
 
-@pytest.mark.usefixtures("little_text")
+@pytest.mark.usefixtures("little_text", "short_rows")
 def test_cache_scales_that_are_not_the_manifests_turn_it_red(
     checkpoint: str, package_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
