@@ -186,8 +186,12 @@ def test_inputs_that_are_rounded_too_coarsely_turn_the_int8_graph_red(
     assert all(c.passed for c in report.cases if c.mode.startswith("int8 exact"))
 
 
+@pytest.mark.usefixtures("little_text")
 def test_the_demo_passes_all_with_gptq_and_an_8_bit_cache(tmp_path: Path) -> None:
-    """The whole way: calibrated weights, both graphs, quantised cache; and the gate is the one of the issue."""
+    """The whole way: calibrated weights, both graphs, quantised cache; and the gate is the one of the issue.
+
+    The export measures quality on all of the text, verify again on a sequence that fills the cache.
+    """
     out, demo = tmp_path / "demo", open_checkpoint("demo")
     manifest = export(demo, out, variants=["q4"], options=Options(recipe="gptq", kv_cache="int8"))
     variant = manifest.variants["q4"]
