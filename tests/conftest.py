@@ -6,7 +6,7 @@ Numpy is imported where it is used, and so is what imports it: before that, `tak
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +47,16 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
+def traces(shared: Shared) -> Iterator[None]:
+    """Each shape is traced once for all processes of the run."""
+    from support.traces import share
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        share(shared, monkeypatch)
+        yield
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(shared: Shared) -> Path:
     """A random OLMo 2 with grouped-query attention and sizes that all differ; no tokenizer. Do not change it."""
     pytest.importorskip("torch")
@@ -75,6 +85,7 @@ def _package(request: pytest.FixtureRequest, name: str) -> Path:
     if made is not None:
         return made.resolve() / name
     tiny = request.getfixturevalue("tiny_checkpoint")
+    request.getfixturevalue("traces")
     shared: Shared = request.getfixturevalue("shared")
     return shared.made("package", name, lambda out: packages.make_package(name, tiny, out))
 
@@ -131,6 +142,15 @@ def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
     from olmo2_export.verify import checks
 
     monkeypatch.setattr(checks, "quality_tokens", partial(checks.quality_tokens, most=1))
+
+
+@pytest.fixture
+def short_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """verify's short rows have 15 tokens instead of 61, and 8 follow freely: its time goes into tokens one by one."""
+    from olmo2_export.verify import feeds, measure
+
+    monkeypatch.setattr(feeds, "LENGTHS", (15, 13, 11))
+    monkeypatch.setattr(measure, "GREEDY_TOKENS", 8)
 
 
 @pytest.fixture(scope="session")

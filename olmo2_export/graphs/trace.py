@@ -170,18 +170,18 @@ def _all_values(graph: ir.Graph) -> Iterator[ir.Value]:
 
 
 def _strip(model: ir.Model, name: str) -> None:
-    """Remove the exporter's notes: they hold local paths and source lines, and differ from machine to machine."""
+    """Remove the exporter's notes: they hold local paths and source lines, differ from machine to machine, and keep the
+    whole traced program in memory."""
     model.producer_name, model.producer_version, model.doc_string = "olmo2-export", None, None
     model.ir_version = IR_VERSION
     model.metadata_props.clear()
     model.graph.name, model.graph.doc_string = name, None
     model.graph.metadata_props.clear()
-    for node in model.graph:
-        node.metadata_props.clear()
-        node.doc_string = None
-    for value in [*_all_values(model.graph), *model.graph.initializers.values()]:
-        value.metadata_props.clear()
-        value.doc_string = None
+    values = [*_all_values(model.graph), *model.graph.initializers.values()]
+    for noted in [*model.graph, *values]:
+        noted.metadata_props.clear()
+        noted.doc_string = None
+        noted.meta.pop("node", None)
 
 
 def _give_default(graph: ir.Graph, name: str, default: int) -> None:

@@ -201,6 +201,7 @@ def test_choices_are_those_of_the_library(flag: str, capsys: pytest.CaptureFixtu
     assert all(value in shown for value in known)
 
 
+@pytest.mark.usefixtures("little_text")
 def test_build_verify_inspect(built: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     variants = ["--variant", "trt_fp32", "--variant", "trt_fp16"]
     assert cli.main(["verify", str(built), "--reference", str(tiny_checkpoint), *variants]) == 0
@@ -235,6 +236,7 @@ def test_one_flipped_bit_of_an_engine_is_refused_by_name(
     assert f"trt/{name}" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("little_text")
 def test_a_verdict_on_an_earlier_graph_is_not_shown(
     built: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,6 +248,7 @@ def test_a_verdict_on_an_earlier_graph_is_not_shown(
     assert "trt_fp32 of an earlier graph; verify it again" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("little_text")
 def test_bf16_is_verified_where_onnxruntime_has_none(
     built: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

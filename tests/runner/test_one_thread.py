@@ -26,13 +26,9 @@ FIRST, SECOND = "And it came to pass", "In the beginning God created"
 
 
 @pytest.fixture(scope="module", params=["fp32", "q4"])
-def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
+def runner(request: pytest.FixtureRequest, demo_two_package: Path) -> Iterator[Runner]:
     """A graph whose cache is handed on, and one whose cache is a buffer."""
-    if request.param == "fp32":
-        out = request.getfixturevalue("demo_package")
-    else:
-        out = request.getfixturevalue("package_of")("demo_q4_decode")
-    with open_runner(out, threads=1) as opened:
+    with open_runner(demo_two_package, variant=request.param, threads=1) as opened:
         yield opened
 
 

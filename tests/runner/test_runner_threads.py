@@ -120,16 +120,10 @@ def tokenizer(demo_package: Path) -> Tokenizer:
     return Tokenizer.from_package(demo_package)
 
 
-@pytest.fixture(scope="module")
-def q4_demo(package_of: Callable[[str], Path]) -> Path:
-    return package_of("demo_q4_decode")
-
-
 @pytest.fixture(scope="module", params=["fp32", "q4"])
-def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
+def runner(request: pytest.FixtureRequest, demo_two_package: Path) -> Iterator[Runner]:
     """A graph whose cache is handed on, and one whose cache is a buffer."""
-    package = request.getfixturevalue("demo_package" if request.param == "fp32" else "q4_demo")
-    with open_runner(package, threads=1) as opened:
+    with open_runner(demo_two_package, variant=request.param, threads=1) as opened:
         yield opened
 
 
@@ -275,8 +269,10 @@ def test_an_iterator_appends_to_what_was_held_when_it_was_made() -> None:
     assert list(ids) == fake_text([1, 2, 3], 4)
 
 
-def test_a_slot_is_not_stepped_after_another_threads_text_has_its_row(tokenizer: Tokenizer, q4_demo: Path) -> None:
-    with open_runner(q4_demo, threads=1) as runner:
+def test_a_slot_is_not_stepped_after_another_threads_text_has_its_row(
+    tokenizer: Tokenizer, demo_two_package: Path
+) -> None:
+    with open_runner(demo_two_package, variant="q4", threads=1) as runner:
         expected = generate(runner, tokenizer, PROMPTS[0], **OPTIONS).text
         runner.reset()
         slot, _ = runner.admit([1, 2])  # type: ignore[attr-defined]
@@ -368,12 +364,12 @@ class Knows:
 
 @pytest.mark.parametrize("kind", ["lookup", "model"])
 def test_a_drafter_that_two_threads_share_spoils_no_text(
-    demo_package: Path, q4_demo: Path, tokenizer: Tokenizer, kind: str
+    demo_two_package: Path, tokenizer: Tokenizer, kind: str
 ) -> None:
     with (
-        open_runner(demo_package, threads=1) as first,
-        open_runner(demo_package, threads=1) as second,
-        open_runner(q4_demo, threads=1) as small,
+        open_runner(demo_two_package, variant="fp32", threads=1) as first,
+        open_runner(demo_two_package, variant="fp32", threads=1) as second,
+        open_runner(demo_two_package, variant="q4", threads=1) as small,
     ):
         alone = [generate(first, tokenizer, prompt, **OPTIONS).text for prompt in PROMPTS]
         for _ in range(3):

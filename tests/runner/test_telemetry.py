@@ -23,7 +23,7 @@ import sys, time
 import olmo2_export.cli, runtimes.cli
 checkpoint, package, demo = sys.argv[1:]
 assert olmo2_export.cli.main(["export", checkpoint, "--out", package]) == 0
-assert olmo2_export.cli.main(["verify", package, "--reference", checkpoint]) == 0
+assert olmo2_export.cli.main(["verify", package, "--reference", checkpoint, "--longest", "64"]) == 0
 assert runtimes.cli.main(["generate", demo, "--prompt", "In the beginning", "--max-new-tokens", "5"]) == 0
 time.sleep({wait})
 """

@@ -24,7 +24,6 @@ PACKAGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "demo": (["fp32"], {}),
     "demo_two": (["fp32", "q4"], {"prefill_graph": False}),
     "demo_q4": (["q4"], {}),
-    "demo_q4_decode": (["q4"], {"prefill_graph": False}),
 }
 """name -> variants, and fields of `Options`"""
 LOGITS = "logits.npz"

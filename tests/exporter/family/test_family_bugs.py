@@ -16,6 +16,8 @@ from olmo2_export.measure.parity import KERNEL_PARITY
 from olmo2_export.verify.verify import verify
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
 
+pytestmark = pytest.mark.usefixtures("short_rows")
+
 DECODE = "onnx/model_q4.onnx"
 Named = tuple[Bug, int | None, str, str, str]
 """the bug, and where locate finds it: layer, tensor, operation, words"""

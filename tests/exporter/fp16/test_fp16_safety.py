@@ -245,6 +245,7 @@ def test_the_graph_itself_turns_into_exclamation_marks_without_islands(
         assert not np.isfinite(graph_logits(folders(name), wide.without(value, weight=False), tmp_path)).all(), value
 
 
+@pytest.mark.usefixtures("little_text")
 def test_apply_writes_a_package_that_verifies(
     folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -278,7 +279,7 @@ def test_apply_writes_a_package_that_verifies(
         *("Slice", "RMSNormalization", "TopK"),
     ]
     assert {v.dtype for v in model.graph.inputs if str(v.name).startswith("past")} == {ir.DataType.FLOAT16}
-    (report,) = verify(out, open_checkpoint(str(folder)), variants=["fp16"])
+    (report,) = verify(out, open_checkpoint(str(folder)), variants=["fp16"], longest=64)
     assert report.passed
     assert max(case.error_ratio for case in large(report)) < 1.3
     assert report.own_error_of.startswith("this project's layers, rounded as transformers rounds")
@@ -291,6 +292,7 @@ def test_apply_writes_a_package_that_verifies(
     assert [*open_package(out).manifest.variants] == ["fp16"]
 
 
+@pytest.mark.usefixtures("little_text")
 def test_verify_sees_an_island_that_is_missing(folders: Folders, tmp_path: Path) -> None:
     """The CPU's kernels round to float16 between operators, so that an unprotected residual stream shows even there."""
     folder, out = folders("residual"), tmp_path / "out"
@@ -298,7 +300,7 @@ def test_verify_sees_an_island_that_is_missing(folders: Folders, tmp_path: Path)
     less = Safety(found.tokens, found.tokens_from, found.margin, found.peaks, found.islands[:2], ())
     options = Options(fp16_islands=True, fp16_safety=less)
     export(open_checkpoint(str(folder)), out, variants=("fp16",), options=options)
-    (report,) = verify(out, open_checkpoint(str(folder)), variants=["fp16"])
+    (report,) = verify(out, open_checkpoint(str(folder)), variants=["fp16"], longest=64)
     assert not report.passed
 
 

@@ -27,6 +27,8 @@ from runtimes.errors import ConfigError, UsageError
 from runtimes.manifest import Quality
 from runtimes.package import open_package
 
+pytestmark = pytest.mark.usefixtures("remembered")
+
 HEADS, HEAD_DIM, LAYERS = 2, 16, 3
 
 
@@ -195,6 +197,7 @@ ODD: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.usefixtures("little_text")
 @pytest.mark.parametrize("fields", ODD.values(), ids=ODD.keys())
 def test_odd_shapes_export_and_verify_exactly(tmp_path: Path, fields: dict[str, Any]) -> None:
     from olmo2_export.verify.variant import measure_variant
@@ -202,7 +205,7 @@ def test_odd_shapes_export_and_verify_exactly(tmp_path: Path, fields: dict[str, 
     checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "c", **fields)))
     export(checkpoint, tmp_path / "p", variants=["q4", "q8"])
     for name in ("q4", "q8"):
-        report = measure_variant(tmp_path / "p", name, checkpoint)
+        report = measure_variant(tmp_path / "p", name, checkpoint, longest=64)
         assert all(case.passed for case in report.cases), [c for c in report.cases if not c.passed]
         assert report.greedy.passed
         assert {check.name for check in report.checks if not check.passed if "quality" not in check.name} == set()

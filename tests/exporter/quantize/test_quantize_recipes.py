@@ -246,6 +246,15 @@ def test_int8_channels(shape: tuple[int, int]) -> None:
 GATES = {4: (0.01, 0.08, 0.93, 0.01), 8: (2e-4, 0.002, 0.99, 0.001)}
 
 
+@pytest.fixture(scope="module")
+def held_out() -> tuple[list[np.ndarray], np.ndarray]:
+    """Sequences of held-out text, and the demo's logits of all their positions, [positions, V]."""
+    checkpoint = open_checkpoint("demo")
+    config = ModelConfig.from_json(checkpoint.folder / "config.json")
+    sequences = calibration_tokens(checkpoint, config, checkpoint.folder / "heldout.txt", sequences=12, length=512)
+    return sequences, run(checkpoint, sequences)
+
+
 @pytest.mark.parametrize(
     ("recipe", "form", "head", "kl_limit"),
     [
@@ -257,16 +266,20 @@ GATES = {4: (0.01, 0.08, 0.93, 0.01), 8: (2e-4, 0.002, 0.99, 0.001)}
     ids=str,
 )
 def test_the_demo_is_within_its_gates(
-    tmp_path: Path, recipe: str, form: BlockFormat, head: BlockFormat, kl_limit: float
+    tmp_path: Path,
+    held_out: tuple[list[np.ndarray], np.ndarray],
+    recipe: str,
+    form: BlockFormat,
+    head: BlockFormat,
+    kl_limit: float,
 ) -> None:
     checkpoint = open_checkpoint("demo")
     config = ModelConfig.from_json(checkpoint.folder / "config.json")
     embedding = Q4_EMBEDDING if form == Q4 else Q8
     spool = tmp_path / "spool" if recipe == "gptq" else None
     weights = quantize(checkpoint, config, recipe, form=form, head=head, embedding=embedding, spool=spool)
-    text = checkpoint.folder / "heldout.txt"
-    sequences = calibration_tokens(checkpoint, config, text, sequences=12, length=512)
-    truth, got = run(checkpoint, sequences), run(checkpoint, sequences, weights)
+    sequences, truth = held_out
+    got = run(checkpoint, sequences, weights)
     kl = kl_divergence(truth, got)
     targets = np.concatenate([np.append(ids[1:], -1) for ids in sequences])
     rise = log_perplexity(got, targets) - log_perplexity(truth, targets)

@@ -53,7 +53,7 @@ FORMS: dict[str, dict[str, Any]] = {
 @pytest.mark.usefixtures("little_text")
 @pytest.mark.parametrize("fields", FORMS.values(), ids=FORMS.keys())
 def test_every_form_of_checkpoint_verifies(tmp_path: Path, fields: dict[str, Any]) -> None:
-    checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "c", **fields)))
+    checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "c", **{"num_hidden_layers": 2} | fields)))
     export(checkpoint, tmp_path / "p")
     (report,) = verify(tmp_path / "p", checkpoint)
     assert report.passed, format_reports([report])
@@ -135,7 +135,7 @@ def test_another_vocabulary_is_not_compared(copy: Path, tmp_path: Path) -> None:
 
 
 def test_a_context_too_short_to_tell_the_cases_apart_is_refused(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "c", max_position_embeddings=15)))
+    checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "c", max_position_embeddings=15, num_hidden_layers=1)))
     export(checkpoint, tmp_path / "p")
     with pytest.raises(PackageError, match="a cache of 15 tokens; verification needs 16"):
         verify(tmp_path / "p", checkpoint)

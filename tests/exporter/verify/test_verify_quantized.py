@@ -78,7 +78,7 @@ VIEWS = ["", "kernels ", "int8 exact ", "int8 "]
 QUALITY = ["quality", "int8 quality", "quality of both in turns"]
 
 
-@pytest.mark.usefixtures("little_text")
+@pytest.mark.usefixtures("little_text", "short_rows")
 @pytest.mark.parametrize("bug", EXACT_BUGS, ids=lambda bug: bug.__name__)
 def test_bug_in_the_decode_graph_turns_exact_parity_red(
     package: Path, checkpoint: str, tmp_path: Path, bug: Bug
@@ -89,7 +89,7 @@ def test_bug_in_the_decode_graph_turns_exact_parity_red(
     assert "exact" in red(report), format_reports([report])
 
 
-@pytest.mark.usefixtures("little_text")
+@pytest.mark.usefixtures("little_text", "short_rows")
 @pytest.mark.parametrize("bug", WEIGHT_BUGS, ids=lambda bug: bug.__name__)
 def test_wrong_weights_turn_the_weights_check_red(package: Path, checkpoint: str, tmp_path: Path, bug: Bug) -> None:
     """The graph computes what they say, so that parity with the dequantised weights cannot see it."""
@@ -100,7 +100,7 @@ def test_wrong_weights_turn_the_weights_check_red(package: Path, checkpoint: str
     assert "weights" in red(report), format_reports([report])
 
 
-@pytest.mark.usefixtures("little_text")
+@pytest.mark.usefixtures("little_text", "short_rows")
 @pytest.mark.parametrize(
     ("bug", "part"),
     [
@@ -151,7 +151,7 @@ def test_one_extreme_weight_is_no_false_alarm(outlier: tuple[Path, str]) -> None
     assert {c.draws for c in report.cases if c.mode in MODES} == {1 + DRAWS}
 
 
-@pytest.mark.usefixtures("little_text")
+@pytest.mark.usefixtures("little_text", "short_rows")
 @pytest.mark.parametrize(
     ("bug", "graph", "part"),
     [
@@ -186,8 +186,12 @@ def test_inputs_that_are_rounded_too_coarsely_turn_the_int8_graph_red(
     assert all(c.passed for c in report.cases if c.mode.startswith("int8 exact"))
 
 
+@pytest.mark.usefixtures("little_text")
 def test_the_demo_passes_all_with_gptq_and_an_8_bit_cache(tmp_path: Path) -> None:
-    """The whole way: calibrated weights, both graphs, quantised cache; and the gate is the one of the issue."""
+    """The whole way: calibrated weights, both graphs, quantised cache; and the gate is the one of the issue.
+
+    The export measures quality on all of the text, verify again on a sequence that fills the cache.
+    """
     out, demo = tmp_path / "demo", open_checkpoint("demo")
     manifest = export(demo, out, variants=["q4"], options=Options(recipe="gptq", kv_cache="int8"))
     variant = manifest.variants["q4"]
@@ -210,7 +214,7 @@ def test_each_graph_is_measured_and_both_on_one_cache(package: Path, checkpoint:
     assert set(QUALITY) <= red(report)
 
 
-@pytest.mark.usefixtures("little_text")
+@pytest.mark.usefixtures("little_text", "short_rows")
 def test_cache_scales_that_are_not_the_manifests_turn_it_red(
     checkpoint: str, package_of: Callable[[str], Path], tmp_path: Path
 ) -> None:

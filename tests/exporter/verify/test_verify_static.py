@@ -24,7 +24,6 @@ from olmo2_export.measure.quality import gate_of, measure_quality, quality_check
 from olmo2_export.package.trt_variants import TrtOptions
 from olmo2_export.truth.torch_layers import reference_logits
 from olmo2_export.verify import checks as verify_checks
-from olmo2_export.verify import feeds
 from olmo2_export.verify import variant as verify_variant
 from olmo2_export.verify import verify as verify_module
 from olmo2_export.verify.feeds import MODES
@@ -47,9 +46,8 @@ NO_QUALITY = [Check("quality", "not measured", ())], None
 
 
 @pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short sequences, and little or no quality: random weights are hard to round, and the bugs here show elsewhere."""
-    monkeypatch.setattr(feeds, "LENGTHS", (19, 17, 13))
+def hardly_quality(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little or no quality: random weights are hard to round, and the bugs here show elsewhere."""
     monkeypatch.setattr(verify_checks, "quality_tokens", partial(verify_checks.quality_tokens, most=128))
     measured = verify_variant.quality_checks
 
@@ -70,6 +68,7 @@ def red(report: ParityReport) -> set[str]:
     return parts | ({"greedy"} if not report.greedy.passed else set()) | {c.name for c in report.checks if not c.passed}
 
 
+@pytest.mark.usefixtures("little_text")
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_a_rounded_graph_passes(
     precision: Precision,
@@ -92,6 +91,7 @@ def test_a_rounded_graph_passes(
     seen(request, "olmo2", "graph for TensorRT", precision, "verified")
 
 
+@pytest.mark.usefixtures("little_text")
 @pytest.mark.parametrize("precision", ["int4", "int8", "fp8"])
 def test_a_quantised_graph_computes_what_its_weights_say(
     precision: Precision,
@@ -148,7 +148,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "find_device", lambda _: FakeCuda("cuda", GpuMemory(kind="cpu")))
 
 
-@pytest.mark.usefixtures("fake_cuda")
+@pytest.mark.usefixtures("fake_cuda", "little_text")
 def test_on_a_device_the_graph_is_verified_as_itself(
     trt_package: Callable[[Precision], Path], tiny_checkpoint: Path
 ) -> None:
@@ -208,6 +208,7 @@ def test_quantised_graphs_are_refused_as_they_are(trt_package: Callable[[Precisi
             open_runner(trt_package("int8"), variant="trt_int8", device=device)
 
 
+@pytest.mark.usefixtures("little_text")
 def test_without_names_every_graph_is_verified(trt_package: Callable[[Precision], Path], tiny_checkpoint: Path) -> None:
     checkpoint = open_checkpoint(str(tiny_checkpoint))
     assert [r.variant for r in verify(trt_package("fp32"), checkpoint)] == ["fp32", "trt_fp32"]
@@ -215,7 +216,7 @@ def test_without_names_every_graph_is_verified(trt_package: Callable[[Precision]
         verify(trt_package("fp32"), checkpoint, backend="trt_rtx")
 
 
-@pytest.mark.usefixtures("short")
+@pytest.mark.usefixtures("short_rows", "hardly_quality")
 @pytest.mark.parametrize(("precision", "bug", "part"), BUGS, ids=lambda x: getattr(x, "__name__", x))
 def test_bug_turns_verify_red(
     precision: Precision,
@@ -230,7 +231,7 @@ def test_bug_turns_verify_red(
     assert part in red(report), format_reports([report])
 
 
-@pytest.mark.usefixtures("short")
+@pytest.mark.usefixtures("short_rows", "hardly_quality")
 def test_a_wrong_calibration_turns_verify_red(
     trt_package: Callable[[Precision], Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -248,7 +249,7 @@ def test_a_wrong_calibration_turns_verify_red(
     assert "2.00 x what calibration gives" in check.failures[0]
 
 
-@pytest.mark.usefixtures("short")
+@pytest.mark.usefixtures("short_rows", "hardly_quality")
 def test_a_rebuilt_graph_without_a_bug_passes(
     trt_package: Callable[[Precision], Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
