@@ -21,6 +21,8 @@ OLMo 2 and 3:
 | model.norm                              | rms_norm  | mlp_residual of the last layer                           |
 | lm_head                                 | linear    | model.norm                                               |
 
+A classifier has `score` in the place of lm_head, a linear too, [labels, hidden]; it reads one token of a row.
+
 OLMo 1, where it differs:
 
 | operation                               | kind       | reads                                                   |
@@ -53,7 +55,7 @@ NORMS: tuple[Kind, ...] = ("rms_norm", "layer_norm")
 """a layer_norm has no weight"""
 NORM_OPERATORS = ("RMSNormalization", "LayerNormalization")
 """of ONNX, in the same order"""
-EMBED, FINAL_NORM, LOGITS = "model.embed_tokens", "model.norm", "lm_head"
+EMBED, FINAL_NORM, LOGITS, SCORE = "model.embed_tokens", "model.norm", "lm_head", "score"
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,14 @@ def operations(config: ModelConfig) -> tuple[Operation, ...]:
     for layer in range(config.num_hidden_layers):
         rows += layer_operations(config, layer, rows[-1].name)
     last = _norm(config, FINAL_NORM, rows[-1].name, config.hidden_size, None)
-    return (*rows, last, Operation(LOGITS, "linear", (FINAL_NORM,), None, f"{LOGITS}.weight", table))
+    name, rows_of_head = head(config)
+    shape = (rows_of_head, config.hidden_size)
+    return (*rows, last, Operation(name, "linear", (FINAL_NORM,), None, f"{name}.weight", shape))
+
+
+def head(config: ModelConfig) -> tuple[str, int]:
+    """Return the name of the last linear, and how many numbers it gives for a token."""
+    return (SCORE, len(config.labels)) if config.labels else (LOGITS, config.vocab_size)
 
 
 def layer_operations(config: ModelConfig, layer: int, x: str) -> tuple[Operation, ...]:
@@ -175,8 +184,13 @@ def within_layer(row: Operation) -> str:
 
 
 def after_layers(rows: Iterable[Operation]) -> tuple[Operation, ...]:
-    """Return what is done with the output of the last layer: the last norm, and lm_head."""
+    """Return what is done with the output of the last layer: the last norm, and lm_head or score."""
     return tuple(row for row in rows if row.layer is None and row.kind != "gather")
+
+
+def quantizable(rows: Iterable[Operation]) -> tuple[Operation, ...]:
+    """Return what may be stored in few bits: embedding, linears and lm_head; score has too few weights to gain."""
+    return tuple(row for row in rows if row.kind in ("gather", "linear") and row.name != SCORE)
 
 
 def of_layer(rows: Iterable[Operation], layer: int) -> tuple[Operation, ...]:

@@ -37,6 +37,7 @@ CacheForm: TypeAlias = Literal["concat", "shared", "static"]
 
 SourceKind: TypeAlias = Literal["hub", "folder", "demo"]
 TokensFrom: TypeAlias = Literal["text", "random ids"]
+Task: TypeAlias = Literal["language-model", "sequence-classification"]
 EngineFlag: TypeAlias = Literal["portable", "refit", "weight_streaming"]
 
 Role: TypeAlias = Literal[
@@ -57,6 +58,7 @@ Role: TypeAlias = Literal[
 """what an input or output is for; runners go by it and not by the name.
 `logit_index`: which new token of a row gets logits; `logit_count`: how many of the last ones do.
 `candidate_ids` and `candidate_logits`: the likeliest next tokens, picked by the graph.
+`score`: what a classifier says of each row, read from one of the tokens of the call; such a graph has no logits.
 `past` and `present`: the KV cache before and after; they go together by name, past_key_values.N.key and
 present.N.key."""
 
@@ -71,6 +73,7 @@ _ROLES: dict[str, Role] = {
     "logits": "logits",
     "top_ids": "candidate_ids",
     "top_logits": "candidate_logits",
+    "score": "score",
 }
 
 
@@ -204,6 +207,11 @@ class Variant:
         return (self.graph, *self.data, *prefill)
 
     @property
+    def answer(self) -> Role:
+        """The role of what the model says: `logits`, or of a classifier `score`."""
+        return "score" if any(spec.role == "score" for spec in self.outputs) else "logits"
+
+    @property
     def top_k(self) -> int:
         """Candidates per row that the graph itself picks (outputs `top_ids` and `top_logits`); 0: it does not."""
         found = next((spec for spec in self.outputs if spec.role == "candidate_ids"), None)
@@ -247,6 +255,12 @@ class ModelSpec:
     head_dim: int
     max_position_embeddings: int
     """tokens: the context limit"""
+    task: Task = "language-model"
+    """sequence-classification: a classifier or reward model, which gives scores and no logits"""
+    labels: tuple[str, ...] = ()
+    """of a classifier: what each of its scores is of"""
+    pad_token_id: int | None = None
+    """of a classifier: the last token that is none of these is scored; None: the last token"""
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,9 @@ def write_out(out: Path | None, document: dict[str, Any]) -> None:
 
 def _fitting(package: Path, new_tokens: int) -> list[int]:
     """Return the usual context lengths that the model's context leaves room for; half of it, if none is."""
-    room = open_package(package).model.max_position_embeddings - new_tokens
+    opened = open_package(package)
+    opened.check_logits("bench")
+    room = opened.model.max_position_embeddings - new_tokens
     return [length for length in CONTEXTS if length <= room] or [max(1, room // 2)]
 
 

@@ -39,7 +39,7 @@ _OPERATORS: dict[Kind, str] = {
     "multiply": "Mul",
 }
 """the first node of an operation"""
-_MOVES = ("Slice", "Split", "Reshape", "Transpose", "Identity")
+_MOVES = ("Slice", "GatherND", "Split", "Reshape", "Transpose", "Identity")
 
 
 def float32_islands(

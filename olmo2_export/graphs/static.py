@@ -9,6 +9,7 @@
 | -> logits                      | [batch_size, vocab_size]                               | float32   |
 | -> top_ids                     | [batch_size, top_k]: the likeliest tokens, best first  | int64     |
 | -> top_logits                  | [batch_size, top_k]: their logits                      | float32   |
+| -> score, of a classifier      | [batch_size, labels]; then none of the three above     | float32   |
 | -> present.N.key, .value       | the past with the new tokens written in it             | see below |
 
 Row b's token i goes to slot, and has the position, write_indices[b] + i, which must be below max_cache_length; it sees
@@ -52,6 +53,7 @@ from olmo2_export.fuse.set_cache_length import set_cache_length
 from olmo2_export.fuse.set_precision import WeightRounding, set_precision
 from olmo2_export.fuse.static_cache import OPSET
 from olmo2_export.fuse.top_candidates import top_candidates
+from olmo2_export.graphs.trace import answer
 from olmo2_export.quantize.linear import QuantizedLinear, side_by_side
 from olmo2_export.quantize.static import StaticWeights
 from olmo2_export.stored_graph import load_graph
@@ -74,8 +76,10 @@ def static_outputs(
     model: ModelSpec, precision: Precision, max_cache_length: int, top_k: int = 1
 ) -> tuple[TensorSpec, ...]:
     """Return the outputs of the static-cache graph, in order."""
+    if model.labels:
+        return (answer(model), *_caches("present", "present", model, precision, max_cache_length))
     return (
-        TensorSpec("logits", "float32", ("batch_size", model.vocab_size), "logits"),
+        answer(model, ("batch_size",)),
         TensorSpec("top_ids", "int64", ("batch_size", top_k), "candidate_ids"),
         TensorSpec("top_logits", "float32", ("batch_size", top_k), "candidate_logits"),
         *_caches("present", "present", model, precision, max_cache_length),
@@ -145,7 +149,8 @@ def static_graph(
         raise FusionError(f"graph {portable.graph.name}: {'; '.join(wrong)}; it is not a graph of this exporter")
     if row.weights.merged:
         merge_projections(portable)
-    top_candidates(portable, top_k)
+    if not config.labels:
+        top_candidates(portable, top_k)
     rounding = set_precision(portable, ir_dtype(row.dtype))
     set_cache_length(portable, max_cache_length)
     if weights is not None:

@@ -27,6 +27,7 @@ NORM, LAYER_NORM, LINEAR, ROTARY, ATTENTION = "RMS norm", "layer norm", "linear"
 CLIP = "clip"
 CACHE, ADD, GATED = "KV cache write", "residual add", "gated activation (SiLU x up)"
 EMBEDDING, PICK = "embedding lookup", "choice of the rows that get logits"
+POOL = "choice of the token that is scored"
 LAYER = "layer as a whole"
 
 
@@ -366,7 +367,8 @@ def _shifted(model: TorchModel, ids: Tensor, shift: int, rows: int) -> Tensor:
 
 
 def head_checks(found: Sequence[Arrays], calls: Calls, exact: TorchModel, own: TorchModel) -> list[Checked]:
-    """Compare the choice of rows, the last norm and the logits."""
+    """Compare the choice of rows, or of a classifier's token, the last norm and the logits, or scores."""
+    answer = "score" if "score" in found[0] else "logits"
     hidden = [_tensor(call[HIDDEN]) for call in found]
     rows = [_rows(call["model.norm_input"]) for call in found]
     wanted = [
@@ -375,15 +377,30 @@ def head_checks(found: Sequence[Arrays], calls: Calls, exact: TorchModel, own: T
     ]
     x, picked = torch.cat(rows, dim=1), torch.cat(wanted, dim=1)
     normed = torch.cat([_rows(call["model.norm"]) for call in found], dim=1)
-    logits = torch.cat([_rows(call["logits"]) for call in found], dim=1)
-    last = torch.cat([h[:, -1:] for h in hidden], dim=1)
+    logits = torch.cat([_rows(call[answer]) for call in found], dim=1)
+
+    def other_row(choose: Callable[[int], int]) -> Callable[[], Tensor]:
+        """The rows that another choice gives, by the tokens of a call."""
+        return lambda: torch.cat([h[:, choose(h.shape[1])][:, None] for h in hidden], dim=1)
+
+    asked = calls.logit_index
+    mistakes: explain.Candidates = {"it takes the last row, not the one asked for": other_row(lambda size: size - 1)}
+    if answer == "score":
+        mistakes = {
+            "it takes the last token, padding or not": other_row(lambda size: size - 1),
+            "it takes the first token": other_row(lambda _: 0),
+            "it takes the token before the last that is no padding": other_row(lambda size: max(asked(size) - 1, 0)),
+            "it takes the token behind the last that is no padding": other_row(
+                lambda size: min(asked(size) + 1, size - 1)
+            ),
+        }
     checks: list[tuple[str, str, Callable[[TorchModel], Tensor], Tensor, Callable[[], str | None]]] = [
         (
             "model.norm_input",
-            PICK,
+            PICK if answer == "logits" else POOL,
             lambda _: picked,
             x,
-            lambda: explain.best(x, picked, {"it takes the last row, not the one asked for": lambda: last}),
+            lambda: explain.best(x, picked, mistakes),
         ),
         (
             "model.norm",
@@ -392,7 +409,7 @@ def head_checks(found: Sequence[Arrays], calls: Calls, exact: TorchModel, own: T
             normed,
             lambda: explain.best(normed, exact.norm(x), _norm_mistakes(exact, x)),
         ),
-        ("logits", LINEAR, lambda model: model.head(normed), logits, lambda: _head_words(logits, exact, normed)),
+        (answer, LINEAR, lambda model: model.head(normed), logits, lambda: _head_words(logits, exact, normed)),
     ]
     return [_head_check(exact, own, *check) for check in checks]
 

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from olmo2_export.architecture import Operation
+from olmo2_export.config import ModelConfig
 from olmo2_export.locate.taps import HIDDEN, Segment, cut, find_segments
 from olmo2_export.views.openers import Arrays, Opener
 from runtimes.errors import PackageError
@@ -28,6 +29,8 @@ class Calls:
     """int64 [S]"""
     sizes: tuple[int, ...]
     """tokens of each call"""
+    unanswered: int = 2
+    """tokens behind the one whose logits are asked for, where a graph gives those of one and there are so many"""
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """Return where each call starts and ends."""
@@ -38,7 +41,22 @@ class Calls:
 
     def logit_index(self, size: int) -> int:
         """Return the token of a call whose logits are asked for, where a graph gives one: not the last, if it can."""
-        return max(size - 3, 0)
+        return max(size - 1 - self.unanswered, 0)
+
+
+def random_calls(config: ModelConfig, sizes: tuple[int, ...], seed: int) -> Calls:
+    """Return a sequence of random ids; to a classifier each call ends with padding, which it must pass over."""
+    ids = np.random.default_rng(seed).integers(0, config.vocab_size, sum(sizes), dtype=np.int64)
+    calls = Calls(ids, sizes)
+    if not config.labels:
+        return calls
+    pad = config.pad_token_id
+    if pad is None or not 0 <= pad < config.vocab_size:
+        return dataclasses.replace(calls, unanswered=0)
+    ids[ids == pad] = (pad + 1) % config.vocab_size
+    for start, stop in calls.spans():
+        ids[start + 1 + calls.logit_index(stop - start) : stop] = pad
+    return calls
 
 
 def run_segments(

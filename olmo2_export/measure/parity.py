@@ -205,6 +205,22 @@ class ParityReport:
         return document
 
 
+@dataclass(frozen=True)
+class Scale:
+    """What errors are measured in, where a case has too few numbers to tell by itself: taken over all cases."""
+
+    own_error: float
+    """RMS error of PyTorch at the gate's precision; of several draws the largest"""
+    variance: float
+    """of what is true"""
+
+
+def scale_of(exact: Sequence[np.ndarray], *draws: Sequence[np.ndarray]) -> Scale:
+    """Return the scale of PyTorch's answers `draws` at the gate's precision, to the same questions as `exact`."""
+    truth, *others = (np.concatenate(list(a)).astype(np.float64) for a in (exact, *draws))
+    return Scale(max(_rms(other - truth) for other in others), float(truth.var()))
+
+
 def compare(
     mode: str,
     lengths: Sequence[int],
@@ -213,6 +229,7 @@ def compare(
     torch_logits: Sequence[np.ndarray],
     gate: Gate,
     draws: Sequence[Sequence[np.ndarray]] = (),
+    scale: Scale | None = None,
 ) -> CaseResult:
     """Compare logits at some positions of all sequences.
 
@@ -225,6 +242,7 @@ def compare(
         gate: the limits. Few positions are a small sample: see `_few`.
         draws: `torch_logits` again, their last bits other ones. The largest error of all is the unit; and where that is
             near an absolute limit, the limit follows it.
+        scale: of scores, of which a case has few; None: what the case's own logits give.
 
     Returns:
         The metrics and the limits that do not hold. Logits of another shape, or not finite, fail.
@@ -238,13 +256,14 @@ def compare(
         return failed_case(mode, lengths, f"{count} of {len(got)} positions not finite")
     error = _rms(got - truth)
     off = [own - truth, *(np.concatenate(list(draw)).astype(np.float64) - truth for draw in draws)]
-    own_error = max(_rms(x) for x in off)
+    scale = scale or Scale(max(_rms(x) for x in off), float(truth.var()))
+    own_error = scale.own_error
     kl = kl_divergence(truth, got)
     if draws:
-        gate = _reachable(gate, truth, off)
+        gate = _reachable(gate, truth, off, scale)
     values = {
         "error_ratio": error / own_error if own_error > 0 else (0.0 if error == 0 else math.inf),
-        "nmse": error**2 / float(truth.var()),
+        "nmse": error**2 / scale.variance,
         "max_abs": float(np.abs(got - own).max()),
         "kl_mean": float(kl.mean()),
         "top1": _top1_agreement(truth, got, gate.near_tie),
@@ -265,9 +284,9 @@ def compare(
     )
 
 
-def _reachable(gate: Gate, truth: np.ndarray, off: Sequence[np.ndarray]) -> Gate:
+def _reachable(gate: Gate, truth: np.ndarray, off: Sequence[np.ndarray], scale: Scale) -> Gate:
     """Return the gate with no absolute limit below what PyTorch's own errors `off` leave to anyone."""
-    largest = max(_rms(x) for x in off) ** 2 / float(truth.var())
+    largest = scale.own_error**2 / scale.variance
     kl = max(float(kl_divergence(truth, truth + x).mean()) for x in off)
     return replace(
         gate,

@@ -90,7 +90,7 @@ def check_weights(checkpoint: Checkpoint, config: ModelConfig) -> None:
         CheckpointError: naming every tensor that is not as it must be.
     """
     expected = tensor_shapes(operations(config))
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings:  # never of a classifier
         del expected[HEAD]
         checkpoint.validate(expected, aliases={HEAD: EMBEDDING})
     else:

@@ -229,13 +229,15 @@ class VariantWriter:
             graph=row.path,
             data=self._save(model, row.path),
             opset=OPSET,
-            inputs=shared_inputs(cache),
+            inputs=shared_inputs(spec, cache),
             outputs=shared_outputs(spec, cache),
             kv_cache=cache,
             op_counts=counts,
             quantization=self._describe(row, weights),
             min_onnxruntime=oldest_onnxruntime(cache),
         )
+        if self._config.labels:  # there are no logits to judge int8 by
+            return variant
         variant, quality = self._judged(variant)
         if not (row.prefill_graph and options.prefill_graph):
             return variant
@@ -259,7 +261,7 @@ class VariantWriter:
             graph=graph,
             data=(f"{graph}_data",),
             opset=OPSET,
-            inputs=shared_inputs(cache),
+            inputs=shared_inputs(spec, cache),
             outputs=device_outputs(spec, cache),
             kv_cache=cache,
             op_counts=counts,
@@ -271,7 +273,7 @@ class VariantWriter:
         described = dataclasses.replace(
             variant, quantization=self._describe(row, weights, scale_bytes=int(dtype.itemsize))
         )
-        return self._judged(described)[0]
+        return described if self._config.labels else self._judged(described)[0]
 
     def _judged(self, variant: Variant) -> tuple[Variant, Quality]:
         """Measure a variant and return it with what it costs; warn where that misses its gate."""

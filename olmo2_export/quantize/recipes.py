@@ -31,7 +31,7 @@ from olmo2_export.quantize.search import search
 from olmo2_export.quantize.sensitivity import choose_formats, measure_sensitivity
 from olmo2_export.quantize.spool import Spool
 from olmo2_export.weights.source import WeightSource
-from olmo2_export.weights.stored_names import EMBEDDING, HEAD, linear_names, naming, stored_weight
+from olmo2_export.weights.stored_names import EMBEDDING, HEAD, linear_names, naming, stored_weight, weight_shapes
 from runtimes.errors import UsageError
 
 QUANTIZERS: dict[str, Callable[[Tensor, BlockFormat], QuantizedMatrix]] = {"rtn": round_to_nearest, "search": search}
@@ -133,7 +133,8 @@ def quantize(
     """
     _check_options(recipe, calibration, size_budget, spool)
     formats = {EMBEDDING: embedding or form, **dict.fromkeys(linear_names(config), form), HEAD: head or form}
-    formats = {name: chosen for name, chosen in formats.items() if name not in keep}
+    known = weight_shapes(config)  # a classifier has no HEAD
+    formats = {name: chosen for name, chosen in formats.items() if name in known and name not in keep}
     if size_budget is not None:
         better = replace(form, bits=8)
         choose_formats(config, formats, dict.fromkeys(formats, 0.0), size_budget, better)  # refuses before the sweep

@@ -24,7 +24,7 @@ from olmo2_export.architecture import Operation, after_layers, between, of_layer
 from olmo2_export.config import ModelConfig
 from olmo2_export.model.rotary import model_tables, table_names
 from olmo2_export.weights.source import WeightSource
-from olmo2_export.weights.stored_names import EMBEDDING, HEAD, stored_weight
+from olmo2_export.weights.stored_names import EMBEDDING, HEAD, head_weight, stored_weight
 
 Compute = Callable[[Operation, Sequence[Tensor]], Tensor]
 """an operation and what it reads -> what it writes"""
@@ -155,13 +155,16 @@ class StagedLayer:
 
 
 class Head:
-    """The last norm and lm_head, a part of the vocabulary in float32 at a time."""
+    """The last norm and lm_head, a part of the vocabulary in float32 at a time; or the last norm and score."""
 
     def __init__(self, checkpoint: WeightSource, config: ModelConfig) -> None:
         *self._norms, _ = after_layers(operations(config))
         self._weights = {name: checkpoint.tensor(name).float() for name in tensor_shapes(self._norms)}
         self._arithmetic = Arithmetic(config, model_tables(config))
-        self.weight = stored_weight(checkpoint, config, HEAD)
+        name = head_weight(config)
+        self.scores = name != HEAD
+        """whether it gives scores, in the place of logits"""
+        self.weight = stored_weight(checkpoint, config, name)
 
     def norm(self, x: Tensor) -> Tensor:
         """Return lm_head's input: [..., hidden] -> [..., hidden]."""

@@ -21,6 +21,7 @@ from olmo2_export.truth.torch_layers import reference_logits
 from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes.errors import ConfigError, Olmo2ExportError, UsageError, VariantNotFoundError
 from runtimes.manifest import PARITY_NAME
+from runtimes.package import open_package
 from runtimes.sealed import read_sealed
 
 _LENGTH = 256  # tokens of a sequence
@@ -98,6 +99,7 @@ def gather(
     measured = read_bench(bench) if bench is not None else None
     summary = describe(package)
     config = ModelConfig.from_json(checkpoint.folder / "config.json")
+    open_package(package).check_logits("report")
     if summary.model != config.spec:
         raise ConfigError(f"{package}: not of the reference's shape; give the checkpoint that it was exported from")
     by_name = {v.variant.name: v for v in summary.variants}

@@ -1,4 +1,4 @@
-"""PyTorch logits taken as truth: transformers' own OLMo 1, 2 and 3, which share no code with this project's."""
+"""PyTorch's logits and scores, taken as truth: transformers' own OLMo 1, 2 and 3, which share no code with ours."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers.models.olmo.modeling_olmo import OlmoLayerNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.olmo3.modeling_olmo3 import Olmo3RMSNorm
 
-from olmo2_export.config import TOKEN_ID_FIELDS, ModelType, read_json_object
+from olmo2_export.config import TOKEN_ID_FIELDS, ModelType, is_classifier, padding_id, read_json_object
 from olmo2_export.dtypes import float_dtype
 from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes.errors import CheckpointError, first_names
@@ -26,11 +26,13 @@ from runtimes.errors import CheckpointError, first_names
 _CONTEXT_PIECE = 512  # positions at a time where no logits are wanted
 _NOT_FOR_REFERENCE = {*TOKEN_ID_FIELDS, "auto_map", "quantization_config"}
 _OF_WINDOWS = {"layer_types", "sliding_window"}
-_CLASSES: dict[ModelType, tuple[type[transformers.PreTrainedConfig], type[transformers.PreTrainedModel]]] = {
-    "olmo": (transformers.OlmoConfig, transformers.OlmoForCausalLM),
-    "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM),
-    "olmo3": (transformers.Olmo3Config, transformers.Olmo3ForCausalLM),
+_Model = type[transformers.PreTrainedModel]
+_CLASSES: dict[ModelType, tuple[type[transformers.PreTrainedConfig], _Model, _Model]] = {
+    "olmo": (transformers.OlmoConfig, transformers.OlmoForCausalLM, transformers.OlmoForSequenceClassification),
+    "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM, transformers.Olmo2ForSequenceClassification),
+    "olmo3": (transformers.Olmo3Config, transformers.Olmo3ForCausalLM, transformers.Olmo3ForSequenceClassification),
 }
+"""config, language model, classifier"""
 _LAYER_NORM_EPS = 1e-5  # OlmoLayerNorm has it in its forward
 
 Rounding = Callable[[torch.Tensor], torch.Tensor]
@@ -82,7 +84,8 @@ class Reference:
     """transformers' model at one precision; use it inside `open_reference`."""
 
     def __init__(self, model: nn.Module, precision: str) -> None:
-        self._model = model
+        self._model: Any = model
+        self._scores = hasattr(model, "score")
         self._result = torch.float64 if precision == "fp64" else torch.float32
 
     @torch.inference_mode()
@@ -96,14 +99,36 @@ class Reference:
             positions: per sequence int64 [n], where logits are wanted; None: everywhere.
 
         Returns:
-            Per sequence the logits of these positions [n, vocab_size]; float64 for fp64, else float32.
+            Per sequence the logits of these positions [n, vocab_size]; float64 for fp64, else float32. Of a classifier
+            the scores that each position would get, were it the one that is scored, [n, labels].
         """
         found = []
         for row, ids in enumerate(sequences):
+            if self._scores:
+                hidden = self._model.model(torch.from_numpy(ids)[None], use_cache=False).last_hidden_state
+                wanted = hidden if positions is None else hidden[:, torch.from_numpy(positions[row])]
+                found.append(self._model.score(wanted)[0].to(self._result).numpy())
+                continue
             kept: Any = 0 if positions is None else torch.from_numpy(positions[row])  # 0: all
             logits = self._model(torch.from_numpy(ids)[None], logits_to_keep=kept, use_cache=False).logits
             found.append(logits[0].to(self._result).numpy())
         return found
+
+    @torch.inference_mode()
+    def scores(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Score a batch with a classifier, by transformers' own choice of the token.
+
+        Args:
+            ids: int64 [B, S], padded.
+            mask: int64 [B, S], 0 where padding is hidden.
+
+        Returns:
+            [B, labels]; float64 for fp64, else float32.
+        """
+        given = torch.from_numpy(ids), torch.from_numpy(mask)
+        scores = self._model(given[0], attention_mask=given[1], use_cache=False).logits
+        array: np.ndarray = scores.to(self._result).numpy()
+        return array
 
     @torch.inference_mode()
     def stream(self, ids: np.ndarray, first: int, piece: int) -> Iterator[np.ndarray]:
@@ -168,8 +193,10 @@ def open_reference(
     model: Any
     info: dict[str, Any]
     config = reference_config(checkpoint.folder)
-    _, causal_lm = _CLASSES[config.model_type]  # type: ignore[index]  # reference_config has made it of one of these
-    model, info = causal_lm.from_pretrained(  # type: ignore[misc]  # a pair, with loading info
+    raw = read_json_object(checkpoint.folder / "config.json")
+    _, causal_lm, classifier = _CLASSES[config.model_type]  # type: ignore[index]  # reference_config has looked it up
+    kind = classifier if is_classifier(raw) else causal_lm
+    model, info = kind.from_pretrained(  # type: ignore[misc]  # a pair, with loading info
         checkpoint.folder,
         config=config,
         dtype=float_dtype(precision).torch,
@@ -182,6 +209,8 @@ def open_reference(
     wrong += sorted(checkpoint.extra(checkpoint.tensors.keys() - set(info["unexpected_keys"])))
     if wrong:
         raise CheckpointError(f"{checkpoint.folder}: PyTorch could not load {first_names(wrong)}")
+    if kind is classifier:  # only now: an embedding refuses one beyond the vocabulary
+        model.config.pad_token_id = padding_id(raw)
     if precision == "fp64":
         use_float64_norms(model)
     for name, weight in (weights or {}).items():
@@ -208,7 +237,7 @@ def reference_config(folder: Path) -> transformers.PreTrainedConfig:
     raw = read_json_object(folder / "config.json")
     left_out = _NOT_FOR_REFERENCE | (set() if raw["model_type"] == "olmo3" else _OF_WINDOWS)
     kept = {name: value for name, value in raw.items() if value is not None and name not in left_out}
-    config_class, _ = _CLASSES[raw["model_type"]]
+    config_class, *_ = _CLASSES[raw["model_type"]]
     config: transformers.PreTrainedConfig = config_class.from_dict(kept | dict.fromkeys(TOKEN_ID_FIELDS))
     return config
 

@@ -26,7 +26,7 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.dtypes import float_dtype
 from olmo2_export.truth.reference import Rounding, reference_config, use_float64_norms
 from olmo2_export.weights.checkpoint import Checkpoint
-from olmo2_export.weights.stored_names import stored_weight
+from olmo2_export.weights.stored_names import head_weight, stored_weight
 
 Weights = Callable[[str], Tensor]
 """a weight by the checkpoint's name, in the checkpoint's layout"""
@@ -93,6 +93,7 @@ class TorchModel:
         self.dtype = float_dtype(precision).torch
         self.rounding = dict(rounding or {})
         self.weights = weights
+        self._head = head_weight(ModelConfig.from_json(folder / "config.json"))
         self.tables = tables
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -117,10 +118,10 @@ class TorchModel:
         return normed
 
     def head(self, x: Tensor) -> Tensor:
-        """Return logits: [..., hidden] -> [..., V]."""
-        rounding = self.rounding.get("lm_head.weight")
+        """Return logits, or a classifier's scores: [..., hidden] -> [..., V]."""
+        rounding = self.rounding.get(self._head)
         x = x.to(self.dtype) if rounding is None else rounding(x.to(self.dtype))
-        parts = torch.split(self.weights("lm_head.weight"), _ROWS)
+        parts = torch.split(self.weights(self._head), _ROWS)
         return torch.cat([F.linear(x, part.to(self.dtype)) for part in parts], dim=-1)
 
 

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
+import numpy as np
+
 import olmo2_export.catalog as catalog
 from olmo2_export.config import ModelConfig
 from olmo2_export.measure.parity import QUALITY, Check, ParityReport, PerplexityChange
@@ -16,6 +18,7 @@ from olmo2_export.measure.quality import (
     perplexity_check,
     quality_check,
     quality_tokens,
+    score_check,
 )
 from olmo2_export.package.trt_variants import default_text
 from olmo2_export.quantize.static import static_input_scales
@@ -27,9 +30,12 @@ from runtimes import Package
 from runtimes.errors import FailedError
 from runtimes.manifest import Variant
 from runtimes.ort.open import open_ort
+from runtimes.runners.scores import scored_token
 from runtimes.sealed import hash_file
 from runtimes.targets import Target
 
+SCORED_LENGTH = 64
+"""tokens of a sequence that is scored: many short ones say more of scores than few long ones"""
 QUALITY_LENGTH = 256
 """tokens of a sequence on which quality is measured, where the cache holds them"""
 LONG = 4096
@@ -90,6 +96,8 @@ def quality_checks(
     Returns:
         A check for each, and the change of perplexity of the first; None where it could not be measured.
     """
+    if config.labels:
+        return [_score_quality(package, entry, view, checkpoint, config, target)], None
     length = LONG if entry.kv_cache.quantization is not None else min(report.max_cache_length, QUALITY_LENGTH)
     sequences, origin = quality_tokens(checkpoint, config, length=length)
     wanted = list(reference_logits(checkpoint, config, sequences))
@@ -109,6 +117,25 @@ def quality_checks(
             checks.append(perplexity_check(measured.perplexity, tokens, report.gate))
         changes.append(measured.perplexity)
     return checks, changes[0] if changes else None
+
+
+def _score_quality(
+    package: Package, entry: Variant, view: View, checkpoint: Checkpoint, config: ModelConfig, target: Target
+) -> Check:
+    """Compare a classifier's scores of held-out text with PyTorch's in float32."""
+    length = min(SCORED_LENGTH, entry.kv_cache.max_cache_length)
+    sequences, origin = quality_tokens(checkpoint, config, length=length)
+    pad = config.pad_token_id
+    wanted = [
+        rows[scored_token(ids, pad)]
+        for ids, rows in zip(sequences, reference_logits(checkpoint, config, sequences), strict=True)
+    ]
+    try:
+        with open_view(package, view, target) as runner:
+            scores = np.concatenate([runner.score([ids]) for ids in sequences])
+    except FailedError as error:
+        return Check("quality", "not measured", (str(error),), QUALITY)
+    return score_check(scores, np.stack(wanted), catalog.find(entry.name).weights.score_error, origin)
 
 
 def _runs(package: Package, entry: Variant, view: View, target: Target) -> Iterator[_Run]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,14 +20,17 @@ from olmo2_export.measure.parity import (
     CaseResult,
     Gate,
     ParityReport,
+    Scale,
     compare,
     compare_greedy,
     failed_case,
+    scale_of,
 )
-from olmo2_export.truth.reference import Rounding, open_reference
+from olmo2_export.truth.reference import Reference, Rounding, open_reference
 from olmo2_export.verify.feeds import MIN_CAPACITY, ModeResult, compared_positions, feed_all, row_lengths
+from olmo2_export.verify.padded import Padded, padded_batches, score_padded
 from olmo2_export.weights.checkpoint import Checkpoint
-from olmo2_export.weights.stored_names import HEAD, linear_names
+from olmo2_export.weights.stored_names import head_weight, linear_names
 from runtimes import Runner, open_package
 from runtimes.errors import ConfigError, FailedError, PackageError
 from runtimes.package import AnyPackage
@@ -59,12 +62,14 @@ class Truth:
     capacity: int
     """tokens of the longest rows"""
     tokens_from: str
+    padded: tuple[Padded, ...]
+    """of a classifier: batches whose scores transformers reads from the token that it chooses"""
     exact: list[np.ndarray]
-    """per sequence float64 [n, vocab_size]"""
+    """per sequence float64 [n, vocab_size], or [n, labels] and behind these per padded batch [B, labels]"""
     own: dict[str, list[np.ndarray]]
-    """precision -> per sequence float32 [n, vocab_size]"""
+    """precision -> the same in float32"""
     continuations: list[tuple[np.ndarray, np.ndarray]]
-    """greedy tokens after each sequence's first GREEDY_PROMPT, and the gaps by which they were chosen"""
+    """greedy tokens after each sequence's first GREEDY_PROMPT, and the gaps by which they were chosen; () of scores"""
     draws: Draws
     """of `own` in fp32"""
 
@@ -100,7 +105,8 @@ def ask_pytorch(
     capacity = min(config.max_position_embeddings, LONGEST) if capacity is None else capacity
     if capacity < MIN_CAPACITY:
         raise PackageError(f"{opened.folder}: a cache of {capacity} tokens; verification needs {MIN_CAPACITY}")
-    sequences, origin = _sequences(opened.folder, config.vocab_size, row_lengths(capacity))
+    sequences, origin = _sequences(opened.folder, config, row_lengths(capacity))
+    padded = padded_batches(config, sequences)
     positions = compared_positions(capacity)
     new_tokens = min(GREEDY_TOKENS, capacity - GREEDY_PROMPT)
     exact: list[np.ndarray] = []
@@ -108,8 +114,8 @@ def ask_pytorch(
     continuations: list[tuple[np.ndarray, np.ndarray]] = []
     for precision in ["fp64", *sorted({"fp32", *precisions})]:
         with open_reference(checkpoint, precision, weights) as torch_model:
-            logits = torch_model.logits(sequences, positions)
-            if precision == "fp32":
+            logits = ask_reference(torch_model, sequences, positions, padded)
+            if precision == "fp32" and not config.labels:
                 continuations = [torch_model.greedy(ids[:GREEDY_PROMPT], new_tokens) for ids in sequences]
         if precision == "fp64":
             exact = logits
@@ -117,8 +123,16 @@ def ask_pytorch(
             own[precision] = logits
         if bar is not None:
             bar.update()
-    draws = partial(draw_logits, checkpoint, sequences, positions, weights or {}, dict.fromkeys(_linears(config)))
-    return Truth(sequences, positions, capacity, origin, exact, own, continuations, draws)
+    inputs = dict.fromkeys(_linears(config))
+    draws = partial(draw_logits, checkpoint, sequences, positions, weights or {}, inputs, padded)
+    return Truth(sequences, positions, capacity, origin, padded, exact, own, continuations, draws)
+
+
+def ask_reference(
+    reference: Reference, sequences: Sequence[np.ndarray], positions: Sequence[np.ndarray], padded: Sequence[Padded]
+) -> list[np.ndarray]:
+    """Return PyTorch's answers in the order of `Truth.exact`."""
+    return [*reference.logits(sequences, positions), *(reference.scores(batch.ids, batch.mask) for batch in padded)]
 
 
 def draw_logits(
@@ -127,6 +141,7 @@ def draw_logits(
     positions: Sequence[np.ndarray],
     weights: Mapping[str, torch.Tensor],
     rounding: Mapping[str, Rounding | None],
+    padded: Sequence[Padded] = (),
 ) -> list[list[np.ndarray]]:
     """Run PyTorch in float32 DRAWS times, the inputs of its linears moved a little, each time otherwise.
 
@@ -136,9 +151,10 @@ def draw_logits(
         positions: per sequence int64 [n], where logits are wanted.
         weights: to compute with instead of the reference's.
         rounding: by the linears' names, what rounds their inputs; None: nothing does.
+        padded: of a classifier.
 
     Returns:
-        Per draw and sequence float32 [n, vocab_size].
+        Per draw and sequence float32 [n, vocab_size]; behind them what is said of padded batches.
     """
     generator = torch.Generator().manual_seed(SEED)
 
@@ -154,11 +170,11 @@ def draw_logits(
 
     inputs = {name: moved(rounds) for name, rounds in rounding.items()}
     with open_reference(checkpoint, "fp32", weights, inputs) as reference:
-        return [reference.logits(sequences, positions) for _ in range(DRAWS)]
+        return [ask_reference(reference, sequences, positions, padded) for _ in range(DRAWS)]
 
 
 def _linears(config: ModelConfig) -> list[str]:
-    return [*linear_names(config), HEAD]
+    return [*linear_names(config), head_weight(config)]
 
 
 def measure_runner(
@@ -188,7 +204,7 @@ def measure_runner(
     cases = feed(runner, truth, truth.exact, own, gate, draws)
     tokens = [
         _greedy(runner, ids[:GREEDY_PROMPT], len(wanted))
-        for ids, (wanted, _) in zip(truth.sequences, truth.continuations, strict=True)
+        for ids, (wanted, _) in zip(truth.sequences, truth.continuations, strict=bool(truth.continuations))
     ]
     return ParityReport(
         variant=variant,
@@ -232,15 +248,53 @@ def feed(
     cases: list[CaseResult] = []
     kept: list[ModeResult] | None = []
     held = 0
-    for fed in feed_all(runner, truth.sequences, truth.capacity):
-        cases.append(_compared(fed, truth, exact, own, gate, ()))
+    scale = scale_of(exact, own) if truth.padded else None
+    for fed in _feed_all(runner, truth):
+        cases.append(_compared(fed, truth, exact, own, gate, (), scale))
         held += sum(logits.nbytes for logits in fed.logits)
         kept = [*kept, fed] if kept is not None and held <= _KEPT else None
     if draws is None or all(case.passed for case in cases):
         return cases
     drawn = draws()
-    again = kept if kept is not None else feed_all(runner, truth.sequences, truth.capacity)
-    return [_compared(fed, truth, exact, own, gate, drawn) for fed in again]
+    again = kept if kept is not None else _feed_all(runner, truth)
+    scale = scale_of(exact, own, *drawn) if truth.padded else None
+    return [_compared(fed, truth, exact, own, gate, drawn, scale) for fed in again]
+
+
+def _feed_all(runner: Runner, truth: Truth) -> Iterator[ModeResult]:
+    yield from feed_all(runner, truth.sequences, truth.capacity)
+    yield from score_padded(runner, truth.padded)
+
+
+def compare_padded(
+    whole: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    truth: Truth,
+    exact: Sequence[np.ndarray],
+    own: Sequence[np.ndarray],
+    gate: Gate,
+    draws: Draws | None,
+    *,
+    left: bool,
+) -> list[CaseResult]:
+    """Run padded batches as other runtimes feed a graph, without any runner; arguments as `feed`.
+
+    Args:
+        whole: ids and mask, int64 [B, S] -> scores float32 [B, labels].
+        left: whether it takes padding on the left.
+    """
+    batches = [(n, batch) for n, batch in enumerate(truth.padded, len(truth.sequences)) if left or not batch.left]
+    found = [(n, batch, whole(batch.ids, batch.mask)) for n, batch in batches]
+
+    def compared(drawn: Sequence[Sequence[np.ndarray]]) -> list[CaseResult]:
+        scale = scale_of(exact, own, *drawn)
+        return [
+            compare(f"graph, {batch.name}", batch.lengths, [scores], [exact[n]], [own[n]], gate,
+                    [[draw[n]] for draw in drawn], scale)
+            for n, batch, scores in found
+        ]  # fmt: skip
+
+    cases = compared(())
+    return cases if draws is None or all(case.passed for case in cases) else compared(draws())
 
 
 def _compared(
@@ -250,12 +304,18 @@ def _compared(
     own: Sequence[np.ndarray],
     gate: Gate,
     draws: Sequence[Sequence[np.ndarray]],
+    scale: Scale | None,
 ) -> CaseResult:
     if fed.error:
         return failed_case(fed.mode, fed.lengths, fed.error)
+    if fed.padded is not None:
+        n = len(truth.sequences) + fed.padded
+        return compare(
+            fed.mode, fed.lengths, fed.logits, [exact[n]], [own[n]], gate, [[draw[n]] for draw in draws], scale
+        )
     found = [np.searchsorted(truth.positions[row], at) for row, at in enumerate(fed.positions)]
     wanted, ours, *others = ([a[row][index] for row, index in enumerate(found)] for a in (exact, own, *draws))
-    return compare(fed.mode, fed.lengths, fed.logits, wanted, ours, gate, others)
+    return compare(fed.mode, fed.lengths, fed.logits, wanted, ours, gate, others, scale)
 
 
 def _greedy(runner: Runner, prompt: np.ndarray, new_tokens: int) -> np.ndarray:
@@ -271,11 +331,20 @@ def _greedy(runner: Runner, prompt: np.ndarray, new_tokens: int) -> np.ndarray:
     return np.array(found, dtype=np.int64)
 
 
-def _sequences(package: Path, vocab_size: int, lengths: Sequence[int]) -> tuple[list[np.ndarray], str]:
+def _sequences(package: Path, config: ModelConfig, lengths: Sequence[int]) -> tuple[list[np.ndarray], str]:
     """Return the token sequences: text where the package has a tokenizer, the last row always random ids.
 
-    A text that is too short for the first begins again.
+    A text that is too short for the first begins again. To a classifier none of them is padding.
     """
+    rows, origin = _drawn_sequences(package, config.vocab_size, lengths)
+    pad = config.pad_token_id
+    if config.labels and pad is not None:
+        for row in rows:
+            row[row == pad] = (pad + 1) % config.vocab_size
+    return rows, origin
+
+
+def _drawn_sequences(package: Path, vocab_size: int, lengths: Sequence[int]) -> tuple[list[np.ndarray], str]:
     generator = np.random.default_rng(SEED)
     rows = [generator.integers(0, vocab_size, n, dtype=np.int64) for n in lengths]
     tokenizer_file = package / "tokenizer.json"

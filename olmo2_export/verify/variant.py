@@ -4,6 +4,7 @@
 |---------------|--------------------------------------------------|-------------------------------|-------------|
 | cases, greedy | the first view, in all ways of `feeds`           | PyTorch: see `views.table`    | of the view |
 | cases         | the other views; a mode bears its view's name    | the same                      | of the view |
+| graph, ...    | of a classifier: padded batches, without runner  | transformers' own choice      | of the view |
 | weights ...   | `views.weight_checks`                            | the checkpoint, the manifest  | there       |
 | calibration   | scales of inputs, calibrated again               | the manifest                  | 1.15 x      |
 | quality       | the graph as users run it, on held-out text      | the checkpoint in float32     | quality     |
@@ -30,8 +31,18 @@ from olmo2_export.fp16.values import islands_of
 from olmo2_export.measure.parity import CaseResult, ParityReport
 from olmo2_export.truth.reference import open_reference
 from olmo2_export.verify.checks import calibration_checks, quality_checks
-from olmo2_export.verify.measure import LONGEST, Draws, Truth, ask_pytorch, draw_logits, feed, measure_runner
-from olmo2_export.views.runners import open_view
+from olmo2_export.verify.measure import (
+    LONGEST,
+    Draws,
+    Truth,
+    ask_pytorch,
+    ask_reference,
+    compare_padded,
+    draw_logits,
+    feed,
+    measure_runner,
+)
+from olmo2_export.views.runners import open_view, open_whole
 from olmo2_export.views.table import View, variant_views
 from olmo2_export.views.weight_checks import check_cache_scales, weight_checks
 from olmo2_export.weights.checkpoint import Checkpoint
@@ -102,6 +113,12 @@ def measure_variant(
             else:
                 more = feed(runner, found, found.exact, own, view.gate, draws)
                 cases += [dataclasses.replace(case, mode=f"{view.label} {case.mode}") for case in more]
+        if found.padded and view.variant.kv_cache.form != "static" and not target.on_gpu:
+            left = view.variant.kv_cache.form == "concat"
+            whole = open_whole(view)
+            more = compare_padded(whole, found, found.exact, own, view.gate, draws, left=left)
+            label = "" if view is views[0] else f"{view.label} "
+            cases += [dataclasses.replace(case, mode=f"{label}{case.mode}") for case in more]
     assert report is not None  # there is a view of every variant
     checks = weight_checks(opened, entry, checkpoint, config)
     checks += calibration_checks(opened, entry, checkpoint, config)
@@ -134,11 +151,14 @@ def _own_logits(
     """
     if view.rounding:
         with open_reference(checkpoint, view.precision, view.replaced, view.rounding) as reference:
-            return reference.logits(truth.sequences, truth.positions)
+            return ask_reference(reference, truth.sequences, truth.positions, truth.padded)
     if view.precision == "fp16" and entry.float32_islands:
         source = Replaced(checkpoint, view.replaced)
-        whole = simulated_logits(source, config, truth.sequences, islands_of(entry.float32_islands))
-        return [rows[positions] for rows, positions in zip(whole, truth.positions, strict=True)]
+        scored = [batch.scored_rows(config.pad_token_id) for batch in truth.padded]
+        sequences = [*truth.sequences, *(row for rows in scored for row in rows)]
+        whole = iter(simulated_logits(source, config, sequences, islands_of(entry.float32_islands)))
+        found = [next(whole)[positions] for positions in truth.positions]
+        return [*found, *(np.stack([next(whole)[-1] for _ in rows]) for rows in scored)]
     return truth.own[view.precision]
 
 
@@ -147,4 +167,6 @@ def _draws(view: View, truth: Truth, checkpoint: Checkpoint) -> Draws | None:
         return None
     if not view.rounding:
         return truth.draws
-    return partial(draw_logits, checkpoint, truth.sequences, truth.positions, view.replaced, view.rounding)
+    return partial(
+        draw_logits, checkpoint, truth.sequences, truth.positions, view.replaced, view.rounding, truth.padded
+    )

@@ -231,7 +231,8 @@ def _notes(report: ParityReport) -> list[str]:
         notes += [f"{where}: {failure}" for failure in c.failures]
     g = report.greedy
     ties = f" ({g.near_ties} prompts part at a near-tie)" if g.near_ties else ""
-    notes.append(f"{name} greedy: {g.equal} of {g.tokens} tokens equal over {g.prompts} prompts{ties}")
+    if g.prompts:
+        notes.append(f"{name} greedy: {g.equal} of {g.tokens} tokens equal over {g.prompts} prompts{ties}")
     notes += [f"{name} greedy: {failure}" for failure in g.failures]
     for check in report.checks:
         notes.append(f"{name} {check.name}: {check.found}: {'ok' if check.passed else 'FAIL'}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,33 @@ def open_measured(package: Package, entry: Variant) -> Iterator[Measured]:
     else:
         with open_runner(package, variant=entry.name, device="cpu") as runner:
             yield runner
+
+
+def open_whole(view: View) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Run a view of a classifier on the CPU as other runtimes do, without any cache before.
+
+    Returns:
+        A function of ids and mask, int64 [B, S], that gives the graph's scores, float32 [B, labels].
+
+    Raises:
+        PackageError: the graph does not load.
+    """
+    variant, spec = view.variant, view.variant.kv_cache
+    session = _session(view.graph, view.model, variant, "cpu")
+
+    def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        empty = np.zeros((len(ids), spec.num_key_value_heads, 0, spec.stored_head_dim), np.dtype(spec.dtype))
+        feeds = {
+            "token_ids": ids,
+            "attention_mask": mask,
+            "position_ids": np.maximum(mask.cumsum(1) - 1, 0),
+            "past": empty,
+        }
+        (scores,) = session.run([variant.name_of("score")], {t.name: feeds[t.role] for t in variant.inputs})
+        found: np.ndarray = scores
+        return found
+
+    return run
 
 
 def open_all_positions(package: Package, entry: Variant) -> AllPositions:

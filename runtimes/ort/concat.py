@@ -25,10 +25,12 @@ from runtimes.runners.runner import (
     TokenIds,
     check_finite,
     check_lengths,
+    check_positions,
     check_rows,
     check_token_ids,
     no_candidates,
 )
+from runtimes.runners.scores import score
 from runtimes.runners.slots import (
     DEFAULT_SLOTS,
     check_exact_append,
@@ -87,6 +89,7 @@ class ConcatRunner:
     | past_key_values.N.key, .value   | [batch_size, kv_heads, past_sequence_length, head_dim]  | kv_cache.dtype |
     | num_logits_to_keep              | []: the last rows that get logits; 0, the default: all  | int64          |
     | -> logits                       | [batch_size, num_logits, vocab_size]                    | float32        |
+    | -> score, of a classifier       | [batch_size, labels]; then no num_logits_to_keep        | float32        |
     | -> present.N.key, .value        | [batch_size, kv_heads, total_sequence_length, head_dim] | kv_cache.dtype |
 
     Rows of different lengths are padded on the left, call by call, so that the last position is every row's last
@@ -121,7 +124,8 @@ class ConcatRunner:
         self.top_k = 0
         self.exclusive = OneThread()
         self._session: ort.InferenceSession | None = session
-        self._logits = variant.name_of("logits")
+        self._logits = variant.name_of(variant.answer)
+        self._counts = any(spec.role == "logit_count" for spec in variant.inputs)  # a classifier has one answer a row
         self._pasts = list(variant.caches)
         self._outputs = [self._logits, *variant.caches.values()]
         self._cache: ConcatCache | None = None
@@ -141,6 +145,8 @@ class ConcatRunner:
     @one_thread
     def prefill(self, sequences: Sequence[TokenIds], *, all_positions: bool = False) -> list[Logits]:
         self._refuse_slots()
+        if all_positions:
+            check_positions(self.variant)
         rows = check_rows(
             sequences,
             vocab_size=self.model.vocab_size,
@@ -164,6 +170,10 @@ class ConcatRunner:
     @one_thread
     def decode_block(self, token_ids: TokenIds) -> Logits:
         return self.prefill([token_ids], all_positions=True)[0]
+
+    @one_thread
+    def score(self, sequences: Sequence[TokenIds]) -> Logits:
+        return score(self, sequences, 1)  # no padding: a row of padding alone would score what it is padded with
 
     @one_thread
     def truncate(self, lengths: Sequence[int]) -> None:
@@ -353,8 +363,9 @@ class ConcatRunner:
                 "input_ids": np.ascontiguousarray(ids[:, start:stop]),
                 "attention_mask": np.ascontiguousarray(mask[:, : past + stop]),
                 "position_ids": np.ascontiguousarray(positions[:, start:stop]),
-                "num_logits_to_keep": np.array(0 if all_positions else 1, np.int64),
             }
+            if self._counts:
+                feeds["num_logits_to_keep"] = np.array(0 if all_positions else 1, np.int64)
             logits, values = self._call(feeds, values)  # (B, S or 1, V)
         wanted = [len(row) if all_positions else 1 for row in rows]
         return [logits[b, -n:] for b, n in enumerate(wanted)], ConcatCache(_joined(cache.tokens, rows), values, mask)
@@ -383,7 +394,8 @@ class ConcatRunner:
         except RuntimeError as error:
             raise FailedError(f"onnxruntime failed in {self.variant.graph}: {one_line(error)}") from error
         logits, *present = binding.get_outputs()
-        return logits.numpy(), dict(zip(self._pasts, present, strict=True))
+        answer = logits.numpy() if self._counts else logits.numpy()[:, None]
+        return answer, dict(zip(self._pasts, present, strict=True))
 
 
 def _zeros(spec: KVCacheSpec, batch_size: int, length: int) -> ort.OrtValue:

@@ -129,7 +129,8 @@ class DeviceRunner(SharedRunner):
         step.input_ids.update_inplace(np.ascontiguousarray(ids))
         step.attention_mask.update_inplace(attention_mask(starts + 1, self.max_cache_length))
         self._run_bound(self._decode_session, step.binding, step.options)
-        return [step.outputs[name].numpy()[:, 0] for name in wanted]
+        found = [step.outputs[name].numpy() for name in wanted]
+        return [array if array.ndim == 2 else array[:, 0] for array in found]
 
     def _new_step(self, session: ort.InferenceSession, rows: int) -> _DecodeStep:
         """Allocate and bind a step of so many rows; the first run of its id captures it."""
@@ -145,7 +146,8 @@ class DeviceRunner(SharedRunner):
         binding = self._device.new_binding(session, 0, rows)
         binding.bind_ortvalue_input("input_ids", input_ids)
         binding.bind_ortvalue_input("attention_mask", mask)
-        binding.bind_ortvalue_input("num_logits_to_keep", count)
+        if self._counts:
+            binding.bind_ortvalue_input("num_logits_to_keep", count)
         for name, value in outputs.items():
             binding.bind_ortvalue_output(name, value)
         graph_id = None if self._graph_ids is None else str(next(self._graph_ids))

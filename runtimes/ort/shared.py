@@ -16,7 +16,7 @@ from runtimes.one_thread import one_thread
 from runtimes.ort.mapped_buffer import MappedBuffer
 from runtimes.ort.session import one_line
 from runtimes.runners.rows import RowRunner
-from runtimes.runners.runner import Ids, Logits, TokenIds
+from runtimes.runners.runner import Ids, Logits, TokenIds, check_positions
 from runtimes.runners.slots import DEFAULT_SLOTS, piece_length
 
 PREFILL_CHUNK = 128
@@ -59,6 +59,7 @@ class SharedRunner(RowRunner):
     | past_key_values.N.key, .value   | [batch_size, kv_heads, C, head_dim]                     | kv_cache.dtype |
     | num_logits_to_keep              | []: the last rows that get logits; 0, the default: all  | int64          |
     | -> logits                       | [batch_size, num_logits, vocab_size]                    | float32        |
+    | -> score, of a classifier       | [batch_size, labels]; then no num_logits_to_keep        | float32        |
     | -> top_ids, if it picks any     | [batch_size, num_logits, top_k]: the likeliest          | int64          |
     | -> top_logits                   | [batch_size, num_logits, top_k]: their logits           | float32        |
     | -> present.N.key, .value        | the memory of past_key_values                           | kv_cache.dtype |
@@ -92,6 +93,8 @@ class SharedRunner(RowRunner):
         buffer: KVBuffer | None = None,
     ) -> None:
         super().__init__(variant, model, max_slots, exact=exact)
+        self._counts = any(spec.role == "logit_count" for spec in variant.inputs)  # a classifier has one answer a row
+        self._padding = model.pad_token_id or 0  # a classifier looks for the last token that is none
         self._run_options: ort.RunOptions | None = None
         self._decode_session: ort.InferenceSession | None = decode
         self._prefill = prefill
@@ -101,6 +104,7 @@ class SharedRunner(RowRunner):
 
     @one_thread
     def decode_block(self, token_ids: TokenIds) -> Logits:
+        check_positions(self.variant)
         (ids,) = self._checked([token_ids])
         (held,) = self._held(1)
         self._reserve(1)
@@ -163,7 +167,7 @@ class SharedRunner(RowRunner):
         found = self._run(0, len(ids), ids, starts + 1, keep=1, decoding=self.exact, wanted=wanted)
         for row, start in enumerate(starts):
             self._forget(row, int(start) + 1)
-        return [array[:, 0] for array in found]
+        return [array if array.ndim == 2 else array[:, 0] for array in found]
 
     def _forgetful(self) -> MappedBuffer | None:
         """Return the buffer whose layers with a window give back what no later token sees; None: they keep all."""
@@ -189,6 +193,8 @@ class SharedRunner(RowRunner):
 
     def _worth_batching(self, rows: list[Ids], all_positions: bool) -> bool:
         """Tell whether one padded call does not compute much more than one call per row."""
+        if not self._counts and self.model.pad_token_id is None:
+            return False
         lengths = [len(row) for row in rows]
         longest = max(lengths)
         logits = len(rows) * (longest if all_positions else longest - min(lengths) + 1)
@@ -216,16 +222,18 @@ class SharedRunner(RowRunner):
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def _batched(self, rows: list[Ids], all_positions: bool) -> list[Logits]:
-        """Run new rows in one call, padded on the right."""
+        """Run new rows in one call, padded on the right; with the id of padding, by which a classifier goes."""
         for number in range(len(rows)):
             self._remember(number, _NOTHING)
         lengths = np.array([len(row) for row in rows])
         width = int(lengths.max())
-        ids = np.zeros((len(rows), width), np.int64)
+        ids = np.full((len(rows), width), self._padding, np.int64)
         for b, row in enumerate(rows):
             ids[b, : len(row)] = row
         keep = width if all_positions else width - int(lengths.min()) + 1
         logits = self._call(0, len(rows), ids, lengths, keep=keep)  # (B, keep, V): of the last positions
+        if not self._counts:
+            return list(logits)
         ends = lengths - (width - keep)
         wanted = lengths if all_positions else np.ones_like(lengths)
         return [logits[b, end - n : end] for b, (end, n) in enumerate(zip(ends, wanted, strict=True))]
@@ -233,9 +241,9 @@ class SharedRunner(RowRunner):
     def _call(
         self, start: int, stop: int, input_ids: Ids, lengths: Ids, *, keep: int, decoding: bool = False
     ) -> Logits:
-        """Run the graph for its logits, [B, keep or S, V]; see `_run`."""
+        """Run the graph for its logits, [B, keep or S, V], or scores, [B, 1, labels]; see `_run`."""
         (logits,) = self._run(start, stop, input_ids, lengths, keep=keep, decoding=decoding)
-        return logits
+        return logits if self._counts else logits[:, None]
 
     def _run(
         self,
@@ -259,7 +267,7 @@ class SharedRunner(RowRunner):
             wanted: outputs; None: the logits.
 
         Returns:
-            Each output, [B, keep or S, ...], an array of its own.
+            Each output, [B, keep or S, ...], a score [B, labels], an array of its own.
         """
         if self._decode_session is None:
             raise UsageError("the runner is closed; open another")
@@ -271,8 +279,9 @@ class SharedRunner(RowRunner):
         inputs = {
             "input_ids": np.ascontiguousarray(input_ids),
             "attention_mask": attention_mask(lengths, int(lengths.max())),
-            "num_logits_to_keep": np.array(keep, np.int64),
         }
+        if self._counts:
+            inputs["num_logits_to_keep"] = np.array(keep, np.int64)
         binding = self._buffer.binding(session, start, stop, wanted)
         for name, array in inputs.items():  # read in place, so they must live until the run is over; here they do
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
@@ -282,8 +291,10 @@ class SharedRunner(RowRunner):
         return list(outputs.values())
 
     def _outputs(self, batch: int, count: int, wanted: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
-        specs = self.variant.results
-        return {name: np.empty((batch, count, int(specs[name].shape[-1])), specs[name].dtype) for name in wanted}
+        sizes = {"batch_size": batch, "num_logits": count}
+        specs = {name: self.variant.results[name] for name in wanted}
+        shapes = {name: [sizes[d] if isinstance(d, str) else d for d in spec.shape] for name, spec in specs.items()}
+        return {name: np.empty(shapes[name], spec.dtype) for name, spec in specs.items()}
 
     def _run_bound(self, session: ort.InferenceSession, binding: Any, options: ort.RunOptions | None) -> None:
         try:

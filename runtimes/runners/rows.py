@@ -28,10 +28,12 @@ from runtimes.runners.runner import (
     TokenIds,
     check_finite,
     check_lengths,
+    check_positions,
     check_rows,
     check_token_ids,
     no_candidates,
 )
+from runtimes.runners.scores import score
 from runtimes.runners.slots import DEFAULT_SLOTS, check_exact_append, check_slot_length, check_step, piece_length
 
 _NOTHING: Ids = np.zeros(0, np.int64)
@@ -51,7 +53,7 @@ class RowRunner(ABC):
         self.variant = variant
         self.model = model
         self.top_k = variant.top_k
-        self._logits = variant.name_of("logits")
+        self._logits = variant.name_of(variant.answer)
         self._candidates = (variant.name_of("candidate_ids"), variant.name_of("candidate_logits")) if self.top_k else ()
         self.max_cache_length = variant.kv_cache.max_cache_length
         self.max_slots = max_slots
@@ -84,6 +86,8 @@ class RowRunner(ABC):
 
     @one_thread
     def prefill(self, sequences: Sequence[TokenIds], *, all_positions: bool = False) -> list[Logits]:
+        if all_positions:
+            check_positions(self.variant)
         rows = self._checked(sequences)
         tokens = [np.concatenate(pair) for pair in zip(self._held(len(rows)), rows, strict=True)]
         logits = self._extend(rows, tokens, all_positions)
@@ -108,6 +112,10 @@ class RowRunner(ABC):
         self._check_candidates(ids, logits)
         self._hold(rows)
         return ids, logits
+
+    @one_thread
+    def score(self, sequences: Sequence[TokenIds]) -> Logits:
+        return score(self, sequences, self.max_slots)
 
     @one_thread
     def truncate(self, lengths: Sequence[int]) -> None:

@@ -7,7 +7,10 @@
 | decode                         | B token ids, any int                | float32 [B, vocab_size]                     |
 | decode_top                     | B token ids, any int                | int64, float32 [B, top_k]: the likeliest    |
 | decode_block                   | n token ids, any int, for one row   | float32 [n, vocab_size]                     |
+| score, of a classifier         | B rows of n_b token ids, any int    | float32 [B, labels]                         |
 | truncate                       | B lengths, any int                  | nothing: row b keeps its first tokens       |
+
+A classifier gives scores of the last token, [labels], where others give logits, [vocab_size], and of no other position.
 
 The graphs behind it are described where they are called: `ort/concat.py`, `ort/shared.py`, `runners/static.py`.
 """
@@ -133,6 +136,23 @@ class Runner(Protocol):
         """
         ...
 
+    def score(self, sequences: Sequence[TokenIds]) -> Logits:
+        """Score whole sequences with a classifier, each as if it were alone; the cache is empty before and after.
+
+        Which token is scored: see `runtimes.runners.scores`.
+
+        Args:
+            sequences: token ids, padding among them or not; their lengths may differ.
+
+        Returns:
+            float32 [B, labels].
+
+        Raises:
+            UsageError: the model is no classifier, or has no id of padding and there are several sequences.
+            InputError, ContextLengthError, NumericError: as `prefill`.
+        """
+        ...
+
     def truncate(self, lengths: Sequence[int]) -> None:
         """Keep only the first tokens of each row; the next call appends to these.
 
@@ -219,6 +239,16 @@ def check_token_ids(token_ids: TokenIds, cache_lengths: tuple[int, ...]) -> list
 def no_candidates(variant: Variant) -> UsageError:
     """Return what `decode_top` raises on a graph that picks no candidates."""
     return UsageError(f"variant {variant.name}: its graph picks no candidates; use decode")
+
+
+def check_positions(variant: Variant) -> None:
+    """Refuse a classifier where each token's answer is asked for.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if variant.answer == "score":
+        raise UsageError(f"variant {variant.name}: a classifier scores one token of a row; feed rows that end there")
 
 
 def check_lengths(lengths: Sequence[int], cache_lengths: tuple[int, ...]) -> tuple[int, ...]:

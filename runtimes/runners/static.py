@@ -7,6 +7,7 @@
 | logit_index                     | [batch_size, 1]: the position here that gets logits     | int64          |
 | past_key_values.N.key, .value   | [batch_size, kv_heads, C, head_dim]                     | kv_cache.dtype |
 | -> logits                       | [batch_size, vocab_size]                                | float32        |
+| -> score, of a classifier       | [batch_size, labels]; then none of the next two         | float32        |
 | -> top_ids                      | [batch_size, top_k]: the likeliest, best first          | int64          |
 | -> top_logits                   | [batch_size, top_k]: their logits                       | float32        |
 | -> present.N.key, .value        | the memory of past_key_values                           | kv_cache.dtype |
@@ -23,7 +24,7 @@ import numpy.typing as npt
 from runtimes.manifest import ModelSpec, Variant
 from runtimes.one_thread import one_thread
 from runtimes.runners.rows import RowRunner
-from runtimes.runners.runner import Ids, Logits, TokenIds
+from runtimes.runners.runner import Ids, Logits, TokenIds, check_positions
 from runtimes.runners.slots import DEFAULT_SLOTS, piece_length
 
 
@@ -104,6 +105,7 @@ class StaticRunner(RowRunner):
 
     @one_thread
     def decode_block(self, token_ids: TokenIds) -> Logits:
+        check_positions(self.variant)
         (ids,) = self._checked([token_ids])
         (held,) = self._held(1)
         self._session.reserve(1)

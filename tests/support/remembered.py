@@ -68,6 +68,9 @@ class _Remembered:
         asked = (*self._question, "logits", list(sequences), positions)
         return list(_ANSWERS.to(asked, lambda: self._open().logits(sequences, positions)))
 
+    def scores(self, ids: np.ndarray, mask: np.ndarray) -> Any:
+        return _ANSWERS.to((*self._question, "scores", ids, mask), lambda: self._open().scores(ids, mask))
+
     def greedy(self, prompt: np.ndarray, new_tokens: int) -> Any:
         return _ANSWERS.to(
             (*self._question, "greedy", prompt, new_tokens), lambda: self._open().greedy(prompt, new_tokens)
@@ -100,11 +103,13 @@ def _draw_logits(
     positions: Sequence[np.ndarray],
     weights: Mapping[str, torch.Tensor],
     rounding: Mapping[str, Any],
+    padded: Sequence[Any] = (),
 ) -> Any:
-    arguments = (checkpoint, sequences, positions, weights, rounding)
+    arguments = (checkpoint, sequences, positions, weights, rounding, padded)
     if not _is_known({name: rounds for name, rounds in rounding.items() if rounds is not None}):
         return _REAL_DRAWS(*arguments)
-    return _ANSWERS.to(("draws", *arguments), lambda: _REAL_DRAWS(*arguments))
+    batches = [(batch.ids, batch.mask) for batch in padded]
+    return _ANSWERS.to(("draws", *arguments[:-1], batches), lambda: _REAL_DRAWS(*arguments))
 
 
 _REAL_DRAWS = measure.draw_logits
