@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 def gather_logit_row(model: ir.Model) -> int:
     """Apply the rewrite; return 1, or 0 if the graph does not end in this way."""
     graph = model.graph
-    pooled = [node for node in graph if is_op(node, "GatherND") and node.attributes.get_int("batch_dims", 0) == 1]
+    told = find_input(graph, "logit_index")
+    pooled = [node for node in graph if is_op(node, "GatherND") and (told is None or node.inputs[1] is not told)]
     node = find_slice(graph)
     if node is None and len(pooled) != 1:
         return 0
