@@ -81,7 +81,8 @@ def open_runner(
         max_slots: sequences at once where it is used by slots, see `runtimes.runners.slots`; None means 8 for ort, and
             with a TensorRT backend what the engine was built for.
         exact: the logits of a sequence are to the bit those that it gets alone, whoever else is there and however its
-            prompt is cut. On the CPU alone; a step of one row takes the time of two.
+            prompt is cut. On the CPU alone; a step of one row takes the time of two. Of slots from `begin` or `admit`:
+            a slot cut below 8 tokens, and a batch, may have other bits.
 
     Returns:
         The runner, with an empty cache.

@@ -115,6 +115,24 @@ def demo_two_package(request: pytest.FixtureRequest) -> Path:
     return _package(request, "demo_two")
 
 
+@pytest.fixture
+def remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch is asked the same only once, see `support.remembered`."""
+    from support.remembered import remember
+
+    remember(monkeypatch)
+
+
+@pytest.fixture
+def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """verify measures quality on one sequence instead of 4096 tokens: for tests that look at something else."""
+    from functools import partial
+
+    from olmo2_export.verify import checks
+
+    monkeypatch.setattr(checks, "quality_tokens", partial(checks.quality_tokens, most=1))
+
+
 @pytest.fixture(scope="session")
 def trt_package(tiny_package: Path, shared: Shared) -> Callable[[str], Path]:
     """tiny_package with a graph for TensorRT of a precision and a cache of 64 tokens, no engine. Do not change it."""

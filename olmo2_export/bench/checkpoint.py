@@ -37,8 +37,32 @@ SIZES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 16,
         "vocab_size": 100_352,
     },
+    "7B": {
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "intermediate_size": 11_008,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 100_352,
+    },
+    "13B": {
+        "num_hidden_layers": 40,
+        "hidden_size": 5120,
+        "intermediate_size": 13_824,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+        "vocab_size": 100_352,
+    },
+    "32B": {
+        "num_hidden_layers": 64,
+        "hidden_size": 5120,
+        "intermediate_size": 27_648,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "vocab_size": 100_352,
+    },
 }
-"""the shapes that can be measured; 1B is that of allenai/OLMo-2-0425-1B"""
+"""the shapes that can be measured; all but demo are those of allenai's OLMo 2"""
 
 Form: TypeAlias = Literal["olmo2", "llama"]
 """llama: a Llama of the same shape, for the peers that have no OLMo 2"""

@@ -27,6 +27,7 @@ from olmo2_export.bench.contenders import Workshop
 from olmo2_export.bench.processes import ROOT, check_system
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes.command import Parser, run_command
+from runtimes.errors import UsageError
 from runtimes.targets import find_target
 
 
@@ -55,6 +56,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     verb = verbs.add_parser("stages", parents=[work, sized], help="time and memory of export and build")
     verb.add_argument("--precision", action="append", metavar="P", help="of an engine; may be repeated; default: bf16")
     verb.add_argument("--no-build", action="store_true", help="leave the TensorRT engines out")
+    verb.add_argument("--variant", action="append", metavar="V", help="of the export; may be repeated; default: fp32")
+    verb.add_argument("--layers", type=int, metavar="N", help="measure so many, at least 2, and half of them; no build")
+    verb.add_argument("--no-prefill-graph", action="store_true", help="leave the int8 prefill graph out")
     verb = verbs.add_parser("quality", parents=[work, beside], help="variants against llama.cpp on the demo model")
     verb.add_argument(
         "--variant", action="append", choices=list(quality.OURS), metavar="V", help="default: all of ours"
@@ -121,7 +125,16 @@ def run(args: argparse.Namespace) -> int:
                 result, report = run_comparison(args, workshop.bundle(args.variant), reference, work)
                 failed = ours_failed(result)
             case "stages":
-                result = stages.run(args.size, work, [] if args.no_build else args.precision or ["bf16"])
+                if args.layers is not None and args.layers < 2:
+                    raise UsageError(f"--layers {args.layers}: expected 2 or more, to tell what one of them takes")
+                result = stages.run(
+                    args.size,
+                    work,
+                    [] if args.no_build else args.precision or ["bf16"],
+                    variants=args.variant or ["fp32"],
+                    layers=args.layers,
+                    prefill_graph=not args.no_prefill_graph,
+                )
                 report = stages.table(result)
             case "quality":
                 result = quality.run(

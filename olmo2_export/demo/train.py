@@ -6,9 +6,9 @@ The text comes from Debian's `bible-kjv` package (public domain):
     python -m olmo2_export.demo.train kjv.txt --out demo-checkpoint
 
 It writes an ordinary Hugging Face checkpoint (bfloat16 safetensors, config, tokenizer), the held-out chapters, a
-table of losses and a model card. Training uses transformers' own Olmo2ForCausalLM, so the weights owe nothing to
-the model code of this project. One seed fixes the split, the initial weights and the order of the batches; the
-last bits of the weights still depend on the machine's matrix kernels and thread count.
+table of losses and a model card. Training uses transformers' own models, so the weights owe nothing to the model code
+of this project. `--model-type olmo` trains an OLMo 1. One seed fixes the split, the initial weights and the order of
+the batches; the last bits of the weights still depend on the machine's matrix kernels and thread count.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import json
 import math
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import Olmo2Config, Olmo2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -44,6 +44,7 @@ CONTEXT = 1024
 class Recipe:
     """Everything that shapes the weights besides the text."""
 
+    model_type: str = "olmo2"
     seed: int = 0
     epochs: int = 6
     batch_size: int = 4
@@ -56,6 +57,20 @@ class Recipe:
     num_hidden_layers: int = 6
     num_attention_heads: int = 8
     num_key_value_heads: int = 4
+
+
+SMALL = Recipe(
+    epochs=3,
+    vocab_size=2048,
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+"""a fifth of the size, for tests of other model types"""
+OWN_FIELDS: dict[str, dict[str, Any]] = {"olmo": {"clip_qkv": 2.5}, "olmo2": {"rms_norm_eps": 1e-6}}
+"""model type -> fields of its config"""
 
 
 def read_chapters(path: Path) -> list[str]:
@@ -100,7 +115,7 @@ def pack(tokenizer: Tokenizer, chapters: list[str]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def perplexity(model: Olmo2ForCausalLM, tokens: torch.Tensor) -> float:
+def perplexity(model: Any, tokens: torch.Tensor) -> float:
     """Return exp of the mean negative log-likelihood over windows of `CONTEXT` tokens, each scored from its start."""
     total, count = 0.0, 0
     for start in range(0, len(tokens) - 1, CONTEXT):
@@ -111,9 +126,7 @@ def perplexity(model: Olmo2ForCausalLM, tokens: torch.Tensor) -> float:
     return math.exp(total / count)
 
 
-def train(
-    model: Olmo2ForCausalLM, tokens: torch.Tensor, held_out: torch.Tensor, recipe: Recipe
-) -> list[dict[str, float]]:
+def train(model: Any, tokens: torch.Tensor, held_out: torch.Tensor, recipe: Recipe) -> list[dict[str, float]]:
     """Train in place; return one row of losses per epoch."""
     per_step = recipe.batch_size * CONTEXT
     steps_per_epoch = (len(tokens) - CONTEXT - 1) // per_step
@@ -195,10 +208,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, help="the output of: bible -f 'Gen1:1-Rev22:21'")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=Recipe.epochs)
+    parser.add_argument("--epochs", type=int)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--model-type", choices=OWN_FIELDS, default=Recipe.model_type)
+    parser.add_argument("--small", action="store_true", help="for tests")
     args = parser.parse_args()
-    recipe = Recipe(seed=args.seed, epochs=args.epochs)
+    recipe = replace(SMALL if args.small else Recipe(), seed=args.seed, model_type=args.model_type)
+    recipe = recipe if args.epochs is None else replace(recipe, epochs=args.epochs)
     args.out.mkdir(parents=True, exist_ok=True)
 
     chapters = read_chapters(args.text)
@@ -209,8 +225,9 @@ def main() -> None:
 
     end, pad = tokenizer.token_to_id(END_OF_TEXT), tokenizer.token_to_id(PAD)
     torch.manual_seed(recipe.seed)
-    model: Any = Olmo2ForCausalLM(
-        Olmo2Config(
+    model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        AutoConfig.for_model(
+            recipe.model_type,
             vocab_size=recipe.vocab_size,
             hidden_size=recipe.hidden_size,
             intermediate_size=recipe.intermediate_size,
@@ -219,11 +236,11 @@ def main() -> None:
             num_key_value_heads=recipe.num_key_value_heads,
             max_position_embeddings=CONTEXT,
             rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-            rms_norm_eps=1e-6,
             bos_token_id=end,
             eos_token_id=end,
             pad_token_id=pad,
             tie_word_embeddings=False,
+            **OWN_FIELDS[recipe.model_type],
         )
     )
     started = time.monotonic()
@@ -231,7 +248,9 @@ def main() -> None:
     minutes = (time.monotonic() - started) / 60
 
     model.to(torch.bfloat16).save_pretrained(args.out)
-    model = Olmo2ForCausalLM.from_pretrained(args.out, dtype=torch.float32)  # the stored weights, computed in float32
+    model = AutoModelForCausalLM.from_pretrained(
+        args.out, dtype=torch.float32
+    )  # the stored weights, computed in float32
     prompt = torch.tensor([[end, *tokenizer.encode("In the beginning").ids]])
     sample = tokenizer.decode(model.generate(prompt, max_new_tokens=80, do_sample=False)[0].tolist())
     facts: dict[str, object] = {

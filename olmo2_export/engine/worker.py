@@ -105,6 +105,7 @@ def _be_reproducible() -> bool:
 
     Addresses are not randomised, for which the process starts again, and TensorRT's threads take turns on one CPU
     without interrupting each other, which costs little: its work is serial but for the generation of kernels.
+    Beside other processes two plans of one graph have differed in some bytes, seen twice; why is not known.
     """
     if sys.platform != "linux":
         return False

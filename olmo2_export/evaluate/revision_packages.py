@@ -13,8 +13,9 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.engine.options import CURRENT, EngineOptions, gpu_at_hand
 from olmo2_export.engine.renew import as_built, renew, why_another
 from olmo2_export.package.export import export
-from olmo2_export.package.variants import Options
+from olmo2_export.package.weight_choice import Options
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
+from olmo2_export.weights.hub import expanded
 from runtimes.errors import BackendError, ConfigError, IntegrityError, PackageError, UsageError
 from runtimes.package import open_package
 from runtimes.sealed import hash_file, hash_files
@@ -46,7 +47,7 @@ def open_revision(model: str, revision: str) -> Checkpoint:
         CheckpointNotFoundError, CheckpointError: as `open_checkpoint`.
         UsageError: the model is the demo, which has no revisions.
     """
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     if folder.is_dir() and not (folder / "config.json").is_file():
         return open_checkpoint(str(folder / revision))
     return open_checkpoint(model, revision)

@@ -32,7 +32,7 @@ from olmo2_export.evaluate.revision_packages import (
     folder_name,
 )
 from olmo2_export.evaluate.text import HELDOUT
-from olmo2_export.package.variants import Options
+from olmo2_export.package.weight_choice import Options
 from olmo2_export.weights.revision_names import read_name
 from runtimes import Backend, Device
 from runtimes.errors import FailedError, UsageError, first_names

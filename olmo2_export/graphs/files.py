@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -20,8 +22,10 @@ from olmo2_export.stored_graph import load_graph
 from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes.errors import FusionError, ResourceError, first_names
 
+INSIDE = 256
+"""bytes: tensors up to that stay in the graph itself"""
+
 _BLOCK_ROWS = 4096
-_INSIDE = 256  # bytes: tensors up to that stay in the graph itself
 _LARGE = 1 << 20  # bytes: tensors beyond that begin at a page in the data file, so that a runtime can map them
 _PAGE = 4096  # bytes
 _PARTIAL = ".partial"
@@ -74,27 +78,52 @@ def save_graph(model: ir.Model, path: Path) -> None:
         ResourceError: the disk cannot hold it; said before anything is written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    outside = [
-        (value, tensor)
-        for graph in model.graphs()
-        for value in graph.initializers.values()
-        if (tensor := value.const_value) is not None
-        and (tensor.nbytes > _INSIDE or isinstance(tensor, ir.ExternalTensor))
-    ]
-    places: list[tuple[int, ir.TensorProtocol]] = []
-    size = 0
-    for _, tensor in outside:
-        if tensor.nbytes > _LARGE:
-            size = -(-size // _PAGE) * _PAGE
-        places.append((size, tensor))
-        size += tensor.nbytes
+    outside = stored_outside(model)
+    offsets, size = place(tensor.nbytes for _, tensor in outside)
     _check_room(path, size)
     data = path.with_name(f"{path.name}_data")
     partial = data.with_name(data.name + _PARTIAL)  # the graph may have been read from what it replaces
     try:
-        _write_data(partial, places, size)
+        _write_data(partial, [(at, tensor) for at, (_, tensor) in zip(offsets, outside, strict=True)], size)
         partial.replace(data)
-        for (value, _), (offset, tensor) in zip(outside, places, strict=True):
+        with pointing_to(data, outside, offsets):
+            ir.save(model, path)
+    except OSError as error:
+        raise resource_error(path, error) from error
+
+
+Outside: TypeAlias = list[tuple[ir.Value, ir.TensorProtocol]]
+"""initializers, and the tensors that they have"""
+
+
+def stored_outside(model: ir.Model) -> Outside:
+    """Return the initializers whose data goes into the file beside the graph, in the order in which it lies there."""
+    return [
+        (value, tensor)
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if (tensor := value.const_value) is not None
+        and (tensor.nbytes > INSIDE or isinstance(tensor, ir.ExternalTensor))
+    ]
+
+
+def place(sizes: Iterable[int]) -> tuple[list[int], int]:
+    """Return where tensors of these sizes begin in the data file, and how long the file is; all in bytes."""
+    offsets = []
+    end = 0
+    for size in sizes:
+        if size > _LARGE:
+            end = -(-end // _PAGE) * _PAGE
+        offsets.append(end)
+        end += size
+    return offsets, end
+
+
+@contextmanager
+def pointing_to(data: Path, outside: Outside, offsets: Iterable[int]) -> Iterator[None]:
+    """Let initializers say where their data lies in a file, which need not be there; after that, they have it again."""
+    try:
+        for (value, tensor), offset in zip(outside, offsets, strict=True):
             value.const_value = ir.ExternalTensor(
                 data.name,
                 offset,
@@ -102,11 +131,9 @@ def save_graph(model: ir.Model, path: Path) -> None:
                 tensor.dtype,
                 shape=tensor.shape,  # type: ignore[arg-type]  # as onnx-ir itself does
                 name=tensor.name or "",
-                base_dir=path.parent,
+                base_dir=data.parent,
             )
-        ir.save(model, path)
-    except OSError as error:
-        raise resource_error(path, error) from error
+        yield
     finally:
         for value, tensor in outside:
             value.const_value = tensor

@@ -22,6 +22,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -79,18 +80,24 @@ def expected_op_counts(rows: Sequence[Operation]) -> dict[str, int]:
 
 
 def trace(config: ModelConfig) -> ir.Model:
-    """Trace the model on the meta device.
+    """Trace the model on the meta device, once for each shape in a process.
 
     Args:
         config: the model's shape.
 
     Returns:
-        The portable graph. Its initializers bear the names of the checkpoint's tensors and of the model's buffers, and
-        have no data yet; `value.meta["transposed"]` marks those stored as [in, out].
+        The portable graph, a copy to edit. Its initializers bear the names of the checkpoint's tensors and of the
+        model's buffers, and have no data yet; `value.meta["transposed"]` marks those stored as [in, out].
 
     Raises:
         FusionError: the exporter did not emit the expected operators, inputs or outputs.
     """
+    return _traced(config).clone()
+
+
+# Many revisions of a model have one graph, and some sizes are exported in turns; without weights a layer is 0.1 MB.
+@lru_cache(maxsize=8)
+def _traced(config: ModelConfig) -> ir.Model:
     with torch.device("meta"):
         model = OlmoForCausalLM(config).eval()
         arguments, dynamic_shapes = _example(config)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from olmo2_export.architecture import Operation, within_layer
+from olmo2_export.graphs.taps import HIDDEN, layer_name, tap_name
 from olmo2_export.locate import explain
 from olmo2_export.locate.explain import relative_error
 from olmo2_export.locate.segments import Calls, joined
-from olmo2_export.locate.taps import HIDDEN, layer_name, tap_name
 from olmo2_export.truth.torch_layers import TorchLayer, TorchModel
 from olmo2_export.views.openers import Arrays
 

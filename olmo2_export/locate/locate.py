@@ -34,6 +34,7 @@ import olmo2_export.catalog as catalog
 from olmo2_export.architecture import of_layer, operations
 from olmo2_export.config import ModelConfig
 from olmo2_export.dtypes import float_dtype
+from olmo2_export.graphs.taps import layer_name
 from olmo2_export.locate.explain import relative_error
 from olmo2_export.locate.layer_checks import (
     GATED,
@@ -47,7 +48,6 @@ from olmo2_export.locate.layer_checks import (
 )
 from olmo2_export.locate.segments import joined, random_calls, run_segments
 from olmo2_export.locate.stored_values import tables_check, weight_check
-from olmo2_export.locate.taps import layer_name
 from olmo2_export.truth.torch_layers import TorchModel
 from olmo2_export.views.openers import Arrays, Opener, view_opener
 from olmo2_export.views.table import FIRST_CALL, FLOAT32_FACTOR, View, variant_views

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from olmo2_export.architecture import Operation
 from olmo2_export.config import ModelConfig
-from olmo2_export.locate.taps import HIDDEN, Segment, cut, find_segments
+from olmo2_export.graphs.taps import HIDDEN, Segment, cut, find_segments
 from olmo2_export.views.openers import Arrays, Opener
 from runtimes.errors import PackageError
 from runtimes.manifest import Variant

@@ -181,6 +181,8 @@ class ParityReport:
     """of the graph as users run it; of two graphs, the decode graph"""
     checks: tuple[Check, ...] = ()
     """of weights, scales and quality"""
+    coverage: str = ""
+    """what was left out, and why; empty: everything was run"""
     own_error_of: str = "transformers"
     """what computed in the gate's precision, so that its error is the unit of error_ratio"""
 

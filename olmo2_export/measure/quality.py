@@ -26,11 +26,12 @@ from runtimes.manifest import Quality, TokensFrom, Variant
 from runtimes.runners.runner import Logits, TokenIds
 
 SEED = 0
+PIECE = 32
+"""positions at a time: logits of a large vocabulary, in float64, take 0.8 MB each"""
 _LENGTH = 256
 _MOST_OF_ONE = 0.5  # share of a text that may be one token: of a foreign alphabet, all are "unknown"
 _LOGITS = 1 << 25  # float32 numbers of reference logits that may be kept: 128 MB
 _MOST_TOKENS = 4096
-_PIECE = 32  # positions at a time: logits of a large vocabulary, in float64, take 0.8 MB each
 _TEXT = Path(__file__).parents[1] / "demo" / "heldout.txt"
 _LARGE = 100_000_000  # weights
 _MOST_LOSS = 700.0  # nats: beyond it, on ids that no model expects, a perplexity is no number
@@ -111,9 +112,7 @@ def quality_tokens(
     Returns:
         int64 [length] each, and `text` or `random ids`.
     """
-    length = min(length or _LENGTH, config.max_position_embeddings)
-    most = most or max(length, min(_MOST_TOKENS, _LOGITS // config.vocab_size))
-    count = max(1, most // length)
+    length, count = _sequences(config, length, most)
     path = checkpoint.folder / "tokenizer.json"
     if path.is_file():
         ids = load_tokenizer(path).encode(_TEXT.read_text(encoding="utf-8")).ids
@@ -123,6 +122,19 @@ def quality_tokens(
             return [np.array(ids[i * length : (i + 1) * length], np.int64) for i in range(count)], "text"
     drawn = np.random.default_rng(SEED).integers(0, config.vocab_size, (count, length), dtype=np.int64)
     return list(drawn), "random ids"
+
+
+def _sequences(config: ModelConfig, length: int | None = None, most: int | None = None) -> tuple[int, int]:
+    """Return the tokens of a sequence, and how many sequences there are at most; see `quality_tokens`."""
+    length = min(length or _LENGTH, config.max_position_embeddings)
+    most = most or max(length, min(_MOST_TOKENS, _LOGITS // config.vocab_size))
+    return length, max(1, most // length)
+
+
+def quality_size(config: ModelConfig) -> int:
+    """Return the tokens, at most, that `quality_tokens` gives by default."""
+    length, count = _sequences(config)
+    return length * count
 
 
 @dataclass(frozen=True)
@@ -163,16 +175,16 @@ def measure_quality(
     losses: list[np.ndarray] = []
     for ids, wanted in zip(sequences, reference, strict=True):
         runner.reset()
-        for start in range(0, len(ids), _PIECE):
-            piece = ids[start : start + _PIECE]
-            if alternate and start // _PIECE % 2:
+        for start in range(0, len(ids), PIECE):
+            piece = ids[start : start + PIECE]
+            if alternate and start // PIECE % 2:
                 test = runner.decode_block(piece)
             else:
                 (test,) = runner.prefill([piece], all_positions=True)
-            truth = wanted[start : start + _PIECE]
+            truth = wanted[start : start + PIECE]
             kls.append(kl_divergence(truth, test))
             agreements.append(truth.argmax(-1) == test.argmax(-1))
-            following = ids[start + 1 : start + 1 + _PIECE]
+            following = ids[start + 1 : start + 1 + PIECE]
             losses.append(np.stack([token_losses(x[: len(following)], following) for x in (truth, test)]))
     runner.reset()
     kl = np.concatenate(kls)

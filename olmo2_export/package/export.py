@@ -20,8 +20,10 @@ from pathlib import Path
 from olmo2_export.architecture import operations, tensor_shapes
 from olmo2_export.atomic import replace_folder
 from olmo2_export.config import ModelConfig
+from olmo2_export.package.plan import check_room
 from olmo2_export.package.texts import write_texts
-from olmo2_export.package.variants import SPOOL, Options, VariantWriter, check_variants
+from olmo2_export.package.variants import SPOOL, VariantWriter, check_variants
+from olmo2_export.package.weight_choice import Options
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.stored_names import EMBEDDING, HEAD
 from runtimes.manifest import MANIFEST_NAME, Manifest, Source, to_document
@@ -56,13 +58,15 @@ def export(
     Raises:
         ConfigError, CheckpointError: the checkpoint cannot be exported; nothing was written.
         UsageError: unknown variant, or a folder that must not be replaced.
-        ResourceError: disk full, or another export holds the folder.
+        ResourceError: the disk cannot hold the package, said before anything is written, or another export holds the
+            folder.
         FusionError: the traced graph is not the expected one.
     """
     options = options or Options()
     config = ModelConfig.from_json(checkpoint.folder / "config.json")
     check_variants(variants, config, options)
     with replace_folder(out, force=force) as staging, ThreadPoolExecutor(max_workers=1) as pool:
+        check_room(checkpoint, config, out, variants, options)
         check_weights(checkpoint, config)
         sources = pool.submit(hash_files, checkpoint.folder, checkpoint.files)  # meanwhile, the trace
         write_texts(checkpoint.folder, config, staging, list(dict.fromkeys(variants)))

@@ -10,8 +10,7 @@ import base64
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -21,24 +20,26 @@ from tqdm import tqdm
 
 import olmo2_export.catalog as catalog
 from olmo2_export.architecture import count, operations
-from olmo2_export.catalog import QuantizationDefaults, VariantRow
+from olmo2_export.catalog import VariantRow
 from olmo2_export.config import ModelConfig
 from olmo2_export.dtypes import ir_dtype
 from olmo2_export.fp16.safety import Safety, measure_safety, refuse_overflow
 from olmo2_export.fp16.values import Float32Islands
 from olmo2_export.fuse import DEVICE, check_op_counts
 from olmo2_export.fuse.quantized_kv_cache import quantized_kv_cache
+from olmo2_export.graphs.by_layer import Recorded, in_pieces, logits_by_layer
 from olmo2_export.graphs.device import device_graph, device_outputs
 from olmo2_export.graphs.files import attach_weights, save_graph, save_weights
 from olmo2_export.graphs.shared import decode_graph, prefill_graph, shared_graph, shared_inputs, shared_outputs
 from olmo2_export.graphs.trace import OPSET, expected_op_counts, portable_inputs, portable_outputs, trace
-from olmo2_export.measure.quality import broken_limits, gate_of, measure_quality, quality_tokens
+from olmo2_export.measure.quality import PIECE, broken_limits, gate_of, measure_quality, quality_tokens
+from olmo2_export.package.weight_choice import Options, choose_weights, defaults_of
 from olmo2_export.quantize.calibration import calibration_tokens
 from olmo2_export.quantize.kv_cache import kv_cache_scales
-from olmo2_export.quantize.recipes import CALIBRATED, MIXED, RECIPES, QuantizedWeights, quantize
+from olmo2_export.quantize.recipes import CALIBRATED, RECIPES, QuantizedWeights
 from olmo2_export.truth.torch_layers import reference_logits
 from olmo2_export.weights.checkpoint import Checkpoint
-from olmo2_export.weights.stored_names import EMBEDDING, weight_shapes
+from olmo2_export.weights.stored_names import weight_shapes
 from runtimes.errors import ConfigError, FusionError, UsageError
 from runtimes.manifest import (
     CacheForm,
@@ -61,6 +62,9 @@ logger = logging.getLogger(__name__)
 PREFILL_MIN_ROWS = 8
 """tokens in a step from which the int8 graph is faster than the one of 4 bits"""
 
+LARGE_GRAPH = 1 << 28
+"""bytes of weights from which a graph's quality is measured with one layer in memory at a time"""
+
 SPOOL = ".spool"
 """a folder in the staging folder, for finished tensors; gone when the package is"""
 
@@ -70,28 +74,6 @@ BUNDLED_TEXT = Path(__file__).parents[1] / "demo" / "calibration.txt"
 
 _HEAD_DIM_STEP = 16
 _MOST_BITS = 32
-
-
-@dataclass(frozen=True)
-class Options:
-    """How quantised variants are made."""
-
-    recipe: str | None = None
-    """a name out of `quantize.recipes.RECIPES`; None: the default of the variant"""
-    calibration: Path | None = None
-    """a UTF-8 text for the recipes, and the KV cache, that measure activations"""
-    size_budget: float | None = None
-    """bits per weight, for the recipes that choose"""
-    block_size: int | None = None
-    """weights that share a scale; None: the default of the recipe"""
-    kv_cache: str = "fp32"
-    """a name out of `catalog.KV_CACHES`"""
-    prefill_graph: bool = True
-    """write a prefill graph if it passes its gate"""
-    fp16_islands: bool = False
-    """keep what overflows float16 in float32, instead of refusing the model"""
-    fp16_safety: Safety | None = field(default=None, compare=False)
-    """what was measured of the model; None: it is measured when it is needed"""
 
 
 def check_variants(variants: Sequence[str], config: ModelConfig, options: Options) -> None:
@@ -133,14 +115,17 @@ def check_variants(variants: Sequence[str], config: ModelConfig, options: Option
         )
 
 
-def _defaults(row: VariantRow) -> QuantizationDefaults:
-    if row.defaults is None:
-        raise UsageError(f"variant {row.name}: its weights have no blocks")
-    return row.defaults
-
-
-# Many revisions of a model have one graph, and some sizes are exported in turns; without weights a layer is 0.1 MB.
-_trace_once = lru_cache(maxsize=8)(trace)
+def cache_spec(config: ModelConfig, form: CacheForm, dtype: Dtype) -> KVCacheSpec:
+    """Return the KV cache of a model in a package, not quantised."""
+    return KVCacheSpec(
+        form=form,
+        dtype=dtype,
+        num_layers=config.num_hidden_layers,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        max_cache_length=config.max_position_embeddings,
+        windows=config.windows,
+    )
 
 
 class VariantWriter:
@@ -184,7 +169,7 @@ class VariantWriter:
     @cached_property
     def _traced(self) -> ir.Model:
         with tqdm(total=1, desc="tracing", bar_format="{desc} {elapsed}", leave=False):
-            return _trace_once(self._config)
+            return trace(self._config)
 
     @cached_property
     def _reference(self) -> tuple[list[np.ndarray], TokensFrom, list[np.ndarray]]:
@@ -287,7 +272,7 @@ class VariantWriter:
     ) -> PrefillGraph | None:
         """Write the int8 graph, measure it, and keep it if it passes the variant's gate or is no worse than it."""
         graph = row.path.replace(".onnx", "_prefill.onnx")
-        model, _ = prefill_graph(shared, weights, self._rows, _defaults(row).rounded_blocks)
+        model, _ = prefill_graph(shared, weights, self._rows, defaults_of(row).rounded_blocks)
         data = self._save(model, graph)
         measured = self._measure(dataclasses.replace(variant, graph=graph, data=data))
         broken = broken_limits(measured, gate_of(variant, self._config))
@@ -316,20 +301,18 @@ class VariantWriter:
             save_graph(model, self._staging / graph)
 
     def _measure(self, variant: Variant) -> Quality:
+        """Measure one graph on text; a large one layer by layer, whatever memory there is: two exports are equal."""
         sequences, origin, reference = self._reference
+        graph = self._staging / variant.graph
+        if sum((self._staging / name).stat().st_size for name in variant.data) > LARGE_GRAPH:
+            plans = in_pieces(sequences, PIECE)
+            recorded = Recorded(plans, logits_by_layer(graph, variant, self._rows, plans))
+            return measure_quality(recorded, sequences, reference, origin).quality
         with open_ort(self._staging, variant, self._config.spec, None) as runner:
             return measure_quality(runner, sequences, reference, origin).quality
 
     def _cache_spec(self, form: CacheForm, dtype: Dtype) -> KVCacheSpec:
-        return KVCacheSpec(
-            form=form,
-            dtype=dtype,
-            num_layers=self._config.num_hidden_layers,
-            num_key_value_heads=self._config.num_key_value_heads,
-            head_dim=self._config.head_dim,
-            max_cache_length=self._config.max_position_embeddings,
-            windows=self._config.windows,
-        )
+        return cache_spec(self._config, form, dtype)
 
     def _quantize_cache(self, shared: ir.Model, bits: Literal[8, 4]) -> KVCacheQuantization:
         """Calibrate the cache and rewrite the graph in place."""
@@ -347,34 +330,17 @@ class VariantWriter:
 
     def _weights(self, row: VariantRow, wide: Float32Islands | None = None) -> QuantizedWeights:
         """Quantise, but for what is to be multiplied in float32: MatMulNBits has no kernel for it on GPUs."""
-        in_float32 = (wide or Float32Islands()).operations(self._rows)
-        products = [row.weight for row in self._rows if row.kind == "linear" and row.name in in_float32]
-        options, default = self._options, _defaults(row)
-        recipe = options.recipe or default.recipe
-        size = options.block_size
-        form, head, embedding = (
-            form if size is None else dataclasses.replace(form, block_size=size)
-            for form in (default.form, default.head, default.embedding or default.form)
-        )
-        budget = options.size_budget
-        if budget is None and recipe in MIXED:
-            budget = default.size_budget
-        return quantize(
+        choice, options = choose_weights(row, self._options, self._rows, wide), self._options
+        return choice.quantize(
             self._checkpoint,
             self._config,
-            recipe,
-            form=form,
-            head=head,
-            embedding=embedding,
-            keep=[*(() if default.embedding else (EMBEDDING,)), *(name for name in products if name is not None)],
-            calibration=options.calibration if recipe in CALIBRATED else None,
-            size_budget=budget,
-            spool=self._staging / SPOOL if recipe.startswith("gptq") else None,
+            options.calibration if choice.recipe in CALIBRATED else None,
+            self._staging / SPOOL if choice.recipe.startswith("gptq") else None,
         )
 
     def _describe(self, row: VariantRow, weights: QuantizedWeights, scale_bytes: int = 4) -> Quantization:
         """Return the manifest's entry of the weights, which have been written and so measured."""
-        recipe, calibration = self._options.recipe or _defaults(row).recipe, self._options.calibration
+        recipe, calibration = self._options.recipe or defaults_of(row).recipe, self._options.calibration
         shapes = weight_shapes(self._config)
         size = sum(
             form.nbytes(*shapes[tensor]) - (4 - scale_bytes) * shapes[tensor][0] * form.blocks(shapes[tensor][1])

@@ -98,6 +98,20 @@ class QuantizedWeights:
         return self._errors[name]
 
 
+def tensor_formats(
+    config: ModelConfig,
+    *,
+    form: BlockFormat,
+    head: BlockFormat | None = None,
+    embedding: BlockFormat | None = None,
+    keep: Collection[str] = (),
+) -> dict[str, BlockFormat]:
+    """Return the format of each tensor that is quantised, by the checkpoint's name; arguments as `quantize`."""
+    formats = {EMBEDDING: embedding or form, **dict.fromkeys(linear_names(config), form), HEAD: head or form}
+    known = weight_shapes(config)  # a classifier has no HEAD
+    return {name: chosen for name, chosen in formats.items() if name in known and name not in keep}
+
+
 def quantize(
     checkpoint: WeightSource,
     config: ModelConfig,
@@ -132,9 +146,7 @@ def quantize(
         ResourceError: no room for the spool.
     """
     _check_options(recipe, calibration, size_budget, spool)
-    formats = {EMBEDDING: embedding or form, **dict.fromkeys(linear_names(config), form), HEAD: head or form}
-    known = weight_shapes(config)  # a classifier has no HEAD
-    formats = {name: chosen for name, chosen in formats.items() if name in known and name not in keep}
+    formats = tensor_formats(config, form=form, head=head, embedding=embedding, keep=keep)
     if size_budget is not None:
         better = replace(form, bits=8)
         choose_formats(config, formats, dict.fromkeys(formats, 0.0), size_budget, better)  # refuses before the sweep

@@ -57,7 +57,7 @@ def measure_sensitivity(
     streams: dict[str, Tensor] = {}
     if EMBEDDING in formats:
         ids, places = np.unique(np.stack(sequences), return_inverse=True)
-        rows = quantized(EMBEDDING, checkpoint.tensor(EMBEDDING)[torch.from_numpy(ids)])  # blocks lie within rows
+        rows = quantized(EMBEDDING, checkpoint.picked(EMBEDDING, torch.from_numpy(ids)))  # blocks lie within rows
         streams[EMBEDDING] = rows[torch.from_numpy(places.reshape(original.shape[:2]))]
     for layer in staged_layers(checkpoint, config):
         streams = {name: layer(x) for name, x in streams.items()}

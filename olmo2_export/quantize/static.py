@@ -13,7 +13,7 @@ about as much as those of all layers, for a sixth of the 1B model's weights. In 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -167,10 +167,9 @@ def static_weights(
         NumericError: activations on the calibration tokens that are not finite.
     """
     check_recipe(config, precision, recipe)
-    names, stored = _names(config, precision), static_row(precision).weights
+    stored = static_row(precision).weights
     if stored.layout == "blocks":
-        form = BlockFormat(stored.bits, static_block_size(config, precision), symmetric=True, positive=True)
-        head = replace(form, block_size=min(BLOCK_SIZES))
+        form, head = _block_formats(config, precision)
         recipe = recipe or stored.recipe or stored.recipes[0]
         blocks = quantize(
             source,
@@ -182,12 +181,35 @@ def static_weights(
             calibration=calibration if recipe in CALIBRATED else None,
             spool=spool if recipe == "gptq" else None,
         )
-        sizes = dict.fromkeys(names, form.block_size) | ({HEAD: head.block_size} if HEAD in names else {})
-        forms = {name: LinearForm(precision, size, None) for name, size in sizes.items()}
-        return StaticWeights(source, config, precision, forms, blocks)
+        return StaticWeights(source, config, precision, static_forms(config, precision, {}), blocks)
     scales = static_input_scales(source, config, precision, calibration)
-    forms = {name: LinearForm(precision, 0, scales[name]) for name in names}
-    return StaticWeights(source, config, precision, forms, None)
+    return StaticWeights(source, config, precision, static_forms(config, precision, scales), None)
+
+
+def static_forms(config: ModelConfig, precision: str, scales: Mapping[str, float]) -> dict[str, LinearForm]:
+    """Return how each linear is stored, by the checkpoint's name.
+
+    Args:
+        config: the shapes.
+        precision: int4, int8 or fp8.
+        scales: of the linears' inputs, where those are quantised; the step of one that is absent is 1.
+
+    Raises:
+        UsageError: 4-bit blocks do not divide a shape.
+    """
+    names, stored = _names(config, precision), static_row(precision).weights
+    if stored.layout == "blocks":
+        form, head = _block_formats(config, precision)
+        sizes = {name: (head if name == HEAD else form).block_size for name in names}
+        return {name: LinearForm(precision, size, None) for name, size in sizes.items()}
+    return {name: LinearForm(precision, 0, scales.get(name, 1.0)) for name in names}
+
+
+def _block_formats(config: ModelConfig, precision: str) -> tuple[BlockFormat, BlockFormat]:
+    """Return the formats of the layers' linears and of the head."""
+    bits = static_row(precision).weights.bits
+    form = BlockFormat(bits, static_block_size(config, precision), symmetric=True, positive=True)
+    return form, replace(form, block_size=min(BLOCK_SIZES))
 
 
 def static_input_scales(

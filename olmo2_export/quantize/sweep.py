@@ -182,8 +182,7 @@ class Head:
 
 def embed(checkpoint: WeightSource, sequences: Sequence[np.ndarray]) -> list[Tensor]:
     """Look tokens up: int64 [S] each -> float32 [1, S, hidden] each."""
-    table = checkpoint.tensor(EMBEDDING)  # mapped: only the rows looked up are read
-    return [table[torch.from_numpy(ids)].float()[None] for ids in sequences]
+    return [checkpoint.picked(EMBEDDING, torch.from_numpy(ids)).float()[None] for ids in sequences]
 
 
 def staged_layers(checkpoint: WeightSource, config: ModelConfig) -> Iterator[StagedLayer]:

@@ -18,9 +18,8 @@ from olmo2_export.dtypes import dtype_name, ir_dtype
 from olmo2_export.fuse import op_counts
 from olmo2_export.stored_graph import load_graph
 from olmo2_export.weights.stored_names import EMBEDDING, HEAD, SCORED, weight_shapes
-from runtimes.dtypes import find_dtype
 from runtimes.errors import PackageError
-from runtimes.manifest import KVCacheSpec, Manifest, Quantization, Role, TensorSpec, Variant
+from runtimes.manifest import Manifest, Quantization, Role, TensorSpec, Variant
 
 LARGEST = 8
 """rows in the list of the largest tensors"""
@@ -187,12 +186,6 @@ def op_changes(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[OpC
 def io_rows(variant: Variant) -> tuple[IoRow, ...]:
     """Return the I/O table; the layers' caches, which are alike, share a row for keys and one for values."""
     return (*_io("input", variant.inputs), *_io("output", variant.outputs))
-
-
-def cache_bytes_per_token(cache: KVCacheSpec) -> int:
-    """Return what one token of one row takes in the KV cache, over all layers, without scales."""
-    size = find_dtype(cache.dtype).size  # two codes of 4 bits share a uint8 of stored_head_dim
-    return 2 * cache.num_layers * cache.num_key_value_heads * cache.stored_head_dim * size
 
 
 def _io(direction: str, specs: Iterable[TensorSpec]) -> list[IoRow]:

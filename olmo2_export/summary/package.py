@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from olmo2_export.config import ModelConfig
+from olmo2_export.graphs.predicted import cache_bytes_per_token
 from olmo2_export.summary.engine import EngineSummary, summarize_engine
 from olmo2_export.summary.graph import (
     GraphSummary,
     IoRow,
     OpChange,
-    cache_bytes_per_token,
     io_rows,
     op_changes,
     portable_ops,

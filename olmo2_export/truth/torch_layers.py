@@ -22,11 +22,12 @@ from transformers.models.olmo2 import modeling_olmo2 as olmo2
 from transformers.models.olmo2.modeling_olmo2 import apply_rotary_pos_emb, repeat_kv
 from transformers.models.olmo3 import modeling_olmo3 as olmo3
 
+from olmo2_export.architecture import head
 from olmo2_export.config import ModelConfig
 from olmo2_export.dtypes import float_dtype
 from olmo2_export.truth.reference import Rounding, reference_config, use_float64_norms
 from olmo2_export.weights.checkpoint import Checkpoint
-from olmo2_export.weights.stored_names import head_weight, stored_weight
+from olmo2_export.weights.stored_names import EMBEDDING, head_weight, stored_head, stored_weight
 
 Weights = Callable[[str], Tensor]
 """a weight by the checkpoint's name, in the checkpoint's layout"""
@@ -73,6 +74,23 @@ _CLASSES: dict[str, _Classes] = {
 }
 
 
+@dataclass(frozen=True)
+class StoredTables:
+    """Embedding and head of a checkpoint, read in parts: neither is in memory as a whole."""
+
+    checkpoint: Checkpoint
+    stored_head: str
+    """the name of the head's weight: the embedding's where they are one"""
+
+    def embedding(self, ids: Tensor) -> Tensor:
+        """Return the rows of tokens: int64 [S] -> [S, hidden], as they are stored."""
+        return self.checkpoint.picked(EMBEDDING, ids)
+
+    def head(self) -> Iterator[Tensor]:
+        """Yield the rows of the head, [n, hidden], as they are stored; a part is overwritten by the next."""
+        return self.checkpoint.rows(self.stored_head)
+
+
 class TorchModel:
     """Makes layers and the head of one model, in one dtype."""
 
@@ -83,22 +101,29 @@ class TorchModel:
         precision: str,
         rounding: Mapping[str, Rounding] | None = None,
         tables: torch.dtype = torch.float32,
+        stored: StoredTables | None = None,
     ) -> None:
-        """See `views.View`; `tables` is the dtype that a graph's rotary tables have."""
+        """See `views.View`; `tables` is the dtype that a graph's rotary tables have.
+
+        `stored` reads embedding and head in parts; without it they come whole from `weights`.
+        """
         self.config: Any = reference_config(folder)
         self.classes = _CLASSES[self.config.model_type]
         self.config._attn_implementation = "sdpa"
-        self.norm_eps: float | None = getattr(self.config, "rms_norm_eps", None)
+        self.norm_eps: float | None = None if self.config.model_type == "olmo" else self.config.rms_norm_eps
         """of RMS norms; None: the model has layer norms"""
         self.dtype = float_dtype(precision).torch
         self.rounding = dict(rounding or {})
         self.weights = weights
-        self._head = head_weight(ModelConfig.from_json(folder / "config.json"))
+        own = ModelConfig.from_json(folder / "config.json")
+        self._head, self._answers = head_weight(own), head(own)[1]
         self.tables = tables
+        self.stored = stored
 
     def embed(self, ids: Tensor) -> Tensor:
         """Look tokens up: int64 [S] -> [1, S, hidden]."""
-        return self.weights("model.embed_tokens.weight")[ids].to(self.dtype)[None]
+        rows = self.weights(EMBEDDING)[ids] if self.stored is None else self.stored.embedding(ids)
+        return rows.to(self.dtype)[None]
 
     def layer(self, index: int) -> TorchLayer:
         """Read one layer."""
@@ -121,8 +146,13 @@ class TorchModel:
         """Return logits, or a classifier's scores: [..., hidden] -> [..., V]."""
         rounding = self.rounding.get(self._head)
         x = x.to(self.dtype) if rounding is None else rounding(x.to(self.dtype))
-        parts = torch.split(self.weights(self._head), _ROWS)
-        return torch.cat([F.linear(x, part.to(self.dtype)) for part in parts], dim=-1)
+        parts = torch.split(self.weights(self._head), _ROWS) if self.stored is None else self.stored.head()
+        logits = x.new_empty(*x.shape[:-1], self._answers)
+        end = 0
+        for part in parts:
+            start, end = end, end + len(part)
+            logits[..., start:end] = F.linear(x, part.to(self.dtype))
+        return logits
 
 
 class TorchLayer:
@@ -262,7 +292,8 @@ class TorchLayer:
 
 def open_layers(checkpoint: Checkpoint, config: ModelConfig) -> TorchModel:
     """Return transformers' float32 model of a checkpoint, whose layers are read when they are asked for."""
-    return TorchModel(checkpoint.folder, partial(stored_weight, checkpoint, config), "fp32")
+    weights, stored = partial(stored_weight, checkpoint, config), StoredTables(checkpoint, stored_head(config))
+    return TorchModel(checkpoint.folder, weights, "fp32", stored=stored)
 
 
 @torch.inference_mode()

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import olmo2_export.catalog as catalog
 from olmo2_export.catalog import BLOCK_SIZES, exported, listed, names
 from olmo2_export.verbs.arguments import declare_variant
 from olmo2_export.verbs.words import megabytes
+from runtimes.errors import UsageError
+
+if TYPE_CHECKING:
+    from olmo2_export.package.weight_choice import Options
 
 HELP = "checkpoint -> package folder"
 
@@ -17,7 +23,7 @@ HELP = "checkpoint -> package folder"
 def declare(verb: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     verb.add_argument("model", metavar="MODEL", help="Hub id (allenai/OLMo-2-0425-1B), folder, or 'demo'")
-    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="the package folder to write")
+    verb.add_argument("--out", type=Path, metavar="DIR", help="the package folder to write")
     quantized = exported(lambda row: row.defaults)
     for_cpus, for_gpus = ", ".join(names("blocks")), ", ".join(names("device"))
     words = f"fp32 (the default); {for_cpus} for CPUs; {for_gpus} for --device cuda; may be repeated"
@@ -27,7 +33,7 @@ def declare(verb: argparse.ArgumentParser) -> None:
         "--calibration", type=Path, metavar="FILE", help="UTF-8 text for gptq, mixed and a quantised KV cache"
     )
     verb.add_argument("--size-budget", type=float, metavar="BITS", help="bits per weight, for mixed and gptq-mixed")
-    verb.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="weights that share a scale; default 128")
+    verb.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="weights that share a scale")
     cached, prefilled = listed(exported(lambda row: row.quantized_cache)), listed(exported(lambda r: r.prefill_graph))
     halves = listed(exported(lambda row: row.dtype == "float16"))
     caches = [cache.name for cache in catalog.KV_CACHES]
@@ -40,16 +46,24 @@ def declare(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub id")
     verb.add_argument("--force", action="store_true", help="replace the package that is there")
+    verb.add_argument(
+        "--dry-run", action="store_true", help="say what it would write, need and take; write nothing, read no weights"
+    )
+    verb.add_argument("--json", action="store_true", help="with --dry-run: as a JSON object, bytes and seconds")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run it; return the exit code."""
     from olmo2_export.package.export import export
-    from olmo2_export.package.variants import Options
+    from olmo2_export.package.weight_choice import Options
     from olmo2_export.peak_memory import peak_bytes
     from olmo2_export.summary.text import quantization_lines
     from olmo2_export.weights.checkpoint import open_checkpoint
 
+    if args.out is None and not args.dry_run:
+        raise UsageError("--out: missing; expected the package folder to write, or --dry-run")
+    if args.json and not args.dry_run:
+        raise UsageError("--json: only with --dry-run; inspect --json says what a package holds")
     options = Options(
         recipe=args.recipe,
         calibration=args.calibration,
@@ -59,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
         prefill_graph=not args.no_prefill_graph,
         fp16_islands=args.fp16_islands,
     )
+    if args.dry_run:
+        return _plan(args, options)
     started = time.monotonic()
     manifest = export(
         open_checkpoint(args.model, args.revision),
@@ -82,3 +98,19 @@ def run(args: argparse.Namespace) -> int:
         f"peak memory {megabytes(peak_bytes())}"
     )
     return 0
+
+
+def _plan(args: argparse.Namespace, options: Options) -> int:
+    """Say what the export would do; exit code 1 where the disk has no room for it."""
+    from olmo2_export.package.plan import plan_export
+    from olmo2_export.summary.plan_text import plan_lines
+    from olmo2_export.weights.checkpoint import open_headers
+
+    plan = plan_export(
+        open_headers(args.model, args.revision),
+        variants=args.variant or ["fp32"],
+        options=options,
+        out=Path.cwd() if args.out is None else args.out,
+    )
+    print(json.dumps(plan.to_document(), indent=2) if args.json else "\n".join(plan_lines(plan)))
+    return 1 if plan.free_disk is not None and plan.disk > plan.free_disk else 0

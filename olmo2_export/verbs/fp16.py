@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from olmo2_export.fp16.report import safety_lines
     from olmo2_export.fp16.safety import MARGIN, TOKENS, measure_safety
     from olmo2_export.package.export import check_weights, export
-    from olmo2_export.package.variants import Options
+    from olmo2_export.package.weight_choice import Options
     from olmo2_export.weights.checkpoint import open_checkpoint
     from runtimes.errors import UsageError
 

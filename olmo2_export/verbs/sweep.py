@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from olmo2_export.evaluate.revisions import RESULTS, sweep
     from olmo2_export.evaluate.revisions_plot import draw
     from olmo2_export.evaluate.text import HELDOUT
-    from olmo2_export.package.variants import Options
+    from olmo2_export.package.weight_choice import Options
     from olmo2_export.weights.revisions import choose, is_pattern
     from runtimes.errors import UsageError
     from runtimes.targets import find_target

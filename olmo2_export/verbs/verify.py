@@ -28,6 +28,11 @@ def declare(verb: argparse.ArgumentParser) -> None:
         help="tokens of the longest rows; default: what the cache holds, at most 4096. Fewer are quicker",
     )
     verb.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="layers one at a time, on rows of at most 256 tokens; default: only where the model is beyond free memory",
+    )
+    verb.add_argument(
         "--out", type=Path, metavar="FILE", help="where the report goes; default: parity.json in the package"
     )
     verb.add_argument(
@@ -64,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
         variants=args.variant or [],
         backend=args.backend,
         device=args.device,
+        low_memory=args.low_memory,
         longest=LONGEST if args.longest is None else args.longest,
         out=args.out,
         show=lambda reports: print(verdict(reports), flush=True),

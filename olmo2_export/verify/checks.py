@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 
 import olmo2_export.catalog as catalog
+from olmo2_export.architecture import Operation, operations
 from olmo2_export.config import ModelConfig
+from olmo2_export.graphs.by_layer import Call, Recorded, in_pieces, logits_by_layer
 from olmo2_export.measure.parity import QUALITY, Check, ParityReport, PerplexityChange
 from olmo2_export.measure.quality import (
+    PIECE,
     Measured,
     gate_of,
     measure_quality,
@@ -79,6 +84,8 @@ def quality_checks(
     checkpoint: Checkpoint,
     config: ModelConfig,
     target: Target,
+    *,
+    by_layer: bool = False,
 ) -> tuple[list[Check], PerplexityChange | None]:
     """Measure a variant on held-out text: each graph it has, and both in turns on one cache.
 
@@ -92,18 +99,20 @@ def quality_checks(
         checkpoint: the original weights.
         config: their shape.
         target: where it runs.
+        by_layer: with one layer in memory at a time; the graphs are not run in turns then.
 
     Returns:
         A check for each, and the change of perplexity of the first; None where it could not be measured.
     """
     if config.labels:
-        return [_score_quality(package, entry, view, checkpoint, config, target)], None
+        return [_score_quality(package, entry, view, checkpoint, config, target, by_layer=by_layer)], None
     length = LONG if entry.kv_cache.quantization is not None else min(report.max_cache_length, QUALITY_LENGTH)
     sequences, origin = quality_tokens(checkpoint, config, length=length)
     wanted = list(reference_logits(checkpoint, config, sequences))
     checks: list[Check] = []
     changes: list[PerplexityChange] = []
-    for run in _runs(package, entry, view, target):
+    runs = _runs_by_layer(view, package, entry, config, sequences) if by_layer else _runs(package, entry, view, target)
+    for run in runs:
         try:
             with run.opened as runner:
                 measured = measure_quality(runner, sequences, wanted, origin, alternate=run.alternate)
@@ -120,7 +129,14 @@ def quality_checks(
 
 
 def _score_quality(
-    package: Package, entry: Variant, view: View, checkpoint: Checkpoint, config: ModelConfig, target: Target
+    package: Package,
+    entry: Variant,
+    view: View,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    target: Target,
+    *,
+    by_layer: bool,
 ) -> Check:
     """Compare a classifier's scores of held-out text with PyTorch's in float32."""
     length = min(SCORED_LENGTH, entry.kv_cache.max_cache_length)
@@ -131,8 +147,13 @@ def _score_quality(
         for ids, rows in zip(sequences, reference_logits(checkpoint, config, sequences), strict=True)
     ]
     try:
-        with open_view(package, view, target) as runner:
-            scores = np.concatenate([runner.score([ids]) for ids in sequences])
+        if by_layer:
+            plans = [[Call(ids, 0)] for ids in sequences]
+            found = logits_by_layer(view.graph, view.variant, operations(config), plans, view.model)
+            scores = np.concatenate([answers[0] for answers in found])
+        else:
+            with open_view(package, view, target) as runner:
+                scores = np.concatenate([runner.score([ids]) for ids in sequences])
     except FailedError as error:
         return Check("quality", "not measured", (str(error),), QUALITY)
     return score_check(scores, np.stack(wanted), catalog.find(entry.name).weights.score_error, origin)
@@ -149,6 +170,30 @@ def _runs(package: Package, entry: Variant, view: View, target: Target) -> Itera
         if entry.prefill is not None:
             for name, alternate in (("int8 quality", False), ("quality of both in turns", True)):
                 yield _Run(name, open_ort(package.folder, entry, package.model, None), alternate)
+
+
+def _runs_by_layer(
+    view: View, package: Package, entry: Variant, config: ModelConfig, sequences: Sequence[np.ndarray]
+) -> Iterator[_Run]:
+    rows = operations(config)
+    if entry.quantization is None or catalog.is_for_devices(entry.name):
+        yield _Run("quality", _recorded(view.graph, view.variant, rows, sequences, view.model))
+        return
+    yield _Run("quality", _recorded(package.folder / entry.graph, entry, rows, sequences))
+    if entry.prefill is not None:
+        yield _Run("int8 quality", _recorded(package.folder / entry.prefill.graph, entry, rows, sequences))
+
+
+@contextmanager
+def _recorded(
+    graph: Path,
+    entry: Variant,
+    rows: Sequence[Operation],
+    sequences: Sequence[np.ndarray],
+    model: ir.Model | None = None,
+) -> Iterator[Measured]:
+    plans = in_pieces(sequences, PIECE)
+    yield Recorded(plans, logits_by_layer(graph, entry, rows, plans, model))
 
 
 @contextmanager

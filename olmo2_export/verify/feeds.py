@@ -55,6 +55,8 @@ class ModeResult:
     """per row float32 [n, vocab_size]; () where there is an error"""
     error: str
     """why there are none: not finite, or the graph did not run; else empty"""
+    first: int = 0
+    """the sequence that the first row is of"""
     padded: int | None = None
     """which padded batch of a classifier it is; None: none, and positions say what is compared"""
 

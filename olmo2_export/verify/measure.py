@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from olmo2_export.measure.parity import (
     failed_case,
     scale_of,
 )
+from olmo2_export.truth.layered import LayeredReference
 from olmo2_export.truth.reference import Reference, Rounding, open_reference
 from olmo2_export.verify.feeds import MIN_CAPACITY, ModeResult, compared_positions, feed_all, row_lengths
 from olmo2_export.verify.padded import Padded, padded_batches, score_padded
@@ -81,6 +82,8 @@ def ask_pytorch(
     capacity: int | None = None,
     bar: tqdm[Any] | None = None,
     weights: Mapping[str, torch.Tensor] | None = None,
+    *,
+    by_layer: bool = False,
 ) -> Truth:
     """Compute what is compared against, once for all variants.
 
@@ -92,6 +95,7 @@ def ask_pytorch(
             LONGEST if that is less.
         bar: advanced after each PyTorch model.
         weights: to compute with instead of the reference's, by the checkpoint's names.
+        by_layer: with one layer in memory at a time; there are no continuations then.
 
     Raises:
         ConfigError: package and reference are not of one shape.
@@ -113,18 +117,22 @@ def ask_pytorch(
     own: dict[str, list[np.ndarray]] = {}
     continuations: list[tuple[np.ndarray, np.ndarray]] = []
     for precision in ["fp64", *sorted({"fp32", *precisions})]:
-        with open_reference(checkpoint, precision, weights) as torch_model:
-            logits = ask_reference(torch_model, sequences, positions, padded)
-            if precision == "fp32" and not config.labels:
-                continuations = [torch_model.greedy(ids[:GREEDY_PROMPT], new_tokens) for ids in sequences]
+        if by_layer:
+            layered = LayeredReference(checkpoint, config, precision, weights)
+            logits = ask_by_layer(layered, config, sequences, positions, padded)
+        else:
+            with open_reference(checkpoint, precision, weights) as torch_model:
+                logits = ask_reference(torch_model, sequences, positions, padded)
+                if precision == "fp32" and not config.labels:
+                    continuations = [torch_model.greedy(ids[:GREEDY_PROMPT], new_tokens) for ids in sequences]
         if precision == "fp64":
             exact = logits
         else:
             own[precision] = logits
         if bar is not None:
             bar.update()
-    inputs = dict.fromkeys(_linears(config))
-    draws = partial(draw_logits, checkpoint, sequences, positions, weights or {}, inputs, padded)
+    draw = draw_by_layer if by_layer else draw_logits
+    draws = partial(draw, checkpoint, sequences, positions, weights or {}, dict.fromkeys(_linears(config)), padded)
     return Truth(sequences, positions, capacity, origin, padded, exact, own, continuations, draws)
 
 
@@ -133,6 +141,20 @@ def ask_reference(
 ) -> list[np.ndarray]:
     """Return PyTorch's answers in the order of `Truth.exact`."""
     return [*reference.logits(sequences, positions), *(reference.scores(batch.ids, batch.mask) for batch in padded)]
+
+
+def ask_by_layer(
+    reference: LayeredReference,
+    config: ModelConfig,
+    sequences: Sequence[np.ndarray],
+    positions: Sequence[np.ndarray],
+    padded: Sequence[Padded],
+) -> list[np.ndarray]:
+    """As `ask_reference`, in one pass over the layers; which token is scored is chosen here, not by transformers."""
+    scored = [row for batch in padded for row in batch.scored_rows(config.pad_token_id)]
+    found = reference.logits([*sequences, *scored], [*positions, *(np.array([len(row) - 1]) for row in scored)])
+    rest = iter(found[len(sequences) :])
+    return [*found[: len(sequences)], *(np.concatenate([next(rest) for _ in batch.ids]) for batch in padded)]
 
 
 def draw_logits(
@@ -156,6 +178,26 @@ def draw_logits(
     Returns:
         Per draw and sequence float32 [n, vocab_size]; behind them what is said of padded batches.
     """
+    with open_reference(checkpoint, "fp32", weights, _moved(rounding)) as reference:
+        return [ask_reference(reference, sequences, positions, padded) for _ in range(DRAWS)]
+
+
+def draw_by_layer(
+    checkpoint: Checkpoint,
+    sequences: Sequence[np.ndarray],
+    positions: Sequence[np.ndarray],
+    weights: Mapping[str, torch.Tensor],
+    rounding: Mapping[str, Rounding | None],
+    padded: Sequence[Padded] = (),
+) -> list[list[np.ndarray]]:
+    """As `draw_logits`, with one layer in memory at a time."""
+    config = ModelConfig.from_json(checkpoint.folder / "config.json")
+    reference = LayeredReference(checkpoint, config, "fp32", weights, _moved(rounding))
+    return [ask_by_layer(reference, config, sequences, positions, padded) for _ in range(DRAWS)]
+
+
+def _moved(rounding: Mapping[str, Rounding | None]) -> dict[str, Rounding]:
+    """Return what moves the inputs of linears a little, and then rounds them where they are."""
     generator = torch.Generator().manual_seed(SEED)
 
     def moved(rounds: Rounding | None) -> Rounding:
@@ -168,9 +210,7 @@ def draw_logits(
 
         return move
 
-    inputs = {name: moved(rounds) for name, rounds in rounding.items()}
-    with open_reference(checkpoint, "fp32", weights, inputs) as reference:
-        return [ask_reference(reference, sequences, positions, padded) for _ in range(DRAWS)]
+    return {name: moved(rounds) for name, rounds in rounding.items()}
 
 
 def _linears(config: ModelConfig) -> list[str]:
@@ -206,6 +246,34 @@ def measure_runner(
         _greedy(runner, ids[:GREEDY_PROMPT], len(wanted))
         for ids, (wanted, _) in zip(truth.sequences, truth.continuations, strict=bool(truth.continuations))
     ]
+    limit = runner.max_cache_length
+    return report_of(truth, gate, cases, tokens, variant, precision, graph_sha256, limit, backend=backend)
+
+
+def report_of(
+    truth: Truth,
+    gate: Gate,
+    cases: Sequence[CaseResult],
+    tokens: Sequence[np.ndarray],
+    variant: str,
+    precision: str,
+    graph_sha256: str,
+    max_cache_length: int,
+    *,
+    backend: str = "ort",
+    coverage: str = "",
+) -> ParityReport:
+    """Make the report of what was measured.
+
+    Args:
+        truth: what `ask_pytorch` found.
+        gate: the limits.
+        cases: compared already.
+        tokens: the greedy ones, where there are continuations to compare with; int64 each.
+        variant, precision, graph_sha256, backend: see `measure_runner`.
+        max_cache_length: tokens that the cache holds.
+        coverage: what was not run, and why; empty: all was.
+    """
     return ParityReport(
         variant=variant,
         backend=backend,
@@ -221,7 +289,8 @@ def measure_runner(
         ),
         libraries={name: importlib.metadata.version(name) for name in ("onnxruntime", "torch", "transformers")},
         capacity=truth.capacity,
-        max_cache_length=runner.max_cache_length,
+        max_cache_length=max_cache_length,
+        coverage=coverage,
     )
 
 
@@ -245,18 +314,30 @@ def feed(
         gate: the limits.
         draws: of `own`; None: its error is taken as it is.
     """
+    return compare_fed(lambda: _feed_all(runner, truth), truth, exact, own, gate, draws)
+
+
+def compare_fed(
+    run: Callable[[], Iterable[ModeResult]],
+    truth: Truth,
+    exact: Sequence[np.ndarray],
+    own: Sequence[np.ndarray],
+    gate: Gate,
+    draws: Draws | None = None,
+) -> list[CaseResult]:
+    """As `feed`; `run` gives the cases, anew at each call."""
     cases: list[CaseResult] = []
     kept: list[ModeResult] | None = []
     held = 0
     scale = scale_of(exact, own) if truth.padded else None
-    for fed in _feed_all(runner, truth):
+    for fed in run():
         cases.append(_compared(fed, truth, exact, own, gate, (), scale))
         held += sum(logits.nbytes for logits in fed.logits)
         kept = [*kept, fed] if kept is not None and held <= _KEPT else None
     if draws is None or all(case.passed for case in cases):
         return cases
     drawn = draws()
-    again = kept if kept is not None else _feed_all(runner, truth)
+    again = kept if kept is not None else run()
     scale = scale_of(exact, own, *drawn) if truth.padded else None
     return [_compared(fed, truth, exact, own, gate, drawn, scale) for fed in again]
 
@@ -313,8 +394,11 @@ def _compared(
         return compare(
             fed.mode, fed.lengths, fed.logits, [exact[n]], [own[n]], gate, [[draw[n]] for draw in draws], scale
         )
-    found = [np.searchsorted(truth.positions[row], at) for row, at in enumerate(fed.positions)]
-    wanted, ours, *others = ([a[row][index] for row, index in enumerate(found)] for a in (exact, own, *draws))
+    rows = range(fed.first, fed.first + len(fed.positions))
+    found = [np.searchsorted(truth.positions[row], at) for row, at in zip(rows, fed.positions, strict=True)]
+    wanted, ours, *others = (
+        [a[row][index] for row, index in zip(rows, found, strict=True)] for a in (exact, own, *draws)
+    )
     return compare(fed.mode, fed.lengths, fed.logits, wanted, ours, gate, others, scale)
 
 

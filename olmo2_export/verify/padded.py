@@ -83,13 +83,18 @@ def padded_batches(config: ModelConfig, sequences: Sequence[np.ndarray]) -> tupl
     )
 
 
+def scored_mode(batch: Padded) -> str:
+    """Return what the report calls a batch that a runner scores."""
+    return f"score, {batch.name}"
+
+
 def score_padded(runner: Runner, batches: Sequence[Padded]) -> Iterator[ModeResult]:
     """Give the rows of each batch to a runner's `score`."""
     for number, batch in enumerate(batches):
-        mode = f"score, {batch.name}"
+        mode = scored_mode(batch)
         try:
             scores = runner.score(batch.rows)
         except FailedError as error:
-            yield ModeResult(mode, batch.lengths, (), (), str(error), number)
+            yield ModeResult(mode, batch.lengths, (), (), str(error), padded=number)
             continue
-        yield ModeResult(mode, batch.lengths, (), (scores,), "", number)
+        yield ModeResult(mode, batch.lengths, (), (scores,), "", padded=number)

@@ -25,22 +25,29 @@ import numpy as np
 import torch
 
 import olmo2_export.catalog as catalog
+from olmo2_export.architecture import operations
 from olmo2_export.config import ModelConfig
 from olmo2_export.fp16.simulate import simulated_logits
 from olmo2_export.fp16.values import islands_of
 from olmo2_export.measure.parity import CaseResult, ParityReport
+from olmo2_export.truth.layered import LayeredReference
 from olmo2_export.truth.reference import open_reference
+from olmo2_export.verify.by_layer import coverage, feed_by_layer, runs_by_layer
 from olmo2_export.verify.checks import calibration_checks, quality_checks
 from olmo2_export.verify.measure import (
     LONGEST,
     Draws,
     Truth,
+    ask_by_layer,
     ask_pytorch,
     ask_reference,
+    compare_fed,
     compare_padded,
+    draw_by_layer,
     draw_logits,
     feed,
     measure_runner,
+    report_of,
 )
 from olmo2_export.views.runners import open_view, open_whole
 from olmo2_export.views.table import View, variant_views
@@ -63,6 +70,7 @@ def measure_variant(
     truth: Truth | None = None,
     target: Target | None = None,
     longest: int = LONGEST,
+    by_layer: str = "",
 ) -> ParityReport:
     """Run a variant through every case and check.
 
@@ -74,6 +82,7 @@ def measure_variant(
             are not quantised.
         target: where it runs; None: onnxruntime on the CPU.
         longest: tokens of the longest rows, where the cache holds more.
+        by_layer: why layers are run one at a time; empty: they are not.
 
     Raises:
         IntegrityError: the variant's files changed.
@@ -99,10 +108,25 @@ def measure_variant(
             found = asked[1]
         else:
             precisions = {v.precision for v in views if v.replaced is view.replaced and not v.rounding}
-            found = ask_pytorch(opened, checkpoint, precisions, capacity, weights=view.replaced)
+            found = ask_pytorch(
+                opened, checkpoint, precisions, capacity, weights=view.replaced, by_layer=bool(by_layer)
+            )
             asked = view.replaced, found
-        own = _own_logits(view, found, entry, checkpoint, config)
-        draws = _draws(view, found, checkpoint)
+        own = _own_logits(view, found, entry, checkpoint, config, by_layer=bool(by_layer))
+        draws = _draws(view, found, checkpoint, by_layer=bool(by_layer))
+        if by_layer and runs_by_layer(view, target):
+            more = compare_fed(
+                partial(feed_by_layer, view, operations(config), found), found, found.exact, own, view.gate, draws
+            )
+            if report is None:
+                sha256, limit = opened.files_of(entry)[entry.graph].sha256, entry.kv_cache.max_cache_length
+                report = report_of(
+                    found, view.gate, more, [], name, entry.precision, sha256, limit, coverage=coverage(by_layer)
+                )
+                cases += more
+            else:
+                cases += [dataclasses.replace(case, mode=f"{view.label} {case.mode}") for case in more]
+            continue
         with open_view(opened, view, target) as runner:
             if report is None:
                 sha256 = opened.files_of(entry)[entry.graph].sha256
@@ -122,7 +146,16 @@ def measure_variant(
     assert report is not None  # there is a view of every variant
     checks = weight_checks(opened, entry, checkpoint, config)
     checks += calibration_checks(opened, entry, checkpoint, config)
-    quality, change = quality_checks(opened, entry, as_run, report, checkpoint, config, target)
+    quality, change = quality_checks(
+        opened,
+        entry,
+        as_run,
+        report,
+        checkpoint,
+        config,
+        target,
+        by_layer=bool(by_layer) and runs_by_layer(as_run, target),
+    )
     checks += quality
     if entry.kv_cache.quantization is not None:
         checks.append(check_cache_scales(opened, entry))
@@ -143,12 +176,15 @@ def _compared(views: list[View], entry: Variant) -> list[View]:
 
 
 def _own_logits(
-    view: View, truth: Truth, entry: Variant, checkpoint: Checkpoint, config: ModelConfig
+    view: View, truth: Truth, entry: Variant, checkpoint: Checkpoint, config: ModelConfig, *, by_layer: bool
 ) -> list[np.ndarray]:
     """Return PyTorch's logits in the view's own arithmetic, whose error is the unit that the view's is measured in.
 
     Where the graph has float32 islands they are those with the same islands: PyTorch's in float16 overflow.
     """
+    if view.rounding and by_layer:
+        layered = LayeredReference(checkpoint, config, view.precision, view.replaced, view.rounding)
+        return ask_by_layer(layered, config, truth.sequences, truth.positions, truth.padded)
     if view.rounding:
         with open_reference(checkpoint, view.precision, view.replaced, view.rounding) as reference:
             return ask_reference(reference, truth.sequences, truth.positions, truth.padded)
@@ -162,11 +198,10 @@ def _own_logits(
     return truth.own[view.precision]
 
 
-def _draws(view: View, truth: Truth, checkpoint: Checkpoint) -> Draws | None:
+def _draws(view: View, truth: Truth, checkpoint: Checkpoint, *, by_layer: bool) -> Draws | None:
     if not view.drawn:
         return None
     if not view.rounding:
         return truth.draws
-    return partial(
-        draw_logits, checkpoint, truth.sequences, truth.positions, view.replaced, view.rounding, truth.padded
-    )
+    draw = draw_by_layer if by_layer else draw_logits
+    return partial(draw, checkpoint, truth.sequences, truth.positions, view.replaced, view.rounding, truth.padded)

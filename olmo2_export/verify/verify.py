@@ -16,7 +16,9 @@ from tqdm import tqdm
 
 import olmo2_export.catalog as catalog
 from olmo2_export.atomic import can_write, write_file
+from olmo2_export.config import ModelConfig
 from olmo2_export.measure.parity import GATES, CaseResult, ParityReport
+from olmo2_export.verify.by_layer import LONGEST_BY_LAYER, why_by_layer
 from olmo2_export.verify.feeds import MIN_CAPACITY
 from olmo2_export.verify.measure import LONGEST, ask_pytorch
 from olmo2_export.verify.variant import measure_variant
@@ -43,6 +45,7 @@ def verify(
     backend: Backend = "ort",
     device: Device | None = None,
     longest: int = LONGEST,
+    low_memory: bool = False,
     out: Path | None = None,
     show: Callable[[Sequence[ParityReport]], None] | None = None,
 ) -> list[ParityReport]:
@@ -58,6 +61,8 @@ def verify(
         backend: what runs the graphs.
         device: where ort runs them; None: on the CPU.
         longest: tokens of the longest rows, where a cache holds more; at least MIN_CAPACITY.
+        low_memory: run layers one at a time, whatever memory there is; see `by_layer`. False: only where the model in
+            float64 or a graph is beyond the memory that is free.
         out: the file to write, in the place of `parity.json`.
         show: is given the reports before they are written, which a full disk may prevent.
 
@@ -86,7 +91,7 @@ def verify(
         open_runner(opened, variant=names[0], backend=target.backend).close()  # likewise
     reports = []
     try:
-        for report in _measure(opened, entries, checkpoint, target, longest):
+        for report in _measure(opened, entries, checkpoint, target, longest, low_memory=low_memory):
             reports.append(report)
     except IntegrityError as error:
         _check_the_same(opened, error)
@@ -105,6 +110,8 @@ def _measure(
     checkpoint: Checkpoint,
     target: Target,
     longest: int,
+    *,
+    low_memory: bool,
 ) -> Iterator[ParityReport]:
     """Ask PyTorch once about the checkpoint itself, then measure each variant."""
     rounded = [entry for entry in entries.values() if entry.quantization is None]
@@ -112,14 +119,19 @@ def _measure(
     if unknown := precisions - GATES.keys():
         found = ", ".join(sorted(unknown))
         raise PackageError(f"{package.folder}: precision {found}; there are gates for {', '.join(GATES)}")
+    config = ModelConfig.from_json(checkpoint.folder / "config.json")
+    why = why_by_layer(package, entries.values(), config, low_memory=low_memory)
+    if why:
+        logger.warning("%s: layers run one at a time: %s", package.folder, why)
+        longest = min(longest, LONGEST_BY_LAYER)
     steps = len(entries) + (1 + len(precisions | {"fp32"}) if precisions else 0)
     with tqdm(total=steps, desc="verifying", unit="step", leave=False) as bar:
         truth = None
         if rounded:
             capacity = min(entry.kv_cache.max_cache_length for entry in rounded)
-            truth = ask_pytorch(package, checkpoint, precisions, min(capacity, longest), bar)
+            truth = ask_pytorch(package, checkpoint, precisions, min(capacity, longest), bar, by_layer=bool(why))
         for name in entries:
-            yield measure_variant(package, name, checkpoint, truth=truth, target=target, longest=longest)
+            yield measure_variant(package, name, checkpoint, truth=truth, target=target, longest=longest, by_layer=why)
             bar.update()
 
 
@@ -243,6 +255,7 @@ def _notes(report: ParityReport) -> list[str]:
     batches = " and ".join(str(n) for n in sorted({case.batch_size for case in report.cases}))
     held = "" if report.capacity == report.max_cache_length else f"; its cache holds {report.max_cache_length}"
     notes.append(f"{name} rows: first of {lengths} tokens{held}; batches of {batches}")
+    notes += [f"{name} coverage: {report.coverage}"] if report.coverage else []
     said = ", ".join(f"{verdict} {'passed' if passed else 'FAILED'}" for verdict, passed in report.verdicts.items())
     return [*notes, f"{name} on {report.backend}: {said}"]
 

@@ -10,6 +10,7 @@ A graph that computes in bfloat16 has the rounded form of `static_forms`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -45,33 +46,43 @@ def exact_form(graph: ir.Model) -> ir.Model:
     return exact
 
 
-def stored_matrices(graph: ir.Model) -> dict[str, QuantizedMatrix]:
-    """Return the weights in blocks as a written graph has them, by the checkpoint's names."""
-    initializers = graph.graph.initializers
-    found: dict[str, QuantizedMatrix] = {}
+def stored_matrices(graph: ir.Model) -> LazyTensors[QuantizedMatrix]:
+    """Return the weights in blocks as a written graph has them, by the checkpoint's names; each is read when asked."""
+    makers: dict[str, Callable[[], QuantizedMatrix]] = {}
     for node in graph.graph:
         if node.op_type not in ("MatMulNBits", "GatherBlockQuantized"):
             continue
-        gather = node.op_type == "GatherBlockQuantized"
-        packed = node.inputs[0 if gather else 1]
+        packed = node.inputs[0 if node.op_type == "GatherBlockQuantized" else 1]
         assert packed is not None  # the operators need it
-        name = str(packed.name).removesuffix(".packed")
-        parts = {part: initializers.get(f"{name}.{part}") for part in ("packed", "scales", "zero_points")}
-        codes, scales, zeros = (
-            None if v is None or v.const_value is None else np.array(v.const_value.numpy())  # its file is mapped
-            for v in parts.values()
-        )
-        assert codes is not None
-        assert scales is not None
-        bits, block = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
-        form = BlockFormat(bits, block, symmetric=zeros is None)
-        columns = codes.shape[1] * 8 // bits if gather else node.attributes["K"].as_int()
-        if gather:  # without the padding of the last block
-            width = form.blocks(columns) * block * bits // 8
-            codes = np.pad(codes, ((0, 0), (0, width - codes.shape[1])))
-        rows, blocks = len(codes), form.blocks(columns)
-        found[name] = QuantizedMatrix(form, rows, columns, codes.reshape(rows, blocks, -1), scales, zeros)
-    return found
+        makers[str(packed.name).removesuffix(".packed")] = partial(_stored_matrix, graph, node, str(packed.name))
+    return LazyTensors(makers)
+
+
+def _stored_matrix(graph: ir.Model, node: ir.Node, packed: str) -> QuantizedMatrix:
+    initializers, name = graph.graph.initializers, packed.removesuffix(".packed")
+    parts = {part: initializers.get(f"{name}.{part}") for part in ("packed", "scales", "zero_points")}
+    codes, scales, zeros = (
+        None if v is None or v.const_value is None else _read(v.const_value) for v in parts.values()
+    )
+    assert codes is not None
+    assert scales is not None
+    gather = node.op_type == "GatherBlockQuantized"
+    bits, block = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
+    form = BlockFormat(bits, block, symmetric=zeros is None)
+    columns = codes.shape[1] * 8 // bits if gather else node.attributes["K"].as_int()
+    if gather:  # without the padding of the last block
+        width = form.blocks(columns) * block * bits // 8
+        codes = np.pad(codes, ((0, 0), (0, width - codes.shape[1])))
+    rows, blocks = len(codes), form.blocks(columns)
+    return QuantizedMatrix(form, rows, columns, codes.reshape(rows, blocks, -1), scales, zeros)
+
+
+def _read(tensor: ir.TensorProtocol) -> np.ndarray:
+    """Copy a tensor out of its file, which is not kept mapped."""
+    array = np.array(tensor.numpy())
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
+    return array
 
 
 def block_sizes(graph: ir.Model) -> dict[str, int]:
@@ -91,7 +102,7 @@ def stored_int8(graph: ir.Model) -> LazyTensors[torch.Tensor]:
         codes, scales = initializers[f"{name}.int8"].const_value, initializers[f"{name}.channel_scales"].const_value
         assert codes is not None  # loaded from a file
         assert scales is not None
-        return torch.from_numpy((codes.numpy().astype(np.float32) * scales.numpy()).T)
+        return torch.from_numpy((_read(codes).astype(np.float32) * _read(scales)).T)
 
     names = [n.removesuffix(".int8") for n in initializers if n.endswith(".int8")]
     return LazyTensors({name: partial(load, name) for name in names if f"{name}.channel_scales" in initializers})

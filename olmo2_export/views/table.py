@@ -42,6 +42,7 @@ from olmo2_export.dtypes import HALVES, float_dtype
 from olmo2_export.fuse.merge_projections import JOINT
 from olmo2_export.measure.parity import GATES, KERNELS, Gate
 from olmo2_export.model.rotary import TABLES
+from olmo2_export.quantize.blocks import QuantizedMatrix
 from olmo2_export.quantize.linear import QuantizedLinear
 from olmo2_export.stored_graph import load_graph
 from olmo2_export.truth.reference import SCALED, Rounding, int8_blocks
@@ -164,7 +165,7 @@ def quantized_weights(graph: ir.Model, config: ModelConfig, *, static: bool) -> 
         linears = static_forms.stored_linears(graph, config)
         return LazyTensors({name: partial(_dequantized, linears, name) for name in linears})
     matrices = shared_forms.stored_matrices(graph)
-    return LazyTensors({name: matrix.dequantize for name, matrix in matrices.items()})
+    return LazyTensors({name: partial(_dequantized, matrices, name) for name in matrices})
 
 
 def stored_weights(
@@ -187,8 +188,8 @@ def stored_weights(
     return weight
 
 
-def _dequantized(linears: Mapping[str, QuantizedLinear], name: str) -> torch.Tensor:
-    return linears[name].dequantize()
+def _dequantized(stored: Mapping[str, QuantizedLinear | QuantizedMatrix], name: str) -> torch.Tensor:
+    return stored[name].dequantize()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,9 +22,9 @@ import torch
 from tqdm import tqdm
 
 from olmo2_export.config import refuse_other_forms
-from olmo2_export.dtypes import STORED
+from olmo2_export.dtypes import STORED, stored_dtype
 from olmo2_export.weights import stored_tensors
-from olmo2_export.weights.hub import locate, read_index
+from olmo2_export.weights.hub import locate, read_index, remote_headers
 from olmo2_export.weights.other_formats import INDEX, SINGLE, folder_place, is_whole, refuse_other_formats
 from olmo2_export.weights.stored_tensors import TensorInfo
 from runtimes.errors import CheckpointError, CheckpointNotFoundError, UsageError, broken_link, first_names
@@ -84,12 +84,26 @@ class Checkpoint:
         """
         return stored_tensors.read_rows(*self._place(name))
 
+    def picked(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Read some rows of one tensor, in its stored dtype: int64 [n] -> [n, ...]; only these are read, each once.
+
+        Raises:
+            CheckpointError: the file changed since its header was read.
+        """
+        wanted, places = torch.unique(rows, return_inverse=True)
+        return stored_tensors.read_picked(*self._place(name), wanted.tolist())[places]
+
     def _place(self, name: str) -> tuple[Path, TensorInfo]:
         info = self.tensors[name]
         path = self.folder / info.file
         if _stamp(path) != self._stamps[info.file]:
             raise CheckpointError(f"{path}: changed since its header was read; start again")
         return path, info
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that the headers tell of."""
+        return sum(info.size for info in self.tensors.values())
 
     def extra(self, expected: Iterable[str]) -> dict[str, str]:
         """Return what does not belong to the model and would change it, were it used: name -> what it is.
@@ -109,7 +123,8 @@ class Checkpoint:
                 continue
             elif name.endswith(".bias"):
                 info = self.tensors[name]
-                if info.dtype not in STORED or not stored_tensors.all_zero(*self._place(name)):
+                here = info.file in self._stamps
+                if info.dtype not in STORED or (here and not stored_tensors.all_zero(*self._place(name))):
                     found[name] = "biases that config.json does not tell of (attention_bias?)"
             else:
                 found[name] = "not of this model"
@@ -126,6 +141,39 @@ class Checkpoint:
             CheckpointError: naming every missing, extra, misshapen, wrongly typed or non-finite tensor.
         """
         aliases = aliases or {}
+        problems, readable = self._header_problems(expected, aliases)
+        with ThreadPoolExecutor(max_workers=default_threads()) as pool:
+            counts = pool.map(lambda name: stored_tensors.count_non_finite(*self._place(name)), readable)
+            bar = tqdm(counts, total=len(readable), desc="checking weights", unit="tensor", leave=False)
+            for name, count in zip(readable, bar, strict=True):
+                if count:
+                    of = math.prod(self.tensors[name].shape)
+                    problems.append(f"{name}: {count} NaN or Inf of {of}")
+        for name, target in aliases.items():
+            if name in self.tensors and target in readable and not self._equal(name, target):
+                problems.append(
+                    f"{name}: tied to {target} by config.json, but not equal to it; if it was "
+                    "trained on its own, say tie_word_embeddings: false in config.json"
+                )
+        if problems:
+            raise CheckpointError(f"{self.folder}: {'; '.join(problems)}")
+
+    def validate_headers(
+        self, expected: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str] | None = None
+    ) -> None:
+        """As `validate`, without a look at the numbers.
+
+        Raises:
+            CheckpointError: naming every missing, extra, misshapen or wrongly typed tensor.
+        """
+        problems, _ = self._header_problems(expected, aliases or {})
+        if problems:
+            raise CheckpointError(f"{self.folder}: {'; '.join(problems)}")
+
+    def _header_problems(
+        self, expected: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str]
+    ) -> tuple[list[str], list[str]]:
+        """Return what is wrong, and the names of the expected tensors that are as they must be."""
         problems: list[str] = []
         if missing := sorted(expected.keys() - self.tensors.keys()):
             problems.append(f"missing: {first_names(missing)}{self._why_missing(missing)}")
@@ -152,21 +200,7 @@ class Checkpoint:
             logger.warning(
                 "%s: %s read into float32 as they are: %s", self.folder, ", ".join(kinds), first_names(unusual)
             )
-        with ThreadPoolExecutor(max_workers=default_threads()) as pool:
-            counts = pool.map(lambda name: stored_tensors.count_non_finite(*self._place(name)), readable)
-            bar = tqdm(counts, total=len(readable), desc="checking weights", unit="tensor", leave=False)
-            for name, count in zip(readable, bar, strict=True):
-                if count:
-                    of = math.prod(self.tensors[name].shape)
-                    problems.append(f"{name}: {count} NaN or Inf of {of}")
-        for name, target in aliases.items():
-            if name in self.tensors and target in readable and not self._equal(name, target):
-                problems.append(
-                    f"{name}: tied to {target} by config.json, but not equal to it; if it was "
-                    "trained on its own, say tie_word_embeddings: false in config.json"
-                )
-        if problems:
-            raise CheckpointError(f"{self.folder}: {'; '.join(problems)}")
+        return problems, readable
 
     def _equal(self, name: str, other: str) -> bool:
         if stored_tensors.same_bytes(*self._place(name), *self._place(other)):
@@ -206,6 +240,38 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     folder, name, kind = locate(model, revision)
     if revision is not None and kind != "hub":
         raise UsageError(f"--revision {revision}: only Hub ids have revisions, {model} is a {kind}")
+    return _opened(folder, name, kind)
+
+
+def open_headers(model: str, revision: str | None = None) -> Checkpoint:
+    """Locate a checkpoint and read the headers of its safetensors; of one on the Hub no weights are downloaded.
+
+    The tensors of what is not here cannot be read. Where its headers cannot be had, which is logged, it has none.
+    Arguments and errors as `open_checkpoint`.
+    """
+    folder, name, kind = locate(model, revision, weights=False)
+    if revision is not None and kind != "hub":
+        raise UsageError(f"--revision {revision}: only Hub ids have revisions, {model} is a {kind}")
+    index = read_index(folder / INDEX) if (folder / INDEX).exists() else {}
+    files = tuple(sorted(set(index.values()))) if index else (SINGLE,)
+    if kind != "hub" or all((folder / file).exists() for file in files):
+        return _opened(folder, name, kind)
+    commit = folder.resolve().name
+    tensors: dict[str, TensorInfo] = {}
+    try:
+        headers = remote_headers(name, commit, files)
+    except CheckpointNotFoundError as error:
+        logger.warning("%s; what is said follows from config.json alone", error)
+        headers = {}
+    for file, header in headers.items():
+        for tensor, (dtype, shape) in header.items():
+            if index.get(tensor, file) == file:
+                row = stored_dtype(dtype)
+                tensors[tensor] = TensorInfo(file, dtype, tuple(shape), 0, math.prod(shape) * (row.size if row else 0))
+    return Checkpoint(folder, name, kind, commit, files, _model_names(folder, tensors), {})
+
+
+def _opened(folder: Path, name: str, kind: SourceKind) -> Checkpoint:
     if lost := broken_link(folder / "config.json"):
         raise CheckpointNotFoundError(f"{folder}/config.json: {lost}")
     place = folder_place(folder)

@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
+    SafetensorsParsingError,
 )
 
 from olmo2_export.config import LFS_POINTER, read_json_object, refuse_other_forms
@@ -55,7 +56,7 @@ _NO_LIST: tuple[type[Exception], ...] = (*_REQUEST_FAILED, ValueError, KeyError,
 """what is raised of an answer that is no list of revisions, besides"""
 
 
-def locate(model: str, revision: str | None) -> tuple[Path, str, SourceKind]:
+def locate(model: str, revision: str | None, *, weights: bool = True) -> tuple[Path, str, SourceKind]:
     """Find a checkpoint and download what is on the Hub: its texts, then the weight files that its index names.
 
     What config.json says to be another model is refused before any weights are downloaded.
@@ -63,6 +64,7 @@ def locate(model: str, revision: str | None) -> tuple[Path, str, SourceKind]:
     Args:
         model: `demo`, a local folder, or a Hub id.
         revision: branch, tag or commit; Hub ids only.
+        weights: False leaves the weight files where they are.
 
     Returns:
         The folder; the Hub id, `demo`, or the folder's name; and which of these it is.
@@ -73,7 +75,7 @@ def locate(model: str, revision: str | None) -> tuple[Path, str, SourceKind]:
     """
     if model == DEMO:
         return Path(__file__).parents[1] / "demo", DEMO, "demo"
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.is_dir():
         return path, path.resolve().name, "folder"
     if path.exists():
@@ -87,6 +89,8 @@ def locate(model: str, revision: str | None) -> tuple[Path, str, SourceKind]:
     if (folder / "config.json").is_file():
         refuse_other_forms(read_json_object(folder / "config.json"), f"{model}: config.json")
     shards = sorted(set(read_index(folder / INDEX).values())) if (folder / INDEX).exists() else []
+    if not weights:
+        return folder, model, "hub"
     _download(model, at, [SINGLE, *map(glob.escape, shards)])
     if not is_whole(folder) and (names := _file_names(model, at)):
         refuse_other_formats(listed_place(model, names, folder))
@@ -99,6 +103,14 @@ def _file_names(model: str, revision: str | None) -> list[str]:
         return HfApi().list_repo_files(model, revision=revision)
     except _REQUEST_FAILED:
         return []
+
+
+def expanded(model: str) -> Path:
+    """Return a path, `~` and `~user` replaced where there is such a user."""
+    try:
+        return Path(model).expanduser()
+    except RuntimeError:  # no such user, or no home
+        return Path(model)
 
 
 def is_hub_id(model: str) -> bool:
@@ -132,6 +144,34 @@ def list_refs(model: str) -> list[Ref]:
 
 def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def remote_headers(model: str, revision: str, files: Sequence[str]) -> dict[str, dict[str, tuple[str, list[int]]]]:
+    """Read the headers of weight files that stay on the Hub: some 100 KB of each.
+
+    Args:
+        model: a Hub id.
+        revision: a commit.
+        files: safetensors of the repository.
+
+    Returns:
+        Per file, tensor -> its dtype as safetensors names it, and its shape.
+
+    Raises:
+        CheckpointNotFoundError: the Hub cannot be reached, or has no such file.
+        CheckpointError: a header is damaged.
+    """
+    found: dict[str, dict[str, tuple[str, list[int]]]] = {}
+    for file in files:
+        try:
+            header = HfApi().parse_safetensors_file_metadata(model, file, revision=revision)
+        except SafetensorsParsingError as error:
+            raise CheckpointError(f"{model}: {file}: a damaged header; expected safetensors: {error}") from error
+        except _REQUEST_FAILED as error:
+            said = f"{file}: its header cannot be read: {_reason(error)}"
+            raise CheckpointNotFoundError(f"{model}@{revision}: {said}") from error
+        found[file] = {name: (str(info.dtype), list(info.shape)) for name, info in header.tensors.items()}
+    return found
 
 
 def _download(model: str, revision: str | None, patterns: Sequence[str]) -> Path:

@@ -46,3 +46,13 @@ class PackageWeights:
         tensor = torch.from_numpy(array)
         self._last = (name, tensor.T.contiguous() if tensor.ndim == 2 and name != EMBEDDING else tensor)
         return self._last[1]
+
+    def picked(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Return some rows of one weight, float32; of an embedding only these are read."""
+        stored = self._initializers.get(name)
+        if stored is None or name != EMBEDDING:
+            return self.tensor(name)[rows]
+        array = torch.from_numpy(np.asarray(stored.numpy())[rows.numpy()])
+        if isinstance(stored, ir.ExternalTensor):
+            stored.release()
+        return array

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar
 
-from olmo2_export.weights.hub import DEMO, is_hub_id, list_refs
+from olmo2_export.weights.hub import DEMO, expanded, is_hub_id, list_refs
 from olmo2_export.weights.revision_names import TrainingPoint, read_name, training_order
 from runtimes.errors import CheckpointNotFoundError, UsageError, first_names
 
@@ -52,7 +51,7 @@ def list_revisions(model: str) -> list[Revision]:
         CheckpointNotFoundError: no such folder or repository, the Hub cannot be reached, or there are no revisions.
         UsageError: a model that has none, as the demo and a checkpoint's own folder.
     """
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     if model == DEMO or (folder / "config.json").is_file():
         raise UsageError(f"{model}: one checkpoint; revisions have a Hub id, or a folder with a folder per revision")
     if folder.is_dir():

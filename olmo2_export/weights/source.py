@@ -28,6 +28,10 @@ class WeightSource(Protocol):
         """Return one weight by the checkpoint's name, in the checkpoint's layout, [N, K] where it is a matrix."""
         ...
 
+    def picked(self, name: str, rows: Tensor) -> Tensor:
+        """Return some rows of one weight, int64 [n] -> [n, K], without reading all of it where that can be."""
+        ...
+
 
 class Replaced:
     """A checkpoint with some weights replaced, such as dequantised ones."""
@@ -39,3 +43,7 @@ class Replaced:
     def tensor(self, name: str) -> Tensor:
         """Return one weight; see `WeightSource`."""
         return self._weights[name] if name in self._weights else self._source.tensor(name)
+
+    def picked(self, name: str, rows: Tensor) -> Tensor:
+        """Return some rows of one weight; see `WeightSource`."""
+        return self._weights[name][rows] if name in self._weights else self._source.picked(name, rows)

@@ -21,6 +21,11 @@ def head_weight(config: ModelConfig) -> str:
     return f"{head(config)[0]}.weight"
 
 
+def stored_head(config: ModelConfig) -> str:
+    """Return the name under which that weight is stored: a tied head is the embedding."""
+    return EMBEDDING if config.tie_word_embeddings else head_weight(config)
+
+
 def linear_names(config: ModelConfig) -> list[str]:
     """Return the names of the layers' weights, in the order in which the model runs them."""
     return [name for name in weight_shapes(config) if name not in (EMBEDDING, HEAD)]

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import FileIO
@@ -27,6 +27,7 @@ _MAX_HEADER = 16 << 20
 _MAX_TENSORS = 100_000
 _PIECE = 1 << 18  # bytes looked at at a time: they stay in the processor's cache
 _ROWS = 16 << 20  # bytes of whole rows that are read at a time
+_TILE = 64  # rows: a product with a part has the bits of one with all if it begins at a multiple of this
 _FOREIGN = {
     b"version ": "a Git LFS pointer: run 'git lfs pull', or download the file itself",
     b"<!DOCTYP": "a web page: download the file itself",
@@ -157,6 +158,8 @@ def read_rows(path: Path, info: TensorInfo) -> Iterator[torch.Tensor]:
     rows = info.shape[0] if info.shape else 1
     row_size = info.size // rows
     step = max(1, min(rows, _ROWS // row_size))
+    if step > _TILE:  # parts of about one size: of a few rows at the end a product would have other bits
+        step = min(rows, -(-rows // -(-rows // step) // _TILE) * _TILE)
     block = np.empty(step * row_size, np.uint8)
     with _opened(path) as file:
         for first in range(0, rows, step):
@@ -165,6 +168,20 @@ def read_rows(path: Path, info: TensorInfo) -> Iterator[torch.Tensor]:
             _read_range(file, info.start + first * row_size, part)
             typed = torch.from_numpy(part).view(_of_weights(info).torch)
             yield typed.view(count, *info.shape[1:]) if info.shape else typed.view(())
+
+
+def read_picked(path: Path, info: TensorInfo, rows: Sequence[int]) -> torch.Tensor:
+    """Read some rows of a tensor, [len(rows), ...], in its stored dtype.
+
+    Raises:
+        CheckpointError: the file is shorter than its header said.
+    """
+    tensor = torch.empty((len(rows), *info.shape[1:]), dtype=_of_weights(info).torch)
+    size = info.size // max(1, info.shape[0])
+    with _opened(path) as file:
+        for row, into in zip(rows, tensor, strict=True):
+            _read_range(file, info.start + row * size, into.view(-1).view(torch.uint8).numpy())
+    return tensor
 
 
 def count_non_finite(path: Path, info: TensorInfo) -> int:

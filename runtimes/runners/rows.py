@@ -328,11 +328,11 @@ class RowRunner(ABC):
     def _new_slot(self, ids: Ids) -> int:
         """Take the lowest free slot, and the lowest free row for it; only its tokens are set."""
         row = next((n for n, held in enumerate(self._tokens) if held is None), len(self._tokens))
-        self._reserve(max(row + 1, len(self._tokens)))
-        if row >= self.max_slots:
+        if row >= self.max_slots:  # before there is memory for one more, which moves all others
             raise InputError(
                 f"{row + 1} rows, this runner has {self.max_slots} slots; release one, or open it with more max_slots"
             )
+        self._reserve(max(row + 1, len(self._tokens)))
         slot = next(n for n in range(len(self._batch_rows()), self.max_slots + 1) if n not in self._rows)
         self._tokens[row : row + 1] = [ids]
         self._rows[slot], self._prompted[slot] = row, 0

@@ -20,7 +20,8 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.engine.options import EngineOptions, resolve_options
 from olmo2_export.measure.quality import gate_of
 from olmo2_export.package.trt_variants import TrtOptions
-from olmo2_export.package.variants import Options, check_variants
+from olmo2_export.package.variants import check_variants
+from olmo2_export.package.weight_choice import Options
 from olmo2_export.report.data import _order
 from olmo2_export.report.plots import colour
 from runtimes.errors import PackageError, UsageError, VariantNotFoundError

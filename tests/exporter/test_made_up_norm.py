@@ -36,9 +36,9 @@ from olmo2_export.graphs import device, shared, static, trace
 from olmo2_export.graphs.device import device_graph
 from olmo2_export.graphs.shared import shared_graph
 from olmo2_export.graphs.static import static_graph
+from olmo2_export.graphs.taps import find_segments
 from olmo2_export.locate.layer_checks import LAYER_NORM, LayerChecks
 from olmo2_export.locate.segments import Calls, run_segments
-from olmo2_export.locate.taps import find_segments
 from olmo2_export.quantize.input_scales import input_scales
 from olmo2_export.quantize.recipes import quantize
 from olmo2_export.quantize.sweep import Head, embed, staged_layers

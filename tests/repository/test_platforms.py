@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from collections import namedtuple
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,8 +22,9 @@ ROOT = Path(__file__).parents[2]
 
 # What POSIX alone has is taken away. torch and the standard library ask for the platform's name before they use such
 # things, so that theirs stay: what they look for is imported before, and SIGKILL, getuid and WNOHANG are left.
+# Several commands may run, as a process that imports torch costs seconds. A zero byte ends what each wrote.
 WINDOWS = """
-import os, shutil, signal, sys
+import json, os, shutil, signal, sys
 
 class NotOnWindows:
     def find_spec(self, name, path=None, target=None):
@@ -34,53 +37,80 @@ for name in ("SIGPIPE", "SIGHUP", "SIGQUIT", "SIGALRM", "SIGUSR1"):
 for name in "sched_getaffinity sched_setaffinity fork geteuid wait4 killpg posix_spawn getloadavg".split():
     if hasattr(os, name):
         delattr(os, name)
-if sys.argv[1] == "run":
-    from runtimes.cli import main
-else:
-    from olmo2_export.cli import main
-sys.exit(main(sys.argv[2:]))
+for program, *words in json.loads(sys.argv[1]):
+    if program == "run":
+        from runtimes.cli import main
+    else:
+        from olmo2_export.cli import main
+    try:
+        code = main(words)
+    except SystemExit as end:
+        code = end.code or 0
+    sys.stdout.write(f"\\0{code}\\0")
+    sys.stderr.write("\\0")
 """
 
 
-def on_windows(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore::UserWarning", "-c", WINDOWS, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+@dataclass(frozen=True)
+class Done:
+    """What a command left."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def on_windows(*commands: Sequence[str | Path]) -> list[Done]:
+    """Run commands one after the other, in one process that is new."""
+    words = json.dumps([list(map(str, command)) for command in commands])
+    python = [sys.executable, "-W", "ignore::UserWarning", "-c", WINDOWS, words]
+    process = subprocess.run(python, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert process.returncode == 0, process.stderr
+    outs, errors = process.stdout.split("\0"), process.stderr.split("\0")
+    assert (outs.pop(), errors.pop()) == ("", "")
+    return [Done(int(code), out, err) for out, code, err in zip(outs[::2], outs[1::2], errors, strict=True)]
 
 
 @pytest.mark.parametrize("words", [("export", "--help"), ("export", "export", "--help"), ("run", "--help")])
 def test_help_is_there(words: tuple[str, ...]) -> None:
-    done = on_windows(*words)
+    (done,) = on_windows(words)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: olmo2-")
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (("inspect", "nowhere"), "nowhere: no such folder"),
-        (("export", "nowhere", "--out", "x"), "nowhere: no such folder"),
-        (("export",), "the following arguments are required"),
-        (("bench", "nowhere"), "run it on Linux or macOS"),
-    ],
-)
-def test_an_error_is_one_line(words: tuple[str, ...], said: str) -> None:
-    done = on_windows("export", *words)
+ERRORS: list[tuple[tuple[str, ...], str]] = [
+    (("inspect", "nowhere"), "nowhere: no such folder"),
+    (("export", "nowhere", "--out", "x"), "nowhere: no such folder"),
+    (("export",), "the following arguments are required"),
+    (("bench", "nowhere"), "run it on Linux or macOS"),
+]
+
+
+@pytest.fixture(scope="module")
+def refused() -> dict[tuple[str, ...], Done]:
+    commands = [words for words, _ in ERRORS]
+    return dict(zip(commands, on_windows(*(("export", *words) for words in commands)), strict=True))
+
+
+@pytest.mark.parametrize(("words", "said"), ERRORS)
+def test_an_error_is_one_line(words: tuple[str, ...], said: str, refused: dict[tuple[str, ...], Done]) -> None:
+    done = refused[words]
     assert done.returncode == 2
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
 
 
 def test_a_package_is_inspected_and_run(demo_package: Path) -> None:
-    done = on_windows("export", "inspect", demo_package)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "variant fp32" in done.stdout
-    done = on_windows("run", "generate", demo_package, "--prompt", "In the beginning", "--max-new-tokens", "3")
-    assert (done.returncode, done.stderr) == (0, "")
+    generate = ["run", "generate", demo_package, "--prompt", "In the beginning", "--max-new-tokens", "3"]
+    inspected, generated = on_windows(["export", "inspect", demo_package], generate)
+    assert (inspected.returncode, inspected.stderr) == (0, "")
+    assert "variant fp32" in inspected.stdout
+    assert (generated.returncode, generated.stderr) == (0, "")
 
 
 def test_a_package_is_exported_and_replaced(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    for more in ((), ("--force",)):
-        done = on_windows("export", "export", tiny_checkpoint, "--out", tmp_path / "out", *more)
+    command = ["export", "export", tiny_checkpoint, "--out", tmp_path / "out"]
+    for done in on_windows(command, [*command, "--force"]):
         assert done.returncode == 0, done.stderr
         assert "peak memory unknown" in done.stdout
         assert "WARNING: a file system" not in done.stderr

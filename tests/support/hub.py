@@ -12,6 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "owner/tiny-olmo2"
 
@@ -40,6 +44,20 @@ def files(folder: Path) -> list[Path]:
 def refs_of(kind: str, names: Iterable[str]) -> list[dict[str, str]]:
     """Branches (heads) or tags, as the Hub lists them."""
     return [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": commit_of(name)} for name in names]
+
+
+def point_to(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path, *, offline: bool = False) -> None:
+    """Do in this process what HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE do in a new one, which costs five seconds.
+
+    The library reads them when it is imported, and its constants at every call.
+    """
+    names = {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}"}
+    names |= {"HF_HOME": str(cache), "HF_HUB_CACHE": str(cache / "hub"), "HF_XET_CACHE": str(cache / "xet")}
+    for name, value in names.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    huggingface_hub.close_session()  # of another server
 
 
 @contextmanager

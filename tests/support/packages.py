@@ -41,7 +41,7 @@ def sequences() -> list[np.ndarray]:
 def make_package(name: str, tiny_checkpoint: Path, out: Path) -> None:
     """Export one of `PACKAGES`, of the demo or of the tiny model."""
     from olmo2_export.package.export import export
-    from olmo2_export.package.variants import Options
+    from olmo2_export.package.weight_choice import Options
     from olmo2_export.weights.checkpoint import open_checkpoint
 
     variants, options = PACKAGES[name]

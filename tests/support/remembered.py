@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from olmo2_export.config import ModelConfig
+from olmo2_export.package import variants
 from olmo2_export.truth import reference, torch_layers
 from olmo2_export.verify import checks, measure, variant
 from olmo2_export.views import table
@@ -49,11 +50,12 @@ _ANSWERS = _Answers()
 
 
 def remember(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let everything that verifies, in this process and test, ask PyTorch through what is held here."""
+    """Let everything that exports or verifies, in this process and test, ask PyTorch through what is held here."""
     for module in (measure, variant):
         monkeypatch.setattr(module, "open_reference", _open_reference)
         monkeypatch.setattr(module, "draw_logits", _draw_logits)
-    monkeypatch.setattr(checks, "reference_logits", _reference_logits)
+    for module in (checks, variants):
+        monkeypatch.setattr(module, "reference_logits", _reference_logits)
     monkeypatch.setattr(table, "int8_blocks", _rounding(reference.int8_blocks))
     monkeypatch.setattr(table, "SCALED", {name: _rounding(make) for name, make in reference.SCALED.items()})
 

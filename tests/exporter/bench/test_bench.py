@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from olmo2_export.bench import contenders, cpu, gpu, quality
+from olmo2_export.bench import contenders, cpu, gpu, quality, stages
 from olmo2_export.bench.checkpoint import SIZES, echo_successor, write_checkpoint
 from olmo2_export.bench.claims import CLAIMS, Claim, Quantity, Result, claims_table, judge, samples_table, to_document
 from olmo2_export.bench.cli import main, parse_args
@@ -70,10 +70,38 @@ def test_stages(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["stages", "--size", "demo", "--work", str(tmp_path), "--precision", "fp16"]) == 0
     result = last_line(capfd.readouterr().out)
     assert result["checkpoint_mb"] == 13
-    assert [stage["stage"] for stage in result["stages"]] == ["export", "build fp16"]
+    assert [stage["stage"] for stage in result["stages"]] == ["export fp32", "build fp16"]
     assert all(0 < stage["seconds"] < 300 for stage in result["stages"])
     assert all(100 < stage["peak_memory_mb"] < 2500 for stage in result["stages"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_stages_by_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """What is made of the costs; that exports are run, `test_stages` shows."""
+    asked: list[list[str]] = []
+
+    def cost(name: str, arguments: Sequence[str | Path]) -> dict[str, Any]:
+        asked.append([str(argument) for argument in arguments])
+        out = Path(arguments[list(arguments).index("--out") + 1])
+        out.mkdir()
+        (out / "data").write_bytes(bytes(1_000_000 * (1 + 2 * len(asked))))
+        return {"stage": name, "seconds": 3.0 * len(asked), "peak_memory_mb": 500 + 100 * len(asked)}
+
+    monkeypatch.setattr(stages, "stage", cost)
+    command = ["stages", "--size", "demo", "--work", str(tmp_path), "--variant", "q4", "--no-build"]
+    assert main([*command, "--layers", "1"]) == 2
+    assert "--layers 1: expected 2 or more" in capfd.readouterr().err
+    assert main([*command, "--layers", "4", "--no-prefill-graph"]) == 0
+    printed = capfd.readouterr().out.splitlines()
+    result = json.loads(printed[-1])
+    few, many = result["stages"]
+    assert (few["layers"], many["layers"]) == (2, 4)
+    assert asked[1][3:] == ["--variant", "q4", "--no-prefill-graph"]
+    assert few["said_package_mb"] < many["said_package_mb"]
+    (layer,) = result["per_layer"]
+    wanted = {"variant": "q4", "seconds": 1.5, "peak_memory_mb": 50.0, "package_mb": 1.0}
+    assert layer == wanted | {"whole_seconds": 9, "whole_package_mb": 7}  # of 6 layers
+    assert "so the whole model 9 s, 7 MB" in printed[-3]
 
 
 @pytest.mark.alone

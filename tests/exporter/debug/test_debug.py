@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,8 +137,8 @@ def test_a_failing_graph_is_reduced_to_the_node(package: Path, tmp_path: Path) -
 
 
 def test_a_check_of_the_users_own(package: Path, tmp_path: Path) -> None:
-    code = "import onnx, sys; sys.exit('logit_row' in str(onnx.load(sys.argv[1], load_external_data=False).graph.node))"
-    reduce(package, "trt_fp32", tmp_path / "reduced.onnx", "trt_rtx", [sys.executable, "-c", code])
+    check = ["sh", "-c", '! grep -q logit_row "$0"']
+    reduce(package, "trt_fp32", tmp_path / "reduced.onnx", "trt_rtx", check)
     assert len(onnx.load(tmp_path / "reduced.onnx").graph.node) <= 2
 
 

@@ -157,10 +157,14 @@ def test_mask_of_the_composed_attention_is_the_documented_one(built: tuple[Path,
     assert order == sorted(order)
 
 
+@pytest.mark.alone
 def test_two_builds_are_byte_identical(
     built: tuple[Path, Any], tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also from another folder, with another environment and other engines beside it."""
+    """Also from another folder, with another environment and other engines beside it.
+
+    Beside other processes two plans have differed, seen twice and never again; the cause is not known.
+    """
     package = copied(tiny_package, tmp_path / "a" / "package with spaces")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONHASHSEED", "77")
@@ -279,7 +283,7 @@ def test_engines_of_another_export_are_not_kept(built: tuple[Path, Any], tmp_pat
     document = read_sealed(package / MANIFEST_NAME)
     document["libraries"]["numpy"] = "1.0"
     (package / MANIFEST_NAME).write_bytes(seal(document))
-    build(package, EngineOptions("fp16"), progress=False)
+    build(package, EngineOptions("fp16", compute_capabilities=["8.9"]), progress=False)
     assert list(trt_manifest(package).engines) == ["trt_rtx_fp16"]
     assert not (package / "trt" / "model_bf16.onnx").exists()
     assert "built from another export" in caplog.text
@@ -304,7 +308,7 @@ def test_damaged_engines_are_not_kept(built: tuple[Path, Any], tmp_path: Path, c
     data = bytearray(plan.read_bytes())
     data[len(data) // 2] ^= 1
     plan.write_bytes(data)
-    build(package, EngineOptions("fp32"), progress=False)
+    build(package, EngineOptions("fp32", compute_capabilities=["8.9"]), progress=False)
     assert "fp16 is not kept" in caplog.text
     manifest = open_package(package).trt
     assert manifest is not None
@@ -318,7 +322,7 @@ def test_kernels_of_the_engines_that_stay_are_kept(built: tuple[Path, Any], tmp_
     kept, dropped = (package / "trt" / f"model_{p}.trt_rtx.engine.0123.sm89.jit" for p in ("bf16", "fp16"))
     for path in (kept, dropped):
         path.write_bytes(b"kernels")
-    build(package, EngineOptions("fp16"), progress=False)
+    build(package, EngineOptions("fp16", compute_capabilities=["8.9"]), progress=False)
     assert kept.read_bytes() == b"kernels"
     assert not dropped.exists()
 
@@ -347,7 +351,7 @@ def with_engine_of_the_other(package: Path) -> Path:
 
 def test_an_engine_of_the_other_tensorrt_is_kept(built: tuple[Path, Any], tmp_path: Path) -> None:
     package = with_engine_of_the_other(copied(built[0], tmp_path / "package"))
-    build(package, EngineOptions("bf16"), progress=False)
+    build(package, EngineOptions("bf16", compute_capabilities=["8.9"]), progress=False)
     manifest = trt_manifest(package)
     assert {"trt_bf16", "trt_rtx_bf16"} <= set(manifest.engines)
     assert (package / "trt" / "model_bf16.trt.engine").read_bytes() == b"the plan of full TensorRT"
@@ -356,7 +360,7 @@ def test_an_engine_of_the_other_tensorrt_is_kept(built: tuple[Path, Any], tmp_pa
 
 def test_an_engine_of_another_graph_is_not_kept(built: tuple[Path, Any], tmp_path: Path, caplog: Any) -> None:
     package = with_engine_of_the_other(copied(built[0], tmp_path / "package"))
-    build(package, EngineOptions("bf16", max_cache_length=40), progress=False)
+    build(package, EngineOptions("bf16", max_cache_length=40, compute_capabilities=["8.9"]), progress=False)
     assert "trt_bf16 is not kept: it was built from another graph" in caplog.text
     assert "trt_bf16" not in trt_manifest(package).engines
     assert not (package / "trt" / "model_bf16.trt.engine").exists()

@@ -5,9 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ import pytest
 from PIL import Image
 from support import full_tensorrt
 from support.checkpoints import make_checkpoint
-from support.hub import REPOSITORY, commit_of, local_hub
+from support.hub import REPOSITORY, commit_of, local_hub, point_to
 
 from olmo2_export import cli
 from olmo2_export.evaluate import revision_packages, revisions
@@ -153,21 +150,21 @@ def test_an_interrupted_sweep_loses_nothing(
         sweep(str(folder), NAMES, out, text=ids, context=32)
 
 
-def test_revisions_of_the_hub(folder: Path, ids: Path, tmp_path: Path) -> None:
+def test_revisions_of_the_hub(
+    folder: Path, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     served = {name: folder / name for name in NAMES}
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "olmo2_export", "sweep", REPOSITORY, "--revisions", *NAMES[:2], "--out", str(out)]
+    command = ["sweep", REPOSITORY, "--revisions", *NAMES[:2], "--out", str(tmp_path / "out")]
     command += ["--text", str(ids), "--context", "64", "--stride", "32", "--max-tokens", "200", "--device", "cpu"]
     with local_hub(folder / NAMES[0], served) as hub:
-        environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": hub.url}
-        environment.pop("HF_HUB_OFFLINE", None)
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert result.returncode == 0, result.stderr
-    document = json.loads(result.stdout.splitlines()[-1])
+        point_to(monkeypatch, hub.url, tmp_path / "cache")
+        assert cli.main(command) == 0
+    said = capsys.readouterr()
+    document = json.loads(said.out.splitlines()[-1])
     assert [r["commit"] for r in document["revisions"]] == [commit_of(name) for name in NAMES[:2]]
     assert [r["evaluated_tokens"] for r in document["revisions"]] == [199, 199]
-    assert "evaluating fp32" in result.stderr  # the progress bar
-    assert NAMES[1] in result.stdout
+    assert "evaluating fp32" in said.err  # the progress bar
+    assert NAMES[1] in said.out
     for name in document["files"]:
         assert Path(name).stat().st_size > 10_000
 

@@ -33,7 +33,7 @@ from olmo2_export.graphs.shared import shared_graph
 from olmo2_export.graphs.trace import trace
 from olmo2_export.package.export import export
 from olmo2_export.package.trt_variants import TrtOptions, write_trt_variant
-from olmo2_export.package.variants import Options
+from olmo2_export.package.weight_choice import Options
 from olmo2_export.summary.text import summarize
 from olmo2_export.truth.torch_layers import reference_logits
 from olmo2_export.verify.verify import format_reports, verify

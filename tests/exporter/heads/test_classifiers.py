@@ -23,6 +23,7 @@ from olmo2_export.engine.options import EngineOptions
 from olmo2_export.locate.locate import format_location, locate
 from olmo2_export.measure.parity import ParityReport
 from olmo2_export.package.export import export
+from olmo2_export.package.plan import plan_export
 from olmo2_export.verify.verify import verify
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes import open_package, open_runner
@@ -94,6 +95,34 @@ def test_every_variant_passes_its_gates(
         assert {f"graph, {padding}" for padding in graph} <= modes
         location = locate(classifier_package(name), checkpoint, report.variant)
         assert location.first is None, format_location(location)
+
+
+@pytest.mark.parametrize("variant", ["fp32", "q4"])
+def test_layers_one_at_a_time_score_the_same_tokens(
+    variant: str, classifier: Callable[[str], Path], classifier_package: Callable[[str], Path], tmp_path: Path
+) -> None:
+    checkpoint, out = open_checkpoint(str(classifier("olmo2"))), tmp_path / "parity.json"
+    (report,) = verify(
+        classifier_package("olmo2"), checkpoint, variants=[variant], longest=64, low_memory=True, out=out
+    )
+    assert_good(report)
+    assert {f"score, {padding}" for padding in PADDING} <= {case.mode for case in report.cases}
+    assert "as --low-memory asks" in report.coverage
+    assert [check.name for check in report.checks if check.verdict == "quality"] == ["quality"]
+
+
+@pytest.mark.parametrize("name", ["olmo2", "olmo3"])
+def test_the_files_are_predicted_to_the_byte(
+    name: str, classifier: Callable[[str], Path], classifier_package: Callable[[str], Path]
+) -> None:
+    manifest = open_package(classifier_package(name)).manifest
+    said = plan_export(open_checkpoint(str(classifier(name))), variants=list(manifest.variants))
+    assert [variant.name for variant in said.variants] == list(manifest.variants)
+    for variant in said.variants:
+        assert list(variant.graphs) == [manifest.variants[variant.name].graph]  # no prefill graph
+        for path, files in variant.graphs.items():
+            assert files.data == manifest.files[f"{path}_data"].size, path
+            assert abs(files.graph - manifest.files[path].size) < 0.04 * manifest.files[path].size, path
 
 
 def test_the_head_stays_float(classifier_package: Callable[[str], Path]) -> None:

@@ -20,9 +20,9 @@ from olmo2_export.catalog import precisions
 from olmo2_export.cli import main
 from olmo2_export.config import ModelConfig
 from olmo2_export.debug.debug import onnxruntime_runner
+from olmo2_export.graphs.taps import cut, find_segments
 from olmo2_export.locate import locate as locate_module
 from olmo2_export.locate.locate import Location, TensorParity, format_location, locate, locate_all
-from olmo2_export.locate.taps import cut, find_segments
 from olmo2_export.package.export import export
 from olmo2_export.package.trt_variants import TrtOptions
 from olmo2_export.truth.torch_layers import TorchModel

@@ -27,7 +27,7 @@ from olmo2_export.graphs.files import save_graph
 from olmo2_export.graphs.shared import shared_graph
 from olmo2_export.graphs.trace import trace
 from olmo2_export.package.export import export
-from olmo2_export.package.variants import Options
+from olmo2_export.package.weight_choice import Options
 from olmo2_export.truth.reference import open_reference
 from olmo2_export.verify.verify import verify
 from olmo2_export.views.shared_forms import stored_matrices
@@ -36,13 +36,16 @@ from runtimes import open_runner
 from runtimes.errors import BackendError, FailedError, UsageError
 from runtimes.package import open_package
 
+pytestmark = pytest.mark.usefixtures("remembered")
+
 LAYERS, VOCAB = 3, 131
+CAPACITY = 64
 SMALL = {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16, "q4f16": ir.DataType.FLOAT16}
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "grouped")
+def checkpoint(tiny_checkpoint: Path) -> Path:
+    return tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +115,9 @@ def test_q4f16_has_the_codes_of_q4_and_its_scales_rounded(package: Path) -> None
     assert quantization.bits_per_weight == pytest.approx(8 * stored / weights, rel=1e-12)
 
 
+@pytest.mark.usefixtures("little_text")
 def test_every_variant_is_verified_on_the_cpu(package: Path, checkpoint: Path) -> None:
-    reports = verify(package, open_checkpoint(str(checkpoint)), variants=list(SMALL))
+    reports = verify(package, open_checkpoint(str(checkpoint)), variants=list(SMALL), longest=CAPACITY)
     by_name = {report.variant: report for report in reports}
     for name, report in by_name.items():
         assert_full_matrix(report)
@@ -146,6 +150,7 @@ def shift_the_lengths(model: ir.Model) -> None:
     cast.replace_input_with(0, node.inputs[0])
 
 
+@pytest.mark.usefixtures("little_text")
 @pytest.mark.parametrize(
     ("name", "bug"),
     [("bf16", ignore_a_q_norm), ("bf16", swap_gate_and_up), ("bf16", shift_the_lengths), ("fp16", ignore_a_q_norm)],
@@ -154,7 +159,7 @@ def test_a_bug_in_the_graph_fails(
     package: Path, checkpoint: Path, tmp_path: Path, name: str, bug: Callable[[ir.Model], None]
 ) -> None:
     broken = rebuilt(package, tmp_path / "broken", bug, f"onnx/model_{name}.onnx")
-    (report,) = verify(broken, open_checkpoint(str(checkpoint)), variants=[name])
+    (report,) = verify(broken, open_checkpoint(str(checkpoint)), variants=[name], longest=CAPACITY)
     assert not report.passed
 
 

@@ -388,7 +388,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
     out = Path(shutil.copytree(tiny_package, tmp_path / "out"))
     usage = namedtuple("usage", "total used free")  # as shutil's
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 5 * 10**5, 5 * 10**5))
-    with pytest.raises(ResourceError, match=r"needs [\d,]+ bytes, 500,000 are free") as caught:
+    with pytest.raises(ResourceError, match=r"needs [\d,]+ bytes \(model.onnx [\d,]+\), 500,000 are free") as caught:
         export(open_checkpoint(str(tiny_checkpoint)), out, force=True)
     assert caught.value.exit_code == 1
     assert contents(out) == contents(tiny_package)

@@ -18,7 +18,7 @@ from olmo2_export.cli import main
 from olmo2_export.measure.quality import broken_limits, quality_tokens
 from olmo2_export.package import variants
 from olmo2_export.package.export import export
-from olmo2_export.package.variants import Options
+from olmo2_export.package.weight_choice import Options
 from olmo2_export.summary.text import summarize
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes import open_runner

@@ -15,13 +15,13 @@ import pytest
 import torch
 import transformers
 from support.checkpoints import make_checkpoint
+from support.rebuilt_packages import with_trt_graph
 from transformers import Olmo2ForCausalLM
 
 from olmo2_export import atomic, cli
-from olmo2_export.engine.build import build
-from olmo2_export.engine.options import EngineOptions
 from olmo2_export.locate.locate import locate_all
 from olmo2_export.package.export import export
+from olmo2_export.package.trt_variants import TrtOptions
 from olmo2_export.summary.text import summarize
 from olmo2_export.truth.reference import open_reference
 from olmo2_export.verify import verify as verify_module
@@ -32,6 +32,11 @@ from runtimes import sealed
 from runtimes.errors import ConfigError, IntegrityError, PackageError, UsageError, VariantNotFoundError
 from runtimes.package import open_package
 from runtimes.sealed import FileEntry, read_sealed
+
+pytestmark = pytest.mark.usefixtures("remembered")
+
+SHORT = 64
+"""tokens of the longest rows of tests that look at something else"""
 
 FORMS: dict[str, dict[str, Any]] = {
     "mha": {"num_key_value_heads": 6},
@@ -44,6 +49,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.usefixtures("little_text")
 @pytest.mark.parametrize("fields", FORMS.values(), ids=FORMS.keys())
 def test_every_form_of_checkpoint_verifies(tmp_path: Path, fields: dict[str, Any]) -> None:
     checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "c", **fields)))
@@ -97,8 +103,9 @@ def test_the_demo_verifies_on_text_and_the_report_says_how(demo_package: Path, t
     assert "FAIL" not in table
 
 
+@pytest.mark.usefixtures("little_text")
 def test_parity_json_is_sealed_and_bound_to_its_export(copy: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    verify(copy, open_checkpoint(str(tiny_checkpoint)))
+    verify(copy, open_checkpoint(str(tiny_checkpoint)), longest=SHORT)
     raw = (copy / "parity.json").read_bytes()
     (copy / "parity.json").write_bytes(raw.replace(b"true", b"TRUE"[:0] + b"true ", 1))
     with pytest.raises(IntegrityError, match=r"parity\.json"):
@@ -108,12 +115,13 @@ def test_parity_json_is_sealed_and_bound_to_its_export(copy: Path, tiny_checkpoi
     (tmp_path / "new" / "parity.json").write_bytes(raw)
     with pytest.raises(IntegrityError, match="of another export"):
         summarize(tmp_path / "new")
-    verify(tmp_path / "new", open_checkpoint(str(other)))  # and is simply replaced
+    verify(tmp_path / "new", open_checkpoint(str(other)), longest=SHORT)  # and is simply replaced
     assert "passed" in summarize(tmp_path / "new")
 
 
+@pytest.mark.usefixtures("little_text")
 def test_other_weights_fail(copy: Path, tmp_path: Path) -> None:
-    (report,) = verify(copy, open_checkpoint(str(make_checkpoint(tmp_path / "other", seed=1))))
+    (report,) = verify(copy, open_checkpoint(str(make_checkpoint(tmp_path / "other", seed=1))), longest=SHORT)
     assert not report.passed
     assert read_sealed(copy / "parity.json")["variants"]["fp32"]["passed"] is False
     assert "FAILED" in summarize(copy)
@@ -132,14 +140,18 @@ def test_a_context_too_short_to_tell_the_cases_apart_is_refused(tmp_path: Path) 
         verify(tmp_path / "p", checkpoint)
 
 
-def test_a_cache_shorter_than_the_sequences_is_verified_within_it(copy: Path, tiny_checkpoint: Path) -> None:
-    build(copy, EngineOptions("fp32", compute_capabilities=["8.9"], max_cache_length=33), progress=False)
-    (report,) = verify(copy, open_checkpoint(str(tiny_checkpoint)), variants=["trt_fp32"])
+@pytest.mark.usefixtures("little_text")
+def test_a_cache_shorter_than_the_sequences_is_verified_within_it(
+    copy: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    package = with_trt_graph(copy, tmp_path / "package", TrtOptions("fp32", 33))
+    (report,) = verify(package, open_checkpoint(str(tiny_checkpoint)), variants=["trt_fp32"])
     assert report.passed
     assert report.sequences == (33, 29, 13)
     assert (report.capacity, report.max_cache_length) == (33, 33)
 
 
+@pytest.mark.usefixtures("little_text")
 def test_rows_can_be_shorter_than_the_cache(copy: Path, tiny_checkpoint: Path) -> None:
     checkpoint = open_checkpoint(str(tiny_checkpoint))
     (report,) = verify(copy, checkpoint, longest=40)
@@ -151,6 +163,7 @@ def test_rows_can_be_shorter_than_the_cache(copy: Path, tiny_checkpoint: Path) -
         verify(copy, checkpoint, longest=15)
 
 
+@pytest.mark.usefixtures("little_text")
 def test_a_package_replaced_meanwhile_gets_no_verdict(
     copy: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,7 +177,7 @@ def test_a_package_replaced_meanwhile_gets_no_verdict(
 
     monkeypatch.setattr(verify_module, "measure_variant", measure_then_replace)
     with pytest.raises(PackageError, match="was replaced while it was verified"):
-        verify(copy, open_checkpoint(str(tiny_checkpoint)))
+        verify(copy, open_checkpoint(str(tiny_checkpoint)), longest=SHORT)
     assert not (copy / "parity.json").exists()
 
 
@@ -224,6 +237,7 @@ def read_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atomic.os, "access", denied)
 
 
+@pytest.mark.usefixtures("little_text")
 def test_a_read_only_package_gets_its_verdict(
     copy: Path,
     tiny_checkpoint: Path,
@@ -244,6 +258,7 @@ def test_a_read_only_package_gets_its_verdict(
     assert sorted(p.name for p in copy.iterdir()) == before
 
 
+@pytest.mark.usefixtures("little_text")
 def test_the_report_of_a_read_only_package_goes_elsewhere(
     copy: Path,
     tiny_checkpoint: Path,
@@ -280,6 +295,7 @@ def test_locate_writes_no_report(copy: Path, tiny_checkpoint: Path, capsys: pyte
     assert "--out: --locate writes no report" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("little_text")
 def test_a_full_disk_does_not_take_the_verdict(
     copy: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -296,6 +312,7 @@ def test_a_full_disk_does_not_take_the_verdict(
     assert sorted(p.name for p in copy.iterdir() if "parity" in p.name) == []
 
 
+@pytest.mark.usefixtures("little_text")
 def test_verify_and_locate_hash_each_file_once(
     tiny_package: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

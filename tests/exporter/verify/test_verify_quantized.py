@@ -29,7 +29,7 @@ from support.rebuilt_packages import rebuilt
 from olmo2_export.catalog import INT4_BLOCKS
 from olmo2_export.measure.parity import DRAWS, ParityReport
 from olmo2_export.package.export import export
-from olmo2_export.package.variants import Options
+from olmo2_export.package.weight_choice import Options
 from olmo2_export.verify.feeds import MODES
 from olmo2_export.verify.variant import measure_variant
 from olmo2_export.verify.verify import format_reports, verify
@@ -38,6 +38,7 @@ from olmo2_export.weights.checkpoint import open_checkpoint
 pytestmark = pytest.mark.usefixtures("remembered")
 
 CAPACITY = 64
+"""tokens of the longest rows: more than those of the others; `test_verify` fills whole caches"""
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +59,13 @@ def red(report: ParityReport) -> set[str]:
     return parts | ({"greedy"} if not report.greedy.passed else set()) | {c.name for c in report.checks if not c.passed}
 
 
+@pytest.mark.usefixtures("little_text")
 def test_a_rebuilt_package_without_a_bug_is_red_in_nothing_but_quality(
     package: Path, checkpoint: str, tmp_path: Path
 ) -> None:
-    report = measure_variant(rebuilt(package, tmp_path / "p", lambda _: None, GRAPH), "q4", open_checkpoint(checkpoint))
+    report = measure_variant(
+        rebuilt(package, tmp_path / "p", lambda _: None, GRAPH), "q4", open_checkpoint(checkpoint), longest=CAPACITY
+    )
     assert red(report) <= set(QUALITY)
     modes = [c.mode for c in report.cases]
     assert set(modes) == {f"{view}{mode}" for view in VIEWS for mode in MODES}
@@ -74,22 +78,29 @@ VIEWS = ["", "kernels ", "int8 exact ", "int8 "]
 QUALITY = ["quality", "int8 quality", "quality of both in turns"]
 
 
+@pytest.mark.usefixtures("little_text")
 @pytest.mark.parametrize("bug", EXACT_BUGS, ids=lambda bug: bug.__name__)
 def test_bug_in_the_decode_graph_turns_exact_parity_red(
     package: Path, checkpoint: str, tmp_path: Path, bug: Bug
 ) -> None:
-    report = measure_variant(rebuilt(package, tmp_path / "p", bug, GRAPH), "q4", open_checkpoint(checkpoint))
+    report = measure_variant(
+        rebuilt(package, tmp_path / "p", bug, GRAPH), "q4", open_checkpoint(checkpoint), longest=CAPACITY
+    )
     assert "exact" in red(report), format_reports([report])
 
 
+@pytest.mark.usefixtures("little_text")
 @pytest.mark.parametrize("bug", WEIGHT_BUGS, ids=lambda bug: bug.__name__)
 def test_wrong_weights_turn_the_weights_check_red(package: Path, checkpoint: str, tmp_path: Path, bug: Bug) -> None:
     """The graph computes what they say, so that parity with the dequantised weights cannot see it."""
-    report = measure_variant(rebuilt(package, tmp_path / "p", bug, GRAPH), "q4", open_checkpoint(checkpoint))
+    report = measure_variant(
+        rebuilt(package, tmp_path / "p", bug, GRAPH), "q4", open_checkpoint(checkpoint), longest=CAPACITY
+    )
     assert "exact" not in red(report)
     assert "weights" in red(report), format_reports([report])
 
 
+@pytest.mark.usefixtures("little_text")
 @pytest.mark.parametrize(
     ("bug", "part"),
     [
@@ -106,7 +117,7 @@ def test_bug_in_the_prefill_graph_turns_it_red(
     package: Path, checkpoint: str, tmp_path: Path, bug: Bug, part: str
 ) -> None:
     broken = rebuilt(package, tmp_path / "p", bug, PREFILL_GRAPH)
-    report = measure_variant(broken, "q4", open_checkpoint(checkpoint))
+    report = measure_variant(broken, "q4", open_checkpoint(checkpoint), longest=CAPACITY)
     assert part in red(report), format_reports([report])
 
 
@@ -127,6 +138,7 @@ def outlier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder / "package", str(folder / "checkpoint")
 
 
+@pytest.mark.usefixtures("little_text")
 def test_one_extreme_weight_is_no_false_alarm(outlier: tuple[Path, str]) -> None:
     """It was: kernels 131 x PyTorch's error, as codes of the embedding halfway between two were rounded otherwise, and
     an NMSE beyond the gate, as PyTorch's own is."""
@@ -139,6 +151,7 @@ def test_one_extreme_weight_is_no_false_alarm(outlier: tuple[Path, str]) -> None
     assert {c.draws for c in report.cases if c.mode in MODES} == {1 + DRAWS}
 
 
+@pytest.mark.usefixtures("little_text")
 @pytest.mark.parametrize(
     ("bug", "graph", "part"),
     [
@@ -162,6 +175,7 @@ def test_a_bug_beside_an_extreme_weight_is_red(
     assert part in red(report), format_reports([report])
 
 
+@pytest.mark.usefixtures("little_text")
 def test_inputs_that_are_rounded_too_coarsely_turn_the_int8_graph_red(
     package: Path, checkpoint: str, tmp_path: Path
 ) -> None:
@@ -182,7 +196,7 @@ def test_the_demo_passes_all_with_gptq_and_an_8_bit_cache(tmp_path: Path) -> Non
     assert variant.quality is not None
     assert INT4_BLOCKS.gates is not None
     assert variant.quality.kl_mean < 0.005 < INT4_BLOCKS.gates[0].kl_mean
-    (report,) = verify(out, demo)
+    (report,) = verify(out, demo, longest=CAPACITY)
     assert report.passed, format_reports([report])
     text = format_reports([report])
     assert "q4 weights: 44 tensors" in text
@@ -191,15 +205,16 @@ def test_the_demo_passes_all_with_gptq_and_an_8_bit_cache(tmp_path: Path) -> Non
 
 def test_each_graph_is_measured_and_both_on_one_cache(package: Path, checkpoint: str) -> None:
     """Random weights are hard to round to 4 bits: the gate of 4 bits is not met, and verify says so."""
-    report = measure_variant(package, "q4", open_checkpoint(checkpoint))
+    report = measure_variant(package, "q4", open_checkpoint(checkpoint), longest=CAPACITY)
     assert [c.name for c in report.checks if "quality" in c.name] == QUALITY
     assert set(QUALITY) <= red(report)
 
 
+@pytest.mark.usefixtures("little_text")
 def test_cache_scales_that_are_not_the_manifests_turn_it_red(
     checkpoint: str, package_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     out = package_of("tiny_q4_int8")
     bad = rebuilt(out, tmp_path / "bad", lambda m: change(m, "kv_cache.1.key.scale", scaled((0, 0, 0), 2.0)), GRAPH)
-    assert "cache scales" not in red(measure_variant(out, "q4", open_checkpoint(checkpoint)))
-    assert "cache scales" in red(measure_variant(bad, "q4", open_checkpoint(checkpoint)))
+    assert "cache scales" not in red(measure_variant(out, "q4", open_checkpoint(checkpoint), longest=CAPACITY))
+    assert "cache scales" in red(measure_variant(bad, "q4", open_checkpoint(checkpoint), longest=CAPACITY))

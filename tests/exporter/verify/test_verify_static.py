@@ -15,6 +15,7 @@ import pytest
 from support.bugs.edits import Bug
 from support.bugs.static import BUGS, MLP, one_activation_scale_doubled
 from support.cases import assert_full_matrix, large
+from support.matrix import seen
 from support.rebuilt_packages import rebuilt_trt, with_trt_graph
 
 from olmo2_export.config import ModelConfig
@@ -52,8 +53,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify_checks, "quality_tokens", partial(verify_checks.quality_tokens, most=128))
     measured = verify_variant.quality_checks
 
-    def without_quality_of_quantised(package: Any, entry: Variant, *others: Any) -> Any:
-        return NO_QUALITY if entry.quantization is not None else measured(package, entry, *others)
+    def without_quality_of_quantised(package: Any, entry: Variant, *others: Any, **options: Any) -> Any:
+        return NO_QUALITY if entry.quantization is not None else measured(package, entry, *others, **options)
 
     monkeypatch.setattr(verify_variant, "quality_checks", without_quality_of_quantised)
 
@@ -71,7 +72,10 @@ def red(report: ParityReport) -> set[str]:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_a_rounded_graph_passes(
-    precision: Precision, trt_package: Callable[[Precision], Path], tiny_checkpoint: Path
+    precision: Precision,
+    trt_package: Callable[[Precision], Path],
+    tiny_checkpoint: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     report = report_of(trt_package(precision), tiny_checkpoint, precision)
     assert report.passed, format_reports([report])
@@ -85,11 +89,15 @@ def test_a_rounded_graph_passes(
     assert [c.name for c in report.checks] == ["weights", "quality"]
     assert report.perplexity is not None
     assert abs(report.perplexity.relative) < 0.05
+    seen(request, "olmo2", "graph for TensorRT", precision, "verified")
 
 
 @pytest.mark.parametrize("precision", ["int4", "int8", "fp8"])
 def test_a_quantised_graph_computes_what_its_weights_say(
-    precision: Precision, trt_package: Callable[[Precision], Path], tiny_checkpoint: Path
+    precision: Precision,
+    trt_package: Callable[[Precision], Path],
+    tiny_checkpoint: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     report = report_of(trt_package(precision), tiny_checkpoint, precision)
     assert red(report) == {"quality"}, format_reports([report])  # random weights are hard to round
@@ -100,6 +108,7 @@ def test_a_quantised_graph_computes_what_its_weights_say(
     assert [c.name for c in report.checks] == ["weights", "scales", "input scales", *calibrated, "quality"]
     linears = {"int4": 22, "int8": 18, "fp8": 21}[precision]
     assert report.checks[1].found.startswith(f"{linears} tensors, scales within ")
+    seen(request, "olmo2", "graph for TensorRT", precision, "verified")
 
 
 @pytest.mark.parametrize(("precision", "kl"), [("int4", 0.008), ("int8", 2.6e-4), ("fp8", 1.2e-3)])
@@ -164,7 +173,7 @@ def test_on_a_device_quantised_weights_are_dequantised_as_they_are(
 
     on_gpu = table._on_gpu
     # Random weights are hard to round.
-    monkeypatch.setattr(verify_variant, "quality_checks", lambda *_: NO_QUALITY)
+    monkeypatch.setattr(verify_variant, "quality_checks", lambda *_, **__: NO_QUALITY)
     monkeypatch.setattr(table, "_on_gpu", with_float32_cache)
     (report,) = verify(trt_package("int8"), open_checkpoint(str(tiny_checkpoint)), variants=["trt_int8"], device="cuda")
     assert report.passed, format_reports([report])

@@ -395,3 +395,17 @@ def test_a_second_turn_prefills_only_what_is_new(demo_q4: Path) -> None:
         runner.truncate([len(second) - 1])
         got = runner.decode(second[-1:])[0]
         assert np.mean((got - wanted) ** 2) <= 0.02 * wanted.var()  # another mix of the two graphs
+
+
+def test_a_slot_that_is_refused_moves_no_memory(q4_package: Path) -> None:
+    with open_runner(q4_package, threads=1, max_slots=2) as runner:
+        assert isinstance(runner, SharedRunner)
+        assert isinstance(runner._buffer, MappedBuffer)
+        for _ in range(2):
+            runner.admit([1, 2, 3])
+        places = [array.ctypes.data for array in runner._buffer._arrays.values()]
+        with pytest.raises(InputError, match="this runner has 2 slots"):
+            runner.begin([1])
+        with pytest.raises(InputError, match="this runner has 2 slots"):
+            runner.copy_prefix(0, 2)
+        assert [array.ctypes.data for array in runner._buffer._arrays.values()] == places

@@ -26,7 +26,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from support.checkpoints import OLMO3, make_checkpoint
 
     from olmo2_export.package.export import export
-    from olmo2_export.package.variants import Options
+    from olmo2_export.package.weight_choice import Options
     from olmo2_export.weights.checkpoint import open_checkpoint
 
     folder = tmp_path_factory.mktemp("windows")

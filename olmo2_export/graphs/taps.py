@@ -110,7 +110,7 @@ def find_segments(model: ir.Model, rows: Sequence[Operation]) -> list[Segment]:
     return [*segments, Segment(None, taps | {answer: answer}, ends[-1], None)]
 
 
-def cut(model: ir.Model, segment: Segment, hidden_shape: Sequence[int] | None = None) -> ir.Model:
+def cut(model: ir.Model, segment: Segment, hidden_shape: Sequence[int | str] | None = None) -> ir.Model:
     """Return a segment as a graph; its outputs are its taps and its result, in float32 where they are bfloat16.
 
     Args:
@@ -336,9 +336,9 @@ def _norm(graph: ir.Graph, weight: str) -> ir.Value | None:
 
 
 def _clipped(value: ir.Value) -> ir.Value:
-    """Return a value after the clip that reads it; itself, where none does."""
+    """Return a value after the clip that reads it; itself, where none does, or nobody reads the clip."""
     for user in _users(value):
-        if is_op(user, "Clip"):
+        if is_op(user, "Clip") and user.outputs[0].uses():
             return _seen(user.outputs[0])
         if is_op(user, "Cast"):
             found = _clipped(user.outputs[0])

@@ -1,0 +1,60 @@
+"""PyTorch's logits with one layer in memory: what `reference` gives of the whole model, for those beyond memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from olmo2_export.config import ModelConfig
+from olmo2_export.dtypes import float_dtype
+from olmo2_export.truth.reference import Rounding
+from olmo2_export.truth.torch_layers import StoredTables, TorchModel
+from olmo2_export.weights.checkpoint import Checkpoint
+from olmo2_export.weights.source import Replaced
+from olmo2_export.weights.stored_names import EMBEDDING, head_weight, stored_head, stored_weight
+
+
+class LayeredReference:
+    """transformers' layers at one precision, one at a time; they are read anew for each call of `logits`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        precision: str,
+        weights: Mapping[str, Tensor] | None = None,
+        rounded_inputs: Mapping[str, Rounding] | None = None,
+    ) -> None:
+        """Open nothing yet; arguments as `reference.open_reference`, and `config`, the checkpoint's shape."""
+        replaced = weights or {}
+        source = Replaced(checkpoint, replaced)
+
+        def weight(name: str) -> Tensor:
+            return replaced[name] if name in replaced else stored_weight(source, config, name)
+
+        whole = EMBEDDING in replaced or head_weight(config) in replaced
+        stored = None if whole else StoredTables(checkpoint, stored_head(config))
+        self._model = TorchModel(checkpoint.folder, weight, precision, rounded_inputs, stored=stored)
+        self._layers = config.num_hidden_layers
+        self._result = torch.float64 if float_dtype(precision).torch == torch.float64 else torch.float32
+
+    @torch.inference_mode()
+    def logits(
+        self, sequences: Sequence[np.ndarray], positions: Sequence[np.ndarray] | None = None
+    ) -> list[np.ndarray]:
+        """Run each sequence alone, whole and without padding; see `Reference.logits`."""
+        model = self._model
+        hidden = [model.embed(torch.from_numpy(ids)) for ids in sequences]
+        for index in range(self._layers):
+            layer = model.layer(index)
+            hidden = [layer(x) for x in hidden]
+            del layer
+        found = []
+        for row, x in enumerate(hidden):
+            normed = model.norm(x)
+            kept = normed if positions is None else normed[:, torch.from_numpy(positions[row])]
+            found.append(model.head(kept)[0].to(self._result).numpy())
+        return found
