@@ -45,7 +45,7 @@ a test compares the two.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from olmo2_export.config import ModelConfig
@@ -80,6 +80,8 @@ class Operation:
     """of an attention: the tokens that each sees, itself among them; None: all up to itself"""
     limit: float | None = None
     """of a clip: the largest magnitude"""
+    times: int = 1
+    """in a graph: the last norm is applied to all tokens, too, where their last hidden states are given"""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def operations(config: ModelConfig) -> tuple[Operation, ...]:
     for layer in range(config.num_hidden_layers):
         rows += layer_operations(config, layer, rows[-1].name)
     last = _norm(config, FINAL_NORM, rows[-1].name, config.hidden_size, None)
+    last = replace(last, times=1 + (config.num_hidden_layers in config.hidden_states))
     name, rows_of_head = head(config)
     shape = (rows_of_head, config.hidden_size)
     return (*rows, last, Operation(name, "linear", (FINAL_NORM,), None, f"{name}.weight", shape))
@@ -199,8 +202,8 @@ def of_layer(rows: Iterable[Operation], layer: int) -> tuple[Operation, ...]:
 
 
 def count(rows: Iterable[Operation], *kinds: Kind) -> int:
-    """Return how many rows are of these kinds."""
-    return sum(row.kind in kinds for row in rows)
+    """Return how often operations of these kinds are in a graph."""
+    return sum(row.times for row in rows if row.kind in kinds)
 
 
 def norm_counts(rows: Sequence[Operation]) -> dict[str, int]:

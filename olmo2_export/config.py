@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from olmo2_export.fields import Fields, short
 from olmo2_export.rope import FULL, SLIDING, LayerType, Rope, read_ropes
-from runtimes.errors import ConfigError, broken_link
+from runtimes.errors import ConfigError, UsageError, broken_link
 from runtimes.manifest import ModelSpec, Task
 
 logger = logging.getLogger(__name__)
@@ -134,6 +134,8 @@ class ModelConfig:
     """of a classifier: what each of its scores is of; (): a language model"""
     pad_token_id: int | None = None
     """of a classifier: the last token that is none of these is scored; None: the last token, of one row a batch"""
+    hidden_states: tuple[int, ...] = ()
+    """not of config.json but of a package: those that its graphs give beside their answer; see `giving`"""
 
     @classmethod
     def from_json(cls, path: Path) -> ModelConfig:
@@ -218,6 +220,21 @@ class ModelConfig:
             _warn_once(f"{where}: {line}")
         return config
 
+    def giving(self, hidden_states: Sequence[int]) -> ModelConfig:
+        """Return the config of graphs that give hidden states.
+
+        Args:
+            hidden_states: numbered as transformers does: 0 is the embedding, N what layer N gives, counted from 1, and
+                the last what the last norm gives; -1 is the last.
+
+        Raises:
+            UsageError: the model has no such one.
+        """
+        last = self.num_hidden_layers
+        if wrong := [n for n in hidden_states if not -last - 1 <= n <= last]:
+            raise UsageError(f"hidden state {wrong[0]}: the model has 0 to {last}, or last")
+        return replace(self, hidden_states=tuple(sorted({n % (last + 1) for n in hidden_states})))
+
     @property
     def task(self) -> Task:
         """What the model is for."""
@@ -263,7 +280,17 @@ class ModelConfig:
             task=self.task,
             labels=self.labels,
             pad_token_id=self.pad_token_id,
+            hidden_states=self.hidden_states,
         )
+
+
+def config_of(folder: Path, model: ModelSpec) -> ModelConfig:
+    """Return the config of a checkpoint, or of a package's copy of it, with what the package's graphs give beside.
+
+    Raises:
+        ConfigError: as `ModelConfig.from_json`.
+    """
+    return replace(ModelConfig.from_json(folder / "config.json"), hidden_states=model.hidden_states)
 
 
 def refuse_other_forms(raw: Mapping[str, Any], where: str) -> None:

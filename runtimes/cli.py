@@ -15,6 +15,7 @@ from runtimes import Backend, Device, Package, Slots, UsageError, open_package, 
 from runtimes.command import Parser, run_command
 from runtimes.documents import in_groups, read_documents, written
 from runtimes.generation.generate import Generation, encode_prompt, generate
+from runtimes.runners.embeddings import POOLINGS, embed
 from runtimes.speculate.drafters import Drafter, DraftModel, PromptLookup
 from runtimes.targets import describe_backends, describe_devices
 from runtimes.text.logit_rules import Penalties
@@ -123,7 +124,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     verb.add_argument("--debug", action="store_true", help="show where an error came from")
     verb.set_defaults(run=_generate)
     for name, (words, function) in _OF_DOCUMENTS.items():
-        _declare_documents(verbs.add_parser(name, help=words, description=f"{words}.", allow_abbrev=False), function)
+        of_documents = verbs.add_parser(name, help=words, description=f"{words}.", allow_abbrev=False)
+        _declare_documents(of_documents, function)
+        if function is _embed:
+            _declare_pooling(of_documents)
     return parser.parse_args(argv)
 
 
@@ -145,6 +149,14 @@ def _declare_documents(verb: argparse.ArgumentParser, function: Callable[[argpar
     verb.add_argument("--skip-hash-check", action="store_true", help="trust the files; check only their sizes")
     verb.add_argument("--debug", action="store_true", help="show where an error came from")
     verb.set_defaults(run=function)
+
+
+def _declare_pooling(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--pooling", choices=POOLINGS, default="mean", help="of a text's tokens (default: mean)")
+    verb.add_argument(
+        "--hidden-state", type=int, metavar="N", help="out of those that the package gives (default: its last)"
+    )
+    verb.add_argument("--normalize", action="store_true", help="divide each vector by its length")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -205,8 +217,22 @@ def _each_document(
                 _write(written(document, **fields))
 
 
+def _embed(args: argparse.Namespace) -> None:
+    def vectors(runner: Slots, sequences: list[Sequence[int]]) -> list[dict[str, object]]:
+        found = embed(runner, sequences, pooling=args.pooling, hidden_state=args.hidden_state, normalize=args.normalize)
+        return [{"embedding": [float(str(x)) for x in row]} for row in found]  # the shortest that is the same float32
+
+    _each_document(args, vectors, lambda package: _check_gives_hidden(package, args.package))
+
+
+def _check_gives_hidden(package: Package, name: str) -> None:
+    if not package.model.hidden_states:
+        raise UsageError(f"{name}: its graphs give no hidden states; export it with --hidden-states last")
+
+
 _OF_DOCUMENTS: dict[str, tuple[str, Callable[[argparse.Namespace], None]]] = {
     "score": ("score texts with a classifier or reward model: a line of JSON for each", _score),
+    "embed": ("embed texts, a vector for each: a line of JSON", _embed),
 }
 """verbs that read texts and write JSON"""
 

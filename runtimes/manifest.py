@@ -23,6 +23,8 @@ from runtimes.sealed import FileEntry, read_sealed
 MANIFEST_NAME = "manifest.json"
 TRT_FOLDER = "trt"
 PARITY_NAME = "parity.json"
+HIDDEN_STATES = "hidden_states"
+"""the name of an output of that role begins so, and ends in its number"""
 
 Dtype: TypeAlias = Literal["float32", "float16", "bfloat16", "int64", "int8", "uint8"]
 """numpy's name, or `bfloat16`"""
@@ -58,6 +60,7 @@ Role: TypeAlias = Literal[
 """what an input or output is for; runners go by it and not by the name.
 `logit_index`: which new token of a row gets logits; `logit_count`: how many of the last ones do.
 `candidate_ids` and `candidate_logits`: the likeliest next tokens, picked by the graph.
+`hidden_state`: vectors of the new tokens; the output hidden_states.N has those of number N, see `ModelSpec`.
 `score`: what a classifier says of each row, read from one of the tokens of the call; such a graph has no logits.
 `past` and `present`: the KV cache before and after; they go together by name, past_key_values.N.key and
 present.N.key."""
@@ -227,6 +230,12 @@ class Variant:
         """What a step computes: the outputs, by name, without the KV cache."""
         return {spec.name: spec for spec in self.outputs if spec.role != "present"}
 
+    @property
+    def hidden_states(self) -> dict[int, str]:
+        """The hidden states that the graph gives: number -> name of the output."""
+        names = [spec.name for spec in self.outputs if spec.role == "hidden_state"]
+        return {int(name.rpartition(".")[2]): name for name in names}
+
     def name_of(self, role: Role) -> str:
         """Return the name of the one input or output that has a role.
 
@@ -261,6 +270,9 @@ class ModelSpec:
     """of a classifier: what each of its scores is of"""
     pad_token_id: int | None = None
     """of a classifier: the last token that is none of these is scored; None: the last token"""
+    hidden_states: tuple[int, ...] = ()
+    """those that the graphs give, too, as `hidden_states.N`: 0 the embedding, N what layer N gives, counted from 1,
+    num_hidden_layers what the last norm gives"""
 
 
 @dataclass(frozen=True)
@@ -350,6 +362,8 @@ def role_of(name: str) -> Role | None:
     """Return the role that a name has in our graphs; None: it says nothing. So manifests without roles are read."""
     if name.startswith("past_key_values."):
         return "past"
+    if name.startswith(f"{HIDDEN_STATES}."):
+        return "hidden_state"
     return "present" if name.startswith("present.") else _ROLES.get(name)
 
 

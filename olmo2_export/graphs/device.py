@@ -63,12 +63,12 @@ TOP_K = 1
 
 def device_outputs(model: ModelSpec, cache: KVCacheSpec) -> tuple[TensorSpec, ...]:
     """Return the outputs of the graph, in order."""
-    logits, *present = shared_outputs(model, cache)
+    logits, *rest = shared_outputs(model, cache)
     if logits.role == "score":
-        return (logits, *present)
+        return (logits, *rest)
     shape = (*logits.shape[:-1], TOP_K)
     ids = TensorSpec("top_ids", "int64", shape, "candidate_ids")
-    return (logits, ids, TensorSpec("top_logits", "float32", shape, "candidate_logits"), *present)
+    return (logits, ids, TensorSpec("top_logits", "float32", shape, "candidate_logits"), *rest)
 
 
 def device_graph(

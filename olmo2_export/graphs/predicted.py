@@ -58,9 +58,11 @@ def shortened(config: ModelConfig, layers: int = LAYERS) -> ModelConfig:
     per_layer = {
         field.name: tuple(dict.fromkeys(value))[:layers] if len(set(value)) >= layers else value[:layers]
         for field in dataclasses.fields(config)
-        if isinstance(value := getattr(config, field.name), tuple) and len(value) == count and field.name != "labels"
+        if field.name not in ("labels", "hidden_states")
+        and isinstance(value := getattr(config, field.name), tuple)
+        and len(value) == count
     }
-    changed: dict[str, Any] = {"num_hidden_layers": min(count, layers), **per_layer}
+    changed: dict[str, Any] = {"num_hidden_layers": min(count, layers), "hidden_states": (), **per_layer}
     return dataclasses.replace(config, **changed)
 
 

@@ -8,6 +8,7 @@
 | num_logits_to_keep             | [], optional, default 0: the last rows that get logits, 0: all | int64        |
 | -> logits                      | [batch_size, num_logits, vocab_size]                         | float32        |
 | -> score, of a classifier      | [batch_size, labels]; then neither of the two above          | float32        |
+| -> hidden_states.N, if asked for | [batch_size, sequence_length, hidden]                      | float32        |
 | -> present.N.key, .value       | as past_key_values                                           | kv_cache.dtype |
 
 Past and present may be bound to one buffer of any length, which is then written in place; otherwise present is past +
@@ -30,6 +31,7 @@ from olmo2_export.fuse import ONNXRUNTIME, Pass, apply, check_op_counts
 from olmo2_export.fuse.gather_block_quantized import gather_block_quantized
 from olmo2_export.fuse.matmul_integer import matmul_integer
 from olmo2_export.fuse.matmul_nbits import matmul_nbits
+from olmo2_export.graphs.hidden_states import hidden_outputs
 from olmo2_export.graphs.trace import answer, logit_count
 from olmo2_export.quantize.int8 import quantize_int8
 from olmo2_export.quantize.recipes import QuantizedWeights
@@ -52,6 +54,7 @@ def shared_outputs(model: ModelSpec, cache: KVCacheSpec) -> tuple[TensorSpec, ..
     """Return the outputs of the shared-cache graph, in order."""
     return (
         answer(model),
+        *hidden_outputs(model),
         *_caches("present", "present", cache, "total_sequence_length"),
     )
 

@@ -10,6 +10,7 @@
 | -> top_ids                     | [batch_size, top_k]: the likeliest tokens, best first  | int64     |
 | -> top_logits                  | [batch_size, top_k]: their logits                      | float32   |
 | -> score, of a classifier      | [batch_size, labels]; then none of the three above     | float32   |
+| -> hidden_states.N, if asked for | [batch_size, sequence_length, hidden]                | float32   |
 | -> present.N.key, .value       | the past with the new tokens written in it             | see below |
 
 Row b's token i goes to slot, and has the position, write_indices[b] + i, which must be below max_cache_length; it sees
@@ -43,7 +44,7 @@ import onnx_ir as ir
 
 from olmo2_export.architecture import NORMS, Operation, count, norm_counts, operations, shared_inputs
 from olmo2_export.catalog import static_row
-from olmo2_export.config import ModelConfig
+from olmo2_export.config import ModelConfig, config_of
 from olmo2_export.dtypes import ir_dtype
 from olmo2_export.fuse import TENSORRT, apply, check_op_counts
 from olmo2_export.fuse.dequantize_weights import CODES, SCALES, dequantize_weights
@@ -53,6 +54,7 @@ from olmo2_export.fuse.set_cache_length import set_cache_length
 from olmo2_export.fuse.set_precision import WeightRounding, set_precision
 from olmo2_export.fuse.static_cache import OPSET
 from olmo2_export.fuse.top_candidates import top_candidates
+from olmo2_export.graphs.hidden_states import hidden_outputs
 from olmo2_export.graphs.trace import answer
 from olmo2_export.quantize.linear import QuantizedLinear, side_by_side
 from olmo2_export.quantize.static import StaticWeights
@@ -76,12 +78,14 @@ def static_outputs(
     model: ModelSpec, precision: Precision, max_cache_length: int, top_k: int = 1
 ) -> tuple[TensorSpec, ...]:
     """Return the outputs of the static-cache graph, in order."""
+    hidden = hidden_outputs(model)
     if model.labels:
-        return (answer(model), *_caches("present", "present", model, precision, max_cache_length))
+        return (answer(model), *hidden, *_caches("present", "present", model, precision, max_cache_length))
     return (
         answer(model, ("batch_size",)),
         TensorSpec("top_ids", "int64", ("batch_size", top_k), "candidate_ids"),
         TensorSpec("top_logits", "float32", ("batch_size", top_k), "candidate_logits"),
+        *hidden,
         *_caches("present", "present", model, precision, max_cache_length),
     )
 
@@ -171,7 +175,7 @@ def load_static_graph(
 ) -> tuple[ir.Model, WeightRounding]:
     """Make the static-cache graph of a package from its fp32 variant; arguments and errors as `static_graph`."""
     portable = load_graph(package / manifest.variants["fp32"].graph)
-    config = ModelConfig.from_json(package / "config.json")
+    config = config_of(package, manifest.model)
     return static_graph(portable, config, precision, max_cache_length, top_k, weights)
 
 

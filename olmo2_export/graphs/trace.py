@@ -9,6 +9,7 @@
 | num_logits_to_keep             | [], optional, default 0: the last rows that get logits, 0: all | int64 |
 | -> logits                      | [batch_size, num_logits, vocab_size]                         | float32 |
 | -> score, of a classifier      | [batch_size, labels]; then neither of the two above          | float32 |
+| -> hidden_states.N, if asked for | [batch_size, sequence_length, hidden]                      | float32 |
 | -> present.N.key, .value       | [batch_size, kv_heads, total_sequence_length, head_dim]      | float32 |
 
 total_sequence_length = past_sequence_length + sequence_length. num_logits_to_keep is an input with a default (an
@@ -32,6 +33,7 @@ from olmo2_export.architecture import Operation, count, norm_counts, operations
 from olmo2_export.config import ModelConfig
 from olmo2_export.fuse import PORTABLE, apply, check_op_counts
 from olmo2_export.fuse.pooled_row import NO_PADDING, pooled_row
+from olmo2_export.graphs.hidden_states import give_hidden_states, hidden_outputs
 from olmo2_export.model.olmo import OlmoForCausalLM
 from runtimes.errors import FusionError
 from runtimes.manifest import ModelSpec, TensorSpec
@@ -57,6 +59,7 @@ def portable_outputs(config: ModelConfig) -> tuple[TensorSpec, ...]:
     cache = ("batch_size", config.num_key_value_heads, "total_sequence_length", config.head_dim)
     return (
         answer(config.spec),
+        *hidden_outputs(config.spec),
         *(TensorSpec(f"present.{name}", "float32", cache, "present") for name in _cache_names(config)),
     )
 
@@ -101,7 +104,7 @@ def _traced(config: ModelConfig) -> ir.Model:
     with torch.device("meta"):
         model = OlmoForCausalLM(config).eval()
         arguments, dynamic_shapes = _example(config)
-    inputs, outputs = portable_inputs(config), portable_outputs(config)
+    inputs, outputs = portable_inputs(config), portable_outputs(config.giving(()))
     if config.labels:  # the pass below pools; until then each position is scored
         inputs = (*inputs, TensorSpec("num_logits_to_keep", "int64", (), "logit_count"))
         outputs = (
@@ -133,7 +136,9 @@ def _traced(config: ModelConfig) -> ir.Model:
         graph_model, NO_PADDING if config.pad_token_id is None else config.pad_token_id
     ):
         raise FusionError(f"graph {config.model_type}: pooled_row: expected 1, applied 0 times")
-    check_op_counts(graph_model, expected_op_counts(operations(config)))
+    rows = operations(config)
+    give_hidden_states(graph_model, rows, config.hidden_states)
+    check_op_counts(graph_model, expected_op_counts(rows))
     return graph_model
 
 

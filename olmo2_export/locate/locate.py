@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import olmo2_export.catalog as catalog
 from olmo2_export.architecture import of_layer, operations
-from olmo2_export.config import ModelConfig
+from olmo2_export.config import ModelConfig, config_of
 from olmo2_export.dtypes import float_dtype
 from olmo2_export.graphs.taps import layer_name
 from olmo2_export.locate.explain import relative_error
@@ -118,7 +118,7 @@ def locate(
     opened = open_package(package)
     entry = opened.variant(variant)
     opened.check(entry.files)
-    config = ModelConfig.from_json(checkpoint.folder / "config.json")
+    config = config_of(checkpoint.folder, opened.model)
     if opened.model != config.spec:
         raise ConfigError(
             f"{opened.folder}: not of the reference's shape; give the checkpoint that it was exported from"

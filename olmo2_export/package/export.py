@@ -57,13 +57,13 @@ def export(
 
     Raises:
         ConfigError, CheckpointError: the checkpoint cannot be exported; nothing was written.
-        UsageError: unknown variant, or a folder that must not be replaced.
+        UsageError: unknown variant or hidden state, or a folder that must not be replaced.
         ResourceError: the disk cannot hold the package, said before anything is written, or another export holds the
             folder.
         FusionError: the traced graph is not the expected one.
     """
     options = options or Options()
-    config = ModelConfig.from_json(checkpoint.folder / "config.json")
+    config = ModelConfig.from_json(checkpoint.folder / "config.json").giving(options.hidden_states)
     check_variants(variants, config, options)
     with replace_folder(out, force=force) as staging, ThreadPoolExecutor(max_workers=1) as pool:
         check_room(checkpoint, config, out, variants, options)

@@ -107,7 +107,7 @@ def plan_export(
         FusionError: the traced graph is not the expected one.
     """
     options = options or Options()
-    config = ModelConfig.from_json(checkpoint.folder / "config.json")
+    config = ModelConfig.from_json(checkpoint.folder / "config.json").giving(options.hidden_states)
     check_variants(variants, config, options)
     if checkpoint.tensors:
         check_headers(checkpoint, config)
@@ -211,5 +211,5 @@ def _text_bytes(
         write_texts(checkpoint.folder, config, Path(folder), names)
         texts = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
     quantised = sum(len(weight_shapes(config)) for name in names if find(name).defaults is not None)
-    specs = (4 * config.num_hidden_layers + 6) * len(variants)
+    specs = (4 * config.num_hidden_layers + 6 + len(config.hidden_states)) * len(variants)
     return texts + _MANIFEST + _VARIANT * len(variants) + _SPEC * specs + _TENSOR * quantised

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from olmo2_export.catalog import QualityGate, names
-from olmo2_export.config import ModelConfig
+from olmo2_export.config import config_of
 from olmo2_export.locate.locate import Location, locate
 from olmo2_export.measure.quality import gate_of, quality_tokens
 from olmo2_export.report.bench_file import Bench, read_bench
@@ -98,7 +98,7 @@ def gather(
         raise UsageError(f"tokens {tokens}: a report compares logits at 2 or more")
     measured = read_bench(bench) if bench is not None else None
     summary = describe(package)
-    config = ModelConfig.from_json(checkpoint.folder / "config.json")
+    config = config_of(checkpoint.folder, summary.model)
     open_package(package).check_logits("report")
     if summary.model != config.spec:
         raise ConfigError(f"{package}: not of the reference's shape; give the checkpoint that it was exported from")

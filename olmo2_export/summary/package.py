@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from olmo2_export.config import ModelConfig
+from olmo2_export.config import ModelConfig, config_of
 from olmo2_export.graphs.predicted import cache_bytes_per_token
 from olmo2_export.summary.engine import EngineSummary, summarize_engine
 from olmo2_export.summary.graph import (
@@ -130,7 +130,7 @@ def describe(package: Path, variant: str | None = None) -> PackageSummary:
         opened.check(trt.files.keys() | _listed(trt), remedy=f"run: olmo2-export build {package}")
     reference, parity = read_parity(opened, {name: files[v.graph].sha256 for name, v in variants.items()})
     wanted = [v for name, v in variants.items() if variant in (None, name)]
-    config = ModelConfig.from_json(package / "config.json")
+    config = config_of(package, manifest.model)
     portable, origin = portable_ops(package, manifest, config)
     engines = [e for e in (trt.engines.values() if trt else ()) if variant in (None, e.variant)]
     return PackageSummary(

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from olmo2_export.config import ModelConfig
+from olmo2_export.config import ModelConfig, config_of
 from olmo2_export.measure.parity import (
     DRAWS,
     CaseResult,
@@ -100,9 +100,9 @@ def ask_pytorch(
     Raises:
         ConfigError: package and reference are not of one shape.
     """
-    config = ModelConfig.from_json(checkpoint.folder / "config.json")
     opened = open_package(package)
     spec = opened.model
+    config = config_of(checkpoint.folder, spec)
     if spec != config.spec:
         different = [k for k, v in vars(config.spec).items() if getattr(spec, k) != v]
         raise ConfigError(f"{opened.folder}: not of the reference's shape: {', '.join(different)} differ")

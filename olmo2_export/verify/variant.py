@@ -26,7 +26,7 @@ import torch
 
 import olmo2_export.catalog as catalog
 from olmo2_export.architecture import operations
-from olmo2_export.config import ModelConfig
+from olmo2_export.config import ModelConfig, config_of
 from olmo2_export.fp16.simulate import simulated_logits
 from olmo2_export.fp16.values import islands_of
 from olmo2_export.measure.parity import CaseResult, ParityReport
@@ -92,7 +92,7 @@ def measure_variant(
     opened, target = open_package(package), target or find_target("ort")
     entry = opened.variant(name)
     opened.check(entry.files)
-    config = ModelConfig.from_json(checkpoint.folder / "config.json")
+    config = config_of(checkpoint.folder, opened.model)
     views = variant_views(opened, entry, checkpoint, config, target)
     as_run = views[-1]
     views = _compared(views, entry)

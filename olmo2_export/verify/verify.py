@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import olmo2_export.catalog as catalog
 from olmo2_export.atomic import can_write, write_file
-from olmo2_export.config import ModelConfig
+from olmo2_export.config import config_of
 from olmo2_export.measure.parity import GATES, CaseResult, ParityReport
 from olmo2_export.verify.by_layer import LONGEST_BY_LAYER, why_by_layer
 from olmo2_export.verify.feeds import MIN_CAPACITY
@@ -119,7 +119,7 @@ def _measure(
     if unknown := precisions - GATES.keys():
         found = ", ".join(sorted(unknown))
         raise PackageError(f"{package.folder}: precision {found}; there are gates for {', '.join(GATES)}")
-    config = ModelConfig.from_json(checkpoint.folder / "config.json")
+    config = config_of(checkpoint.folder, package.model)
     why = why_by_layer(package, entries.values(), config, low_memory=low_memory)
     if why:
         logger.warning("%s: layers run one at a time: %s", package.folder, why)

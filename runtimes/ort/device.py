@@ -139,7 +139,7 @@ class DeviceRunner(SharedRunner):
         names = (self._logits, *self._candidates)
         outputs = {
             name: self._memory.allocate(array.shape, array.dtype)
-            for name, array in self._outputs(rows, 1, names).items()
+            for name, array in self._outputs(rows, 1, 1, names).items()
         }
         keep = np.array(1, np.int64)
         count = ort.OrtValue.ortvalue_from_numpy(keep)  # read on the host, when the graph is captured

@@ -60,6 +60,7 @@ class SharedRunner(RowRunner):
     | num_logits_to_keep              | []: the last rows that get logits; 0, the default: all  | int64          |
     | -> logits                       | [batch_size, num_logits, vocab_size]                    | float32        |
     | -> score, of a classifier       | [batch_size, labels]; then no num_logits_to_keep        | float32        |
+    | -> hidden_states.N, if exported | [batch_size, sequence_length, hidden]                   | float32        |
     | -> top_ids, if it picks any     | [batch_size, num_logits, top_k]: the likeliest          | int64          |
     | -> top_logits                   | [batch_size, num_logits, top_k]: their logits           | float32        |
     | -> present.N.key, .value        | the memory of past_key_values                           | kv_cache.dtype |
@@ -140,6 +141,22 @@ class SharedRunner(RowRunner):
             past = len(all_ids) - len(ids)
             self._remember(row, all_ids[:past])
             found.append(self._compute(row, past, ids, all_positions))
+        return found
+
+    def _hidden(self, rows: list[Ids], tokens: list[Ids], wanted: Sequence[str]) -> list[list[Logits]]:
+        self._reserve(len(tokens))
+        found = []
+        for row, (ids, all_ids) in enumerate(zip(rows, tokens, strict=True)):
+            past, start = len(all_ids) - len(ids), 0
+            self._remember(row, all_ids[:past])
+            pieces = []
+            while start < len(ids):
+                count = piece_length(len(ids) - start, self.prefill_chunk, self.exact)
+                total = np.array([past + start + count])
+                pieces.append(self._run(row, row + 1, ids[None, start : start + count], total, keep=1, wanted=wanted))
+                start += count
+                self._forget(row, past + start)
+            found.append([np.concatenate(arrays, axis=1)[0] for arrays in zip(*pieces, strict=True)])
         return found
 
     def _reserve(self, rows: int) -> None:
@@ -267,7 +284,7 @@ class SharedRunner(RowRunner):
             wanted: outputs; None: the logits.
 
         Returns:
-            Each output, [B, keep or S, ...], a score [B, labels], an array of its own.
+            Each output, [B, keep or S, ...], a score [B, labels], hidden states [B, S, hidden], an array of its own.
         """
         if self._decode_session is None:
             raise UsageError("the runner is closed; open another")
@@ -275,7 +292,8 @@ class SharedRunner(RowRunner):
         if self._prefill is not None and not decoding and input_ids.size >= self._prefill_rows:
             session = self._prefill.result()
         wanted = (self._logits,) if wanted is None else wanted
-        outputs = self._outputs(len(input_ids), keep or input_ids.shape[1], wanted)
+        batch, tokens = input_ids.shape
+        outputs = self._outputs(batch, tokens, keep or tokens, wanted)
         inputs = {
             "input_ids": np.ascontiguousarray(input_ids),
             "attention_mask": attention_mask(lengths, int(lengths.max())),
@@ -290,8 +308,8 @@ class SharedRunner(RowRunner):
         self._run_bound(session, binding, self._run_options)
         return list(outputs.values())
 
-    def _outputs(self, batch: int, count: int, wanted: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
-        sizes = {"batch_size": batch, "num_logits": count}
+    def _outputs(self, batch: int, tokens: int, count: int, wanted: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+        sizes = {"batch_size": batch, "sequence_length": tokens, "num_logits": count}
         specs = {name: self.variant.results[name] for name in wanted}
         shapes = {name: [sizes[d] if isinstance(d, str) else d for d in spec.shape] for name, spec in specs.items()}
         return {name: np.empty(shapes[name], spec.dtype) for name, spec in specs.items()}

@@ -23,10 +23,12 @@ from runtimes.integers import as_integer
 from runtimes.manifest import ModelSpec, Variant
 from runtimes.one_thread import OneThread, one_thread
 from runtimes.runners.runner import (
+    HiddenStates,
     Ids,
     Logits,
     TokenIds,
     check_finite,
+    check_gives_hidden,
     check_lengths,
     check_positions,
     check_rows,
@@ -44,7 +46,7 @@ class RowRunner(ABC):
     a server. A call that changes the batch takes the rows of all slots over: these are admitted no more, so that
     whoever had them is refused.
 
-    A subclass computes: `_extend`, `_feed`, `_step`.
+    A subclass computes: `_extend`, `_hidden`, `_feed`, `_step`.
     """
 
     def __init__(
@@ -112,6 +114,19 @@ class RowRunner(ABC):
         self._check_candidates(ids, logits)
         self._hold(rows)
         return ids, logits
+
+    @one_thread
+    def prefill_hidden(self, sequences: Sequence[TokenIds]) -> list[HiddenStates]:
+        check_gives_hidden(self.variant)
+        rows = self._checked(sequences)
+        tokens = [np.concatenate(pair) for pair in zip(self._held(len(rows)), rows, strict=True)]
+        numbers = self.variant.hidden_states
+        found = self._hidden(rows, tokens, list(numbers.values()))
+        lengths = [len(row) for row in tokens]
+        for states in zip(*found, strict=True):
+            self._check_finite(states, lengths, what="hidden states")
+        self._take(tokens)
+        return [dict(zip(numbers, states, strict=True)) for states in found]
 
     @one_thread
     def score(self, sequences: Sequence[TokenIds]) -> Logits:
@@ -264,6 +279,10 @@ class RowRunner(ABC):
         """Compute `rows`, the ends of `tokens`; return the logits of each row's last or of all, [n, V]."""
 
     @abstractmethod
+    def _hidden(self, rows: list[Ids], tokens: list[Ids], wanted: Sequence[str]) -> list[list[Logits]]:
+        """Compute `rows`, the ends of `tokens`; return per row the hidden states that are wanted, [n, hidden] each."""
+
+    @abstractmethod
     def _reserve(self, rows: int) -> None:
         """Have memory for so many rows.
 
@@ -366,10 +385,15 @@ class RowRunner(ABC):
         return broken
 
     def _check_finite(
-        self, logits: Sequence[Logits], lengths: Sequence[int], first_row: int = 0, row_name: str | None = None
+        self,
+        logits: Sequence[Logits],
+        lengths: Sequence[int],
+        first_row: int = 0,
+        row_name: str | None = None,
+        what: str = "logits",
     ) -> None:
         try:
-            check_finite(logits, lengths, row_name)
+            check_finite(logits, lengths, row_name, what)
         except NumericError:
             self._undo(range(first_row, max(first_row + len(logits), len(self._tokens))))
             raise

@@ -7,6 +7,7 @@
 | decode                         | B token ids, any int                | float32 [B, vocab_size]                     |
 | decode_top                     | B token ids, any int                | int64, float32 [B, top_k]: the likeliest    |
 | decode_block                   | n token ids, any int, for one row   | float32 [n, vocab_size]                     |
+| prefill_hidden                 | B rows of n_b token ids, any int    | per row, by number, float32 [n_b, hidden]   |
 | score, of a classifier         | B rows of n_b token ids, any int    | float32 [B, labels]                         |
 | truncate                       | B lengths, any int                  | nothing: row b keeps its first tokens       |
 
@@ -32,6 +33,8 @@ from runtimes.manifest import ModelSpec, Variant
 Logits: TypeAlias = npt.NDArray[np.float32]
 TokenIds: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
 Ids: TypeAlias = npt.NDArray[np.int64]
+HiddenStates: TypeAlias = dict[int, npt.NDArray[np.float32]]
+"""of one row: the number of a hidden state -> float32 [n, hidden_size]"""
 
 
 class Runner(Protocol):
@@ -133,6 +136,21 @@ class Runner(Protocol):
         Raises:
             InputError: the cache has another number of rows than one; otherwise as `prefill`.
             ContextLengthError, NumericError: as `prefill`.
+        """
+        ...
+
+    def prefill_hidden(self, sequences: Sequence[TokenIds]) -> list[HiddenStates]:
+        """Append tokens to every row of the cache, as `prefill` does, and give their hidden states.
+
+        Args:
+            sequences: one sequence of token ids per row; their lengths may differ.
+
+        Returns:
+            Per row, all hidden states that the graph gives, of each of the given tokens.
+
+        Raises:
+            UsageError: the graph gives none.
+            InputError, ContextLengthError, NumericError: as `prefill`.
         """
         ...
 
@@ -241,6 +259,18 @@ def no_candidates(variant: Variant) -> UsageError:
     return UsageError(f"variant {variant.name}: its graph picks no candidates; use decode")
 
 
+def check_gives_hidden(variant: Variant) -> None:
+    """Refuse a graph without hidden states where they are asked for.
+
+    Raises:
+        UsageError: it gives none.
+    """
+    if not variant.hidden_states:
+        raise UsageError(
+            f"variant {variant.name}: its graph gives no hidden states; export the package with --hidden-states"
+        )
+
+
 def check_positions(variant: Variant) -> None:
     """Refuse a classifier where each token's answer is asked for.
 
@@ -315,13 +345,16 @@ def common_prefix(held: Ids, token_ids: Sequence[int]) -> int:
     return size if same.all() else int(np.argmin(same))
 
 
-def check_finite(logits: Sequence[Logits], cache_lengths: Sequence[int], row_name: str | None = None) -> None:
+def check_finite(
+    logits: Sequence[Logits], cache_lengths: Sequence[int], row_name: str | None = None, what: str = "logits"
+) -> None:
     """Refuse logits that no sampler could use.
 
     Args:
         logits: per row float32 [n, vocab_size], of the last n tokens of the row.
         cache_lengths: tokens of each row, those just computed included.
         row_name: of the only row in the message; None: `row 0`, `row 1` and so on.
+        what: they are, for the message.
 
     Raises:
         NumericError: a logit is NaN or infinite; names the row and the position in it.
@@ -333,7 +366,7 @@ def check_finite(logits: Sequence[Logits], cache_lengths: Sequence[int], row_nam
             first = int(np.argmin(finite))
             count = int(np.count_nonzero(~np.isfinite(values[first])))
             raise NumericError(
-                f"{name}, position {length - len(values) + first}: {count} of {values.shape[-1]} logits are NaN or "
+                f"{name}, position {length - len(values) + first}: {count} of {values.shape[-1]} {what} are NaN or "
                 "infinite; the weights or this precision are broken: run olmo2-export verify on the package"
             )
 

@@ -8,6 +8,7 @@
 | past_key_values.N.key, .value   | [batch_size, kv_heads, C, head_dim]                     | kv_cache.dtype |
 | -> logits                       | [batch_size, vocab_size]                                | float32        |
 | -> score, of a classifier       | [batch_size, labels]; then none of the next two         | float32        |
+| -> hidden_states.N, if exported | [batch_size, sequence_length, hidden]                   | float32        |
 | -> top_ids                      | [batch_size, top_k]: the likeliest, best first          | int64          |
 | -> top_logits                   | [batch_size, top_k]: their logits                       | float32        |
 | -> present.N.key, .value        | the memory of past_key_values                           | kv_cache.dtype |
@@ -15,7 +16,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -77,6 +79,22 @@ class StaticSession(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class _Chunk:
+    """One call for B rows, of S tokens each."""
+
+    ids: Ids
+    """[B, S]"""
+    starts: Ids
+    """[B]: the slot of each row's first token here"""
+    first: Ids
+    """[B]: the token here that is each row's first new one"""
+    counts: Ids
+    """[B]: new tokens; 0 where a row waits"""
+    ending: npt.NDArray[np.bool_]
+    """[B]: the row's last token is here"""
+
+
 class StaticRunner(RowRunner):
     """Implements `runtimes.runners.runner.Runner`, and slots, with a static-cache graph.
 
@@ -124,6 +142,16 @@ class StaticRunner(RowRunner):
         self._session.reserve(len(rows))
         return self._prefill(0, [len(t) - len(r) for t, r in zip(tokens, rows, strict=True)], tokens, all_positions)
 
+    def _hidden(self, rows: list[Ids], tokens: list[Ids], wanted: Sequence[str]) -> list[list[Logits]]:
+        self._session.reserve(len(rows))
+        pieces: list[list[list[Logits]]] = [[[] for _ in wanted] for _ in rows]
+        for chunk in self._chunks([len(t) - len(r) for t, r in zip(tokens, rows, strict=True)], tokens):
+            index = np.clip(chunk.first + chunk.counts - 1, 0, chunk.ids.shape[1] - 1)
+            for place, states in enumerate(self._session.run(0, chunk.ids, chunk.starts, index, wanted)):
+                for b in np.flatnonzero(chunk.counts).tolist():
+                    pieces[b][place].append(states[b, chunk.first[b] : chunk.first[b] + chunk.counts[b]])
+        return [[np.concatenate(parts) for parts in row] for row in pieces]
+
     def _reserve(self, rows: int) -> None:
         self._session.reserve(rows)
 
@@ -144,8 +172,20 @@ class StaticRunner(RowRunner):
 
     def _prefill(self, first_row: int, held: list[int], tokens: list[Ids], all_positions: bool) -> list[Logits]:
         """Compute rows from where they are held to their ends, chunk by chunk, all rows at once."""
-        done, ends = np.array(held), np.array([len(row) for row in tokens])
         pieces: list[list[Logits]] = [[] for _ in tokens]
+        for chunk in self._chunks(held, tokens):
+            width, counts = chunk.ids.shape[1], chunk.counts
+            for n in range(0 if all_positions else width - 1, width):
+                use = counts > n if all_positions else chunk.ending
+                index = np.minimum(chunk.first + np.clip(counts - 1, 0, n), width - 1)  # (B,)
+                wanted = (self._logits,) if use.any() else ()
+                for logits in self._session.run(first_row, chunk.ids, chunk.starts, index, wanted):
+                    for b in np.flatnonzero(use).tolist():
+                        pieces[b].append(logits[b][None])
+        return [np.concatenate(row) for row in pieces]
+
+    def _chunks(self, held: list[int], tokens: list[Ids]) -> Iterator[_Chunk]:
+        done, ends = np.array(held), np.array([len(row) for row in tokens])
         while (done < ends).any():
             width = piece_length(int((ends - done).max()), self._session.prefill_chunk, self.exact)
             # A row that is at its end waits, as in `step`.
@@ -155,13 +195,5 @@ class StaticRunner(RowRunner):
             for b, row in enumerate(tokens):
                 window = row[starts[b] : done[b] + counts[b]]
                 ids[b, : len(window)] = window
-            ending = (counts > 0) & (done + counts == ends)
-            for n in range(0 if all_positions else width - 1, width):
-                use = counts > n if all_positions else ending
-                index = np.minimum(done - starts + np.clip(counts - 1, 0, n), width - 1)  # (B,)
-                wanted = (self._logits,) if use.any() else ()
-                for logits in self._session.run(first_row, ids, starts, index, wanted):
-                    for b in np.flatnonzero(use).tolist():
-                        pieces[b].append(logits[b][None])
-            done += counts
-        return [np.concatenate(row) for row in pieces]
+            yield _Chunk(ids, starts, done - starts, counts, (counts > 0) & (done + counts == ends))
+            done = done + counts

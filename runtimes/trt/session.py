@@ -58,7 +58,7 @@ def plan_memory(engine: Engine, variant: Variant) -> Sizes:
     for kind, tensors in (("inputs", variant.inputs), ("outputs", variant.outputs)):
         end = 0
         # Those of a fixed size first, so that what a call copies is one piece.
-        for tensor in sorted(_flat(tensors), key=lambda t: (t.role in ("token_ids", "logits"), t.name)):
+        for tensor in sorted(_flat(tensors), key=lambda t: (t.role in ("token_ids", "logits", "hidden_state"), t.name)):
             sizes = {"batch_size": batch, "sequence_length": engine.prefill_chunk}
             count = prod(sizes[d] if isinstance(d, str) else d for d in tensor.shape)
             offsets[kind][tensor.name] = end
@@ -157,7 +157,7 @@ class TrtSession:
         self._runtime, self._engine = runtime, engine
         self._entry = entry
         self._spec: KVCacheSpec = variant.kv_cache
-        self._outputs = {t.name: (int(t.shape[-1]), np.dtype(t.dtype)) for t in _flat(variant.outputs)}
+        self._outputs = {t.name: t for t in _flat(variant.outputs)}
         self._sizes = sizes = plan_memory(entry, variant)
         self._activation_size = int(engine.device_memory_size_v2)
         self._prefill: _Context | None = None
@@ -201,10 +201,10 @@ class TrtSession:
                 context = self._chosen(first_row, batch, width)
                 self._feed(inputs)
                 self._compute(context)
-            self._fetch(wanted, batch)
+            self._fetch(wanted, batch, width)
         finally:
             self._stream.synchronize()  # also where it failed: the next call may write the pinned memory
-        return [self._result(name, batch) for name in wanted]
+        return [self._result(name, batch, width) for name in wanted]
 
     def clear(self, row: int, start: int) -> None:
         spec = self._spec
@@ -337,20 +337,23 @@ class TrtSession:
             return None
         return graphs[0]
 
-    def _fetch(self, wanted: Sequence[str], batch: int) -> None:
+    def _fetch(self, wanted: Sequence[str], batch: int, width: int) -> None:
         """Begin to copy outputs to the host, in one piece: wanted together, they lie side by side."""
-        pieces = [self._piece(name, batch) for name in wanted]
+        pieces = [self._piece(name, self._shape(name, batch, width)) for name in wanted]
         if pieces:
             start, end = min(p.start for p in pieces), max(p.stop for p in pieces)
             cuda.copy_to_host(
                 self._host_results.address + start, self._results.address + start, end - start, self._stream
             )
 
-    def _result(self, name: str, batch: int) -> npt.NDArray[Any]:
-        count, dtype = self._outputs[name]
-        return self._host_results.array[self._piece(name, batch)].view(dtype).reshape(batch, count).copy()
+    def _result(self, name: str, batch: int, width: int) -> npt.NDArray[Any]:
+        shape, dtype = self._shape(name, batch, width), self._outputs[name].dtype
+        return self._host_results.array[self._piece(name, shape)].view(dtype).reshape(shape).copy()
 
-    def _piece(self, name: str, batch: int) -> slice:
-        count, dtype = self._outputs[name]
+    def _shape(self, name: str, batch: int, width: int) -> list[int]:
+        sizes = {"batch_size": batch, "sequence_length": width}
+        return [sizes[d] if isinstance(d, str) else d for d in self._outputs[name].shape]
+
+    def _piece(self, name: str, shape: Sequence[int]) -> slice:
         start = self._sizes.outputs[name]
-        return slice(start, start + batch * count * dtype.itemsize)
+        return slice(start, start + prod(shape) * find_dtype(self._outputs[name].dtype).size)
