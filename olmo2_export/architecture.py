@@ -107,6 +107,13 @@ def operations(config: ModelConfig) -> tuple[Operation, ...]:
     return (*rows, last, Operation(name, "linear", (FINAL_NORM,), None, f"{name}.weight", shape))
 
 
+def hidden_state_name(config: ModelConfig, number: int) -> str:
+    """Return the value that a hidden state is: of the embedding, of a layer counted from 1, or of the last norm."""
+    if number == config.num_hidden_layers:
+        return FINAL_NORM
+    return f"model.layers.{number - 1}.mlp_residual" if number else EMBED
+
+
 def head(config: ModelConfig) -> tuple[str, int]:
     """Return the name of the last linear, and how many numbers it gives for a token."""
     return (SCORE, len(config.labels)) if config.labels else (LOGITS, config.vocab_size)

@@ -138,7 +138,7 @@ class WeightFormat:
     gates: Gates | None = None
     """of a quantised format"""
     score_error: float = 0.75
-    """of a classifier: most RMS error of scores / their standard deviation over texts"""
+    """most RMS error of a classifier's scores, and of hidden states, / their standard deviation over texts"""
 
     @property
     def quantized(self) -> bool:

@@ -36,6 +36,7 @@ from olmo2_export.config import ModelConfig, config_of
 from olmo2_export.dtypes import float_dtype
 from olmo2_export.graphs.taps import layer_name
 from olmo2_export.locate.explain import relative_error
+from olmo2_export.locate.hidden_states import hidden_states_check
 from olmo2_export.locate.layer_checks import (
     GATED,
     LAYER,
@@ -142,7 +143,7 @@ def locate(
                 break
     assert location is not None  # there is a view of every variant
     if location.first is None and wrong is None:
-        wrong = tables_check(opened, entry, checkpoint, config)
+        wrong = tables_check(opened, entry, checkpoint, config) or hidden_states_check(opened, entry, config)
     if wrong is not None:
         first, explanation = wrong
         return replace(location, first=first, tensors=(first, *location.tensors), explanation=explanation)

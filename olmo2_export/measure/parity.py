@@ -62,6 +62,7 @@ DRAWS = 6
 """of PyTorch's error, besides the first, where a case does not hold its limits"""
 
 _APART = 2.0  # two results that are each so far from the truth may be twice as far from each other
+_LAST_BIT = 2.0**-25  # of float32, relative, as a rounding error: of vectors that PyTorch does not round
 _SAMPLE = 9  # positions from which a case is held to its gate as it stands
 
 
@@ -283,6 +284,60 @@ def compare(
         failures=_broken_limits(values, _few(gate, len(got))),
         draws=len(off),
         **values,
+    )
+
+
+def compare_states(
+    mode: str,
+    lengths: Sequence[int],
+    test: Sequence[np.ndarray],
+    exact: Sequence[np.ndarray],
+    torch_states: Sequence[np.ndarray],
+    gate: Gate,
+    draws: Sequence[Sequence[np.ndarray]] = (),
+) -> CaseResult:
+    """Compare vectors, which say of no token how likely it is: their error alone, in units of PyTorch's own.
+
+    What PyTorch does not round, such as an embedding that is looked up, is held to the last bit of float32.
+
+    Args:
+        mode, lengths, gate: as `compare`.
+        test: per sequence, float32 [positions, hidden].
+        exact: the same from PyTorch in float64.
+        torch_states: the same from PyTorch at the gate's precision.
+        draws: `torch_states` again, their last bits other ones.
+
+    Returns:
+        The error, and NaN for what only logits have.
+    """
+    shapes = [a.shape for a in test], [a.shape for a in exact]
+    if shapes[0] != shapes[1]:
+        return failed_case(mode, lengths, f"shapes {shapes[0]}, expected {shapes[1]}")
+    got, truth, *own = (np.concatenate(list(a)).astype(np.float64) for a in (test, exact, torch_states, *draws))
+    if not np.isfinite(got).all():
+        count = int((~np.isfinite(got)).any(axis=1).sum())
+        return failed_case(mode, lengths, f"{count} of {len(got)} positions not finite")
+    error, size = _rms(got - truth), _rms(truth)
+    unit = max(*(_rms(x - truth) for x in own), _LAST_BIT * size)
+    ratio = error / unit if unit > 0 else (0.0 if error == 0 else math.inf)
+    limits = replace(_few(gate, len(got)), nmse=None, max_abs=None)
+    return CaseResult(
+        mode=mode,
+        batch_size=len(test),
+        length=lengths[0],
+        positions=len(got),
+        max_abs=float(np.abs(got - own[0]).max()),
+        nmse=float(error**2 / truth.var()) if truth.var() > 0 else 0.0,
+        relative_error=error / size if size > 0 else 0.0,
+        error_ratio=ratio,
+        top1=math.nan,
+        top5=math.nan,
+        top10=math.nan,
+        kl_mean=math.nan,
+        kl_p99=math.nan,
+        kl_max=math.nan,
+        failures=_broken_limits({"error_ratio": ratio}, limits),
+        draws=len(own),
     )
 
 

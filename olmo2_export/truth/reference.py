@@ -131,6 +131,50 @@ class Reference:
         return array
 
     @torch.inference_mode()
+    def hidden_states(self, sequences: Sequence[np.ndarray], numbers: Sequence[int]) -> list[list[np.ndarray]]:
+        """Run each sequence alone, and return its hidden states as transformers numbers them.
+
+        Args:
+            sequences: int64 token ids, each [length].
+            numbers: of the hidden states.
+
+        Returns:
+            Per number and sequence [length, hidden]; float64 for fp64, else float32.
+        """
+        found: list[list[np.ndarray]] = [[] for _ in numbers]
+        for ids in sequences:
+            states = self._model.model(torch.from_numpy(ids)[None], use_cache=False, output_hidden_states=True)
+            for kept, number in zip(found, numbers, strict=True):
+                kept.append(states.hidden_states[number][0].to(self._result).numpy())
+        return found
+
+    @torch.inference_mode()
+    def embeddings(self, sequences: Sequence[np.ndarray], number: int, pooling: str) -> np.ndarray:
+        """Pool hidden states as a batch that is padded on the right, with its mask.
+
+        Args:
+            sequences: int64 token ids, each [length].
+            number: of the hidden state.
+            pooling: mean, over the tokens that the mask shows, or last, that of the last one.
+
+        Returns:
+            [B, hidden]; float64 for fp64, else float32.
+        """
+        width = max(map(len, sequences))
+        mask = torch.stack([(torch.arange(width) < len(ids)).long() for ids in sequences])
+        ids = torch.zeros_like(mask)
+        ids[mask == 1] = torch.from_numpy(np.concatenate(sequences))
+        output = self._model.model(ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
+        states = output.hidden_states[number].to(self._result)  # (B, S, hidden)
+        shown = mask[..., None].to(states.dtype)
+        if pooling == "mean":
+            pooled = (states * shown).sum(1) / shown.sum(1)
+        else:
+            pooled = states[torch.arange(len(states)), mask.sum(1) - 1]
+        array: np.ndarray = pooled.numpy()
+        return array
+
+    @torch.inference_mode()
     def stream(self, ids: np.ndarray, first: int, piece: int) -> Iterator[np.ndarray]:
         """Run one sequence in pieces over a KV cache, so that the logits of few positions are in memory.
 

@@ -10,7 +10,7 @@
 
 What a graph computes of one sequence is the same bit for bit as in one session, so that nothing of the comparison is
 given up but what is not fed: ragged batches, the end of a cache beyond `LONGEST_BY_LAYER` tokens, and greedy decoding,
-which would read all weights for each token. The report says so.
+which would read all weights for each token; and that hidden states are given, which `locate` tells. The report says so.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ def runs_by_layer(view: View, target: Target) -> bool:
     return not target.on_gpu and view.variant.kv_cache.form != "static"
 
 
-def coverage(why: str) -> str:
+def coverage(why: str, *, hidden_states: bool) -> str:
     """Return what the report says of what was run."""
     return (
         f"layers one at a time, {why}; one row alone, up to {LONGEST_BY_LAYER} tokens; not run: ragged batches, the "
-        "end of a longer cache, greedy decoding"
+        "end of a longer cache, greedy decoding" + ", hidden states" * hidden_states
     )
 
 
@@ -99,7 +99,7 @@ def feed_by_layer(view: View, rows: Sequence[Operation], truth: Truth) -> Iterat
         ("prefix reuse", 0, _reused(whole, tail)),
     ]
     plans = [plan for _, _, plan in fed]
-    plans += [_pieces(ids, [len(ids)]) for batch in truth.padded for ids in batch.rows]
+    plans += [_pieces(ids, [len(ids)]) for batch in truth.beside.padded for ids in batch.rows]
     try:
         logits = logits_by_layer(view.graph, view.variant, rows, plans, view.model)
     except FailedError as error:
@@ -109,14 +109,14 @@ def feed_by_layer(view: View, rows: Sequence[Operation], truth: Truth) -> Iterat
     for (mode, row, plan), found in zip(fed, logits, strict=False):
         answers = np.concatenate(found)
         positions = np.concatenate([np.arange(c.start, c.start + len(c.ids)) for c in plan if c.wanted])
-        if truth.padded:  # a classifier answers of the last token of each call
+        if truth.beside.padded:  # a classifier answers of the last token of each call
             positions = np.array([c.start + len(c.ids) - 1 for c in plan if c.wanted])
         kept = np.isin(positions, truth.positions[row])
         yield ModeResult(mode, (_length(plan),), (positions[kept],), (answers[kept],), "", row)
     scores = iter(logits[len(fed) :])
-    for number, batch in enumerate(truth.padded):
+    for number, batch in enumerate(truth.beside.padded):
         found = [next(scores)[0] for _ in batch.rows]
-        yield ModeResult(scored_mode(batch), batch.lengths, (), (np.concatenate(found),), "", padded=number)
+        yield ModeResult(scored_mode(batch), batch.lengths, (), (np.concatenate(found),), "", beside=number)
 
 
 def _pieces(ids: np.ndarray, ends: Iterable[int]) -> Plan:

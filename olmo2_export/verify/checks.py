@@ -24,9 +24,11 @@ from olmo2_export.measure.quality import (
     quality_check,
     quality_tokens,
     score_check,
+    states_check,
 )
 from olmo2_export.package.trt_variants import default_text
 from olmo2_export.quantize.static import static_input_scales
+from olmo2_export.truth.layered import LayeredReference
 from olmo2_export.truth.torch_layers import reference_logits
 from olmo2_export.views.runners import open_all_positions, open_view
 from olmo2_export.views.table import View
@@ -41,6 +43,8 @@ from runtimes.targets import Target
 
 SCORED_LENGTH = 64
 """tokens of a sequence that is scored: many short ones say more of scores than few long ones"""
+_STATES = 16
+"""sequences of that length whose hidden states are compared"""
 QUALITY_LENGTH = 256
 """tokens of a sequence on which quality is measured, where the cache holds them"""
 LONG = 4096
@@ -104,8 +108,9 @@ def quality_checks(
     Returns:
         A check for each, and the change of perplexity of the first; None where it could not be measured.
     """
+    states = [] if by_layer else _states_quality(package, entry, view, checkpoint, config, target)
     if config.labels:
-        return [_score_quality(package, entry, view, checkpoint, config, target, by_layer=by_layer)], None
+        return [_score_quality(package, entry, view, checkpoint, config, target, by_layer=by_layer), *states], None
     length = LONG if entry.kv_cache.quantization is not None else min(report.max_cache_length, QUALITY_LENGTH)
     sequences, origin = quality_tokens(checkpoint, config, length=length)
     wanted = list(reference_logits(checkpoint, config, sequences))
@@ -125,7 +130,33 @@ def quality_checks(
         else:
             checks.append(perplexity_check(measured.perplexity, tokens, report.gate))
         changes.append(measured.perplexity)
-    return checks, changes[0] if changes else None
+    return checks + states, changes[0] if changes else None
+
+
+def _states_quality(
+    package: Package, entry: Variant, view: View, checkpoint: Checkpoint, config: ModelConfig, target: Target
+) -> list[Check]:
+    """Compare hidden states on held-out text with PyTorch's in float32."""
+    if not config.hidden_states:
+        return []
+    length = min(SCORED_LENGTH, entry.kv_cache.max_cache_length)
+    sequences, origin = quality_tokens(checkpoint, config, length=length, most=_STATES * length)
+    wanted = LayeredReference(checkpoint, config, "fp32").logits_and_states(
+        sequences, [np.zeros(1, np.int64)] * len(sequences), config.hidden_states
+    )[1]
+    try:
+        with open_view(package, view, target) as runner:
+            found = []
+            for ids in sequences:
+                runner.reset()
+                found += runner.prefill_hidden([ids])
+    except FailedError as error:
+        return [Check("quality of hidden states", "not measured", (str(error),), QUALITY)]
+    limit = catalog.find(entry.name).weights.score_error
+    return [
+        states_check(number, np.concatenate([row[number] for row in found]), np.concatenate(truth), limit, origin)
+        for number, truth in zip(config.hidden_states, wanted, strict=True)
+    ]
 
 
 def _score_quality(

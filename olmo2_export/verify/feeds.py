@@ -57,8 +57,8 @@ class ModeResult:
     """why there are none: not finite, or the graph did not run; else empty"""
     first: int = 0
     """the sequence that the first row is of"""
-    padded: int | None = None
-    """which padded batch of a classifier it is; None: none, and positions say what is compared"""
+    beside: int | None = None
+    """the first of the answers of `beside` that the rows are; None: they are logits, and positions say which"""
 
 
 Pieces = list[tuple[np.ndarray, Logits]]

@@ -23,13 +23,14 @@ from olmo2_export.measure.parity import (
     Scale,
     compare,
     compare_greedy,
+    compare_states,
     failed_case,
     scale_of,
 )
 from olmo2_export.truth.layered import LayeredReference
-from olmo2_export.truth.reference import Reference, Rounding, open_reference
+from olmo2_export.truth.reference import Rounding, open_reference
+from olmo2_export.verify.beside import NOTHING, Beside, ask_by_layer, ask_reference, feed_beside, questions
 from olmo2_export.verify.feeds import MIN_CAPACITY, ModeResult, compared_positions, feed_all, row_lengths
-from olmo2_export.verify.padded import Padded, padded_batches, score_padded
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.stored_names import head_weight, linear_names
 from runtimes import Runner, open_package
@@ -63,10 +64,10 @@ class Truth:
     capacity: int
     """tokens of the longest rows"""
     tokens_from: str
-    padded: tuple[Padded, ...]
-    """of a classifier: batches whose scores transformers reads from the token that it chooses"""
+    beside: Beside
+    """what else was asked"""
     exact: list[np.ndarray]
-    """per sequence float64 [n, vocab_size], or [n, labels] and behind these per padded batch [B, labels]"""
+    """per sequence float64 [n, vocab_size], or [n, labels]; behind them the answers to `beside`"""
     own: dict[str, list[np.ndarray]]
     """precision -> the same in float32"""
     continuations: list[tuple[np.ndarray, np.ndarray]]
@@ -110,7 +111,7 @@ def ask_pytorch(
     if capacity < MIN_CAPACITY:
         raise PackageError(f"{opened.folder}: a cache of {capacity} tokens; verification needs {MIN_CAPACITY}")
     sequences, origin = _sequences(opened.folder, config, row_lengths(capacity))
-    padded = padded_batches(config, sequences)
+    beside = questions(config, sequences, capacity)
     positions = compared_positions(capacity)
     new_tokens = min(GREEDY_TOKENS, capacity - GREEDY_PROMPT)
     exact: list[np.ndarray] = []
@@ -119,10 +120,10 @@ def ask_pytorch(
     for precision in ["fp64", *sorted({"fp32", *precisions})]:
         if by_layer:
             layered = LayeredReference(checkpoint, config, precision, weights)
-            logits = ask_by_layer(layered, config, sequences, positions, padded)
+            logits = ask_by_layer(layered, config, sequences, positions, beside)
         else:
             with open_reference(checkpoint, precision, weights) as torch_model:
-                logits = ask_reference(torch_model, sequences, positions, padded)
+                logits = ask_reference(torch_model, sequences, positions, beside)
                 if precision == "fp32" and not config.labels:
                     continuations = [torch_model.greedy(ids[:GREEDY_PROMPT], new_tokens) for ids in sequences]
         if precision == "fp64":
@@ -132,29 +133,8 @@ def ask_pytorch(
         if bar is not None:
             bar.update()
     draw = draw_by_layer if by_layer else draw_logits
-    draws = partial(draw, checkpoint, sequences, positions, weights or {}, dict.fromkeys(_linears(config)), padded)
-    return Truth(sequences, positions, capacity, origin, padded, exact, own, continuations, draws)
-
-
-def ask_reference(
-    reference: Reference, sequences: Sequence[np.ndarray], positions: Sequence[np.ndarray], padded: Sequence[Padded]
-) -> list[np.ndarray]:
-    """Return PyTorch's answers in the order of `Truth.exact`."""
-    return [*reference.logits(sequences, positions), *(reference.scores(batch.ids, batch.mask) for batch in padded)]
-
-
-def ask_by_layer(
-    reference: LayeredReference,
-    config: ModelConfig,
-    sequences: Sequence[np.ndarray],
-    positions: Sequence[np.ndarray],
-    padded: Sequence[Padded],
-) -> list[np.ndarray]:
-    """As `ask_reference`, in one pass over the layers; which token is scored is chosen here, not by transformers."""
-    scored = [row for batch in padded for row in batch.scored_rows(config.pad_token_id)]
-    found = reference.logits([*sequences, *scored], [*positions, *(np.array([len(row) - 1]) for row in scored)])
-    rest = iter(found[len(sequences) :])
-    return [*found[: len(sequences)], *(np.concatenate([next(rest) for _ in batch.ids]) for batch in padded)]
+    draws = partial(draw, checkpoint, sequences, positions, weights or {}, dict.fromkeys(_linears(config)), beside)
+    return Truth(sequences, positions, capacity, origin, beside, exact, own, continuations, draws)
 
 
 def draw_logits(
@@ -163,7 +143,7 @@ def draw_logits(
     positions: Sequence[np.ndarray],
     weights: Mapping[str, torch.Tensor],
     rounding: Mapping[str, Rounding | None],
-    padded: Sequence[Padded] = (),
+    beside: Beside = NOTHING,
 ) -> list[list[np.ndarray]]:
     """Run PyTorch in float32 DRAWS times, the inputs of its linears moved a little, each time otherwise.
 
@@ -173,13 +153,13 @@ def draw_logits(
         positions: per sequence int64 [n], where logits are wanted.
         weights: to compute with instead of the reference's.
         rounding: by the linears' names, what rounds their inputs; None: nothing does.
-        padded: of a classifier.
+        beside: what else is asked.
 
     Returns:
-        Per draw and sequence float32 [n, vocab_size]; behind them what is said of padded batches.
+        Per draw and sequence float32 [n, vocab_size]; behind them the answers to `beside`.
     """
     with open_reference(checkpoint, "fp32", weights, _moved(rounding)) as reference:
-        return [ask_reference(reference, sequences, positions, padded) for _ in range(DRAWS)]
+        return [ask_reference(reference, sequences, positions, beside) for _ in range(DRAWS)]
 
 
 def draw_by_layer(
@@ -188,12 +168,12 @@ def draw_by_layer(
     positions: Sequence[np.ndarray],
     weights: Mapping[str, torch.Tensor],
     rounding: Mapping[str, Rounding | None],
-    padded: Sequence[Padded] = (),
+    beside: Beside = NOTHING,
 ) -> list[list[np.ndarray]]:
     """As `draw_logits`, with one layer in memory at a time."""
     config = ModelConfig.from_json(checkpoint.folder / "config.json")
     reference = LayeredReference(checkpoint, config, "fp32", weights, _moved(rounding))
-    return [ask_by_layer(reference, config, sequences, positions, padded) for _ in range(DRAWS)]
+    return [ask_by_layer(reference, config, sequences, positions, beside) for _ in range(DRAWS)]
 
 
 def _moved(rounding: Mapping[str, Rounding | None]) -> dict[str, Rounding]:
@@ -329,7 +309,7 @@ def compare_fed(
     cases: list[CaseResult] = []
     kept: list[ModeResult] | None = []
     held = 0
-    scale = scale_of(exact, own) if truth.padded else None
+    scale = _scale(truth, exact, own)
     for fed in run():
         cases.append(_compared(fed, truth, exact, own, gate, (), scale))
         held += sum(logits.nbytes for logits in fed.logits)
@@ -338,13 +318,13 @@ def compare_fed(
         return cases
     drawn = draws()
     again = kept if kept is not None else run()
-    scale = scale_of(exact, own, *drawn) if truth.padded else None
+    scale = _scale(truth, exact, own, *drawn)
     return [_compared(fed, truth, exact, own, gate, drawn, scale) for fed in again]
 
 
 def _feed_all(runner: Runner, truth: Truth) -> Iterator[ModeResult]:
     yield from feed_all(runner, truth.sequences, truth.capacity)
-    yield from score_padded(runner, truth.padded)
+    yield from feed_beside(runner, truth.beside)
 
 
 def compare_padded(
@@ -363,11 +343,13 @@ def compare_padded(
         whole: ids and mask, int64 [B, S] -> scores float32 [B, labels].
         left: whether it takes padding on the left.
     """
-    batches = [(n, batch) for n, batch in enumerate(truth.padded, len(truth.sequences)) if left or not batch.left]
+    batches = [
+        (n, batch) for n, batch in enumerate(truth.beside.padded, len(truth.sequences)) if left or not batch.left
+    ]
     found = [(n, batch, whole(batch.ids, batch.mask)) for n, batch in batches]
 
     def compared(drawn: Sequence[Sequence[np.ndarray]]) -> list[CaseResult]:
-        scale = scale_of(exact, own, *drawn)
+        scale = _scale(truth, exact, own, *drawn)
         return [
             compare(f"graph, {batch.name}", batch.lengths, [scores], [exact[n]], [own[n]], gate,
                     [[draw[n]] for draw in drawn], scale)
@@ -376,6 +358,14 @@ def compare_padded(
 
     cases = compared(())
     return cases if draws is None or all(case.passed for case in cases) else compared(draws())
+
+
+def _scale(truth: Truth, exact: Sequence[np.ndarray], *own: Sequence[np.ndarray]) -> Scale | None:
+    """Return what errors of scores are measured in; None: there are logits."""
+    if not truth.beside.padded:
+        return None
+    end = len(truth.sequences) + truth.beside.first_state
+    return scale_of(exact[:end], *(answers[:end] for answers in own))
 
 
 def _compared(
@@ -389,11 +379,12 @@ def _compared(
 ) -> CaseResult:
     if fed.error:
         return failed_case(fed.mode, fed.lengths, fed.error)
-    if fed.padded is not None:
-        n = len(truth.sequences) + fed.padded
-        return compare(
-            fed.mode, fed.lengths, fed.logits, [exact[n]], [own[n]], gate, [[draw[n]] for draw in draws], scale
-        )
+    if fed.beside is not None:
+        start = len(truth.sequences) + fed.beside
+        true, pytorch, *again = (a[start : start + len(fed.logits)] for a in (exact, own, *draws))
+        if fed.beside < truth.beside.first_state:
+            return compare(fed.mode, fed.lengths, fed.logits, true, pytorch, gate, again, scale)
+        return compare_states(fed.mode, fed.lengths, fed.logits, true, pytorch, gate, again)
     rows = range(fed.first, fed.first + len(fed.positions))
     found = [np.searchsorted(truth.positions[row], at) for row, at in zip(rows, fed.positions, strict=True)]
     wanted, ours, *others = (

@@ -95,6 +95,6 @@ def score_padded(runner: Runner, batches: Sequence[Padded]) -> Iterator[ModeResu
         try:
             scores = runner.score(batch.rows)
         except FailedError as error:
-            yield ModeResult(mode, batch.lengths, (), (), str(error), padded=number)
+            yield ModeResult(mode, batch.lengths, (), (), str(error), beside=number)
             continue
-        yield ModeResult(mode, batch.lengths, (), (scores,), "", padded=number)
+        yield ModeResult(mode, batch.lengths, (), (scores,), "", beside=number)

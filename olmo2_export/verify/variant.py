@@ -4,6 +4,7 @@
 |---------------|--------------------------------------------------|-------------------------------|-------------|
 | cases, greedy | the first view, in all ways of `feeds`           | PyTorch: see `views.table`    | of the view |
 | cases         | the other views; a mode bears its view's name    | the same                      | of the view |
+| hidden, ...   | what `beside` asks: hidden states, embeddings    | the same                      | of the view |
 | graph, ...    | of a classifier: padded batches, without runner  | transformers' own choice      | of the view |
 | weights ...   | `views.weight_checks`                            | the checkpoint, the manifest  | there       |
 | calibration   | scales of inputs, calibrated again               | the manifest                  | 1.15 x      |
@@ -27,20 +28,19 @@ import torch
 import olmo2_export.catalog as catalog
 from olmo2_export.architecture import operations
 from olmo2_export.config import ModelConfig, config_of
-from olmo2_export.fp16.simulate import simulated_logits
+from olmo2_export.fp16.simulate import simulated_answers
 from olmo2_export.fp16.values import islands_of
 from olmo2_export.measure.parity import CaseResult, ParityReport
 from olmo2_export.truth.layered import LayeredReference
 from olmo2_export.truth.reference import open_reference
+from olmo2_export.verify.beside import ask_by_layer, ask_reference, vectors
 from olmo2_export.verify.by_layer import coverage, feed_by_layer, runs_by_layer
 from olmo2_export.verify.checks import calibration_checks, quality_checks
 from olmo2_export.verify.measure import (
     LONGEST,
     Draws,
     Truth,
-    ask_by_layer,
     ask_pytorch,
-    ask_reference,
     compare_fed,
     compare_padded,
     draw_by_layer,
@@ -118,11 +118,10 @@ def measure_variant(
             more = compare_fed(
                 partial(feed_by_layer, view, operations(config), found), found, found.exact, own, view.gate, draws
             )
+            said = coverage(by_layer, hidden_states=bool(config.hidden_states))
             if report is None:
                 sha256, limit = opened.files_of(entry)[entry.graph].sha256, entry.kv_cache.max_cache_length
-                report = report_of(
-                    found, view.gate, more, [], name, entry.precision, sha256, limit, coverage=coverage(by_layer)
-                )
+                report = report_of(found, view.gate, more, [], name, entry.precision, sha256, limit, coverage=said)
                 cases += more
             else:
                 cases += [dataclasses.replace(case, mode=f"{view.label} {case.mode}") for case in more]
@@ -137,7 +136,7 @@ def measure_variant(
             else:
                 more = feed(runner, found, found.exact, own, view.gate, draws)
                 cases += [dataclasses.replace(case, mode=f"{view.label} {case.mode}") for case in more]
-        if found.padded and view.variant.kv_cache.form != "static" and not target.on_gpu:
+        if found.beside.padded and view.variant.kv_cache.form != "static" and not target.on_gpu:
             left = view.variant.kv_cache.form == "concat"
             whole = open_whole(view)
             more = compare_padded(whole, found, found.exact, own, view.gate, draws, left=left)
@@ -184,17 +183,20 @@ def _own_logits(
     """
     if view.rounding and by_layer:
         layered = LayeredReference(checkpoint, config, view.precision, view.replaced, view.rounding)
-        return ask_by_layer(layered, config, truth.sequences, truth.positions, truth.padded)
+        return ask_by_layer(layered, config, truth.sequences, truth.positions, truth.beside)
     if view.rounding:
         with open_reference(checkpoint, view.precision, view.replaced, view.rounding) as reference:
-            return ask_reference(reference, truth.sequences, truth.positions, truth.padded)
+            return ask_reference(reference, truth.sequences, truth.positions, truth.beside)
     if view.precision == "fp16" and entry.float32_islands:
         source = Replaced(checkpoint, view.replaced)
-        scored = [batch.scored_rows(config.pad_token_id) for batch in truth.padded]
-        sequences = [*truth.sequences, *(row for rows in scored for row in rows)]
-        whole = iter(simulated_logits(source, config, sequences, islands_of(entry.float32_islands)))
+        beside = truth.beside
+        scored = [batch.scored_rows(config.pad_token_id) for batch in beside.padded]
+        sequences = [*truth.sequences, *(row for rows in scored for row in rows), *beside.rows]
+        logits, states = simulated_answers(source, config, sequences, islands_of(entry.float32_islands), beside.hidden)
+        whole = iter(logits)
         found = [next(whole)[positions] for positions in truth.positions]
-        return [*found, *(np.stack([next(whole)[-1] for _ in rows]) for rows in scored)]
+        found += [np.stack([next(whole)[-1] for _ in rows]) for rows in scored]
+        return found + vectors([of_number[len(sequences) - len(beside.rows) :] for of_number in states])
     return truth.own[view.precision]
 
 
@@ -204,4 +206,4 @@ def _draws(view: View, truth: Truth, checkpoint: Checkpoint, *, by_layer: bool) 
     if not view.rounding:
         return truth.draws
     draw = draw_by_layer if by_layer else draw_logits
-    return partial(draw, checkpoint, truth.sequences, truth.positions, view.replaced, view.rounding, truth.padded)
+    return partial(draw, checkpoint, truth.sequences, truth.positions, view.replaced, view.rounding, truth.beside)

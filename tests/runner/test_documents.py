@@ -1,4 +1,4 @@
-"""olmo2-run score: texts, JSON and ids in, a line of JSON out."""
+"""olmo2-run score and embed: texts, JSON and ids in, a line of JSON out."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from runtimes import open_runner
 from runtimes.cli import main
 from runtimes.manifest import MANIFEST_NAME
+from runtimes.runners.embeddings import embed
 from runtimes.text.tokenizer import Tokenizer
 
 TEXTS = ["And it came to pass", "the works of the Son of God", "x"]
@@ -33,6 +34,19 @@ def scorer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Olmo2ForSequenceClassification(config).save_pretrained(out / "c")
     export(open_checkpoint(str(out / "c")), out / "p", variants=["fp32"])
     return out / "p"
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo, whose graph gives two hidden states."""
+    pytest.importorskip("torch")
+    from olmo2_export.package.export import export
+    from olmo2_export.package.weight_choice import Options
+    from olmo2_export.weights.checkpoint import open_checkpoint
+
+    out = tmp_path_factory.mktemp("embedder") / "p"
+    export(open_checkpoint("demo"), out, variants=["fp32"], options=Options(hidden_states=(2, -1)))
+    return out
 
 
 def lines(text: str) -> list[dict[str, object]]:
@@ -100,3 +114,32 @@ def test_each_command_names_the_other(
     assert main(["generate", str(scorer), "--prompt", "x"]) == 2
     assert "a classifier, which gives scores and no logits; generate needs a language model" in capsys.readouterr().err
     assert (scorer / MANIFEST_NAME).is_file()
+
+
+def test_lines_are_embedded(embedder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = Tokenizer.from_package(embedder)
+    ids = [tokenizer.encode(text) for text in TEXTS]
+    given = [{"id": 3, "text": TEXTS[0]}, TEXTS[1], {"token_ids": ids[2]}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, given)), encoding="utf-8")
+    found: dict[str, list[dict[str, object]]] = {}
+    for name, options in {"mean": [], "last": ["--pooling", "last", "--hidden-state", "2", "--normalize"]}.items():
+        assert main(["embed", str(embedder), str(tmp_path / "in.jsonl"), *options]) == 0
+        found[name] = lines(capsys.readouterr().out)
+    with open_runner(embedder) as runner:
+        mean = embed(runner, ids)
+        last = embed(runner, ids, pooling="last", hidden_state=2, normalize=True)
+    for name, vectors in (("mean", mean), ("last", last)):
+        assert [line["tokens"] for line in found[name]] == [len(row) for row in ids]
+        assert found[name][0]["id"] == 3
+        written = np.array([line["embedding"] for line in found[name]], np.float32)
+        np.testing.assert_allclose(written, vectors, rtol=1e-5, atol=1e-6)
+
+
+def test_a_package_without_hidden_states_is_refused(
+    demo_package: Path, embedder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.txt").write_text("x", encoding="utf-8")
+    assert main(["embed", str(demo_package), str(tmp_path / "in.txt")]) == 2
+    assert "its graphs give no hidden states; export it with --hidden-states last" in capsys.readouterr().err
+    assert main(["embed", str(embedder), str(tmp_path / "in.txt"), "--hidden-state", "1"]) == 2
+    assert "hidden state 1: variant fp32 gives 2, " in capsys.readouterr().err

@@ -63,6 +63,9 @@ class FakeRunner(RowRunner):
         found = [self._compute(b, len(t) - len(r), r) for b, (t, r) in enumerate(zip(tokens, rows, strict=True))]
         return found if all_positions else [logits[-1:] for logits in found]
 
+    def _hidden(self, rows: list[Ids], tokens: list[Ids], wanted: Sequence[str]) -> list[list[Logits]]:  # noqa: ARG002
+        raise AssertionError("it gives none")
+
     def _reserve(self, rows: int) -> None:
         assert rows <= len(self.buffer)
 

@@ -13,6 +13,7 @@ from support.workers import Shared
 
 from olmo2_export.package.export import export
 from olmo2_export.package.trt_variants import TrtOptions
+from olmo2_export.package.weight_choice import Options
 from olmo2_export.weights.checkpoint import open_checkpoint
 
 LABELS = 3
@@ -64,5 +65,40 @@ def classifier_trt(classifier_package: Callable[[str], Path], shared: Shared) ->
         options = TrtOptions(precision, TRT_CAPACITY)  # type: ignore[arg-type]  # a name out of the catalog
         package = classifier_package("olmo2")
         return shared.made("trt", f"heads_{precision}", lambda out: with_trt_graph(package, out, options))
+
+    return of
+
+
+HIDDEN: dict[str, dict[str, Any]] = {"olmo": OLMO1, "olmo2": {}, "olmo3": OLMO3}
+
+
+@pytest.fixture(scope="session")
+def hidden_checkpoint(shared: Shared) -> Callable[[str], Path]:
+    """A language model of a generation. Do not change it."""
+    return lambda name: shared.made("checkpoint", f"hidden_{name}", lambda out: make_checkpoint(out, **HIDDEN[name]))
+
+
+@pytest.fixture(scope="session")
+def hidden_package(hidden_checkpoint: Callable[[str], Path], shared: Shared) -> Callable[[str], Path]:
+    """Its package, whose graphs give hidden states. Do not change it."""
+
+    def of(name: str) -> Path:
+        def make(out: Path) -> None:
+            options = Options(hidden_states=(0, 1, 2, -1))
+            export(open_checkpoint(str(hidden_checkpoint(name))), out, variants=VARIANTS[name], options=options)
+
+        return shared.made("package", f"hidden_{name}", make)
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def hidden_trt(hidden_package: Callable[[str], Path], shared: Shared) -> Callable[[str], Path]:
+    """olmo2 with one graph for TensorRT, no engine. Do not change it."""
+
+    def of(precision: str) -> Path:
+        options = TrtOptions(precision, TRT_CAPACITY)  # type: ignore[arg-type]  # a name out of the catalog
+        package = hidden_package("olmo2")
+        return shared.made("trt", f"hidden_{precision}", lambda out: with_trt_graph(package, out, options))
 
     return of
