@@ -136,6 +136,8 @@ class ModelConfig:
     """of a classifier: the last token that is none of these is scored; None: the last token, of one row a batch"""
     hidden_states: tuple[int, ...] = ()
     """not of config.json but of a package: those that its graphs give beside their answer; see `giving`"""
+    inputs_embeds: bool = False
+    """likewise: its graphs take vectors in the place of tokens"""
 
     @classmethod
     def from_json(cls, path: Path) -> ModelConfig:
@@ -220,12 +222,13 @@ class ModelConfig:
             _warn_once(f"{where}: {line}")
         return config
 
-    def giving(self, hidden_states: Sequence[int]) -> ModelConfig:
-        """Return the config of graphs that give hidden states.
+    def giving(self, hidden_states: Sequence[int], *, inputs_embeds: bool = False) -> ModelConfig:
+        """Return the config of graphs that give hidden states, or take vectors.
 
         Args:
             hidden_states: numbered as transformers does: 0 is the embedding, N what layer N gives, counted from 1, and
                 the last what the last norm gives; -1 is the last.
+            inputs_embeds: they take vectors in the place of tokens.
 
         Raises:
             UsageError: the model has no such one.
@@ -233,7 +236,9 @@ class ModelConfig:
         last = self.num_hidden_layers
         if wrong := [n for n in hidden_states if not -last - 1 <= n <= last]:
             raise UsageError(f"hidden state {wrong[0]}: the model has 0 to {last}, or last")
-        return replace(self, hidden_states=tuple(sorted({n % (last + 1) for n in hidden_states})))
+        return replace(
+            self, hidden_states=tuple(sorted({n % (last + 1) for n in hidden_states})), inputs_embeds=inputs_embeds
+        )
 
     @property
     def task(self) -> Task:
@@ -281,6 +286,7 @@ class ModelConfig:
             labels=self.labels,
             pad_token_id=self.pad_token_id,
             hidden_states=self.hidden_states,
+            inputs_embeds=self.inputs_embeds,
         )
 
 
@@ -290,7 +296,8 @@ def config_of(folder: Path, model: ModelSpec) -> ModelConfig:
     Raises:
         ConfigError: as `ModelConfig.from_json`.
     """
-    return replace(ModelConfig.from_json(folder / "config.json"), hidden_states=model.hidden_states)
+    config = ModelConfig.from_json(folder / "config.json")
+    return replace(config, hidden_states=model.hidden_states, inputs_embeds=model.inputs_embeds)
 
 
 def refuse_other_forms(raw: Mapping[str, Any], where: str) -> None:

@@ -23,6 +23,8 @@ from runtimes.sealed import FileEntry, read_sealed
 MANIFEST_NAME = "manifest.json"
 TRT_FOLDER = "trt"
 PARITY_NAME = "parity.json"
+EMBEDDINGS = "inputs_embeds"
+"""the name of the input of that role"""
 HIDDEN_STATES = "hidden_states"
 """the name of an output of that role begins so, and ends in its number"""
 
@@ -44,6 +46,7 @@ EngineFlag: TypeAlias = Literal["portable", "refit", "weight_streaming"]
 
 Role: TypeAlias = Literal[
     "token_ids",
+    "embeddings",
     "attention_mask",
     "position_ids",
     "write_indices",
@@ -58,6 +61,7 @@ Role: TypeAlias = Literal[
     "present",
 ]
 """what an input or output is for; runners go by it and not by the name.
+`embeddings`: a vector for each new token, which takes the place of its embedding where its id is negative.
 `logit_index`: which new token of a row gets logits; `logit_count`: how many of the last ones do.
 `candidate_ids` and `candidate_logits`: the likeliest next tokens, picked by the graph.
 `hidden_state`: vectors of the new tokens; the output hidden_states.N has those of number N, see `ModelSpec`.
@@ -68,6 +72,7 @@ present.N.key."""
 _T = TypeVar("_T")
 _ROLES: dict[str, Role] = {
     "input_ids": "token_ids",
+    EMBEDDINGS: "embeddings",
     "attention_mask": "attention_mask",
     "position_ids": "position_ids",
     "write_indices": "write_indices",
@@ -273,6 +278,8 @@ class ModelSpec:
     hidden_states: tuple[int, ...] = ()
     """those that the graphs give, too, as `hidden_states.N`: 0 the embedding, N what layer N gives, counted from 1,
     num_hidden_layers what the last norm gives"""
+    inputs_embeds: bool = False
+    """the graphs take vectors in the place of tokens, as `inputs_embeds`"""
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,8 @@ def find_operations(graph: ir.Graph, rows: Iterable[Operation]) -> dict[str, lis
         nodes = [_reader(operator, *read)]
         if row.times > 1 and nodes[0] is None:  # applied to hidden states, too: the one with an answer comes last
             nodes = _readers(operator, *read)
+        if row.kind == "gather" and nodes[0] is not None:  # a vector may stand in its place
+            nodes += [n for n in (_reader("Where", nodes[0].outputs[0]),) if n is not None]
         if row.kind == "silu" and nodes[0] is not None:
             nodes.append(_reader("Mul", *read, nodes[0].outputs[0]))
         if row.bias is not None and nodes[0] is not None:

@@ -6,6 +6,7 @@
 | attention_mask                 | [batch_size, total_sequence_length], padding on the right    | int64          |
 | past_key_values.N.key, .value  | [batch_size, kv_heads, past_sequence_length, head_dim]       | kv_cache.dtype |
 | num_logits_to_keep             | [], optional, default 0: the last rows that get logits, 0: all | int64        |
+| inputs_embeds, if asked for    | as in `graphs/trace.py`                                      | float32        |
 | -> logits                      | [batch_size, num_logits, vocab_size]                         | float32        |
 | -> score, of a classifier      | [batch_size, labels]; then neither of the two above          | float32        |
 | -> hidden_states.N, if asked for | [batch_size, sequence_length, hidden]                      | float32        |
@@ -32,6 +33,7 @@ from olmo2_export.fuse.gather_block_quantized import gather_block_quantized
 from olmo2_export.fuse.matmul_integer import matmul_integer
 from olmo2_export.fuse.matmul_nbits import matmul_nbits
 from olmo2_export.graphs.hidden_states import hidden_outputs
+from olmo2_export.graphs.inputs_embeds import embedding_input
 from olmo2_export.graphs.trace import answer, logit_count
 from olmo2_export.quantize.int8 import quantize_int8
 from olmo2_export.quantize.recipes import QuantizedWeights
@@ -47,6 +49,7 @@ def shared_inputs(model: ModelSpec, cache: KVCacheSpec) -> tuple[TensorSpec, ...
         TensorSpec("attention_mask", "int64", ("batch_size", "total_sequence_length"), "attention_mask"),
         *_caches("past_key_values", "past", cache, "past_sequence_length"),
         *logit_count(model),
+        *embedding_input(model),
     )
 
 

@@ -6,6 +6,7 @@
 | write_indices                  | [batch_size]: the cache slot of each row's first token | int64     |
 | logit_index                    | [batch_size, 1]: the token of each row to get logits   | int64     |
 | past_key_values.N.key, .value  | [batch_size, kv_heads, max_cache_length, head_dim]     | see below |
+| inputs_embeds, if asked for    | [batch_size, sequence_length, hidden]: of negative ids | float32   |
 | -> logits                      | [batch_size, vocab_size]                               | float32   |
 | -> top_ids                     | [batch_size, top_k]: the likeliest tokens, best first  | int64     |
 | -> top_logits                  | [batch_size, top_k]: their logits                      | float32   |
@@ -55,6 +56,7 @@ from olmo2_export.fuse.set_precision import WeightRounding, set_precision
 from olmo2_export.fuse.static_cache import OPSET
 from olmo2_export.fuse.top_candidates import top_candidates
 from olmo2_export.graphs.hidden_states import hidden_outputs
+from olmo2_export.graphs.inputs_embeds import embedding_input, require_embeddings
 from olmo2_export.graphs.trace import answer
 from olmo2_export.quantize.linear import QuantizedLinear, side_by_side
 from olmo2_export.quantize.static import StaticWeights
@@ -71,6 +73,7 @@ def static_inputs(model: ModelSpec, precision: Precision, max_cache_length: int)
         TensorSpec("write_indices", "int64", ("batch_size",), "write_indices"),
         TensorSpec("logit_index", "int64", ("batch_size", 1), "logit_index"),
         *_caches("past_key_values", "past", model, precision, max_cache_length),
+        *embedding_input(model),
     )
 
 
@@ -143,6 +146,7 @@ def static_graph(
         FusionError: a pass did not find what it must find, or the result is not the graph of the table above.
     """
     model, rows, row = config.spec, operations(config), static_row(precision)
+    require_embeddings(portable)
     applied = apply(portable, TENSORRT)
     wrong = [
         f"{name}: expected {n}, applied {applied[name]} times"

@@ -7,6 +7,7 @@
 | position_ids                   | [batch_size, sequence_length]                                | int64   |
 | past_key_values.N.key, .value  | [batch_size, kv_heads, past_sequence_length, head_dim]       | float32 |
 | num_logits_to_keep             | [], optional, default 0: the last rows that get logits, 0: all | int64 |
+| inputs_embeds, if asked for    | [batch_size, sequence_length, hidden], optional: of negative ids | float32 |
 | -> logits                      | [batch_size, num_logits, vocab_size]                         | float32 |
 | -> score, of a classifier      | [batch_size, labels]; then neither of the two above          | float32 |
 | -> hidden_states.N, if asked for | [batch_size, sequence_length, hidden]                      | float32 |
@@ -34,6 +35,7 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.fuse import PORTABLE, apply, check_op_counts
 from olmo2_export.fuse.pooled_row import NO_PADDING, pooled_row
 from olmo2_export.graphs.hidden_states import give_hidden_states, hidden_outputs
+from olmo2_export.graphs.inputs_embeds import embedding_input, take_embeddings
 from olmo2_export.model.olmo import OlmoForCausalLM
 from runtimes.errors import FusionError
 from runtimes.manifest import ModelSpec, TensorSpec
@@ -51,6 +53,7 @@ def portable_inputs(config: ModelConfig) -> tuple[TensorSpec, ...]:
         TensorSpec("position_ids", "int64", ("batch_size", "sequence_length"), "position_ids"),
         *(TensorSpec(f"past_key_values.{name}", "float32", cache, "past") for name in _cache_names(config)),
         *logit_count(config.spec),
+        *embedding_input(config.spec),
     )
 
 
@@ -104,7 +107,8 @@ def _traced(config: ModelConfig) -> ir.Model:
     with torch.device("meta"):
         model = OlmoForCausalLM(config).eval()
         arguments, dynamic_shapes = _example(config)
-    inputs, outputs = portable_inputs(config), portable_outputs(config.giving(()))
+    plain = config.giving(())
+    inputs, outputs = portable_inputs(plain), portable_outputs(plain)
     if config.labels:  # the pass below pools; until then each position is scored
         inputs = (*inputs, TensorSpec("num_logits_to_keep", "int64", (), "logit_count"))
         outputs = (
@@ -137,6 +141,8 @@ def _traced(config: ModelConfig) -> ir.Model:
     ):
         raise FusionError(f"graph {config.model_type}: pooled_row: expected 1, applied 0 times")
     rows = operations(config)
+    if config.inputs_embeds:
+        take_embeddings(graph_model)
     give_hidden_states(graph_model, rows, config.hidden_states)
     check_op_counts(graph_model, expected_op_counts(rows))
     return graph_model

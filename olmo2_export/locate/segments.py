@@ -18,7 +18,7 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.graphs.taps import HIDDEN, Segment, cut, find_segments
 from olmo2_export.views.openers import Arrays, Opener
 from runtimes.errors import PackageError
-from runtimes.manifest import Variant
+from runtimes.manifest import EMBEDDINGS, Variant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +130,9 @@ def _feeds(
         "logit_index": np.array([[calls.logit_index(size)]]),
         "num_logits_to_keep": np.array(0),
     }
+    vectors = next((v for v in part.graph.inputs if v.name == EMBEDDINGS), None)
+    if vectors is not None and vectors.shape is not None:
+        feeds[EMBEDDINGS] = np.zeros((1, size, int(str(vectors.shape[2]))), np.float32)
     if first_call_only:
         return feeds
     spec = variant.kv_cache

@@ -63,7 +63,9 @@ def export(
         FusionError: the traced graph is not the expected one.
     """
     options = options or Options()
-    config = ModelConfig.from_json(checkpoint.folder / "config.json").giving(options.hidden_states)
+    config = ModelConfig.from_json(checkpoint.folder / "config.json").giving(
+        options.hidden_states, inputs_embeds=options.inputs_embeds
+    )
     check_variants(variants, config, options)
     with replace_folder(out, force=force) as staging, ThreadPoolExecutor(max_workers=1) as pool:
         check_room(checkpoint, config, out, variants, options)

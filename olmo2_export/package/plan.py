@@ -107,7 +107,9 @@ def plan_export(
         FusionError: the traced graph is not the expected one.
     """
     options = options or Options()
-    config = ModelConfig.from_json(checkpoint.folder / "config.json").giving(options.hidden_states)
+    config = ModelConfig.from_json(checkpoint.folder / "config.json").giving(
+        options.hidden_states, inputs_embeds=options.inputs_embeds
+    )
     check_variants(variants, config, options)
     if checkpoint.tensors:
         check_headers(checkpoint, config)

@@ -100,7 +100,7 @@ def check_variants(variants: Sequence[str], config: ModelConfig, options: Option
         only_for("KV cache and prefill graph", lambda row: row.quantized_cache)
     if options.fp16_islands:
         only_for("float32 islands", lambda r: r.dtype == "float16", ": the other variants have the range of float32")
-    if dataclasses.replace(options, fp16_islands=False, hidden_states=()) != Options():
+    if dataclasses.replace(options, fp16_islands=False, hidden_states=(), inputs_embeds=False) != Options():
         only_for("recipe, calibration, size budget and block size", lambda row: row.defaults)
     if options.calibration is not None and options.recipe not in CALIBRATED and cache.bits is None:
         raise UsageError(f"calibration text: only {', '.join(CALIBRATED)} and a quantised KV cache have use for one")

@@ -181,8 +181,11 @@ class Head:
 
 
 def embed(checkpoint: WeightSource, sequences: Sequence[np.ndarray]) -> list[Tensor]:
-    """Look tokens up: int64 [S] each -> float32 [1, S, hidden] each."""
-    return [checkpoint.picked(EMBEDDING, torch.from_numpy(ids)).float()[None] for ids in sequences]
+    """Look tokens up: int64 [S] each -> float32 [1, S, hidden] each; float32 [S, hidden] is taken as it is."""
+    return [
+        (checkpoint.picked(EMBEDDING, torch.from_numpy(x)).float() if x.ndim == 1 else torch.from_numpy(x))[None]
+        for x in sequences
+    ]
 
 
 def staged_layers(checkpoint: WeightSource, config: ModelConfig) -> Iterator[StagedLayer]:

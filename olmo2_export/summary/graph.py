@@ -29,6 +29,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 _MEANINGS: dict[Role, str] = {
     "token_ids": "token ids of the new tokens",
+    "embeddings": "vectors in the place of the new tokens whose ids are negative; optional but for TensorRT",
     "attention_mask": "1 for a token, cached or new; 0 for padding",
     "position_ids": "place of each new token in its sequence",
     "logit_count": "last rows that get logits; 0, the default: all",

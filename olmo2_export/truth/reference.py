@@ -175,6 +175,26 @@ class Reference:
         return array
 
     @torch.inference_mode()
+    def mixed(self, before: np.ndarray, vectors: np.ndarray, behind: np.ndarray) -> np.ndarray:
+        """Run a sequence of tokens, then vectors in the place of tokens, then tokens again, whole.
+
+        Args:
+            before, behind: int64 [n], of any length.
+            vectors: float32 [n, hidden].
+
+        Returns:
+            The logits from the first vector on, [n, vocab_size]; float64 for fp64, else float32. Of a classifier the
+            scores that each position would get.
+        """
+        table = self._model.model.embed_tokens
+        given = torch.from_numpy(vectors).to(table.weight.dtype)
+        whole = torch.cat([table(torch.from_numpy(before)), given, table(torch.from_numpy(behind))])[None]
+        hidden = self._model.model(inputs_embeds=whole, use_cache=False).last_hidden_state[:, len(before) :]
+        head = self._model.score if self._scores else self._model.lm_head
+        array: np.ndarray = head(hidden)[0].to(self._result).numpy()
+        return array
+
+    @torch.inference_mode()
     def stream(self, ids: np.ndarray, first: int, piece: int) -> Iterator[np.ndarray]:
         """Run one sequence in pieces over a KV cache, so that the logits of few positions are in memory.
 

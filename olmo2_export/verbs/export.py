@@ -51,6 +51,7 @@ def declare(verb: argparse.ArgumentParser) -> None:
         default=(),
         help="give these too: 0 the embedding, N what layer N gives, or last, as transformers numbers them",
     )
+    verb.add_argument("--inputs-embeds", action="store_true", help="take vectors too, in the place of tokens")
     verb.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub id")
     verb.add_argument("--force", action="store_true", help="replace the package that is there")
     verb.add_argument(
@@ -88,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         prefill_graph=not args.no_prefill_graph,
         fp16_islands=args.fp16_islands,
         hidden_states=args.hidden_states,
+        inputs_embeds=args.inputs_embeds,
     )
     if args.dry_run:
         return _plan(args, options)

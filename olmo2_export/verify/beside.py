@@ -7,6 +7,8 @@
 |               |                                        | hidden state N, in pieces | the same                  |
 | embeddings    | the same rows, each number and pooling | embedding N, POOLING      | a batch padded on the     |
 |               |                                        |                           | right, pooled by its mask |
+| vectors       | random ones, where the graph takes any | vectors                   | logits of `inputs_embeds` |
+|               | the same, tokens before and behind     | vectors among tokens      | the same                  |
 
 All answers stand in one list, in that order, behind the logits of each sequence.
 """
@@ -29,6 +31,23 @@ from runtimes.runners.embeddings import POOLINGS, embed
 
 
 @dataclass(frozen=True)
+class Mixed:
+    """A row of vectors, with tokens around them."""
+
+    before: np.ndarray
+    """int64 [n]"""
+    vectors: np.ndarray
+    """float32 [n, hidden]"""
+    behind: np.ndarray
+    """int64 [n]"""
+
+    @property
+    def answered(self) -> int:
+        """Positions from the first vector on."""
+        return len(self.vectors) + len(self.behind)
+
+
+@dataclass(frozen=True)
 class Beside:
     """The questions."""
 
@@ -37,6 +56,13 @@ class Beside:
     """numbers of hidden states"""
     rows: tuple[np.ndarray, ...] = ()
     """int64 [n] each: whose hidden states are compared"""
+    mixed: tuple[Mixed, ...] = ()
+    """as many without tokens as with, the former first"""
+
+    @property
+    def first_mixed(self) -> int:
+        """Where the answers to `mixed` begin, which are logits again."""
+        return self.embedding(len(self.hidden), 0)
 
     @property
     def first_state(self) -> int:
@@ -53,12 +79,27 @@ class Beside:
 
 
 NOTHING = Beside()
+_SEED, _SIZE = 1, 0.02
 
 
 def questions(config: ModelConfig, sequences: Sequence[np.ndarray], capacity: int) -> Beside:
     """Return what is asked of a package; all rows are cut from its sequences."""
     rows = [ids[:n] for ids, n in zip(sequences, short_lengths(capacity), strict=True)]
-    return Beside(padded_batches(config, sequences), config.hidden_states, tuple(rows) if config.hidden_states else ())
+    return Beside(
+        padded_batches(config, sequences),
+        config.hidden_states,
+        tuple(rows) if config.hidden_states else (),
+        tuple(_mixed(config, rows)) if config.inputs_embeds else (),
+    )
+
+
+def _mixed(config: ModelConfig, rows: Sequence[np.ndarray]) -> Iterator[Mixed]:
+    """Cut tokens from rows, and draw vectors of the size that embeddings have in trained models."""
+    generator, nothing = np.random.default_rng(_SEED), np.zeros(0, np.int64)
+    for before, behind in ((0, 0), (5, 2)):
+        for row, ids in enumerate(rows):
+            vectors = generator.normal(0, _SIZE, (7 - 2 * row, config.hidden_size)).astype(np.float32)
+            yield Mixed(ids[:before], vectors, ids[before : before + behind] if behind else nothing)
 
 
 def ask_reference(
@@ -71,6 +112,7 @@ def ask_reference(
         *(reference.scores(batch.ids, batch.mask) for batch in beside.padded),
         *(row for of_number in states for row in of_number),
         *(reference.embeddings(beside.rows, number, pooling) for number in beside.hidden for pooling in POOLINGS),
+        *(reference.mixed(row.before, row.vectors, row.behind) for row in beside.mixed),
     ]
 
 
@@ -81,7 +123,10 @@ def ask_by_layer(
     positions: Sequence[np.ndarray],
     beside: Beside,
 ) -> list[np.ndarray]:
-    """As `ask_reference`, in one pass over the layers; here, not by transformers, is chosen what is scored."""
+    """As `ask_reference`, in one pass over the layers; here, not by transformers, is chosen what is scored.
+
+    Nothing is asked about vectors, whose answers are the last.
+    """
     scored = [row for batch in beside.padded for row in batch.scored_rows(config.pad_token_id)]
     asked = [*sequences, *scored, *beside.rows]
     where = [*positions, *(np.array([len(row) - 1]) for row in scored), *(np.array([0]) for _ in beside.rows)]
@@ -112,8 +157,37 @@ def _exactly_pooled(states: np.ndarray, pooling: str) -> np.ndarray:
 def feed_beside(runner: Runner, beside: Beside) -> Iterator[ModeResult]:
     """Run every case on an open runner."""
     yield from score_padded(runner, beside.padded)
-    if not beside.hidden:
-        return
+    if beside.hidden:
+        yield from _feed_hidden(runner, beside)
+    half = len(beside.mixed) // 2
+    for mode, start in (("vectors", 0), ("vectors among tokens", half)) if half else ():
+        rows, at = beside.mixed[start : start + half], beside.first_mixed + start
+        lengths = tuple(len(row.before) + row.answered for row in rows)
+        runner.reset()
+        try:
+            found = _answers(runner, rows)
+        except FailedError as error:
+            yield ModeResult(mode, lengths, (), (), str(error), beside=at)
+            continue
+        yield ModeResult(mode, lengths, (), found, "", beside=at)
+    runner.reset()
+
+
+def _answers(runner: Runner, rows: Sequence[Mixed]) -> tuple[np.ndarray, ...]:
+    """Return the logits from the first vector on; of a classifier those of the last position."""
+    everything = runner.variant.answer == "logits"
+    if any(len(row.before) for row in rows):
+        runner.prefill([row.before for row in rows])
+    found = runner.prefill_embeds([row.vectors for row in rows], all_positions=everything)
+    if not any(len(row.behind) for row in rows):
+        return tuple(found)
+    rest = runner.prefill([row.behind for row in rows], all_positions=everything)
+    if not everything:
+        return tuple(rest)
+    return tuple(np.concatenate(pair) for pair in zip(found, rest, strict=True))
+
+
+def _feed_hidden(runner: Runner, beside: Beside) -> Iterator[ModeResult]:
     lengths = tuple(map(len, beside.rows))
     for suffix, cut in (("", 0), (", in pieces", 3)):
         runner.reset()

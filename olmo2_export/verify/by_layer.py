@@ -65,11 +65,13 @@ def runs_by_layer(view: View, target: Target) -> bool:
     return not target.on_gpu and view.variant.kv_cache.form != "static"
 
 
-def coverage(why: str, *, hidden_states: bool) -> str:
+def coverage(why: str, config: ModelConfig) -> str:
     """Return what the report says of what was run."""
     return (
         f"layers one at a time, {why}; one row alone, up to {LONGEST_BY_LAYER} tokens; not run: ragged batches, the "
-        "end of a longer cache, greedy decoding" + ", hidden states" * hidden_states
+        "end of a longer cache, greedy decoding"
+        + ", hidden states" * bool(config.hidden_states)
+        + ", vectors in the place of tokens" * config.inputs_embeds
     )
 
 

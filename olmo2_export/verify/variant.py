@@ -33,7 +33,7 @@ from olmo2_export.fp16.values import islands_of
 from olmo2_export.measure.parity import CaseResult, ParityReport
 from olmo2_export.truth.layered import LayeredReference
 from olmo2_export.truth.reference import open_reference
-from olmo2_export.verify.beside import ask_by_layer, ask_reference, vectors
+from olmo2_export.verify.beside import Mixed, ask_by_layer, ask_reference, vectors
 from olmo2_export.verify.by_layer import coverage, feed_by_layer, runs_by_layer
 from olmo2_export.verify.checks import calibration_checks, quality_checks
 from olmo2_export.verify.measure import (
@@ -53,7 +53,8 @@ from olmo2_export.views.runners import open_view, open_whole
 from olmo2_export.views.table import View, variant_views
 from olmo2_export.views.weight_checks import check_cache_scales, weight_checks
 from olmo2_export.weights.checkpoint import Checkpoint
-from olmo2_export.weights.source import Replaced
+from olmo2_export.weights.source import Replaced, WeightSource
+from olmo2_export.weights.stored_names import EMBEDDING
 from runtimes.manifest import Variant
 from runtimes.package import AnyPackage, open_package
 from runtimes.targets import Target, find_target
@@ -118,7 +119,7 @@ def measure_variant(
             more = compare_fed(
                 partial(feed_by_layer, view, operations(config), found), found, found.exact, own, view.gate, draws
             )
-            said = coverage(by_layer, hidden_states=bool(config.hidden_states))
+            said = coverage(by_layer, config)
             if report is None:
                 sha256, limit = opened.files_of(entry)[entry.graph].sha256, entry.kv_cache.max_cache_length
                 report = report_of(found, view.gate, more, [], name, entry.precision, sha256, limit, coverage=said)
@@ -191,13 +192,23 @@ def _own_logits(
         source = Replaced(checkpoint, view.replaced)
         beside = truth.beside
         scored = [batch.scored_rows(config.pad_token_id) for batch in beside.padded]
-        sequences = [*truth.sequences, *(row for rows in scored for row in rows), *beside.rows]
+        mixed = [_with_vectors(source, row) for row in beside.mixed]
+        sequences = [*truth.sequences, *(row for rows in scored for row in rows), *beside.rows, *mixed]
         logits, states = simulated_answers(source, config, sequences, islands_of(entry.float32_islands), beside.hidden)
         whole = iter(logits)
         found = [next(whole)[positions] for positions in truth.positions]
         found += [np.stack([next(whole)[-1] for _ in rows]) for rows in scored]
-        return found + vectors([of_number[len(sequences) - len(beside.rows) :] for of_number in states])
+        first = len(sequences) - len(mixed) - len(beside.rows)
+        found += vectors([of_number[first : first + len(beside.rows)] for of_number in states])
+        rest = logits[len(logits) - len(mixed) :] if mixed else []
+        return found + [answers[-row.answered :] for answers, row in zip(rest, beside.mixed, strict=True)]
     return truth.own[view.precision]
+
+
+def _with_vectors(source: WeightSource, row: Mixed) -> np.ndarray:
+    """Return what enters the first layer, float32 [n, hidden]."""
+    around = [source.picked(EMBEDDING, torch.from_numpy(ids)).float().numpy() for ids in (row.before, row.behind)]
+    return np.concatenate([around[0], row.vectors, around[1]])
 
 
 def _draws(view: View, truth: Truth, checkpoint: Checkpoint, *, by_layer: bool) -> Draws | None:

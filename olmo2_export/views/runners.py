@@ -121,7 +121,8 @@ def open_whole(view: View) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
             "position_ids": np.maximum(mask.cumsum(1) - 1, 0),
             "past": empty,
         }
-        (scores,) = session.run([variant.name_of("score")], {t.name: feeds[t.role] for t in variant.inputs})
+        given = {t.name: feeds[t.role] for t in variant.inputs if t.role in feeds}
+        (scores,) = session.run([variant.name_of("score")], given)
         found: np.ndarray = scores
         return found
 
@@ -149,6 +150,7 @@ class AllPositions:
         spec = variant.kv_cache
         shape = (1, spec.num_key_value_heads, spec.max_cache_length, spec.head_dim)
         self._empty = np.zeros(shape, np.float32)
+        self._vectors = {t.name: int(t.shape[2]) for t in variant.inputs if t.role == "embeddings"}
         self._names = [f"{n}.{kind}" for n in range(spec.num_layers) for kind in ("key", "value")]
         self.reset()
 
@@ -163,6 +165,7 @@ class AllPositions:
             "input_ids": np.asarray(sequences[0], np.int64)[None],
             "write_indices": np.array([self._length], np.int64),
             **{f"past_key_values.{name}": array for name, array in self._caches.items()},
+            **{n: np.zeros((1, len(sequences[0]), size), np.float32) for n, size in self._vectors.items()},
         }
         wanted = ["logits", *(f"present.{name}" for name in self._names)]
         logits, *presents = self._session.run(wanted, feeds)

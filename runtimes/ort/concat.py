@@ -41,6 +41,7 @@ from runtimes.runners.slots import (
     check_step,
     piece_length,
 )
+from runtimes.runners.vectors import Vectors
 
 PREFILL_CHUNK = 512
 """tokens of a row per call of a concat graph"""
@@ -132,6 +133,7 @@ class ConcatRunner:
         self._counts = any(spec.role == "logit_count" for spec in variant.inputs)  # a classifier has one answer a row
         self._pasts = list(variant.caches)
         self._presents = list(variant.caches.values())
+        self._vectors = Vectors(variant, model)
         self._cache: ConcatCache | None = None
         self._slots: dict[int, _Slot] = {}
 
@@ -151,7 +153,20 @@ class ConcatRunner:
         self._refuse_slots()
         if all_positions:
             check_positions(self.variant)
-        rows, cache = self._checked(sequences)
+        return self._prefilled(*self._checked(sequences), all_positions)
+
+    @one_thread
+    def prefill_embeds(
+        self, sequences: Sequence[npt.NDArray[np.float32]], *, all_positions: bool = False
+    ) -> list[Logits]:
+        self._refuse_slots()
+        if all_positions:
+            check_positions(self.variant)
+        rows = self._vectors.take(sequences, self.cache_lengths, self.max_cache_length)
+        cache = self._empty_cache(len(rows)) if self._cache is None else self._cache
+        return self._prefilled(rows, cache, all_positions)
+
+    def _prefilled(self, rows: list[Ids], cache: ConcatCache, all_positions: bool) -> list[Logits]:
         logits, extended = self._extend(cache, rows, all_positions)
         check_finite(logits, extended.lengths)
         self._cache = extended
@@ -198,6 +213,7 @@ class ConcatRunner:
     def reset(self) -> None:
         self._cache = None
         self._slots.clear()
+        self._vectors.clear()
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -398,13 +414,16 @@ class ConcatRunner:
         while stop < width:
             start = stop
             stop += piece_length(width - start, width if all_positions else self.prefill_chunk, self.exact and not cut)
-            feeds = {
+            feeds: dict[str, npt.NDArray[Any]] = {
                 "input_ids": np.ascontiguousarray(ids[:, start:stop]),
                 "attention_mask": np.ascontiguousarray(mask[:, : past + stop]),
                 "position_ids": np.ascontiguousarray(positions[:, start:stop]),
             }
             if self._counts:
                 feeds["num_logits_to_keep"] = np.array(0 if all_positions else 1, np.int64)
+            vectors = self._vectors.of(feeds["input_ids"])
+            if vectors is not None and self._vectors.name is not None:
+                feeds[self._vectors.name] = vectors
             arrays, values = self._call(feeds, values, wanted)
             found.append(arrays)
         return found, ConcatCache(_joined(cache.tokens, rows), values, mask)
@@ -418,7 +437,7 @@ class ConcatRunner:
         return ConcatCache(_cut(cache.tokens, lengths), values, mask[:, :slots])
 
     def _call(
-        self, feeds: Mapping[str, Ids], past: Values, wanted: Sequence[str]
+        self, feeds: Mapping[str, npt.NDArray[Any]], past: Values, wanted: Sequence[str]
     ) -> tuple[list[npt.NDArray[np.float32]], Values]:
         """Run the graph once; return what is wanted, copied out, and the past of the next call, not copied."""
         if self._session is None:

@@ -24,7 +24,7 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 
 from runtimes.dtypes import find_dtype
 from runtimes.errors import ContextLengthError, InputError, UsageError
-from runtimes.manifest import KVCacheSpec, ModelSpec, Variant
+from runtimes.manifest import EMBEDDINGS, KVCacheSpec, ModelSpec, Variant
 from runtimes.one_thread import one_thread
 from runtimes.ort.devices import GpuMemory, Shapes
 from runtimes.ort.shared import SharedRunner, attention_mask
@@ -59,8 +59,13 @@ class _DecodeStep:
     options: ort.RunOptions
 
 
-def compiled_shapes(spec: KVCacheSpec) -> Shapes:
-    """Return for which shapes the graph is compiled, where a device does that; one row's decode step is the usual."""
+def compiled_shapes(spec: KVCacheSpec, vectors: int | None = None) -> Shapes:
+    """Return for which shapes the graph is compiled, where a device does that; one row's decode step is the usual.
+
+    Args:
+        spec: the KV cache.
+        vectors: size of those that a graph may take in the place of tokens.
+    """
     capacity = spec.max_cache_length
     chunk, cache = min(PREFILL_CHUNK, capacity), (spec.num_key_value_heads, capacity, spec.stored_head_dim)
     caches = [f"past_key_values.{layer}.{kind}" for layer in range(spec.num_layers) for kind in ("key", "value")]
@@ -68,6 +73,7 @@ def compiled_shapes(spec: KVCacheSpec) -> Shapes:
         "input_ids": ((1, 1), (1, 1), (MAX_COMPILED_ROWS, chunk)),
         "attention_mask": ((1, 1), (1, capacity), (MAX_COMPILED_ROWS, capacity)),
         "num_logits_to_keep": ((0,), (1,), (chunk,)),
+        **({} if vectors is None else {EMBEDDINGS: ((1, 1, vectors),) * 2 + ((MAX_COMPILED_ROWS, chunk, vectors),)}),
         **dict.fromkeys(caches, ((1, *cache), (1, *cache), (MAX_COMPILED_ROWS, *cache))),
     }
 

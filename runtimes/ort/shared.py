@@ -294,12 +294,14 @@ class SharedRunner(RowRunner):
         wanted = (self._logits,) if wanted is None else wanted
         batch, tokens = input_ids.shape
         outputs = self._outputs(batch, tokens, keep or tokens, wanted)
-        inputs = {
+        inputs: dict[str, npt.NDArray[Any]] = {
             "input_ids": np.ascontiguousarray(input_ids),
             "attention_mask": attention_mask(lengths, int(lengths.max())),
         }
         if self._counts:
             inputs["num_logits_to_keep"] = np.array(keep, np.int64)
+        if self._vectors.name is not None:  # always bound: a binding is kept, and what it was given once
+            inputs[self._vectors.name] = self._embeds(input_ids)
         binding = self._buffer.binding(session, start, stop, wanted)
         for name, array in inputs.items():  # read in place, so they must live until the run is over; here they do
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
@@ -307,6 +309,10 @@ class SharedRunner(RowRunner):
             binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
         self._run_bound(session, binding, self._run_options)
         return list(outputs.values())
+
+    def _embeds(self, input_ids: Ids) -> npt.NDArray[np.float32]:
+        found = self._vectors.of(input_ids)
+        return np.zeros((1, 1, self.model.hidden_size), np.float32) if found is None else found
 
     def _outputs(self, batch: int, tokens: int, count: int, wanted: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
         sizes = {"batch_size": batch, "sequence_length": tokens, "num_logits": count}

@@ -68,7 +68,13 @@ class OrtStaticSession:
             raise ResourceError(str(error)) from error
 
     def run(
-        self, first_row: int, input_ids: Ids, write_indices: Ids, logit_index: Ids, wanted: Sequence[str]
+        self,
+        first_row: int,
+        input_ids: Ids,
+        write_indices: Ids,
+        logit_index: Ids,
+        wanted: Sequence[str],
+        vectors: npt.NDArray[np.float32] | None = None,
     ) -> list[npt.NDArray[Any]]:
         if self._session is None:
             raise UsageError("the runner is closed; open another")
@@ -76,11 +82,15 @@ class OrtStaticSession:
         sizes = {"batch_size": batch, "sequence_length": tokens}
         # For these outputs alone: one that is bound to an array that is gone would be written there.
         binding = self._buffer.binding(self._session, first_row, first_row + batch, wanted)
-        inputs = {
+        inputs: dict[str, npt.NDArray[Any]] = {
             "input_ids": np.ascontiguousarray(input_ids),
             "write_indices": np.ascontiguousarray(write_indices),
             "logit_index": np.ascontiguousarray(logit_index[:, None]),
         }
+        for spec in self._variant.inputs:
+            if spec.role == "embeddings":
+                shape = (batch, tokens, int(spec.shape[2]))
+                inputs[spec.name] = np.zeros(shape, np.float32) if vectors is None else vectors
         outputs: dict[str, npt.NDArray[Any]] = {}
         for name in wanted:
             spec = self._variant.results[name]

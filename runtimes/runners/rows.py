@@ -37,6 +37,7 @@ from runtimes.runners.runner import (
 )
 from runtimes.runners.scores import score
 from runtimes.runners.slots import DEFAULT_SLOTS, check_exact_append, check_slot_length, check_step, piece_length
+from runtimes.runners.vectors import Vectors
 
 _NOTHING: Ids = np.zeros(0, np.int64)
 
@@ -60,6 +61,7 @@ class RowRunner(ABC):
         self.max_cache_length = variant.kv_cache.max_cache_length
         self.max_slots = max_slots
         self.exact = exact
+        self._vectors = Vectors(variant, model)
         self.exclusive = OneThread()
         self._tokens: list[Ids | None] = []  # per row; None: one that is free
         self._rows: dict[int, int] = {}  # slot -> row
@@ -90,7 +92,19 @@ class RowRunner(ABC):
     def prefill(self, sequences: Sequence[TokenIds], *, all_positions: bool = False) -> list[Logits]:
         if all_positions:
             check_positions(self.variant)
-        rows = self._checked(sequences)
+        return self._prefilled(self._checked(sequences), all_positions)
+
+    @one_thread
+    def prefill_embeds(
+        self, sequences: Sequence[npt.NDArray[np.float32]], *, all_positions: bool = False
+    ) -> list[Logits]:
+        if all_positions:
+            check_positions(self.variant)
+        self._refuse_free_slots()
+        rows = self._vectors.take(sequences, self.cache_lengths, self.max_cache_length)
+        return self._prefilled(rows, all_positions)
+
+    def _prefilled(self, rows: list[Ids], all_positions: bool) -> list[Logits]:
         tokens = [np.concatenate(pair) for pair in zip(self._held(len(rows)), rows, strict=True)]
         logits = self._extend(rows, tokens, all_positions)
         self._check_finite(logits, [len(row) for row in tokens])
@@ -141,6 +155,7 @@ class RowRunner(ABC):
     @one_thread
     def reset(self) -> None:
         self._take([])
+        self._vectors.clear()
 
     @one_thread
     def begin(self, token_ids: TokenIds) -> int:

@@ -7,6 +7,7 @@
 | decode                         | B token ids, any int                | float32 [B, vocab_size]                     |
 | decode_top                     | B token ids, any int                | int64, float32 [B, top_k]: the likeliest    |
 | decode_block                   | n token ids, any int, for one row   | float32 [n, vocab_size]                     |
+| prefill_embeds                 | B rows of vectors, float [n_b, hidden] | as prefill                               |
 | prefill_hidden                 | B rows of n_b token ids, any int    | per row, by number, float32 [n_b, hidden]   |
 | score, of a classifier         | B rows of n_b token ids, any int    | float32 [B, labels]                         |
 | truncate                       | B lengths, any int                  | nothing: row b keeps its first tokens       |
@@ -135,6 +136,27 @@ class Runner(Protocol):
 
         Raises:
             InputError: the cache has another number of rows than one; otherwise as `prefill`.
+            ContextLengthError, NumericError: as `prefill`.
+        """
+        ...
+
+    def prefill_embeds(
+        self, sequences: Sequence[npt.NDArray[np.float32]], *, all_positions: bool = False
+    ) -> list[Logits]:
+        """Append vectors in the place of tokens to every row of the cache; before and behind them tokens may stand.
+
+        In `cached_tokens` each is a negative number of its own.
+
+        Args:
+            sequences: per row float [n_row, hidden_size]; their lengths may differ.
+            all_positions: as `prefill`.
+
+        Returns:
+            As `prefill`.
+
+        Raises:
+            UsageError: the graph takes no vectors.
+            InputError: as `prefill`, or vectors of another size, or that are not finite.
             ContextLengthError, NumericError: as `prefill`.
         """
         ...

@@ -5,6 +5,7 @@
 | input_ids                       | [batch_size, sequence_length]                           | int64          |
 | write_indices                   | [batch_size]: the slot of each row's first token here   | int64          |
 | logit_index                     | [batch_size, 1]: the position here that gets logits     | int64          |
+| inputs_embeds, if exported      | [batch_size, sequence_length, hidden]: of negative ids  | float32        |
 | past_key_values.N.key, .value   | [batch_size, kv_heads, C, head_dim]                     | kv_cache.dtype |
 | -> logits                       | [batch_size, vocab_size]                                | float32        |
 | -> score, of a classifier       | [batch_size, labels]; then none of the next two         | float32        |
@@ -46,7 +47,13 @@ class StaticSession(Protocol):
         ...
 
     def run(
-        self, first_row: int, input_ids: Ids, write_indices: Ids, logit_index: Ids, wanted: Sequence[str]
+        self,
+        first_row: int,
+        input_ids: Ids,
+        write_indices: Ids,
+        logit_index: Ids,
+        wanted: Sequence[str],
+        vectors: npt.NDArray[np.float32] | None = None,
     ) -> list[npt.NDArray[Any]]:
         """Compute B rows of the cache, in place.
 
@@ -56,6 +63,7 @@ class StaticSession(Protocol):
             write_indices: int64 [B].
             logit_index: int64 [B].
             wanted: names of outputs, none of the KV cache; what is not wanted stays where it was computed.
+            vectors: float32 [B, S, hidden], in the place of negative ids; None: there are none.
 
         Returns:
             What is wanted, in that order, each an array of its own.
@@ -147,7 +155,7 @@ class StaticRunner(RowRunner):
         pieces: list[list[list[Logits]]] = [[[] for _ in wanted] for _ in rows]
         for chunk in self._chunks([len(t) - len(r) for t, r in zip(tokens, rows, strict=True)], tokens):
             index = np.clip(chunk.first + chunk.counts - 1, 0, chunk.ids.shape[1] - 1)
-            for place, states in enumerate(self._session.run(0, chunk.ids, chunk.starts, index, wanted)):
+            for place, states in enumerate(self._run(0, chunk.ids, chunk.starts, index, wanted)):
                 for b in np.flatnonzero(chunk.counts).tolist():
                     pieces[b][place].append(states[b, chunk.first[b] : chunk.first[b] + chunk.counts[b]])
         return [[np.concatenate(parts) for parts in row] for row in pieces]
@@ -163,7 +171,10 @@ class StaticRunner(RowRunner):
         self._session.copy_row(source, target, len(ids))
 
     def _step(self, ids: Ids, starts: Ids, wanted: Sequence[str]) -> list[npt.NDArray[Any]]:
-        return self._session.run(0, ids, starts, np.zeros_like(starts), wanted)
+        return self._run(0, ids, starts, np.zeros_like(starts), wanted)
+
+    def _run(self, first_row: int, ids: Ids, starts: Ids, index: Ids, wanted: Sequence[str]) -> list[npt.NDArray[Any]]:
+        return self._session.run(first_row, ids, starts, index, wanted, self._vectors.of(ids))
 
     def _undo(self, rows: Sequence[int]) -> None:
         # Slots that are not seen yet are read and weighted with 0, and 0 times NaN is NaN.
@@ -179,7 +190,7 @@ class StaticRunner(RowRunner):
                 use = counts > n if all_positions else chunk.ending
                 index = np.minimum(chunk.first + np.clip(counts - 1, 0, n), width - 1)  # (B,)
                 wanted = (self._logits,) if use.any() else ()
-                for logits in self._session.run(first_row, chunk.ids, chunk.starts, index, wanted):
+                for logits in self._run(first_row, chunk.ids, chunk.starts, index, wanted):
                     for b in np.flatnonzero(use).tolist():
                         pieces[b].append(logits[b][None])
         return [np.concatenate(row) for row in pieces]

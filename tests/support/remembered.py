@@ -82,6 +82,10 @@ class _Remembered:
         asked = (*self._question, "embeddings", list(sequences), number, pooling)
         return _ANSWERS.to(asked, lambda: self._open().embeddings(sequences, number, pooling))
 
+    def mixed(self, before: np.ndarray, vectors: np.ndarray, behind: np.ndarray) -> Any:
+        asked = (*self._question, "mixed", before, vectors, behind)
+        return _ANSWERS.to(asked, lambda: self._open().mixed(before, vectors, behind))
+
     def greedy(self, prompt: np.ndarray, new_tokens: int) -> Any:
         return _ANSWERS.to(
             (*self._question, "greedy", prompt, new_tokens), lambda: self._open().greedy(prompt, new_tokens)
@@ -120,7 +124,7 @@ def _draw_logits(
     if not _is_known({name: rounds for name, rounds in rounding.items() if rounds is not None}):
         return _REAL_DRAWS(*arguments)
     batches = [(batch.ids, batch.mask) for batch in beside.padded]
-    asked = ("draws", *arguments[:-1], batches, beside.hidden, list(beside.rows))
+    asked = ("draws", *arguments[:-1], batches, beside.hidden, list(beside.rows), len(beside.mixed))
     return _ANSWERS.to(asked, lambda: _REAL_DRAWS(*arguments))
 
 

@@ -102,3 +102,29 @@ def hidden_trt(hidden_package: Callable[[str], Path], shared: Shared) -> Callabl
         return shared.made("trt", f"hidden_{precision}", lambda out: with_trt_graph(package, out, options))
 
     return of
+
+
+@pytest.fixture(scope="session")
+def vector_package(hidden_checkpoint: Callable[[str], Path], shared: Shared) -> Callable[[str], Path]:
+    """A package whose graphs take vectors in the place of tokens. Do not change it."""
+
+    def of(name: str) -> Path:
+        def make(out: Path) -> None:
+            options = Options(inputs_embeds=True)
+            export(open_checkpoint(str(hidden_checkpoint(name))), out, variants=VARIANTS[name], options=options)
+
+        return shared.made("package", f"vectors_{name}", make)
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def vector_trt(vector_package: Callable[[str], Path], shared: Shared) -> Callable[[str], Path]:
+    """olmo2 with one graph for TensorRT, no engine. Do not change it."""
+
+    def of(precision: str) -> Path:
+        options = TrtOptions(precision, TRT_CAPACITY)  # type: ignore[arg-type]  # a name out of the catalog
+        package = vector_package("olmo2")
+        return shared.made("trt", f"vectors_{precision}", lambda out: with_trt_graph(package, out, options))
+
+    return of
