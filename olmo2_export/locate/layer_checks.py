@@ -344,11 +344,15 @@ class LayerChecks:
 
 def embedding_check(found: Sequence[Arrays], calls: Calls, exact: TorchModel, own: TorchModel) -> Checked:
     """Compare the embedding."""
-    graph, ids = _tensor(joined(found, "model.embed_tokens")), torch.from_numpy(calls.ids)
+    graph, ids = _tensor(joined(found, "model.embed_tokens")), torch.from_numpy(np.maximum(calls.ids, 0))
     rows = len(exact.weights("model.embed_tokens.weight"))
-    wanted = exact.embed(ids)
+    wanted = embedded(exact, calls)
     parity = TensorParity(
-        "model.embed_tokens", None, EMBEDDING, relative_error(graph, wanted), relative_error(own.embed(ids), wanted)
+        "model.embed_tokens",
+        None,
+        EMBEDDING,
+        relative_error(graph, wanted),
+        relative_error(embedded(own, calls), wanted),
     )
 
     def explainer() -> tuple[str, str | None]:
@@ -356,10 +360,21 @@ def embedding_check(found: Sequence[Arrays], calls: Calls, exact: TorchModel, ow
             f"it looks up the row of the token id {shift:+d}": partial(_shifted, exact, ids, shift, rows)
             for shift in (-1, 1)
         }
+        if calls.vectors is not None:
+            shifted["it takes token 0 in the place of each vector"] = lambda: exact.embed(ids)
         wrong = explain.best(graph, wanted, shifted) or next(explain.wrong_places(graph, wanted), None)
         return _finite(graph, EMBEDDING) or (EMBEDDING, wrong)
 
     return Checked(parity, explainer)
+
+
+def embedded(model: TorchModel, calls: Calls) -> Tensor:
+    """Return what the first layer reads, [1, S, hidden]: embeddings of tokens, or the vectors in their place."""
+    x = model.embed(torch.from_numpy(np.maximum(calls.ids, 0)))
+    if calls.vectors is not None:
+        given = torch.from_numpy(calls.ids < 0)
+        x[0, given] = torch.from_numpy(calls.vectors)[given].to(x.dtype)
+    return x
 
 
 def _shifted(model: TorchModel, ids: Tensor, shift: int, rows: int) -> Tensor:

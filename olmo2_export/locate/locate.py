@@ -44,6 +44,7 @@ from olmo2_export.locate.layer_checks import (
     Checked,
     LayerChecks,
     TensorParity,
+    embedded,
     embedding_check,
     head_checks,
 )
@@ -226,7 +227,7 @@ class _Locator:
         sizes: tuple[int, ...] = TOKENS if capacity >= sum(TOKENS) else (capacity - 6, 5, 1)
         if view.first_call_only:
             sizes = (FIRST_CALL,)
-        self._calls = random_calls(config, sizes, _SEED)
+        self._calls = random_calls(config, sizes, _SEED, vectors=config.inputs_embeds and not view.first_call_only)
         self._answer = "score" if config.labels else "logits"
 
     @torch.inference_mode()
@@ -235,8 +236,7 @@ class _Locator:
         view, calls = self._view, self._calls
         growth: list[TensorParity] = []
         bad: tuple[TensorParity, list[TensorParity], str] | None = None
-        ids = torch.from_numpy(calls.ids)
-        exact, own = self._exact.embed(ids), self._own.embed(ids)
+        exact, own = embedded(self._exact, calls), embedded(self._own, calls)
         rows = operations(self._config)
         segments = run_segments(
             view.model, view.variant, rows, calls, self._opener, first_call_only=view.first_call_only

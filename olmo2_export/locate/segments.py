@@ -20,6 +20,8 @@ from olmo2_export.views.openers import Arrays, Opener
 from runtimes.errors import PackageError
 from runtimes.manifest import EMBEDDINGS, Variant
 
+_VECTOR = 0.02  # the size of embeddings in trained models
+
 
 @dataclasses.dataclass(frozen=True)
 class Calls:
@@ -31,6 +33,8 @@ class Calls:
     """tokens of each call"""
     unanswered: int = 2
     """tokens behind the one whose logits are asked for, where a graph gives those of one and there are so many"""
+    vectors: np.ndarray | None = None
+    """float32 [S, hidden]: those in the place of tokens with a negative id; None: there are none"""
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """Return where each call starts and ends."""
@@ -44,8 +48,27 @@ class Calls:
         return max(size - 1 - self.unanswered, 0)
 
 
-def random_calls(config: ModelConfig, sizes: tuple[int, ...], seed: int) -> Calls:
-    """Return a sequence of random ids; to a classifier each call ends with padding, which it must pass over."""
+def random_calls(config: ModelConfig, sizes: tuple[int, ...], seed: int, *, vectors: bool) -> Calls:
+    """Return a sequence of random ids; to a classifier each call ends with padding, which it must pass over.
+
+    Args:
+        config: of the package.
+        sizes: tokens of each call.
+        seed: of the ids.
+        vectors: every third token is a vector.
+    """
+    calls = _random_tokens(config, sizes, seed)
+    if not vectors:
+        return calls
+    given = np.random.default_rng(seed).normal(0, _VECTOR, (len(calls.ids), config.hidden_size)).astype(np.float32)
+    places = np.arange(len(calls.ids)) % 3 == 1
+    if config.labels:
+        places &= calls.ids != config.pad_token_id
+    calls.ids[places] = -1
+    return dataclasses.replace(calls, vectors=given)
+
+
+def _random_tokens(config: ModelConfig, sizes: tuple[int, ...], seed: int) -> Calls:
     ids = np.random.default_rng(seed).integers(0, config.vocab_size, sum(sizes), dtype=np.int64)
     calls = Calls(ids, sizes)
     if not config.labels:
@@ -132,7 +155,8 @@ def _feeds(
     }
     vectors = next((v for v in part.graph.inputs if v.name == EMBEDDINGS), None)
     if vectors is not None and vectors.shape is not None:
-        feeds[EMBEDDINGS] = np.zeros((1, size, int(str(vectors.shape[2]))), np.float32)
+        none = np.zeros((1, size, int(str(vectors.shape[2]))), np.float32)
+        feeds[EMBEDDINGS] = none if calls.vectors is None else calls.vectors[None, start:stop]
     if first_call_only:
         return feeds
     spec = variant.kv_cache
