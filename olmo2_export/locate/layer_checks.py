@@ -361,7 +361,7 @@ def embedding_check(found: Sequence[Arrays], calls: Calls, exact: TorchModel, ow
             for shift in (-1, 1)
         }
         if calls.vectors is not None:
-            shifted["it takes token 0 in the place of each vector"] = lambda: exact.embed(ids)
+            shifted["it takes token 0 in the place of each vector"] = partial(exact.embed, ids)
         wrong = explain.best(graph, wanted, shifted) or next(explain.wrong_places(graph, wanted), None)
         return _finite(graph, EMBEDDING) or (EMBEDDING, wrong)
 

@@ -109,7 +109,7 @@ def test_tensorrt_compiles_it_with_hidden_states(hidden_checkpoint: Callable[[st
 
 
 @pytest.mark.parametrize("variant", GRAPHS)
-def test_vectors_that_are_ignored_are_red(
+def test_vectors_that_are_ignored_are_red_and_named(
     variant: str,
     hidden_checkpoint: Callable[[str], Path],
     vector_package: Callable[[str], Path],
@@ -123,11 +123,12 @@ def test_vectors_that_are_ignored_are_red(
         bad = rebuilt_trt(vector_trt("fp32"), tmp_path / "p", bug)
     checkpoint = open_checkpoint(str(hidden_checkpoint("olmo2")))
     (report,) = verify(bad, checkpoint, variants=[variant], longest=64, out=tmp_path / "parity.json")
-    assert {
-        case.mode.split(" ", 1)[-1] if "exact" in case.mode else case.mode for case in report.cases if not case.passed
-    }
-    assert all("vectors" in case.mode for case in report.cases if not case.passed)
     assert not report.verdicts[KERNEL_PARITY]
+    assert all("vectors" in case.mode for case in report.cases if not case.passed)
+    location = locate(bad, checkpoint, variant)
+    assert location.first is not None
+    assert location.first.name == "model.embed_tokens", format_location(location)
+    assert "it takes token 0 in the place of each vector" in location.explanation
 
 
 def test_a_runtime_that_knows_nothing_of_vectors_leaves_them_out(vector_package: Callable[[str], Path]) -> None:
