@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from support.checkpoints import make_checkpoint
+from support.matrix import seen
 from transformers import AutoModelForSequenceClassification
 
 from olmo2_export.architecture import SCORE, operations, quantizable
@@ -83,7 +84,11 @@ def test_the_portable_graph_pools_padded_batches_as_transformers_does(
 
 @pytest.mark.parametrize("name", ["olmo", "olmo2", "olmo3"])
 def test_every_variant_passes_its_gates(
-    name: str, classifier: Callable[[str], Path], classifier_package: Callable[[str], Path], tmp_path: Path
+    request: pytest.FixtureRequest,
+    name: str,
+    classifier: Callable[[str], Path],
+    classifier_package: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     checkpoint = open_checkpoint(str(classifier(name)))
     reports = verify(classifier_package(name), checkpoint, longest=64, out=tmp_path / "parity.json")
@@ -95,6 +100,7 @@ def test_every_variant_passes_its_gates(
         assert {f"graph, {padding}" for padding in graph} <= modes
         location = locate(classifier_package(name), checkpoint, report.variant)
         assert location.first is None, format_location(location)
+        seen(request, f"{name} score", "onnxruntime", report.variant, "verified")
 
 
 @pytest.mark.parametrize("variant", ["fp32", "q4"])
@@ -146,7 +152,11 @@ def test_the_head_stays_float(classifier_package: Callable[[str], Path]) -> None
 
 @pytest.mark.parametrize("precision", precisions())
 def test_every_graph_for_tensorrt_passes_its_gates(
-    precision: str, classifier: Callable[[str], Path], classifier_trt: Callable[[str], Path], tmp_path: Path
+    request: pytest.FixtureRequest,
+    precision: str,
+    classifier: Callable[[str], Path],
+    classifier_trt: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     checkpoint = open_checkpoint(str(classifier("olmo2")))
     name = f"trt_{precision}"
@@ -155,14 +165,18 @@ def test_every_graph_for_tensorrt_passes_its_gates(
     assert {f"score, {padding}" for padding in PADDING} <= {case.mode for case in report.cases}
     location = locate(classifier_trt(precision), checkpoint, name)
     assert location.first is None, format_location(location)
+    seen(request, "olmo2 score", "graph for TensorRT", precision, "verified")
 
 
-def test_tensorrt_compiles_it(classifier_package: Callable[[str], Path], tmp_path: Path) -> None:
+def test_tensorrt_compiles_it(
+    request: pytest.FixtureRequest, classifier_package: Callable[[str], Path], tmp_path: Path
+) -> None:
     package = Path(shutil.copytree(classifier_package("olmo2"), tmp_path / "p"))
     report = build(package, EngineOptions("bf16", compute_capabilities=["8.9"], max_cache_length=64), progress=False)
     assert report.engine.layer_counts["KV_CACHE_UPDATE"] == 2 * 3
     (variant,) = open_package(package).trt.variants.values()  # type: ignore[union-attr]  # it was built
     assert (variant.answer, variant.top_k) == ("score", 0)
+    seen(request, "olmo2 score", "TensorRT for RTX", "bf16", "compiled")
 
 
 def test_a_model_without_padding_scores_one_sequence_at_a_time(

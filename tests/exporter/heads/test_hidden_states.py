@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.bugs import hidden
 from support.bugs.edits import Bug
+from support.matrix import seen
 from support.rebuilt_packages import rebuilt, rebuilt_trt
 from transformers import AutoModel
 
@@ -72,7 +73,11 @@ def test_the_cache_goes_on_behind_them(variant: str, hidden_package: Callable[[s
 
 @pytest.mark.parametrize("name", ["olmo", "olmo2", "olmo3"])
 def test_every_variant_passes_its_gates(
-    name: str, hidden_checkpoint: Callable[[str], Path], hidden_package: Callable[[str], Path], tmp_path: Path
+    request: pytest.FixtureRequest,
+    name: str,
+    hidden_checkpoint: Callable[[str], Path],
+    hidden_package: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     checkpoint = open_checkpoint(str(hidden_checkpoint(name)))
     reports = verify(hidden_package(name), checkpoint, longest=64, out=tmp_path / "parity.json")
@@ -91,12 +96,17 @@ def test_every_variant_passes_its_gates(
         assert all(check.passed for check in checks), checks
         location = locate(hidden_package(name), checkpoint, report.variant)
         assert location.first is None, format_location(location)
+        seen(request, f"{name} hidden", "onnxruntime", report.variant, "verified")
     assert "nan" not in format_reports(reports)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_graphs_for_tensorrt_give_them(
-    precision: str, hidden_checkpoint: Callable[[str], Path], hidden_trt: Callable[[str], Path], tmp_path: Path
+    request: pytest.FixtureRequest,
+    precision: str,
+    hidden_checkpoint: Callable[[str], Path],
+    hidden_trt: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     checkpoint, name = open_checkpoint(str(hidden_checkpoint("olmo2"))), f"trt_{precision}"
     (report,) = verify(hidden_trt(precision), checkpoint, variants=[name], out=tmp_path / "parity.json")
@@ -105,6 +115,7 @@ def test_graphs_for_tensorrt_give_them(
     assert "hidden state 3, in pieces" in {case.mode for case in report.cases}
     location = locate(hidden_trt(precision), checkpoint, name)
     assert location.first is None, format_location(location)
+    seen(request, "olmo2 hidden", "graph for TensorRT", precision, "verified")
 
 
 NAMED: list[tuple[Bug, str, str]] = [

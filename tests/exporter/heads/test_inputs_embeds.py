@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from support.bugs import vectors
+from support.matrix import seen
 from support.rebuilt_packages import rebuilt, rebuilt_trt
 from transformers import AutoModelForCausalLM
 
@@ -72,7 +73,11 @@ def test_tokens_vectors_and_tokens_give_what_transformers_does(
 
 @pytest.mark.parametrize("name", ["olmo", "olmo2", "olmo3"])
 def test_every_variant_passes_its_gates(
-    name: str, hidden_checkpoint: Callable[[str], Path], vector_package: Callable[[str], Path], tmp_path: Path
+    request: pytest.FixtureRequest,
+    name: str,
+    hidden_checkpoint: Callable[[str], Path],
+    vector_package: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     checkpoint = open_checkpoint(str(hidden_checkpoint(name)))
     for report in verify(vector_package(name), checkpoint, longest=64, out=tmp_path / "parity.json"):
@@ -80,11 +85,16 @@ def test_every_variant_passes_its_gates(
         assert {"vectors", "vectors among tokens"} <= {case.mode for case in report.cases}
         location = locate(vector_package(name), checkpoint, report.variant)
         assert location.first is None, format_location(location)
+        seen(request, f"{name} vectors", "onnxruntime", report.variant, "verified")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int4"])
 def test_graphs_for_tensorrt_take_them(
-    precision: str, hidden_checkpoint: Callable[[str], Path], vector_trt: Callable[[str], Path], tmp_path: Path
+    request: pytest.FixtureRequest,
+    precision: str,
+    hidden_checkpoint: Callable[[str], Path],
+    vector_trt: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     checkpoint, name = open_checkpoint(str(hidden_checkpoint("olmo2"))), f"trt_{precision}"
     (report,) = verify(vector_trt(precision), checkpoint, variants=[name], out=tmp_path / "parity.json")
@@ -92,9 +102,12 @@ def test_graphs_for_tensorrt_take_them(
     assert {"vectors", "vectors among tokens"} <= {case.mode for case in report.cases}
     location = locate(vector_trt(precision), checkpoint, name)
     assert location.first is None, format_location(location)
+    seen(request, "olmo2 vectors", "graph for TensorRT", precision, "verified")
 
 
-def test_tensorrt_compiles_it_with_hidden_states(hidden_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_tensorrt_compiles_it_with_hidden_states(
+    request: pytest.FixtureRequest, hidden_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
     package = tmp_path / "p"
     export(
         open_checkpoint(str(hidden_checkpoint("olmo2"))),
@@ -106,6 +119,8 @@ def test_tensorrt_compiles_it_with_hidden_states(hidden_checkpoint: Callable[[st
     (variant,) = open_package(package).trt.variants.values()  # type: ignore[union-attr]  # it was built
     assert list(variant.hidden_states) == [1, 3]
     assert variant.name_of("embeddings") == "inputs_embeds"
+    for what in ("hidden", "vectors"):
+        seen(request, f"olmo2 {what}", "TensorRT for RTX", "bf16", "compiled")
 
 
 @pytest.mark.parametrize("variant", GRAPHS)
