@@ -21,6 +21,8 @@ OLMo 2 and 3:
 | model.norm                              | rms_norm  | mlp_residual of the last layer                           |
 | lm_head                                 | linear    | model.norm                                               |
 
+A classifier has `score` in the place of lm_head, a linear too, [labels, hidden]; it reads one token of a row.
+
 OLMo 1, where it differs:
 
 | operation                               | kind       | reads                                                   |
@@ -43,13 +45,13 @@ a test compares the two.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from olmo2_export.config import ModelConfig
 
 Kind = Literal["gather", "linear", "rms_norm", "layer_norm", "clip", "rotary", "attention", "add", "silu", "multiply"]
-EMBED, FINAL_NORM, LOGITS = "model.embed_tokens", "model.norm", "lm_head"
+EMBED, FINAL_NORM, LOGITS, SCORE = "model.embed_tokens", "model.norm", "lm_head", "score"
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ class Operation:
     """of an attention: the tokens that each sees, itself among them; None: all up to itself"""
     limit: float | None = None
     """of a clip: the largest magnitude"""
+    times: int = 1
+    """in a graph: the last norm is applied to all tokens, too, where their last hidden states are given"""
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,22 @@ def operations(config: ModelConfig) -> tuple[Operation, ...]:
     for layer in range(config.num_hidden_layers):
         rows += layer_operations(config, layer, rows[-1].name)
     last = _norm(config, FINAL_NORM, rows[-1].name, config.hidden_size, None)
-    return (*rows, last, Operation(LOGITS, "linear", (FINAL_NORM,), None, f"{LOGITS}.weight", table))
+    last = replace(last, times=1 + (config.num_hidden_layers in config.hidden_states))
+    name, rows_of_head = head(config)
+    shape = (rows_of_head, config.hidden_size)
+    return (*rows, last, Operation(name, "linear", (FINAL_NORM,), None, f"{name}.weight", shape))
+
+
+def hidden_state_name(config: ModelConfig, number: int) -> str:
+    """Return the value that a hidden state is: of the embedding, of a layer counted from 1, or of the last norm."""
+    if number == config.num_hidden_layers:
+        return FINAL_NORM
+    return f"model.layers.{number - 1}.mlp_residual" if number else EMBED
+
+
+def head(config: ModelConfig) -> tuple[str, int]:
+    """Return the name of the last linear, and how many numbers it gives for a token."""
+    return (SCORE, len(config.labels)) if config.labels else (LOGITS, config.vocab_size)
 
 
 def layer_operations(config: ModelConfig, layer: int, x: str) -> tuple[Operation, ...]:
@@ -213,8 +232,13 @@ def within_layer(row: Operation) -> str:
 
 
 def after_layers(rows: Iterable[Operation]) -> tuple[Operation, ...]:
-    """Return what is done with the output of the last layer: the last norm, and lm_head."""
+    """Return what is done with the output of the last layer: the last norm, and lm_head or score."""
     return tuple(row for row in rows if row.layer is None and row.kind != "gather")
+
+
+def quantizable(rows: Iterable[Operation]) -> tuple[Operation, ...]:
+    """Return what may be stored in few bits: embedding, linears and lm_head; score has too few weights to gain."""
+    return tuple(row for row in rows if row.kind in ("gather", "linear") and row.name != SCORE)
 
 
 def of_layer(rows: Iterable[Operation], layer: int) -> tuple[Operation, ...]:
@@ -223,8 +247,8 @@ def of_layer(rows: Iterable[Operation], layer: int) -> tuple[Operation, ...]:
 
 
 def count(rows: Iterable[Operation], *kinds: Kind) -> int:
-    """Return how many rows are of these kinds."""
-    return sum(row.kind in kinds for row in rows)
+    """Return how often operations of these kinds are in a graph."""
+    return sum(row.times for row in rows if row.kind in kinds)
 
 
 def norm_counts(rows: Sequence[Operation]) -> dict[str, int]:

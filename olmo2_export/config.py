@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from olmo2_export.fields import Fields, short
 from olmo2_export.rope import FULL, SLIDING, LayerType, Rope, read_ropes
-from runtimes.errors import ConfigError, broken_link
-from runtimes.manifest import ModelSpec
+from runtimes.errors import ConfigError, UsageError, broken_link
+from runtimes.manifest import ModelSpec, Task
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,9 @@ _MAX_CONTEXT = 1 << 22
 _DEFAULT_CONTEXT = 2048
 _DEFAULT_WINDOW = 4096
 _DEFAULT_EPS = 1e-5
+_MAX_LABELS = 1 << 16
+_DEFAULT_LABELS = 2
+_DEFAULT_PAD = 1  # where config.json has no pad_token_id; null is none
 _FULL_EVERY = 4  # layers of Olmo 3, where it does not say which
 
 LFS_POINTER = "version https://git-lfs"
@@ -42,11 +45,13 @@ TOKEN_ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 ModelType = Literal["olmo", "olmo2", "olmo3"]
 TITLES: dict[ModelType, str] = {"olmo": "OLMo 1", "olmo2": "OLMo 2", "olmo3": "Olmo 3"}
+_CLASSIFIER = "ForSequenceClassification"
+"""the end of the name, in `architectures`, of a model with a score head and no lm_head"""
 
 # Fields that do not change the logits.
 _NEUTRAL = frozenset(
     "_attn_implementation_autoset _name_or_path architectures attention_dropout bos_token_id chunk_size_feed_forward "
-    "dtype eos_token_id id2label initializer_range is_decoder label2id layer_norm_eps output_attentions "
+    "dtype eos_token_id id2label initializer_range is_decoder label2id layer_norm_eps num_labels output_attentions "
     "output_hidden_states pad_token_id problem_type return_dict torch_dtype transformers.js_config "
     "transformers_version use_cache use_sliding_window".split()
 )
@@ -125,6 +130,14 @@ class ModelConfig:
     """q, k, v and o projections have a bias"""
     tie_word_embeddings: bool
     """lm_head shares the embedding's weight"""
+    labels: tuple[str, ...] = ()
+    """of a classifier: what each of its scores is of; (): a language model"""
+    pad_token_id: int | None = None
+    """of a classifier: the last token that is none of these is scored; None: the last token, of one row a batch"""
+    hidden_states: tuple[int, ...] = ()
+    """not of config.json but of a package: those that its graphs give beside their answer; see `giving`"""
+    inputs_embeds: bool = False
+    """likewise: its graphs take vectors in the place of tokens"""
 
     @classmethod
     def from_json(cls, path: Path) -> ModelConfig:
@@ -178,6 +191,7 @@ class ModelConfig:
                 fields.said.append(
                     f"{name} {short(raw[name])}: the vocabulary has {vocab_size}, {beyond[0]} is never sampled"
                 )
+        labels, pad = _classifier(fields)
         config = cls(
             model_type=model_type,
             vocab_size=vocab_size,
@@ -195,7 +209,9 @@ class ModelConfig:
             full_rope=ropes.full,
             sliding_rope=ropes.sliding,
             attention_bias=fields.boolean("attention_bias"),
-            tie_word_embeddings=fields.boolean("tie_word_embeddings"),
+            tie_word_embeddings=fields.boolean("tie_word_embeddings") and not labels,
+            labels=labels,
+            pad_token_id=pad,
         )
         if fields.problems:
             raise ConfigError(f"{where}: cannot express {'; '.join(fields.problems)}")
@@ -205,6 +221,29 @@ class ModelConfig:
         for line in fields.said:
             _warn_once(f"{where}: {line}")
         return config
+
+    def giving(self, hidden_states: Sequence[int], *, inputs_embeds: bool = False) -> ModelConfig:
+        """Return the config of graphs that give hidden states, or take vectors.
+
+        Args:
+            hidden_states: numbered as transformers does: 0 is the embedding, N what layer N gives, counted from 1, and
+                the last what the last norm gives; -1 is the last.
+            inputs_embeds: they take vectors in the place of tokens.
+
+        Raises:
+            UsageError: the model has no such one.
+        """
+        last = self.num_hidden_layers
+        if wrong := [n for n in hidden_states if not -last - 1 <= n <= last]:
+            raise UsageError(f"hidden state {wrong[0]}: the model has 0 to {last}, or last")
+        return replace(
+            self, hidden_states=tuple(sorted({n % (last + 1) for n in hidden_states})), inputs_embeds=inputs_embeds
+        )
+
+    @property
+    def task(self) -> Task:
+        """What the model is for."""
+        return "sequence-classification" if self.labels else "language-model"
 
     @property
     def norms_first(self) -> bool:
@@ -243,7 +282,22 @@ class ModelConfig:
             num_key_value_heads=self.num_key_value_heads,
             head_dim=self.head_dim,
             max_position_embeddings=self.max_position_embeddings,
+            task=self.task,
+            labels=self.labels,
+            pad_token_id=self.pad_token_id,
+            hidden_states=self.hidden_states,
+            inputs_embeds=self.inputs_embeds,
         )
+
+
+def config_of(folder: Path, model: ModelSpec) -> ModelConfig:
+    """Return the config of a checkpoint, or of a package's copy of it, with what the package's graphs give beside.
+
+    Raises:
+        ConfigError: as `ModelConfig.from_json`.
+    """
+    config = ModelConfig.from_json(folder / "config.json")
+    return replace(config, hidden_states=model.hidden_states, inputs_embeds=model.inputs_embeds)
 
 
 def refuse_other_forms(raw: Mapping[str, Any], where: str) -> None:
@@ -266,6 +320,25 @@ def is_olmo_core(raw: Mapping[str, Any]) -> bool:
     if "model_type" in raw:
         return False
     return isinstance(raw.get("model"), Mapping) or any(name in str(raw)[:4000] for name in ("OlmoCore", "olmo_core"))
+
+
+def _classifier(fields: Fields) -> tuple[tuple[str, ...], int | None]:
+    """Return the labels of a classifier and the id of padding, as transformers reads them; (), None: it is none."""
+    if not is_classifier(fields.raw):
+        return (), None
+    count, names = fields.raw.get("num_labels"), fields.raw.get("id2label")
+    named = isinstance(names, Mapping) and sorted(map(str, names)) == sorted(map(str, range(len(names))))
+    fields.require(names is None or (named and len(names) > 0), f"id2label {short(names)} (a name for 0, 1, ...)")
+    size = len(names) if isinstance(names, Mapping) and names else _DEFAULT_LABELS
+    size = fields.integer("num_labels", 1, _MAX_LABELS, default=size)
+    if isinstance(names, Mapping) and named and len(names) == size:
+        by_number = {str(number): str(name) for number, name in names.items()}
+        labels = tuple(by_number[str(number)] for number in range(size))
+    else:  # transformers takes num_labels
+        if count is not None and names is not None:
+            fields.said.append(f"num_labels {short(count)}, but id2label names {short(len(names))}; they are numbered")
+        labels = tuple(f"LABEL_{number}" for number in range(size))
+    return labels, padding_id(fields.raw)
 
 
 def _attention_types(
@@ -296,6 +369,18 @@ def _attention_types(
     fields.require(not missing, f"sliding_window {window} (layers of {SLIDING} need a number of tokens)")
     size = fields.integer("sliding_window", 1, _MAX_CONTEXT, default=_DEFAULT_WINDOW)
     return tuple(types), size if size < context else None
+
+
+def is_classifier(raw: Mapping[str, Any]) -> bool:
+    """Tell a config.json of a model with a score head."""
+    architectures = raw.get("architectures")
+    return isinstance(architectures, list) and any(str(name).endswith(_CLASSIFIER) for name in architectures)
+
+
+def padding_id(raw: Mapping[str, Any]) -> int | None:
+    """Return pad_token_id as transformers reads it, which a classifier goes by; None: there is no padding."""
+    pad = raw.get("pad_token_id", _DEFAULT_PAD)
+    return pad if type(pad) is int else None
 
 
 def token_ids(raw: Mapping[str, Any], name: str) -> list[int]:

@@ -6,18 +6,20 @@ import argparse
 import io
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TypedDict
 
-from runtimes import Backend, Device, open_package, open_runner
+from runtimes import Backend, Device, Package, Slots, UsageError, open_package, open_runner
 from runtimes.command import Parser, run_command
+from runtimes.documents import in_groups, read_documents, written
 from runtimes.generation.generate import Generation, encode_prompt, generate
+from runtimes.runners.embeddings import POOLINGS, embed
 from runtimes.speculate.drafters import Drafter, DraftModel, PromptLookup
 from runtimes.targets import describe_backends, describe_devices
 from runtimes.text.logit_rules import Penalties
-from runtimes.text.plain_text import plain_lines, plain_text
+from runtimes.text.plain_text import plain_lines, plain_text, read_text
 from runtimes.text.sampling import Sampler
 from runtimes.text.tokenizer import Tokenizer
 
@@ -123,7 +125,41 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     verb.add_argument("--skip-hash-check", action="store_true", help="trust the files; check only their sizes")
     verb.add_argument("--stats", action="store_true", help="end with a line of tokens and times on stderr")
     verb.add_argument("--debug", action="store_true", help="show where an error came from")
+    verb.set_defaults(run=_generate)
+    for name, (words, function) in _OF_DOCUMENTS.items():
+        of_documents = verbs.add_parser(name, help=words, description=f"{words}.", allow_abbrev=False)
+        _declare_documents(of_documents, function)
+        if function is _embed:
+            _declare_pooling(of_documents)
     return parser.parse_args(argv)
+
+
+def _declare_documents(verb: argparse.ArgumentParser, function: Callable[[argparse.Namespace], None]) -> None:
+    """Declare the arguments of a verb that reads texts and writes JSON."""
+    verb.add_argument("package", metavar="PACKAGE", help="the package folder")
+    verb.add_argument("input", nargs="?", default="-", metavar="FILE", help="UTF-8, a text a line (default: -, stdin)")
+    verb.add_argument(
+        "--jsonl",
+        action="store_true",
+        help='each line is JSON: "a text", {"text": ...} or {"token_ids": [...]}; other fields are written again '
+        "(default: where FILE ends in .jsonl)",
+    )
+    verb.add_argument("--special-tokens", action="store_true", help="names of special tokens are these tokens")
+    verb.add_argument("--variant", metavar="V", help="which variant of the package (default: as generate)")
+    verb.add_argument("--backend", default="ort", metavar="B", help=f"{describe_backends()} (default: ort)")
+    verb.add_argument("--device", metavar="D", help=f"where onnxruntime runs: {describe_devices()} (default: cpu)")
+    verb.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one per physical core)")
+    verb.add_argument("--skip-hash-check", action="store_true", help="trust the files; check only their sizes")
+    verb.add_argument("--debug", action="store_true", help="show where an error came from")
+    verb.set_defaults(run=function)
+
+
+def _declare_pooling(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--pooling", choices=POOLINGS, default="mean", help="of a text's tokens (default: mean)")
+    verb.add_argument(
+        "--hidden-state", type=int, metavar="N", help="out of those that the package gives (default: its last)"
+    )
+    verb.add_argument("--normalize", action="store_true", help="divide each vector by its length")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -135,10 +171,85 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         Olmo2ExportError: whatever is wrong.
     """
+    args.run(args)
+
+
+def _score(args: argparse.Namespace) -> None:
+    def score(runner: Slots, sequences: list[Sequence[int]]) -> list[dict[str, object]]:
+        labels = runner.model.labels
+        return [{"scores": dict(zip(labels, row, strict=True))} for row in runner.score(sequences).tolist()]
+
+    _each_document(args, score, lambda package: _check_classifier(package, args.package))
+
+
+def _check_classifier(package: Package, name: str) -> None:
+    if package.model.task != "sequence-classification":
+        raise UsageError(f"{name}: a language model, which gives no scores; use olmo2-run generate, or a classifier")
+
+
+def _each_document(
+    args: argparse.Namespace,
+    answer: Callable[[Slots, list[Sequence[int]]], list[dict[str, object]]],
+    check: Callable[[Package], None],
+) -> None:
+    """Read texts, and write a line of JSON for each with what `answer` finds of some of them."""
+    package = open_package(args.package)
+    check(package)
+    check_hashes = not args.skip_hash_check
+    tokenizer = Tokenizer.from_package(package, check_hashes=check_hashes)
+    text = plain_text(sys.stdin.buffer.read(), "stdin") if args.input == "-" else _read_file(Path(args.input))
+    with open_runner(
+        package,
+        variant=args.variant,
+        backend=args.backend,
+        device=args.device,
+        check_hashes=check_hashes,
+        threads=args.threads,
+    ) as runner:
+        documents = read_documents(
+            text,
+            tokenizer,
+            jsonl=args.jsonl or args.input.endswith(".jsonl"),
+            longest=runner.max_cache_length,
+            parse_special=args.special_tokens,
+        )
+        alone = runner.model.task == "sequence-classification" and runner.model.pad_token_id is None
+        for group in in_groups(documents, 1 if alone else runner.max_slots):
+            found = answer(runner, [document.token_ids for document in group])
+            for document, fields in zip(group, found, strict=True):
+                _write(written(document, **fields))
+
+
+def _embed(args: argparse.Namespace) -> None:
+    def vectors(runner: Slots, sequences: list[Sequence[int]]) -> list[dict[str, object]]:
+        found = embed(runner, sequences, pooling=args.pooling, hidden_state=args.hidden_state, normalize=args.normalize)
+        return [{"embedding": [float(str(x)) for x in row]} for row in found]  # the shortest that is the same float32
+
+    _each_document(args, vectors, lambda package: _check_gives_hidden(package, args.package))
+
+
+def _check_gives_hidden(package: Package, name: str) -> None:
+    if not package.model.hidden_states:
+        raise UsageError(f"{name}: its graphs give no hidden states; export it with --hidden-states last")
+
+
+_OF_DOCUMENTS: dict[str, tuple[str, Callable[[argparse.Namespace], None]]] = {
+    "score": ("score texts with a classifier or reward model: a line of JSON for each", _score),
+    "embed": ("embed texts, a vector for each: a line of JSON", _embed),
+}
+"""verbs that read texts and write JSON"""
+
+
+def _read_file(path: Path) -> str:
+    return plain_lines("".join(read_text(path)))
+
+
+def _generate(args: argparse.Namespace) -> None:
     sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed, args.min_p)
     penalties = Penalties(args.repetition_penalty, args.presence_penalty, args.frequency_penalty)
     check_hashes = not args.skip_hash_check
     package = open_package(args.package)
+    package.check_logits("generate")
     tokenizer = Tokenizer.from_package(package, check_hashes=check_hashes)
     prompt = _read_stdin() if args.prompt == "-" else plain_lines(args.prompt.removesuffix("\r"))  # $(cat) ate the LF
     prompt_ids = encode_prompt(tokenizer, prompt, parse_special=args.special_tokens)

@@ -23,6 +23,10 @@ from runtimes.sealed import FileEntry, read_sealed
 MANIFEST_NAME = "manifest.json"
 TRT_FOLDER = "trt"
 PARITY_NAME = "parity.json"
+EMBEDDINGS = "inputs_embeds"
+"""the name of the input of that role"""
+HIDDEN_STATES = "hidden_states"
+"""the name of an output of that role begins so, and ends in its number"""
 
 Dtype: TypeAlias = Literal["float32", "float16", "bfloat16", "int64", "int8", "uint8"]
 """numpy's name, or `bfloat16`"""
@@ -49,10 +53,12 @@ CacheForm: TypeAlias = Literal["concat", "shared", "static"]
 
 SourceKind: TypeAlias = Literal["hub", "folder", "demo"]
 TokensFrom: TypeAlias = Literal["text", "random ids"]
+Task: TypeAlias = Literal["language-model", "sequence-classification"]
 EngineFlag: TypeAlias = Literal["portable", "refit", "weight_streaming"]
 
 Role: TypeAlias = Literal[
     "token_ids",
+    "embeddings",
     "attention_mask",
     "position_ids",
     "write_indices",
@@ -67,14 +73,18 @@ Role: TypeAlias = Literal[
     "present",
 ]
 """what an input or output is for; runners go by it and not by the name.
+`embeddings`: a vector for each new token, which takes the place of its embedding where its id is negative.
 `logit_index`: which new token of a row gets logits; `logit_count`: how many of the last ones do.
 `candidate_ids` and `candidate_logits`: the likeliest next tokens, picked by the graph.
+`hidden_state`: vectors of the new tokens; the output hidden_states.N has those of number N, see `ModelSpec`.
+`score`: what a classifier says of each row, read from one of the tokens of the call; such a graph has no logits.
 `past` and `present`: the KV cache before and after; they go together by name, past_key_values.N.key and
 present.N.key."""
 
 _T = TypeVar("_T")
 _ROLES: dict[str, Role] = {
     "input_ids": "token_ids",
+    EMBEDDINGS: "embeddings",
     "attention_mask": "attention_mask",
     "position_ids": "position_ids",
     "write_indices": "write_indices",
@@ -83,6 +93,7 @@ _ROLES: dict[str, Role] = {
     "logits": "logits",
     "top_ids": "candidate_ids",
     "top_logits": "candidate_logits",
+    "score": "score",
 }
 
 
@@ -216,6 +227,11 @@ class Variant:
         return (self.graph, *self.data, *prefill)
 
     @property
+    def answer(self) -> Role:
+        """The role of what the model says: `logits`, or of a classifier `score`."""
+        return "score" if any(spec.role == "score" for spec in self.outputs) else "logits"
+
+    @property
     def top_k(self) -> int:
         """Candidates per row that the graph itself picks (outputs `top_ids` and `top_logits`); 0: it does not."""
         found = next((spec for spec in self.outputs if spec.role == "candidate_ids"), None)
@@ -230,6 +246,12 @@ class Variant:
     def results(self) -> dict[str, TensorSpec]:
         """What a step computes: the outputs, by name, without the KV cache."""
         return {spec.name: spec for spec in self.outputs if spec.role != "present"}
+
+    @property
+    def hidden_states(self) -> dict[int, str]:
+        """The hidden states that the graph gives: number -> name of the output."""
+        names = [spec.name for spec in self.outputs if spec.role == "hidden_state"]
+        return {int(name.rpartition(".")[2]): name for name in names}
 
     def name_of(self, role: Role) -> str:
         """Return the name of the one input or output that has a role.
@@ -259,6 +281,17 @@ class ModelSpec:
     head_dim: int
     max_position_embeddings: int
     """tokens: the context limit"""
+    task: Task = "language-model"
+    """sequence-classification: a classifier or reward model, which gives scores and no logits"""
+    labels: tuple[str, ...] = ()
+    """of a classifier: what each of its scores is of"""
+    pad_token_id: int | None = None
+    """of a classifier: the last token that is none of these is scored; None: the last token"""
+    hidden_states: tuple[int, ...] = ()
+    """those that the graphs give, too, as `hidden_states.N`: 0 the embedding, N what layer N gives, counted from 1,
+    num_hidden_layers what the last norm gives"""
+    inputs_embeds: bool = False
+    """the graphs take vectors in the place of tokens, as `inputs_embeds`"""
 
 
 @dataclass(frozen=True)
@@ -348,6 +381,8 @@ def role_of(name: str) -> Role | None:
     """Return the role that a name has in our graphs; None: it says nothing. So manifests without roles are read."""
     if name.startswith("past_key_values."):
         return "past"
+    if name.startswith(f"{HIDDEN_STATES}."):
+        return "hidden_state"
     return "present" if name.startswith("present.") else _ROLES.get(name)
 
 

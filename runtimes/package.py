@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
 
-from runtimes.errors import VariantNotFoundError
+from runtimes.errors import UsageError, VariantNotFoundError
 from runtimes.manifest import (
     Manifest,
     ModelSpec,
@@ -88,6 +88,21 @@ class Package:
         if name in built:
             return built[name]
         raise VariantNotFoundError(f"{self.folder}: no variant {name!r}; it has {', '.join([*own, *built]) or 'none'}")
+
+    def check_logits(self, what: str) -> None:
+        """Refuse a classifier where logits are needed.
+
+        Args:
+            what: needs them.
+
+        Raises:
+            UsageError: it is one.
+        """
+        if self.model.task == "sequence-classification":
+            raise UsageError(
+                f"{self.folder}: a classifier, which gives scores and no logits; {what} needs a language model, and "
+                "olmo2-run score scores texts"
+            )
 
     def files_of(self, variant: Variant) -> Mapping[str, FileEntry]:
         """Return the table that vouches for a variant's files: path in the package -> what it must be."""

@@ -76,6 +76,7 @@ def write_out(out: Path | None, document: dict[str, Any]) -> None:
 
 def _fitting(package: Package, new_tokens: int) -> list[int]:
     """Return the usual context lengths that the model's context leaves room for; half of it, if none is."""
+    package.check_logits("bench")
     room = package.model.max_position_embeddings - new_tokens
     return [length for length in CONTEXTS if length <= room] or [max(1, room // 2)]
 

@@ -128,6 +128,7 @@ def compare(
     """
     setting.check()
     opened = open_package(package)
+    opened.check_logits("bench")
     folder, model = opened.folder, opened.model
     target = setting.target
     if target.on_gpu and not target.needs_engine:

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from olmo2_export.architecture import Operation, count, norms, operations
 from olmo2_export.atomic import locked, replace_folder
-from olmo2_export.config import ModelConfig
+from olmo2_export.config import config_of
 from olmo2_export.engine.compiler import CompileRequest, CompileResult
 from olmo2_export.engine.options import EngineOptions, gpu_at_hand, resolve_options
 from olmo2_export.engine.plan import count_kernels
@@ -116,7 +116,7 @@ def build(package: Path, options: EngineOptions, *, progress: bool = True) -> Bu
                 "prefill": _profile(variant, resolved.max_batch_size, resolved.prefill_chunk),
             },
             compute_capabilities=resolved.compute_capabilities,
-            layer_counts=expected_layers(operations(ModelConfig.from_json(package / "config.json"))),
+            layer_counts=expected_layers(operations(config_of(package, manifest.model))),
             flags=resolved.flags,
             timing_cache=str(options.timing_cache.resolve()) if options.timing_cache else None,
         )

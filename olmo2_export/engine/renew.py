@@ -103,6 +103,6 @@ def why_another(package: Path, options: EngineOptions, model: ModelSpec) -> str 
         for part in _OF_THE_ENGINE
         if getattr(engine, part) != getattr(wanted, part)
     ]
-    if engines.variants[engine.variant].top_k != options.top_k:
+    if not model.labels and engines.variants[engine.variant].top_k != options.top_k:
         different.append(f"top_k {engines.variants[engine.variant].top_k} (wanted: {options.top_k})")
     return f"the engine of {package} has {', '.join(different)}" if different else None

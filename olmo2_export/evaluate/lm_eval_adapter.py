@@ -94,6 +94,7 @@ class PackageLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
             where = None  # lm-eval's command line asks for cuda where nobody does
             logging.getLogger(__name__).warning("device %s: this onnxruntime has no CUDA; running on the CPU", device)
         opened = open_package(expanded(str(package)))
+        opened.check_logits("lm-eval")
         self._tokenizer = Tokenizer.from_package(opened)
         self._runner: Runner = open_runner(
             opened, variant=variant, backend=backend, device=cast("Device | None", where), threads=threads

@@ -21,6 +21,7 @@ from olmo2_export.truth.torch_layers import open_layers
 from olmo2_export.views import runners
 from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes import Backend, Device, open_runner
+from runtimes.errors import ConfigError
 from runtimes.manifest import ModelSpec, Variant
 from runtimes.package import AnyPackage, open_package
 from runtimes.runners.runner import Logits
@@ -153,6 +154,7 @@ def open_package_model(
         Olmo2ExportError: as `open_runner`.
     """
     opened = open_package(package)
+    opened.check_logits("evaluate")
     model, entry = opened.model, opened.variant(variant) if variant is not None else None
     if entry is not None and not find_target(backend, device).on_gpu and _rounded_here(entry):
         with open_measured(opened, entry.name) as measured:
@@ -192,6 +194,8 @@ def open_torch_model(checkpoint: Checkpoint, *, low_memory: bool = False) -> Ite
         ConfigError, CheckpointError: it cannot be loaded.
     """
     config = ModelConfig.from_json(checkpoint.folder / "config.json")
+    if config.labels:
+        raise ConfigError(f"{checkpoint.folder}: a classifier, which gives scores and no logits; evaluate needs logits")
     if low_memory:
         yield LayeredTorchModel(checkpoint, config)
         return

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from olmo2_export.architecture import Operation, operations
+from olmo2_export.architecture import Operation, hidden_state_name, operations
 from olmo2_export.config import ModelConfig
 from olmo2_export.fp16.values import SCORES, Float32Islands, Walk, Weights, to_float16, walk_all
 from olmo2_export.measure.parity import GATES, compare
@@ -109,14 +109,44 @@ def simulate(
     ]
 
 
-def simulated_logits(
-    checkpoint: WeightSource, config: ModelConfig, sequences: Sequence[np.ndarray], wide: Float32Islands
-) -> list[np.ndarray]:
-    """Return PyTorch's logits of a float16 graph with islands, per sequence float32 [S, V]."""
-    observer = _Simulation(config, wide, round_scores=False)
+class _Recording(_Simulation):
+    """Keeps some values as their readers get them."""
+
+    def __init__(self, config: ModelConfig, wide: Float32Islands, names: Sequence[str]) -> None:
+        super().__init__(config, wide, round_scores=False)
+        self.kept: dict[str, list[np.ndarray]] = {name: [] for name in names}
+
+    def value(self, name: str, x: Tensor, _first_channel: int = 0, /) -> Tensor:
+        rounded = super().value(name, x, _first_channel)
+        if name in self.kept:
+            self.kept[name].append(rounded[0].numpy())
+        return rounded
+
+
+def simulated_answers(
+    checkpoint: WeightSource,
+    config: ModelConfig,
+    sequences: Sequence[np.ndarray],
+    wide: Float32Islands,
+    hidden_states: Sequence[int] = (),
+) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+    """Run the model of a float16 graph with islands.
+
+    Args:
+        checkpoint: the weights.
+        config: their shape.
+        sequences: int64 [S] each.
+        wide: the islands.
+        hidden_states: numbers of those that are wanted; see `ModelConfig.giving`.
+
+    Returns:
+        Per sequence its logits, float32 [S, V]; per number and sequence hidden states, float32 [S, hidden].
+    """
+    names = [hidden_state_name(config, number) for number in hidden_states]
+    observer = _Recording(config, wide, names)
     longest = max(map(len, sequences))
     found = list(walk_all(checkpoint, config, [Walk(observer, sequences, longest)], "float16 with islands"))
-    return [logits for _, _, logits in found if logits is not None]
+    return [logits for _, _, logits in found if logits is not None], [observer.kept[name] for name in names]
 
 
 def _judged(first: str | None, reference: Sequence[np.ndarray], tested: Sequence[np.ndarray]) -> Simulated:

@@ -25,7 +25,7 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.model.rotary import model_tables
 from olmo2_export.quantize.walk import Arithmetic, WalkedLayer, embed, visible, walked_layers
 from olmo2_export.weights.source import WeightSource
-from olmo2_export.weights.stored_names import EMBEDDING, HEAD, stored_weight
+from olmo2_export.weights.stored_names import EMBEDDING, head_weight, stored_weight
 
 SCORES = ".scores"
 PARAMETERS = (".weight", ".bias")
@@ -147,13 +147,14 @@ def _seen(see: Observer, row: Operation, inputs: Sequence[Tensor], weights: Weig
 
 
 class _Head:
-    """The last norm and lm_head, a part of the vocabulary at a time."""
+    """The last norm and lm_head, a part of the vocabulary at a time; or the last norm and score."""
 
     def __init__(self, checkpoint: WeightSource, config: ModelConfig) -> None:
         *self._norms, self._linear = after_layers(operations(config))
         self._weights = Weights({name: checkpoint.tensor(name).float() for name in tensor_shapes(self._norms)})
         self._arithmetic = Arithmetic(config, model_tables(config))
-        self._stored = stored_weight(checkpoint, config, HEAD)
+        self._name = head_weight(config)
+        self._stored = stored_weight(checkpoint, config, self._name)
 
     @cached_property
     def _parts(self) -> list[tuple[int, Tensor]]:
@@ -166,7 +167,7 @@ class _Head:
         normed = x[:, -rows:] if rows else x
         kept: list[Tensor] = []
         for start, part in self._parts:
-            head = see.weight(self._linear, HEAD, Weights({HEAD: part.float()}))
+            head = see.weight(self._linear, self._name, Weights({self._name: part.float()}))
             logits = see.value(self._linear.name, F.linear(normed, head), start)
             if rows:
                 kept.append(logits[0])
@@ -224,7 +225,7 @@ class _Embedding:
 def largest_weights(checkpoint: WeightSource, config: ModelConfig) -> dict[str, float]:
     """Return max |w| of the embedding and of the head; a walk sees those of the layers."""
     found: dict[str, float] = {}
-    for name in (EMBEDDING, HEAD):
+    for name in (EMBEDDING, head_weight(config)):
         weight = stored_weight(checkpoint, config, name)
         found[name] = max(float(part.float().abs().max()) for part in torch.split(weight, _HEAD_ROWS))
     return found

@@ -28,7 +28,7 @@ from olmo2_export.architecture import Operation, find_kind
 from olmo2_export.fuse.edit import IN_FLOAT32, is_op, name_of, new_cast
 from runtimes.errors import FusionError, first_names
 
-_MOVES = ("Slice", "Split", "Reshape", "Transpose", "Identity")
+_MOVES = ("Slice", "GatherND", "Split", "Reshape", "Transpose", "Identity")
 
 
 def float32_islands(
@@ -97,6 +97,10 @@ def find_operations(graph: ir.Graph, rows: Iterable[Operation]) -> dict[str, lis
         weight = graph.initializers.get(row.weight) if row.weight is not None else None
         read = [weight] if row.weight is not None else [values.get(name) for name in row.reads]
         nodes = [_reader(operator, *read)]
+        if row.times > 1 and nodes[0] is None:  # applied to hidden states, too: the one with an answer comes last
+            nodes = _readers(operator, *read)
+        if row.kind == "gather" and nodes[0] is not None:  # a vector may stand in its place
+            nodes += [n for n in (_reader("Where", nodes[0].outputs[0]),) if n is not None]
         if row.kind == "silu" and nodes[0] is not None:
             nodes.append(_reader("Mul", *read, nodes[0].outputs[0]))
         if row.bias is not None and nodes[0] is not None:
@@ -109,6 +113,13 @@ def find_operations(graph: ir.Graph, rows: Iterable[Operation]) -> dict[str, lis
 
 def _reader(op_type: str, *read: ir.Value | None) -> ir.Node | None:
     """Return the one node of that operator that reads all of these values."""
-    users = [{use.node for use in value.uses()} if value is not None else set() for value in read]
-    nodes = [node for node in set.intersection(*users) if is_op(node, op_type)]
+    nodes = _readers(op_type, *read)
     return nodes[0] if len(nodes) == 1 else None
+
+
+def _readers(op_type: str, *read: ir.Value | None) -> list[ir.Node | None]:
+    """Return the nodes of that operator that read all of these values, in the graph's order."""
+    users = [{use.node for use in value.uses()} if value is not None else set() for value in read]
+    both = set.intersection(*users)
+    graph = next(iter(both)).graph if both else None
+    return [node for node in graph or () if node in both and is_op(node, op_type)]

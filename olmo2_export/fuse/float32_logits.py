@@ -19,15 +19,16 @@ from olmo2_export.fuse.edit import is_op, new_cast
 
 
 def float32_logits(model: ir.Model) -> int:
-    """Apply the rewrite; return 1, or 0 if the output `logits` is not the result of a MatMul."""
+    """Apply the rewrite; return 1, or 0 if the output `logits`, or `score`, is not the result of a MatMul."""
     graph = model.graph
     for logits in graph.outputs:
         node = logits.producer()
-        if logits.name != "logits" or node is None or not is_op(node, "MatMul"):
+        if logits.name not in ("logits", "score") or node is None or not is_op(node, "MatMul"):
             continue
-        cast = new_cast(logits, "logits_float32", to_precision=False)
+        name = logits.name
+        cast = new_cast(logits, f"{name}_float32", to_precision=False)
         graph.insert_after(node, cast)
         graph.outputs[graph.outputs.index(logits)] = cast.outputs[0]
-        logits.name, cast.outputs[0].name = "logits_rounded", "logits"
+        logits.name, cast.outputs[0].name = f"{name}_rounded", name
         return 1
     return 0

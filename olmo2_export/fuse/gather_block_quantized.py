@@ -2,11 +2,11 @@
 
 Matches:
 
-    x = Gather(W, input_ids)          W: constant initializer [vocab_size, hidden_size], used nowhere else
+    x = Gather(W, ids)                W: constant initializer [vocab_size, hidden_size], used nowhere else
 
 Becomes:
 
-    checked = input_ids + int64(Gather(zeros, input_ids))                zeros: int8 [vocab_size]
+    checked = ids + int64(Gather(zeros, ids))                            zeros: int8 [vocab_size]
     x = com.microsoft::GatherBlockQuantized(W.packed, checked, W.scales[, W.zero_points], bits, block_size)
 
 GatherBlockQuantized gives zeros for an id that is not in the vocabulary; Gather makes it an error, as it was.
@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 from olmo2_export.catalog import BlockFormat
-from olmo2_export.fuse.edit import find_input, is_op, name_of, new_node
+from olmo2_export.fuse.edit import is_op, name_of, new_node
 from olmo2_export.fuse.matmul_nbits import DOMAIN, block_initializers
 
 INT64, INT8 = ir.DataType.INT64, ir.DataType.INT8
@@ -34,23 +34,22 @@ def gather_block_quantized(model: ir.Model, formats: Mapping[str, BlockFormat]) 
     The new initializers have no data yet; they are named after the weight: `.packed`, `.scales`, `.zero_points`.
     """
     graph = model.graph
-    input_ids = find_input(graph, "input_ids")
     rewritten = 0
     for node in list(graph):
         weight = node.inputs[0] if is_op(node, "Gather") else None
-        if weight is None or weight.name not in formats or node.inputs[1] is not input_ids:
+        ids = node.inputs[1] if weight is not None else None
+        if weight is None or weight.name not in formats or ids is None:
             continue
         if not weight.is_initializer() or weight.shape is None or len(weight.shape) != 2 or len(weight.uses()) != 1:
             continue
         rows, columns = (int(str(size)) for size in weight.shape)
         form = formats[name_of(weight)]
-        assert input_ids is not None  # it is the node's
         zeros = ir.tensor(np.zeros(rows, np.int8), name="vocabulary")
         table = ir.Value(name="vocabulary", const_value=zeros, shape=ir.Shape([rows]), type=ir.TensorType(INT8))
         graph.register_initializer(table)
-        zero = new_node("Gather", [table, input_ids], "in_vocabulary", INT8, input_ids.shape)
-        wide = new_node("Cast", [zero.outputs[0]], "in_vocabulary_int64", INT64, input_ids.shape, {"to": int(INT64)})
-        checked = new_node("Add", [input_ids, wide.outputs[0]], "checked_ids", INT64, input_ids.shape)
+        zero = new_node("Gather", [table, ids], "in_vocabulary", INT8, ids.shape)
+        wide = new_node("Cast", [zero.outputs[0]], "in_vocabulary_int64", INT64, ids.shape, {"to": int(INT64)})
+        checked = new_node("Add", [ids, wide.outputs[0]], "checked_ids", INT64, ids.shape)
         packed, *others = block_initializers(graph, weight, form, rows, columns)
         packed.shape = ir.Shape([rows, columns * form.bits // 8])  # without the padding of the last block
         old = node.outputs[0]

@@ -10,7 +10,8 @@ Becomes:
     x'     = GatherND(x, logit_index, batch_dims=1)         logit_index: input, int64 [batch_size, 1]
     logits = MatMul(Norm(x'), lm_head)                      [batch_size, vocab]
 
-In a batch of right-padded prompts the last token of each is at a row of its own, which a slice cannot express.
+In a batch of right-padded prompts the last token of each is at a row of its own, which a slice cannot express. A
+classifier has GatherND already, on an index that its graph computes (`pooled_row`): logit_index takes its place.
 """
 
 from __future__ import annotations
@@ -28,22 +29,39 @@ logger = logging.getLogger(__name__)
 def gather_logit_row(model: ir.Model) -> int:
     """Apply the rewrite; return 1, or 0 if the graph does not end in this way."""
     graph = model.graph
-    for node in list(graph):
+    told = find_input(graph, "logit_index")
+    pooled = [node for node in graph if is_op(node, "GatherND") and (told is None or node.inputs[1] is not told)]
+    node = find_slice(graph)
+    if node is None and len(pooled) != 1:
+        return 0
+    index = ensure_input(graph, "logit_index", ["batch_size", 1])
+    if node is not None:
+        take_row(graph, node, index)
+    else:
+        pooled[0].replace_input_with(1, index)
+    return 1
+
+
+def find_slice(graph: ir.Graph) -> ir.Node | None:
+    """Return the node that picks the rows which get logits; None where there is none."""
+    for node in graph:
         if not is_op(node, "Slice"):
             continue
-        if (reason := _why_not(graph, node)) is not None:
-            logger.debug("gather_logit_row: %s: %s", node.name, reason)
-            continue
-        index = ensure_input(graph, "logit_index", ["batch_size", 1])
-        shape = _without_axis_1(node.outputs[0])
-        gather = new_node("GatherND", [node.inputs[0], index], "logit_row", ir.DataType.FLOAT, shape, {"batch_dims": 1})
-        graph.insert_before(node, gather)
-        node.outputs[0].replace_all_uses_with(gather.outputs[0])
-        graph.remove(node, safe=True)
-        for value in _to_the_end(gather.outputs[0]):
-            value.shape = _without_axis_1(value)
-        return 1
-    return 0
+        if (reason := _why_not(graph, node)) is None:
+            return node
+        logger.debug("gather_logit_row: %s: %s", node.name, reason)
+    return None
+
+
+def take_row(graph: ir.Graph, node: ir.Node, index: ir.Value) -> None:
+    """Replace what `find_slice` found by one row of each sequence, that of an index, int64 [batch_size, 1]."""
+    shape = _without_axis_1(node.outputs[0])
+    gather = new_node("GatherND", [node.inputs[0], index], "logit_row", ir.DataType.FLOAT, shape, {"batch_dims": 1})
+    graph.insert_before(node, gather)
+    node.outputs[0].replace_all_uses_with(gather.outputs[0])
+    graph.remove(node, safe=True)
+    for value in _to_the_end(gather.outputs[0]):
+        value.shape = _without_axis_1(value)
 
 
 def _why_not(graph: ir.Graph, node: ir.Node) -> str | None:

@@ -21,8 +21,9 @@ from typing import TypeGuard
 import numpy as np
 import onnx_ir as ir
 
-from olmo2_export.fuse.edit import IN_FLOAT32, TO_PRECISION, is_op, name_of
+from olmo2_export.fuse.edit import IN_FLOAT32, TO_PRECISION, is_op, name_of, new_cast
 from runtimes.errors import FailedError, FusionError, first_names
+from runtimes.manifest import EMBEDDINGS
 
 
 class WeightRounding:
@@ -75,7 +76,9 @@ def set_precision(model: ir.Model, dtype: ir.DataType) -> WeightRounding:
     _split_scalars(model.graph)
     settled: set[ir.Value] = set()
     for value in model.graph.inputs:
-        if _is_float(value):
+        if value.name == EMBEDDINGS:
+            _cast_input(model.graph, value, dtype)
+        elif _is_float(value):
             value.type = ir.TensorType(dtype)  # not its dtype: a clone shares the type object
     for node in model.graph:
         if is_op(node, "Cast"):
@@ -93,6 +96,16 @@ def set_precision(model: ir.Model, dtype: ir.DataType) -> WeightRounding:
         for result in filter(_is_float, node.outputs):
             result.type = ir.TensorType(flowing)
     return rounding
+
+
+def _cast_input(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> None:
+    """Leave an input in float32, as numpy has no bfloat16, and cast what its readers get."""
+    if dtype == ir.DataType.FLOAT:
+        return
+    cast = new_cast(value, f"{value.name}_rounded", to_precision=True)
+    value.replace_all_uses_with(cast.outputs[0])
+    cast.replace_input_with(0, value)
+    graph.insert_before(next(iter(graph)), cast)
 
 
 def _split_scalars(graph: ir.Graph) -> None:

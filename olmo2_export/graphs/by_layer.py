@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from olmo2_export.architecture import Operation
-from olmo2_export.graphs.taps import HIDDEN, Segment, cut, find_segments
+from olmo2_export.architecture import SCORE, Operation, after_layers
+from olmo2_export.graphs.taps import HIDDEN, cut, find_segments
 from olmo2_export.stored_graph import load_graph
 from runtimes.errors import FailedError, PackageError
 from runtimes.manifest import TensorSpec, Variant
@@ -56,7 +56,7 @@ def logits_by_layer(
         model: a form of the graph to run instead, on the same weights.
 
     Returns:
-        Per plan, and per call whose logits are wanted, float32 [n, vocab_size].
+        Per plan, and per call whose logits are wanted, float32 [n, vocab_size]; of a classifier [1, labels].
 
     Raises:
         PackageError: it is no graph of this exporter, or one with a static cache.
@@ -66,14 +66,15 @@ def logits_by_layer(
         raise PackageError(f"{graph}: a static cache; expected a graph that is fed one sequence")
     model = load_graph(graph) if model is None else model
     states: list[list[np.ndarray]] = [[np.empty(0)] * len(plan) for plan in plans]
+    answer = "score" if after_layers(rows)[-1].name == SCORE else "logits"
     for segment in find_segments(model, rows):
         last = segment.result is None
         shape = None if segment.source is None else (1, "sequence_length", states[0][0].shape[-1])
-        part = _only(cut(model, segment, shape), segment)
+        part = _only(cut(model, segment, shape), segment.result or answer)
         inputs, outputs = (tuple(map(_spec, values)) for values in (part.graph.inputs, part.graph.outputs))
         entry = dataclasses.replace(variant, inputs=inputs, outputs=outputs)
         session = open_session(graph, entry, None, ir.to_proto(part).SerializeToString())
-        result = "logits" if last else str(segment.result)
+        result = segment.result or answer
         for plan, hidden in zip(plans, states, strict=True):
             caches: Arrays = {}
             for index, call in enumerate(plan):
@@ -91,16 +92,15 @@ def logits_by_layer(
                 hidden[index] = named[result]
         del session
     return [
-        [x[0] for x, call in zip(found, plan, strict=True) if call.wanted]
+        [x if answer == "score" else x[0] for x, call in zip(found, plan, strict=True) if call.wanted]
         for found, plan in zip(states, plans, strict=True)
     ]
 
 
-def _only(part: ir.Model, segment: Segment) -> ir.Model:
+def _only(part: ir.Model, result: str) -> ir.Model:
     """Keep the outputs that are needed: the result, and the caches of the layer."""
-    names = {segment.result or "logits"}
     for value in list(part.graph.outputs):
-        if value.name not in names and not str(value.name).startswith("present."):
+        if value.name != result and not str(value.name).startswith("present."):
             part.graph.outputs.remove(value)
     return part
 

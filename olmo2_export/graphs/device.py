@@ -63,10 +63,12 @@ TOP_K = 1
 
 def device_outputs(model: ModelSpec, cache: KVCacheSpec) -> tuple[TensorSpec, ...]:
     """Return the outputs of the graph, in order."""
-    logits, *present = shared_outputs(model, cache)
+    logits, *rest = shared_outputs(model, cache)
+    if logits.role == "score":
+        return (logits, *rest)
     shape = (*logits.shape[:-1], TOP_K)
     ids = TensorSpec("top_ids", "int64", shape, "candidate_ids")
-    return (logits, ids, TensorSpec("top_logits", "float32", shape, "candidate_logits"), *present)
+    return (logits, ids, TensorSpec("top_logits", "float32", shape, "candidate_logits"), *rest)
 
 
 def device_graph(
@@ -111,6 +113,8 @@ def device_graph(
     quantized = {} if weights is None else weights.formats
     products = products_of(rows, in_float32, quantized)
     expected = {"merge_projections": sum(len(group) > 1 for group in products)}
+    if config.labels:  # no candidates, and one row
+        expected |= {"host_logit_count": 0, "grouped_top_candidates": 0}
     for name, times in applied.items():
         if times != expected.get(name, 1):
             raise FusionError(f"graph {graph.graph.name}: {name}: expected {expected.get(name, 1)}, applied {times}")

@@ -58,9 +58,11 @@ def shortened(config: ModelConfig, layers: int = LAYERS) -> ModelConfig:
     per_layer = {
         field.name: tuple(dict.fromkeys(value))[:layers] if len(set(value)) >= layers else value[:layers]
         for field in dataclasses.fields(config)
-        if isinstance(value := getattr(config, field.name), tuple) and len(value) == count
+        if field.name not in ("labels", "hidden_states")
+        and isinstance(value := getattr(config, field.name), tuple)
+        and len(value) == count
     }
-    changed: dict[str, Any] = {"num_hidden_layers": min(count, layers), **per_layer}
+    changed: dict[str, Any] = {"num_hidden_layers": min(count, layers), "hidden_states": (), **per_layer}
     return dataclasses.replace(config, **changed)
 
 
@@ -132,7 +134,7 @@ def _layer_bytes(proto: onnx.ModelProto) -> int:
     A node belongs to the layer whose weight was read last: from the first product of layer 0 to that of layer 1.
     """
     graph = proto.graph
-    weights = {tensor.name for tensor in graph.initializer if tensor.name.startswith(("model.", "lm_head."))}
+    weights = {tensor.name for tensor in graph.initializer if tensor.name.startswith(("model.", "lm_head.", "score."))}
     layers: dict[str, int | None] = {}
     layer: int | None = None
     parts: list[onnx.NodeProto | onnx.TensorProto | onnx.ValueInfoProto] = []

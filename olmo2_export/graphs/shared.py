@@ -6,7 +6,10 @@
 | attention_mask                 | [batch_size, total_sequence_length], padding on the right    | int64          |
 | past_key_values.N.key, .value  | [batch_size, kv_heads, past_sequence_length, head_dim]       | kv_cache.dtype |
 | num_logits_to_keep             | [], optional, default 0: the last rows that get logits, 0: all | int64        |
+| inputs_embeds, if asked for    | as in `graphs/trace.py`                                      | float32        |
 | -> logits                      | [batch_size, num_logits, vocab_size]                         | float32        |
+| -> score, of a classifier      | [batch_size, labels]; then neither of the two above          | float32        |
+| -> hidden_states.N, if asked for | [batch_size, sequence_length, hidden]                      | float32        |
 | -> present.N.key, .value       | as past_key_values                                           | kv_cache.dtype |
 
 Past and present may be bound to one buffer of any length, which is then written in place; otherwise present is past +
@@ -24,11 +27,14 @@ from functools import lru_cache
 import numpy as np
 import onnx_ir as ir
 
-from olmo2_export.architecture import Operation, count, norm_counts
+from olmo2_export.architecture import Operation, count, norm_counts, quantizable
 from olmo2_export.fuse import ONNXRUNTIME, Pass, apply, check_op_counts
 from olmo2_export.fuse.gather_block_quantized import gather_block_quantized
 from olmo2_export.fuse.matmul_integer import matmul_integer
 from olmo2_export.fuse.matmul_nbits import matmul_nbits
+from olmo2_export.graphs.hidden_states import hidden_outputs
+from olmo2_export.graphs.inputs_embeds import embedding_input
+from olmo2_export.graphs.trace import answer, logit_count
 from olmo2_export.quantize.int8 import quantize_int8
 from olmo2_export.quantize.recipes import QuantizedWeights
 from olmo2_export.weights.stored_names import EMBEDDING, HEAD
@@ -36,20 +42,22 @@ from runtimes.errors import FusionError
 from runtimes.manifest import KVCacheSpec, ModelSpec, Role, TensorSpec
 
 
-def shared_inputs(cache: KVCacheSpec) -> tuple[TensorSpec, ...]:
+def shared_inputs(model: ModelSpec, cache: KVCacheSpec) -> tuple[TensorSpec, ...]:
     """Return the inputs of the shared-cache graph, in order."""
     return (
         TensorSpec("input_ids", "int64", ("batch_size", "sequence_length"), "token_ids"),
         TensorSpec("attention_mask", "int64", ("batch_size", "total_sequence_length"), "attention_mask"),
         *_caches("past_key_values", "past", cache, "past_sequence_length"),
-        TensorSpec("num_logits_to_keep", "int64", (), "logit_count"),
+        *logit_count(model),
+        *embedding_input(model),
     )
 
 
 def shared_outputs(model: ModelSpec, cache: KVCacheSpec) -> tuple[TensorSpec, ...]:
     """Return the outputs of the shared-cache graph, in order."""
     return (
-        TensorSpec("logits", "float32", ("batch_size", "num_logits", model.vocab_size), "logits"),
+        answer(model),
+        *hidden_outputs(model),
         *_caches("present", "present", cache, "total_sequence_length"),
     )
 
@@ -90,7 +98,8 @@ def decode_graph(
     gather_block_quantized(graph, weights.formats)
     matmul_nbits(graph, weights.formats)
     attach_blocks(graph, weights)
-    expected = {"com.microsoft::MatMulNBits": count(rows, "linear"), "MatMul": 0}
+    linears = count(quantizable(rows), "linear")
+    expected = {"com.microsoft::MatMulNBits": linears, "MatMul": count(rows, "linear") - linears}
     return graph, check_op_counts(graph, expected_op_counts(rows) | expected)
 
 
@@ -109,8 +118,9 @@ def prefill_graph(
     matmul_nbits(graph, kept)
     matmul_integer(graph, weights.formats.keys() - kept.keys() - {EMBEDDING})
     attach_blocks(graph, weights)
-    linears = count(rows, "linear") - len(kept)
-    expected = {"com.microsoft::MatMulNBits": len(kept), "MatMulInteger": linears, "MatMul": 0}
+    linears = count(quantizable(rows), "linear")
+    counts = {"MatMulInteger": linears - len(kept), "MatMul": count(rows, "linear") - linears}
+    expected = {"com.microsoft::MatMulNBits": len(kept), **counts}
     return graph, check_op_counts(graph, expected_op_counts(rows) | expected)
 
 

@@ -6,9 +6,12 @@
 | write_indices                  | [batch_size]: the position of each row's first token   | int64     |
 | logit_index                    | [batch_size, 1]: the token of each row to get logits   | int64     |
 | past_key_values.N.key, .value  | [batch_size, kv_heads, max_cache_length, head_dim]     | see below |
+| inputs_embeds, if asked for    | [batch_size, sequence_length, hidden]: of negative ids | float32   |
 | -> logits                      | [batch_size, vocab_size]                               | float32   |
 | -> top_ids                     | [batch_size, top_k]: the likeliest tokens, best first  | int64     |
 | -> top_logits                  | [batch_size, top_k]: their logits                      | float32   |
+| -> score, of a classifier      | [batch_size, labels]; then none of the three above     | float32   |
+| -> hidden_states.N, if asked for | [batch_size, sequence_length, hidden]                | float32   |
 | -> present.N.key, .value       | the past with the new tokens written in it             | see below |
 
 Row b's token i goes to the position write_indices[b] + i, which must be below max_cache_length; it sees the positions
@@ -42,7 +45,7 @@ import onnx_ir as ir
 
 from olmo2_export.architecture import Operation, count, norm_counts, norms, operations, shared_inputs
 from olmo2_export.catalog import static_row
-from olmo2_export.config import ModelConfig
+from olmo2_export.config import ModelConfig, config_of
 from olmo2_export.dtypes import ir_dtype
 from olmo2_export.fuse import TENSORRT, apply, check_op_counts
 from olmo2_export.fuse.dequantize_weights import CODES, SCALES, dequantize_weights
@@ -52,6 +55,9 @@ from olmo2_export.fuse.set_cache_length import set_cache_length
 from olmo2_export.fuse.set_precision import WeightRounding, set_precision
 from olmo2_export.fuse.static_cache import OPSET
 from olmo2_export.fuse.top_candidates import top_candidates
+from olmo2_export.graphs.hidden_states import hidden_outputs
+from olmo2_export.graphs.inputs_embeds import embedding_input, require_embeddings
+from olmo2_export.graphs.trace import answer
 from olmo2_export.quantize.linear import QuantizedLinear, side_by_side
 from olmo2_export.quantize.static import StaticWeights
 from olmo2_export.stored_graph import load_graph
@@ -67,6 +73,7 @@ def static_inputs(model: ModelSpec, precision: Precision, max_cache_length: int)
         TensorSpec("write_indices", "int64", ("batch_size",), "write_indices"),
         TensorSpec("logit_index", "int64", ("batch_size", 1), "logit_index"),
         *_caches("past_key_values", "past", model, precision, max_cache_length),
+        *embedding_input(model),
     )
 
 
@@ -74,10 +81,14 @@ def static_outputs(
     model: ModelSpec, precision: Precision, max_cache_length: int, top_k: int = 1
 ) -> tuple[TensorSpec, ...]:
     """Return the outputs of the static-cache graph, in order."""
+    hidden = hidden_outputs(model)
+    if model.labels:
+        return (answer(model), *hidden, *_caches("present", "present", model, precision, max_cache_length))
     return (
-        TensorSpec("logits", "float32", ("batch_size", model.vocab_size), "logits"),
+        answer(model, ("batch_size",)),
         TensorSpec("top_ids", "int64", ("batch_size", top_k), "candidate_ids"),
         TensorSpec("top_logits", "float32", ("batch_size", top_k), "candidate_logits"),
+        *hidden,
         *_caches("present", "present", model, precision, max_cache_length),
     )
 
@@ -135,6 +146,7 @@ def static_graph(
         FusionError: a pass did not find what it must find, or the result is not the graph of the table above.
     """
     model, rows, row = config.spec, operations(config), static_row(precision)
+    require_embeddings(portable)
     applied = apply(portable, TENSORRT)
     wrong = [
         f"{name}: expected {n}, applied {applied[name]} times"
@@ -145,7 +157,8 @@ def static_graph(
         raise FusionError(f"graph {portable.graph.name}: {'; '.join(wrong)}; it is not a graph of this exporter")
     if row.weights.merged:
         merge_projections(portable)
-    top_candidates(portable, top_k)
+    if not config.labels:
+        top_candidates(portable, top_k)
     rounding = set_precision(portable, ir_dtype(row.dtype))
     set_cache_length(portable, max_cache_length)
     if weights is not None:
@@ -166,7 +179,7 @@ def load_static_graph(
 ) -> tuple[ir.Model, WeightRounding]:
     """Make the static-cache graph of a package from its fp32 variant; arguments and errors as `static_graph`."""
     portable = load_graph(package / manifest.variants["fp32"].graph)
-    config = ModelConfig.from_json(package / "config.json")
+    config = config_of(package, manifest.model)
     return static_graph(portable, config, precision, max_cache_length, top_k, weights)
 
 

@@ -18,10 +18,10 @@
 | input_layernorm                | [B, S, hidden]                     | layer norm; in OLMo 1                  |
 | output                         | [B, S, hidden]                     | residual add                           |
 
-and model.embed_tokens, model.norm_input (the rows that get logits), model.norm, logits. Values are found from the names
-of weights, which no pass changes but for a suffix, and from who reads them, as the rows of `architecture` say: a norm
-that is ignored has the value that its reader sees. Weights may be float, in blocks, int8, quantised and merged;
-activations may be cast and quantised.
+and model.embed_tokens, model.norm_input (the rows that get logits), model.norm, logits or score. Values are found from
+the names of weights, which no pass changes but for a suffix, and from who reads them, as the rows of `architecture`
+say: a norm that is ignored has the value that its reader sees. Weights may be float, in blocks, int8, quantised and
+merged; activations may be cast and quantised.
 
 A segment is the embedding, one layer, or norm and head, as a graph of its own. One segment at a time needs the weights
 of one layer in memory, whatever the model's size.
@@ -39,6 +39,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from olmo2_export.architecture import (
     EMBED,
     FINAL_NORM,
+    SCORE,
     Operation,
     after_layers,
     norm_operators,
@@ -101,11 +102,12 @@ def find_segments(model: ir.Model, rows: Sequence[Operation]) -> list[Segment]:
     layers = [of_layer(rows, i) for i in range(1 + max(row.layer or 0 for row in rows))]
     starts = [layer[0].reads[0] for layer in layers]
     *norms, head = after_layers(rows)
+    answer = "score" if head.name == SCORE else "logits"
     ends = [name_of(values.of(name)) for name in (*starts, norms[0].reads[0])]
     segments = [Segment(None, {EMBED: ends[0]}, None, ends[0])]
     segments += [Segment(i, _layer_taps(graph, values, layer), ends[i], ends[i + 1]) for i, layer in enumerate(layers)]
     taps = {"model.norm_input": name_of(values.read_by(norms[0])), FINAL_NORM: name_of(values.of(head.reads[0]))}
-    return [*segments, Segment(None, taps | {"logits": "logits"}, ends[-1], None)]
+    return [*segments, Segment(None, taps | {answer: answer}, ends[-1], None)]
 
 
 def cut(model: ir.Model, segment: Segment, hidden_shape: Sequence[int | str] | None = None) -> ir.Model:

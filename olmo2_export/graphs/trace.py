@@ -7,11 +7,15 @@
 | position_ids                   | [batch_size, sequence_length]                                | int64   |
 | past_key_values.N.key, .value  | [batch_size, kv_heads, past_sequence_length, head_dim]       | float32 |
 | num_logits_to_keep             | [], optional, default 0: the last rows that get logits, 0: all | int64 |
+| inputs_embeds, if asked for    | [batch_size, sequence_length, hidden], optional: of negative ids | float32 |
 | -> logits                      | [batch_size, num_logits, vocab_size]                         | float32 |
+| -> score, of a classifier      | [batch_size, labels]; then neither of the two above          | float32 |
+| -> hidden_states.N, if asked for | [batch_size, sequence_length, hidden]                      | float32 |
 | -> present.N.key, .value       | [batch_size, kv_heads, total_sequence_length, head_dim]      | float32 |
 
 total_sequence_length = past_sequence_length + sequence_length. num_logits_to_keep is an input with a default (an
-initializer of the same name), so that a runtime that does not know it can leave it out.
+initializer of the same name), so that a runtime that does not know it can leave it out. A classifier scores the last
+token of each row in the call that is no padding, as transformers does: `fuse.pooled_row`.
 """
 
 from __future__ import annotations
@@ -29,9 +33,12 @@ import torch
 from olmo2_export.architecture import Operation, count, norm_counts, operations
 from olmo2_export.config import ModelConfig
 from olmo2_export.fuse import PORTABLE, apply, check_op_counts
+from olmo2_export.fuse.pooled_row import NO_PADDING, pooled_row
+from olmo2_export.graphs.hidden_states import give_hidden_states, hidden_outputs
+from olmo2_export.graphs.inputs_embeds import embedding_input, take_embeddings
 from olmo2_export.model.olmo import OlmoForCausalLM
 from runtimes.errors import FusionError
-from runtimes.manifest import TensorSpec
+from runtimes.manifest import ModelSpec, TensorSpec
 
 OPSET = 23
 IR_VERSION = 11
@@ -45,7 +52,8 @@ def portable_inputs(config: ModelConfig) -> tuple[TensorSpec, ...]:
         TensorSpec("attention_mask", "int64", ("batch_size", "total_sequence_length"), "attention_mask"),
         TensorSpec("position_ids", "int64", ("batch_size", "sequence_length"), "position_ids"),
         *(TensorSpec(f"past_key_values.{name}", "float32", cache, "past") for name in _cache_names(config)),
-        TensorSpec("num_logits_to_keep", "int64", (), "logit_count"),
+        *logit_count(config.spec),
+        *embedding_input(config.spec),
     )
 
 
@@ -53,9 +61,22 @@ def portable_outputs(config: ModelConfig) -> tuple[TensorSpec, ...]:
     """Return the outputs of the portable graph, in order."""
     cache = ("batch_size", config.num_key_value_heads, "total_sequence_length", config.head_dim)
     return (
-        TensorSpec("logits", "float32", ("batch_size", "num_logits", config.vocab_size), "logits"),
+        answer(config.spec),
+        *hidden_outputs(config.spec),
         *(TensorSpec(f"present.{name}", "float32", cache, "present") for name in _cache_names(config)),
     )
+
+
+def logit_count(model: ModelSpec) -> tuple[TensorSpec, ...]:
+    """Return the input that says which rows get logits; a classifier has none."""
+    return () if model.labels else (TensorSpec("num_logits_to_keep", "int64", (), "logit_count"),)
+
+
+def answer(model: ModelSpec, rows: tuple[str, ...] = ("batch_size", "num_logits")) -> TensorSpec:
+    """Return the output of what the model says: logits of these rows, or a score of each sequence for each label."""
+    if model.labels:
+        return TensorSpec("score", "float32", ("batch_size", len(model.labels)), "score")
+    return TensorSpec("logits", "float32", (*rows, model.vocab_size), "logits")
 
 
 def expected_op_counts(rows: Sequence[Operation]) -> dict[str, int]:
@@ -86,7 +107,14 @@ def _traced(config: ModelConfig) -> ir.Model:
     with torch.device("meta"):
         model = OlmoForCausalLM(config).eval()
         arguments, dynamic_shapes = _example(config)
-    inputs, outputs = portable_inputs(config), portable_outputs(config)
+    plain = config.giving(())
+    inputs, outputs = portable_inputs(plain), portable_outputs(plain)
+    if config.labels:  # the pass below pools; until then each position is scored
+        inputs = (*inputs, TensorSpec("num_logits_to_keep", "int64", (), "logit_count"))
+        outputs = (
+            TensorSpec("logits", "float32", ("batch_size", "num_logits", len(config.labels)), "logits"),
+            *outputs[1:],
+        )
     with _quiet_exporter():
         program = torch.onnx.export(
             model,
@@ -108,7 +136,15 @@ def _traced(config: ModelConfig) -> ir.Model:
     _name_dimensions(graph_model, inputs, outputs)
     _strip(graph_model, config.model_type)
     _give_default(graph_model.graph, "num_logits_to_keep", 0)
-    check_op_counts(graph_model, expected_op_counts(operations(config)))
+    if config.labels and not pooled_row(
+        graph_model, NO_PADDING if config.pad_token_id is None else config.pad_token_id
+    ):
+        raise FusionError(f"graph {config.model_type}: pooled_row: expected 1, applied 0 times")
+    rows = operations(config)
+    if config.inputs_embeds:
+        take_embeddings(graph_model)
+    give_hidden_states(graph_model, rows, config.hidden_states)
+    check_op_counts(graph_model, expected_op_counts(rows))
     return graph_model
 
 

@@ -27,6 +27,7 @@ NORM, LAYER_NORM = find_kind("rms_norm").words, find_kind("layer_norm").words
 LINEAR, ROTARY, ATTENTION, CLIP = "linear", "rotary embedding", "attention", "clip"
 CACHE, ADD, GATED = "KV cache write", "residual add", "gated activation (SiLU x up)"
 EMBEDDING, PICK = "embedding lookup", "choice of the rows that get logits"
+POOL = "choice of the token that is scored"
 LAYER = "layer as a whole"
 
 
@@ -347,11 +348,15 @@ class LayerChecks:
 
 def embedding_check(found: Sequence[Arrays], calls: Calls, exact: TorchModel, own: TorchModel) -> Checked:
     """Compare the embedding."""
-    graph, ids = _tensor(joined(found, "model.embed_tokens")), torch.from_numpy(calls.ids)
+    graph, ids = _tensor(joined(found, "model.embed_tokens")), torch.from_numpy(np.maximum(calls.ids, 0))
     rows = len(exact.weights("model.embed_tokens.weight"))
-    wanted = exact.embed(ids)
+    wanted = embedded(exact, calls)
     parity = TensorParity(
-        "model.embed_tokens", None, EMBEDDING, relative_error(graph, wanted), relative_error(own.embed(ids), wanted)
+        "model.embed_tokens",
+        None,
+        EMBEDDING,
+        relative_error(graph, wanted),
+        relative_error(embedded(own, calls), wanted),
     )
 
     def explainer() -> tuple[str, str | None]:
@@ -359,10 +364,21 @@ def embedding_check(found: Sequence[Arrays], calls: Calls, exact: TorchModel, ow
             f"it looks up the row of the token id {shift:+d}": partial(_shifted, exact, ids, shift, rows)
             for shift in (-1, 1)
         }
+        if calls.vectors is not None:
+            shifted["it takes token 0 in the place of each vector"] = partial(exact.embed, ids)
         wrong = explain.best(graph, wanted, shifted) or next(explain.wrong_places(graph, wanted), None)
         return _finite(graph, EMBEDDING) or (EMBEDDING, wrong)
 
     return Checked(parity, explainer)
+
+
+def embedded(model: TorchModel, calls: Calls) -> Tensor:
+    """Return what the first layer reads, [1, S, hidden]: embeddings of tokens, or the vectors in their place."""
+    x = model.embed(torch.from_numpy(np.maximum(calls.ids, 0)))
+    if calls.vectors is not None:
+        given = torch.from_numpy(calls.ids < 0)
+        x[0, given] = torch.from_numpy(calls.vectors)[given].to(x.dtype)
+    return x
 
 
 def _shifted(model: TorchModel, ids: Tensor, shift: int, rows: int) -> Tensor:
@@ -370,7 +386,8 @@ def _shifted(model: TorchModel, ids: Tensor, shift: int, rows: int) -> Tensor:
 
 
 def head_checks(found: Sequence[Arrays], calls: Calls, exact: TorchModel, own: TorchModel) -> list[Checked]:
-    """Compare the choice of rows, the last norm and the logits."""
+    """Compare the choice of rows, or of a classifier's token, the last norm and the logits, or scores."""
+    answer = "score" if "score" in found[0] else "logits"
     hidden = [_tensor(call[HIDDEN]) for call in found]
     rows = [_rows(call["model.norm_input"]) for call in found]
     wanted = [
@@ -379,15 +396,30 @@ def head_checks(found: Sequence[Arrays], calls: Calls, exact: TorchModel, own: T
     ]
     x, picked = torch.cat(rows, dim=1), torch.cat(wanted, dim=1)
     normed = torch.cat([_rows(call["model.norm"]) for call in found], dim=1)
-    logits = torch.cat([_rows(call["logits"]) for call in found], dim=1)
-    last = torch.cat([h[:, -1:] for h in hidden], dim=1)
+    logits = torch.cat([_rows(call[answer]) for call in found], dim=1)
+
+    def other_row(choose: Callable[[int], int]) -> Callable[[], Tensor]:
+        """The rows that another choice gives, by the tokens of a call."""
+        return lambda: torch.cat([h[:, choose(h.shape[1])][:, None] for h in hidden], dim=1)
+
+    asked = calls.logit_index
+    mistakes: explain.Candidates = {"it takes the last row, not the one asked for": other_row(lambda size: size - 1)}
+    if answer == "score":
+        mistakes = {
+            "it takes the last token, padding or not": other_row(lambda size: size - 1),
+            "it takes the first token": other_row(lambda _: 0),
+            "it takes the token before the last that is no padding": other_row(lambda size: max(asked(size) - 1, 0)),
+            "it takes the token behind the last that is no padding": other_row(
+                lambda size: min(asked(size) + 1, size - 1)
+            ),
+        }
     checks: list[tuple[str, str, Callable[[TorchModel], Tensor], Tensor, Callable[[], str | None]]] = [
         (
             "model.norm_input",
-            PICK,
+            PICK if answer == "logits" else POOL,
             lambda _: picked,
             x,
-            lambda: explain.best(x, picked, {"it takes the last row, not the one asked for": lambda: last}),
+            lambda: explain.best(x, picked, mistakes),
         ),
         (
             "model.norm",
@@ -396,7 +428,7 @@ def head_checks(found: Sequence[Arrays], calls: Calls, exact: TorchModel, own: T
             normed,
             lambda: explain.best(normed, exact.norm(x), _norm_mistakes(exact, x)),
         ),
-        ("logits", LINEAR, lambda model: model.head(normed), logits, lambda: _head_words(logits, exact, normed)),
+        (answer, LINEAR, lambda model: model.head(normed), logits, lambda: _head_words(logits, exact, normed)),
     ]
     return [_head_check(exact, own, *check) for check in checks]
 

@@ -32,10 +32,11 @@ from tqdm import tqdm
 
 import olmo2_export.catalog as catalog
 from olmo2_export.architecture import of_layer, operations
-from olmo2_export.config import ModelConfig
+from olmo2_export.config import ModelConfig, config_of
 from olmo2_export.dtypes import float_dtype
 from olmo2_export.graphs.taps import layer_name
 from olmo2_export.locate.explain import relative_error
+from olmo2_export.locate.hidden_states import hidden_states_check
 from olmo2_export.locate.layer_checks import (
     GATED,
     LAYER,
@@ -43,16 +44,17 @@ from olmo2_export.locate.layer_checks import (
     Checked,
     LayerChecks,
     TensorParity,
+    embedded,
     embedding_check,
     head_checks,
 )
-from olmo2_export.locate.segments import Calls, joined, run_segments
+from olmo2_export.locate.segments import joined, random_calls, run_segments
 from olmo2_export.locate.stored_values import tables_check, weight_check
 from olmo2_export.truth.torch_layers import TorchModel
 from olmo2_export.views.openers import Arrays, Opener, view_opener
 from olmo2_export.views.table import FIRST_CALL, FLOAT32_FACTOR, View, variant_views
 from olmo2_export.weights.checkpoint import Checkpoint
-from olmo2_export.weights.stored_names import HEAD, weight_shapes
+from olmo2_export.weights.stored_names import weight_shapes
 from runtimes import Backend, Device, Package
 from runtimes.errors import ConfigError, PackageError, UsageError, VariantNotFoundError
 from runtimes.manifest import Variant
@@ -118,7 +120,7 @@ def locate(
     opened = open_package(package)
     entry = opened.variant(variant)
     opened.check(entry.files)
-    config = ModelConfig.from_json(checkpoint.folder / "config.json")
+    config = config_of(checkpoint.folder, opened.model)
     if opened.model != config.spec:
         raise ConfigError(
             f"{opened.folder}: not of the reference's shape; give the checkpoint that it was exported from"
@@ -142,7 +144,7 @@ def locate(
                 break
     assert location is not None  # there is a view of every variant
     if location.first is None and wrong is None:
-        wrong = tables_check(opened, entry, checkpoint, config)
+        wrong = tables_check(opened, entry, checkpoint, config) or hidden_states_check(opened, entry, config)
     if wrong is not None:
         first, explanation = wrong
         return replace(location, first=first, tensors=(first, *location.tensors), explanation=explanation)
@@ -225,8 +227,8 @@ class _Locator:
         sizes: tuple[int, ...] = TOKENS if capacity >= sum(TOKENS) else (capacity - 6, 5, 1)
         if view.first_call_only:
             sizes = (FIRST_CALL,)
-        ids = np.random.default_rng(_SEED).integers(0, config.vocab_size, sum(sizes), dtype=np.int64)
-        self._calls = Calls(ids, sizes)
+        self._calls = random_calls(config, sizes, _SEED, vectors=config.inputs_embeds and not view.first_call_only)
+        self._answer = "score" if config.labels else "logits"
 
     @torch.inference_mode()
     def run(self) -> Location:
@@ -234,8 +236,7 @@ class _Locator:
         view, calls = self._view, self._calls
         growth: list[TensorParity] = []
         bad: tuple[TensorParity, list[TensorParity], str] | None = None
-        ids = torch.from_numpy(calls.ids)
-        exact, own = self._exact.embed(ids), self._own.embed(ids)
+        exact, own = embedded(self._exact, calls), embedded(self._own, calls)
         rows = operations(self._config)
         segments = run_segments(
             view.model, view.variant, rows, calls, self._opener, first_call_only=view.first_call_only
@@ -283,7 +284,7 @@ class _Locator:
     def _products(self, name: str) -> int:
         """Return how many products a linear adds for one of its outputs."""
         shapes = weight_shapes(self._config)
-        return shapes.get(f"{name}.weight", shapes[HEAD])[1]
+        return shapes[f"{name}.weight"][1] if f"{name}.weight" in shapes else self._config.hidden_size
 
     def _first_bad(self, checks: Sequence[Checked]) -> tuple[TensorParity, list[TensorParity], str] | None:
         for checked in checks:
@@ -311,8 +312,8 @@ class _Locator:
         return None
 
     def _head_growth(self, found: Sequence[Arrays], exact: torch.Tensor, own: torch.Tensor) -> list[TensorParity]:
-        names = ("model.norm", "logits")
-        rows = [self._rows(x) if found[0]["logits"].ndim == 2 else x for x in (exact, own)]
+        names = ("model.norm", self._answer)
+        rows = [self._rows(x) if found[0][self._answer].ndim == 2 else x for x in (exact, own)]
         normed = self._exact.norm(rows[0]), self._own.norm(rows[1])
         logits = self._exact.head(normed[0]), self._own.head(normed[1])
         return [
@@ -328,13 +329,14 @@ class _Locator:
         return f"In the {label} view, " if label != "as stored" else "In the graph as it is, "
 
     def _nothing(self, growth: Sequence[TensorParity]) -> str:
-        logits = growth[-1]
+        last = growth[-1]
         tokens, calls = len(self._calls.ids), len(list(self._calls.spans()))
         rounded = ", with the inputs of linears rounded likewise," if self._view.rounding else ""
         return (
-            f"Nothing departs: every operation agrees with PyTorch's; the logits' error is {logits.relative:.1e}, "
-            f"PyTorch's own at {self._view.precision}{rounded} is {logits.expected:.1e}. Looked at: one row of "
-            f"{tokens} tokens in {calls} calls; batches, padding and a full cache are for `verify` without --locate."
+            f"Nothing departs: every operation agrees with PyTorch's; the error of the {self._answer} is "
+            f"{last.relative:.1e}, PyTorch's own at {self._view.precision}{rounded} is {last.expected:.1e}. Looked at: "
+            f"one row of {tokens} tokens in {calls} calls; batches, padding and a full cache are for `verify` without "
+            "--locate."
         )
 
 

@@ -14,10 +14,13 @@ import numpy as np
 import onnx_ir as ir
 
 from olmo2_export.architecture import Operation
+from olmo2_export.config import ModelConfig
 from olmo2_export.graphs.taps import HIDDEN, Segment, cut, find_segments
 from olmo2_export.views.openers import Arrays, Opener
 from runtimes.errors import PackageError
-from runtimes.manifest import Variant
+from runtimes.manifest import EMBEDDINGS, Variant
+
+_VECTOR = 0.02  # the size of embeddings in trained models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +31,10 @@ class Calls:
     """int64 [S]"""
     sizes: tuple[int, ...]
     """tokens of each call"""
+    unanswered: int = 2
+    """tokens behind the one whose logits are asked for, where a graph gives those of one and there are so many"""
+    vectors: np.ndarray | None = None
+    """float32 [S, hidden]: those in the place of tokens with a negative id; None: there are none"""
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """Return where each call starts and ends."""
@@ -38,7 +45,41 @@ class Calls:
 
     def logit_index(self, size: int) -> int:
         """Return the token of a call whose logits are asked for, where a graph gives one: not the last, if it can."""
-        return max(size - 3, 0)
+        return max(size - 1 - self.unanswered, 0)
+
+
+def random_calls(config: ModelConfig, sizes: tuple[int, ...], seed: int, *, vectors: bool) -> Calls:
+    """Return a sequence of random ids; to a classifier each call ends with padding, which it must pass over.
+
+    Args:
+        config: of the package.
+        sizes: tokens of each call.
+        seed: of the ids.
+        vectors: every third token is a vector.
+    """
+    calls = _random_tokens(config, sizes, seed)
+    if not vectors:
+        return calls
+    given = np.random.default_rng(seed).normal(0, _VECTOR, (len(calls.ids), config.hidden_size)).astype(np.float32)
+    places = np.arange(len(calls.ids)) % 3 == 1
+    if config.labels:
+        places &= calls.ids != config.pad_token_id
+    calls.ids[places] = -1
+    return dataclasses.replace(calls, vectors=given)
+
+
+def _random_tokens(config: ModelConfig, sizes: tuple[int, ...], seed: int) -> Calls:
+    ids = np.random.default_rng(seed).integers(0, config.vocab_size, sum(sizes), dtype=np.int64)
+    calls = Calls(ids, sizes)
+    if not config.labels:
+        return calls
+    pad = config.pad_token_id
+    if pad is None or not 0 <= pad < config.vocab_size:
+        return dataclasses.replace(calls, unanswered=0)
+    ids[ids == pad] = (pad + 1) % config.vocab_size
+    for start, stop in calls.spans():
+        ids[start + 1 + calls.logit_index(stop - start) : stop] = pad
+    return calls
 
 
 def run_segments(
@@ -112,6 +153,10 @@ def _feeds(
         "logit_index": np.array([[calls.logit_index(size)]]),
         "num_logits_to_keep": np.array(0),
     }
+    vectors = next((v for v in part.graph.inputs if v.name == EMBEDDINGS), None)
+    if vectors is not None and vectors.shape is not None:
+        none = np.zeros((1, size, int(str(vectors.shape[2]))), np.float32)
+        feeds[EMBEDDINGS] = none if calls.vectors is None else calls.vectors[None, start:stop]
     if first_call_only:
         return feeds
     spec = variant.kv_cache

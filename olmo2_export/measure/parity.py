@@ -62,6 +62,7 @@ DRAWS = 6
 """of PyTorch's error, besides the first, where a case does not hold its limits"""
 
 _APART = 2.0  # two results that are each so far from the truth may be twice as far from each other
+_LAST_BIT = 2.0**-25  # of float32, relative, as a rounding error: of vectors that PyTorch does not round
 _SAMPLE = 9  # positions from which a case is held to its gate as it stands
 
 
@@ -207,6 +208,22 @@ class ParityReport:
         return document
 
 
+@dataclass(frozen=True)
+class Scale:
+    """What errors are measured in, where a case has too few numbers to tell by itself: taken over all cases."""
+
+    own_error: float
+    """RMS error of PyTorch at the gate's precision; of several draws the largest"""
+    variance: float
+    """of what is true"""
+
+
+def scale_of(exact: Sequence[np.ndarray], *draws: Sequence[np.ndarray]) -> Scale:
+    """Return the scale of PyTorch's answers `draws` at the gate's precision, to the same questions as `exact`."""
+    truth, *others = (np.concatenate(list(a)).astype(np.float64) for a in (exact, *draws))
+    return Scale(max(_rms(other - truth) for other in others), float(truth.var()))
+
+
 def compare(
     mode: str,
     lengths: Sequence[int],
@@ -215,6 +232,7 @@ def compare(
     torch_logits: Sequence[np.ndarray],
     gate: Gate,
     draws: Sequence[Sequence[np.ndarray]] = (),
+    scale: Scale | None = None,
 ) -> CaseResult:
     """Compare logits at some positions of all sequences.
 
@@ -227,6 +245,7 @@ def compare(
         gate: the limits. Few positions are a small sample: see `_few`.
         draws: `torch_logits` again, their last bits other ones. The largest error of all is the unit; and where that is
             near an absolute limit, the limit follows it.
+        scale: of scores, of which a case has few; None: what the case's own logits give.
 
     Returns:
         The metrics and the limits that do not hold. Logits of another shape, or not finite, fail.
@@ -240,13 +259,14 @@ def compare(
         return failed_case(mode, lengths, f"{count} of {len(got)} positions not finite")
     error = _rms(got - truth)
     off = [own - truth, *(np.concatenate(list(draw)).astype(np.float64) - truth for draw in draws)]
-    own_error = max(_rms(x) for x in off)
+    scale = scale or Scale(max(_rms(x) for x in off), float(truth.var()))
+    own_error = scale.own_error
     kl = kl_divergence(truth, got)
     if draws:
-        gate = _reachable(gate, truth, off)
+        gate = _reachable(gate, truth, off, scale)
     values = {
         "error_ratio": error / own_error if own_error > 0 else (0.0 if error == 0 else math.inf),
-        "nmse": error**2 / float(truth.var()),
+        "nmse": error**2 / scale.variance,
         "max_abs": float(np.abs(got - own).max()),
         "kl_mean": float(kl.mean()),
         "top1": _top1_agreement(truth, got, gate.near_tie),
@@ -267,9 +287,63 @@ def compare(
     )
 
 
-def _reachable(gate: Gate, truth: np.ndarray, off: Sequence[np.ndarray]) -> Gate:
+def compare_states(
+    mode: str,
+    lengths: Sequence[int],
+    test: Sequence[np.ndarray],
+    exact: Sequence[np.ndarray],
+    torch_states: Sequence[np.ndarray],
+    gate: Gate,
+    draws: Sequence[Sequence[np.ndarray]] = (),
+) -> CaseResult:
+    """Compare vectors, which say of no token how likely it is: their error alone, in units of PyTorch's own.
+
+    What PyTorch does not round, such as an embedding that is looked up, is held to the last bit of float32.
+
+    Args:
+        mode, lengths, gate: as `compare`.
+        test: per sequence, float32 [positions, hidden].
+        exact: the same from PyTorch in float64.
+        torch_states: the same from PyTorch at the gate's precision.
+        draws: `torch_states` again, their last bits other ones.
+
+    Returns:
+        The error, and NaN for what only logits have.
+    """
+    shapes = [a.shape for a in test], [a.shape for a in exact]
+    if shapes[0] != shapes[1]:
+        return failed_case(mode, lengths, f"shapes {shapes[0]}, expected {shapes[1]}")
+    got, truth, *own = (np.concatenate(list(a)).astype(np.float64) for a in (test, exact, torch_states, *draws))
+    if not np.isfinite(got).all():
+        count = int((~np.isfinite(got)).any(axis=1).sum())
+        return failed_case(mode, lengths, f"{count} of {len(got)} positions not finite")
+    error, size = _rms(got - truth), _rms(truth)
+    unit = max(*(_rms(x - truth) for x in own), _LAST_BIT * size)
+    ratio = error / unit if unit > 0 else (0.0 if error == 0 else math.inf)
+    limits = replace(_few(gate, len(got)), nmse=None, max_abs=None)
+    return CaseResult(
+        mode=mode,
+        batch_size=len(test),
+        length=lengths[0],
+        positions=len(got),
+        max_abs=float(np.abs(got - own[0]).max()),
+        nmse=float(error**2 / truth.var()) if truth.var() > 0 else 0.0,
+        relative_error=error / size if size > 0 else 0.0,
+        error_ratio=ratio,
+        top1=math.nan,
+        top5=math.nan,
+        top10=math.nan,
+        kl_mean=math.nan,
+        kl_p99=math.nan,
+        kl_max=math.nan,
+        failures=_broken_limits({"error_ratio": ratio}, limits),
+        draws=len(own),
+    )
+
+
+def _reachable(gate: Gate, truth: np.ndarray, off: Sequence[np.ndarray], scale: Scale) -> Gate:
     """Return the gate with no absolute limit below what PyTorch's own errors `off` leave to anyone."""
-    largest = max(_rms(x) for x in off) ** 2 / float(truth.var())
+    largest = scale.own_error**2 / scale.variance
     kl = max(float(kl_divergence(truth, truth + x).mean()) for x in off)
     return replace(
         gate,

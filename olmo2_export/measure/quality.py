@@ -202,6 +202,46 @@ def measure_quality(
     return Measurement(quality, change)
 
 
+def score_check(scores: np.ndarray, reference: np.ndarray, limit: float, origin: TokensFrom) -> Check:
+    """Hold a classifier's scores to a limit of their error.
+
+    Args:
+        scores: of the graph, float32 [sequences, labels].
+        reference: of PyTorch in float32.
+        limit: most: RMS error / standard deviation of a label's scores over the sequences.
+        origin: of the sequences, for the report.
+    """
+    spread = float(np.sqrt(np.mean(reference.astype(np.float64).var(axis=0)))) or 1.0
+    error = float(np.sqrt(np.mean(np.square(scores.astype(np.float64) - reference)))) / spread
+    order = np.corrcoef(scores[:, 0], reference[:, 0])[0, 1] if len(scores) > 1 else 1.0
+    found = (
+        f"scores of {len(scores)} sequences of {origin} are off by {error:.2e} of their spread, correlation {order:.5f}"
+    )
+    failures = () if error <= limit else (f"score error {error:.3g}, the gate is {limit:g}",)
+    return Check("quality", found, failures, QUALITY)
+
+
+def states_check(number: int, states: np.ndarray, reference: np.ndarray, limit: float, origin: TokensFrom) -> Check:
+    """Hold hidden states to a limit of their error.
+
+    Args:
+        number: of the hidden state.
+        states: of the graph, float32 [tokens, hidden].
+        reference: of PyTorch in float32.
+        limit: most: RMS error / RMS of the reference around its mean.
+        origin: of the tokens, for the report.
+    """
+    wide, truth = states.astype(np.float64), reference.astype(np.float64)
+    error = float(np.sqrt(np.square(wide - truth).mean())) / (float(truth.std()) or 1.0)
+    cosine = float(wide.mean(0) @ truth.mean(0) / (np.linalg.norm(wide.mean(0)) * np.linalg.norm(truth.mean(0)) or 1.0))
+    found = (
+        f"of {len(states)} tokens of {origin} are off by {error:.2e} of their spread; their mean has a cosine of "
+        f"{cosine:.5f} with PyTorch's"
+    )
+    failures = () if error <= limit else (f"error {error:.3g}, the gate is {limit:g}",)
+    return Check(f"quality of hidden state {number}", found, failures, QUALITY)
+
+
 def token_losses(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Return -log p of the ids, in nats: logits [n, V], ids [n] -> float64 [n]."""
     x = logits.astype(np.float64)

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from olmo2_export.architecture import head
 from olmo2_export.config import ModelConfig
 from olmo2_export.model.rotary import table_names
 
@@ -161,7 +162,7 @@ class Decoder(nn.Module):
 
 
 class OlmoForCausalLM(nn.Module):
-    """An OLMo with an explicit KV cache.
+    """An OLMo with an explicit KV cache; a classifier gives a score for each label in the place of logits.
 
     The rotary tables are buffers; `lm_head.weight` is always a tensor of its own, also where the checkpoint ties it to
     the embedding, because the graph wants the two in different layouts.
@@ -171,7 +172,8 @@ class OlmoForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._head, size = head(config)
+        self.add_module(self._head, nn.Linear(config.hidden_size, size, bias=False))
         table = (config.max_position_embeddings, config.head_dim // 2)
         for names in table_names(config).values():
             for name in names:
@@ -204,7 +206,7 @@ class OlmoForCausalLM(nn.Module):
             x, key_value = layer(x, places[self.config.rope_of(index), self.config.window(index)], past)
             present.append(key_value)
         x = x[:, -num_logits_to_keep:]
-        return self.lm_head(self.model.norm(x)), present
+        return self.get_submodule(self._head)(self.model.norm(x)), present
 
     def _places(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor

@@ -57,13 +57,15 @@ def export(
 
     Raises:
         ConfigError, CheckpointError: the checkpoint cannot be exported; nothing was written.
-        UsageError: unknown variant, or a folder that must not be replaced.
+        UsageError: unknown variant or hidden state, or a folder that must not be replaced.
         ResourceError: the disk cannot hold the package, said before anything is written, or another export holds the
             folder.
         FusionError: the traced graph is not the expected one.
     """
     options = options or Options()
-    config = ModelConfig.from_json(checkpoint.folder / "config.json")
+    config = ModelConfig.from_json(checkpoint.folder / "config.json").giving(
+        options.hidden_states, inputs_embeds=options.inputs_embeds
+    )
     check_variants(variants, config, options)
     with replace_folder(out, force=force) as staging, ThreadPoolExecutor(max_workers=1) as pool:
         check_room(checkpoint, config, out, variants, options)
@@ -94,7 +96,7 @@ def check_weights(checkpoint: Checkpoint, config: ModelConfig) -> None:
         CheckpointError: naming every tensor that is not as it must be.
     """
     expected = tensor_shapes(operations(config))
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings:  # never of a classifier
         del expected[HEAD]
         checkpoint.validate(expected, aliases={HEAD: EMBEDDING})
     else:

@@ -132,7 +132,7 @@ def _graphs(
             graph, _ = decode_graph(shared, weights, rows)
             attach_weights(graph, checkpoint, small)
             yield row.path, predicted_bytes(graph, layers)
-            if row.prefill_graph and options.prefill_graph:
+            if row.prefill_graph and options.prefill_graph and not config.labels:
                 graph, _ = prefill_graph(shared, weights, rows, defaults_of(row).rounded_blocks)
                 attach_weights(graph, checkpoint, small)
                 yield row.path.replace(".onnx", "_prefill.onnx"), predicted_bytes(graph, layers)

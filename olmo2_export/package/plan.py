@@ -107,7 +107,9 @@ def plan_export(
         FusionError: the traced graph is not the expected one.
     """
     options = options or Options()
-    config = ModelConfig.from_json(checkpoint.folder / "config.json")
+    config = ModelConfig.from_json(checkpoint.folder / "config.json").giving(
+        options.hidden_states, inputs_embeds=options.inputs_embeds
+    )
     check_variants(variants, config, options)
     if checkpoint.tensors:
         check_headers(checkpoint, config)
@@ -168,7 +170,7 @@ def check_room(
     names = list(dict.fromkeys(variants))
     weights = sum(math.prod(shape) for shape in tensor_shapes(operations(config)).values())
     tables = 4 * config.max_position_embeddings * config.head_dim
-    graphs = sum(2 if find(name).prefill_graph else 1 for name in names)
+    graphs = sum(2 if find(name).prefill_graph and not config.labels else 1 for name in names)
     if graphs * (_MOST_PER_WEIGHT * weights + tables + (64 << 20)) + 2 * weights < free:
         return
     sizes = [variant_sizes(name, checkpoint, config, options) for name in names]
@@ -211,5 +213,5 @@ def _text_bytes(
         write_texts(checkpoint.folder, config, Path(folder), names)
         texts = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
     quantised = sum(len(weight_shapes(config)) for name in names if find(name).defaults is not None)
-    specs = (4 * config.num_hidden_layers + 6) * len(variants)
+    specs = (4 * config.num_hidden_layers + 6 + len(config.hidden_states)) * len(variants)
     return texts + _MANIFEST + _VARIANT * len(variants) + _SPEC * specs + _TENSOR * quantised

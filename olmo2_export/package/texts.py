@@ -61,7 +61,8 @@ def write_texts(folder: Path, config: ModelConfig, staging: Path, variants: Sequ
     javascript = {**javascript, "use_external_data_format": {Path(find(name).path).name: 1 for name in variants}}
     kept = {name: value for name, value in raw.items() if name not in _DROPPED}
     (staging / "config.json").write_text(_json({**kept, "transformers.js_config": javascript}), encoding="utf-8")
-    (staging / "genai_config.json").write_text(_json(_genai_config(config, ids, variants)), encoding="utf-8")
+    if not config.labels:  # onnxruntime-genai generates text alone
+        (staging / "genai_config.json").write_text(_json(_genai_config(config, ids, variants)), encoding="utf-8")
 
 
 def _texts(folder: Path) -> Iterator[Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from olmo2_export.architecture import operations
 from olmo2_export.catalog import listed, precisions, static_row
-from olmo2_export.config import ModelConfig
+from olmo2_export.config import ModelConfig, config_of
 from olmo2_export.fp16.safety import measure_safety, refuse_overflow
 from olmo2_export.fuse import check_op_counts
 from olmo2_export.graphs.files import save_graph
@@ -79,7 +79,7 @@ def write_trt_variant(package: Path, manifest: Manifest, folder: Path, options: 
     """
     check_trt_options(package, manifest, options)
     precision, capacity, top_k = options.precision, options.max_cache_length, options.top_k
-    config = ModelConfig.from_json(package / "config.json")
+    config = config_of(package, manifest.model)
     weights, text = None, None
     row = static_row(precision)
     if row.dtype == "float16":

@@ -100,7 +100,7 @@ def check_variants(variants: Sequence[str], config: ModelConfig, options: Option
         only_for("KV cache and prefill graph", lambda row: row.quantized_cache)
     if options.fp16_islands:
         only_for("float32 islands", lambda r: r.dtype == "float16", ": the other variants have the range of float32")
-    if dataclasses.replace(options, fp16_islands=False) != Options():
+    if dataclasses.replace(options, fp16_islands=False, hidden_states=(), inputs_embeds=False) != Options():
         only_for("recipe, calibration, size budget and block size", lambda row: row.defaults)
     if options.calibration is not None and options.recipe not in CALIBRATED and cache.bits is None:
         raise UsageError(f"calibration text: only {', '.join(CALIBRATED)} and a quantised KV cache have use for one")
@@ -214,13 +214,15 @@ class VariantWriter:
             graph=row.path,
             data=self._save(model, row.path),
             opset=OPSET,
-            inputs=shared_inputs(cache),
+            inputs=shared_inputs(spec, cache),
             outputs=shared_outputs(spec, cache),
             kv_cache=cache,
             op_counts=counts,
             quantization=self._describe(row, weights),
             min_onnxruntime=oldest_onnxruntime(cache),
         )
+        if self._config.labels:  # there are no logits to judge int8 by
+            return variant
         variant, quality = self._judged(variant)
         if not (row.prefill_graph and options.prefill_graph):
             return variant
@@ -244,7 +246,7 @@ class VariantWriter:
             graph=graph,
             data=(f"{graph}_data",),
             opset=OPSET,
-            inputs=shared_inputs(cache),
+            inputs=shared_inputs(spec, cache),
             outputs=device_outputs(spec, cache),
             kv_cache=cache,
             op_counts=counts,
@@ -256,7 +258,7 @@ class VariantWriter:
         described = dataclasses.replace(
             variant, quantization=self._describe(row, weights, scale_bytes=int(dtype.itemsize))
         )
-        return self._judged(described)[0]
+        return described if self._config.labels else self._judged(described)[0]
 
     def _judged(self, variant: Variant) -> tuple[Variant, Quality]:
         """Measure a variant and return it with what it costs; warn where that misses its gate."""

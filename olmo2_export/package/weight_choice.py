@@ -36,6 +36,10 @@ class Options:
     """write a prefill graph if it passes its gate"""
     fp16_islands: bool = False
     """keep what overflows float16 in float32, instead of refusing the model"""
+    hidden_states: tuple[int, ...] = ()
+    """that every graph gives beside its answer; see `ModelConfig.giving`"""
+    inputs_embeds: bool = False
+    """every graph takes vectors in the place of tokens"""
     fp16_safety: Safety | None = field(default=None, compare=False)
     """what was measured of the model; None: it is measured when it is needed"""
 

@@ -60,6 +60,8 @@ def gptq_checkpoint(
             names = [row.weight for row in group.linears if row.weight is not None]
             _quantize_group(layer, names, (layer.value(x, group.reads, start) for x in hidden), formats, spool)
         hidden = [layer.value(x, layer.writes, start) for x in hidden]
+    if HEAD not in formats:
+        return
     head = Head(checkpoint, config)
     hessian = Hessian(config.hidden_size)
     for x in hidden:

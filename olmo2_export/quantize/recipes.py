@@ -31,7 +31,7 @@ from olmo2_export.quantize.search import search
 from olmo2_export.quantize.sensitivity import choose_formats, measure_sensitivity
 from olmo2_export.quantize.spool import Spool
 from olmo2_export.weights.source import WeightSource
-from olmo2_export.weights.stored_names import EMBEDDING, HEAD, linear_names, naming, stored_weight
+from olmo2_export.weights.stored_names import EMBEDDING, HEAD, linear_names, naming, stored_weight, weight_shapes
 from runtimes.errors import UsageError
 
 QUANTIZERS: dict[str, Callable[[Tensor, BlockFormat], QuantizedMatrix]] = {"rtn": round_to_nearest, "search": search}
@@ -106,7 +106,8 @@ def tensor_formats(
 ) -> dict[str, BlockFormat]:
     """Return the format of each tensor that is quantised, by the checkpoint's name; arguments as `quantize`."""
     formats = {EMBEDDING: embedding or form, **dict.fromkeys(linear_names(config), form), HEAD: head or form}
-    return {name: chosen for name, chosen in formats.items() if name not in keep}
+    known = weight_shapes(config)  # a classifier has no HEAD
+    return {name: chosen for name, chosen in formats.items() if name in known and name not in keep}
 
 
 def quantize(

@@ -129,8 +129,12 @@ def _with_weight(layer: WalkedLayer, name: str, weight: Tensor, x: Tensor) -> Te
 
 
 def _divergence(head: Head, original: Tensor, test: Tensor, weight: Tensor | None) -> float:
-    """Mean KL over all positions, a sequence at a time: logits are large."""
+    """Mean KL over all positions, a sequence at a time: logits are large. Of scores, which are no distribution over
+    tokens: mean squared error / variance."""
     total = 0.0
+    if head.scores:
+        a, b = head.logits(original), head.logits(test, weight)
+        return float((a - b).square().mean() / a.var().clamp_min(1e-30))
     for a, b in zip(original, test, strict=True):
         log_p = torch.log_softmax(head.logits(a), dim=-1)
         log_q = torch.log_softmax(head.logits(b, weight), dim=-1)

@@ -26,7 +26,7 @@ from olmo2_export.quantize.input_scales import Choose, fp8_scale, input_scales, 
 from olmo2_export.quantize.linear import QuantizedLinear, fp8_linear, int4_linear, int8_linear, squared_error
 from olmo2_export.quantize.recipes import CALIBRATED, MIXED, QuantizedWeights, quantize
 from olmo2_export.weights.source import WeightSource
-from olmo2_export.weights.stored_names import EMBEDDING, HEAD, linear_names, naming, stored_weight, weight_shapes
+from olmo2_export.weights.stored_names import EMBEDDING, HEAD, naming, stored_weight, weight_shapes
 from runtimes.errors import UsageError
 from runtimes.manifest import QuantizedTensor
 
@@ -200,7 +200,7 @@ def static_forms(config: ModelConfig, precision: str, scales: Mapping[str, float
     names, stored = _names(config, precision), static_row(precision).weights
     if stored.layout == "blocks":
         form, head = _block_formats(config, precision)
-        sizes = dict.fromkeys(names, form.block_size) | {HEAD: head.block_size}
+        sizes = {name: (head if name == HEAD else form).block_size for name in names}
         return {name: LinearForm(precision, size, None) for name, size in sizes.items()}
     return {name: LinearForm(precision, 0, scales.get(name, 1.0)) for name in names}
 
@@ -224,4 +224,5 @@ def static_input_scales(
 
 def _names(config: ModelConfig, precision: str) -> list[str]:
     kept = static_row(precision).weights.kept
-    return [n for n in [*linear_names(config), HEAD] if not n.removesuffix(".weight").endswith(kept)]
+    names = [name for name in weight_shapes(config) if name != EMBEDDING]
+    return [name for name in names if not name.removesuffix(".weight").endswith(kept)]

@@ -32,7 +32,7 @@ from olmo2_export.architecture import (
 from olmo2_export.config import ModelConfig
 from olmo2_export.model.rotary import model_tables, table_names
 from olmo2_export.weights.source import WeightSource
-from olmo2_export.weights.stored_names import EMBEDDING, HEAD, stored_weight
+from olmo2_export.weights.stored_names import EMBEDDING, HEAD, head_weight, stored_weight
 
 Compute = Callable[[Operation, Sequence[Tensor]], Tensor]
 """an operation and what it reads -> what it writes"""
@@ -163,13 +163,16 @@ class WalkedLayer:
 
 
 class Head:
-    """The last norm and lm_head, a part of the vocabulary in float32 at a time."""
+    """The last norm and lm_head, a part of the vocabulary in float32 at a time; or the last norm and score."""
 
     def __init__(self, checkpoint: WeightSource, config: ModelConfig) -> None:
         *self._norms, _ = after_layers(operations(config))
         self._weights = {name: checkpoint.tensor(name).float() for name in tensor_shapes(self._norms)}
         self._arithmetic = Arithmetic(config, model_tables(config))
-        self.weight = stored_weight(checkpoint, config, HEAD)
+        name = head_weight(config)
+        self.scores = name != HEAD
+        """whether it gives scores, in the place of logits"""
+        self.weight = stored_weight(checkpoint, config, name)
 
     def norm(self, x: Tensor) -> Tensor:
         """Return lm_head's input: [..., hidden] -> [..., hidden]."""
@@ -186,8 +189,11 @@ class Head:
 
 
 def embed(checkpoint: WeightSource, sequences: Sequence[np.ndarray]) -> list[Tensor]:
-    """Look tokens up: int64 [S] each -> float32 [1, S, hidden] each."""
-    return [checkpoint.picked(EMBEDDING, torch.from_numpy(ids)).float()[None] for ids in sequences]
+    """Look tokens up: int64 [S] each -> float32 [1, S, hidden] each; float32 [S, hidden] is taken as it is."""
+    return [
+        (checkpoint.picked(EMBEDDING, torch.from_numpy(x)).float() if x.ndim == 1 else torch.from_numpy(x))[None]
+        for x in sequences
+    ]
 
 
 def walked_layers(checkpoint: WeightSource, config: ModelConfig) -> Iterator[WalkedLayer]:

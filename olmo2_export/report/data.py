@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from olmo2_export.catalog import QualityGate, names
-from olmo2_export.config import ModelConfig
+from olmo2_export.config import config_of
 from olmo2_export.locate.locate import Location, locate
 from olmo2_export.measure.quality import gate_of, quality_tokens
 from olmo2_export.report.bench_file import Bench, read_bench
@@ -102,8 +102,9 @@ def gather(
     if parity is not None and not parity.is_file():
         raise UsageError(f"--parity {parity}: expected the file that olmo2-export verify --out wrote")
     opened = open_package(package)
+    opened.check_logits("report")
     summary = describe(opened, parity=parity)
-    config = ModelConfig.from_json(checkpoint.folder / "config.json")
+    config = config_of(checkpoint.folder, summary.model)
     if summary.model != config.spec:
         raise ConfigError(f"{package}: not of the reference's shape; give the checkpoint that it was exported from")
     by_name = {v.variant.name: v for v in summary.variants}

@@ -17,7 +17,7 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.dtypes import dtype_name, ir_dtype
 from olmo2_export.fuse import op_counts
 from olmo2_export.stored_graph import load_graph
-from olmo2_export.weights.stored_names import EMBEDDING, HEAD, weight_shapes
+from olmo2_export.weights.stored_names import EMBEDDING, HEAD, SCORED, weight_shapes
 from runtimes.errors import PackageError
 from runtimes.manifest import Manifest, Quantization, Role, TensorSpec, Variant
 
@@ -29,6 +29,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 _MEANINGS: dict[Role, str] = {
     "token_ids": "token ids of the new tokens",
+    "embeddings": "vectors in the place of the new tokens whose ids are negative; optional but for TensorRT",
     "attention_mask": "1 for a token, cached or new; 0 for padding",
     "position_ids": "place of each new token in its sequence",
     "logit_count": "last rows that get logits; 0, the default: all",
@@ -37,7 +38,7 @@ _MEANINGS: dict[Role, str] = {
     "logits": "scores of the next token, before softmax",
     "candidate_ids": "the likeliest next tokens, best first",
     "candidate_logits": "their scores",
-    "score": "of the whole sequence",
+    "score": "of the sequence, for each label: read from its last token that is no padding",
     "hidden_state": "vectors of the new tokens",
 }
 _CACHE = re.compile(r"(past_key_values|present)\.(\d+)\.(key|value)")
@@ -240,7 +241,8 @@ def checkpoint_names(tensor: str) -> list[str]:
 
 
 def _parts(stored: Iterable[StoredTensor], config: ModelConfig, quantization: Quantization | None) -> tuple[Part, ...]:
-    shapes = weight_shapes(config)
+    score = {SCORED: (len(config.labels), config.hidden_size)} if config.labels else {}
+    shapes = weight_shapes(config) | score
     size: Counter[str] = Counter()
     dtypes: dict[str, Counter[str]] = defaultdict(Counter)
     held: dict[str, set[str]] = defaultdict(set)
@@ -289,4 +291,4 @@ def _parts(stored: Iterable[StoredTensor], config: ModelConfig, quantization: Qu
 def _part_of(weight: str) -> str:
     if (layer := _LAYER.match(weight)) is not None:
         return f"layer {layer[1]}"
-    return {EMBEDDING: "embedding", HEAD: "head"}[weight]
+    return {EMBEDDING: "embedding", HEAD: "head", SCORED: "head"}[weight]

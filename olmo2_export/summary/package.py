@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from olmo2_export.config import ModelConfig
+from olmo2_export.config import ModelConfig, config_of
 from olmo2_export.graphs.predicted import cache_bytes_per_token
 from olmo2_export.summary.engine import EngineSummary, summarize_engine
 from olmo2_export.summary.graph import (
@@ -131,7 +131,7 @@ def describe(package: AnyPackage, variant: str | None = None, *, parity: Path | 
         opened.check(trt.files.keys() | _listed(trt), remedy=f"run: olmo2-export build {folder}")
     reference, verdicts = read_parity(opened, {n: files[v.graph].sha256 for n, v in variants.items()}, parity)
     wanted = [v for name, v in variants.items() if variant in (None, name)]
-    config = ModelConfig.from_json(folder / "config.json")
+    config = config_of(folder, manifest.model)
     portable, origin = portable_ops(folder, manifest, config)
     engines = [e for e in (trt.engines.values() if trt else ()) if variant in (None, e.variant)]
     return PackageSummary(

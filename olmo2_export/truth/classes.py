@@ -31,6 +31,7 @@ class Classes:
 
     config: type[transformers.PreTrainedConfig]
     causal_lm: type[transformers.PreTrainedModel]
+    classifier: type[transformers.PreTrainedModel]
     layer: Callable[[Any, int], nn.Module]
     norm: Callable[[Any], nn.Module]
     rotary: Callable[[Any, int], Rotary]
@@ -49,6 +50,7 @@ CLASSES: dict[str, Classes] = {
     "olmo": Classes(
         transformers.OlmoConfig,
         transformers.OlmoForCausalLM,
+        transformers.OlmoForSequenceClassification,
         olmo.OlmoDecoderLayer,
         lambda config: olmo.OlmoLayerNorm(config.hidden_size),
         lambda config, _: olmo.OlmoRotaryEmbedding(config),
@@ -56,6 +58,7 @@ CLASSES: dict[str, Classes] = {
     "olmo2": Classes(
         transformers.Olmo2Config,
         transformers.Olmo2ForCausalLM,
+        transformers.Olmo2ForSequenceClassification,
         olmo2.Olmo2DecoderLayer,
         _rms_norm(olmo2.Olmo2RMSNorm),
         lambda config, _: olmo2.Olmo2RotaryEmbedding(config),
@@ -63,6 +66,7 @@ CLASSES: dict[str, Classes] = {
     "olmo3": Classes(
         transformers.Olmo3Config,
         transformers.Olmo3ForCausalLM,
+        transformers.Olmo3ForSequenceClassification,
         olmo3.Olmo3DecoderLayer,
         _rms_norm(olmo3.Olmo3RMSNorm),
         _rotary_of_layer,

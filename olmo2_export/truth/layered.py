@@ -14,7 +14,7 @@ from olmo2_export.truth.reference import Rounding
 from olmo2_export.truth.torch_layers import StoredTables, TorchModel
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.source import Replaced
-from olmo2_export.weights.stored_names import EMBEDDING, HEAD, stored_weight
+from olmo2_export.weights.stored_names import EMBEDDING, head_weight, stored_head, stored_weight
 
 
 class LayeredReference:
@@ -35,26 +35,41 @@ class LayeredReference:
         def weight(name: str) -> Tensor:
             return replaced[name] if name in replaced else stored_weight(source, config, name)
 
-        whole = EMBEDDING in replaced or HEAD in replaced
-        stored = None if whole else StoredTables(checkpoint, config.tie_word_embeddings)
+        whole = EMBEDDING in replaced or head_weight(config) in replaced
+        stored = None if whole else StoredTables(checkpoint, stored_head(config))
         self._model = TorchModel(checkpoint.folder, weight, precision, rounded_inputs, stored=stored)
         self._layers = config.num_hidden_layers
         self._result = torch.float64 if float_dtype(precision).torch == torch.float64 else torch.float32
 
-    @torch.inference_mode()
     def logits(
         self, sequences: Sequence[np.ndarray], positions: Sequence[np.ndarray] | None = None
     ) -> list[np.ndarray]:
         """Run each sequence alone, whole and without padding; see `Reference.logits`."""
+        return self.logits_and_states(sequences, positions, ())[0]
+
+    @torch.inference_mode()
+    def logits_and_states(
+        self, sequences: Sequence[np.ndarray], positions: Sequence[np.ndarray] | None, numbers: Sequence[int]
+    ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+        """Return `logits`, and in the same pass hidden states; see `Reference.hidden_states`."""
         model = self._model
+        states: dict[int, list[np.ndarray]] = {}
         hidden = [model.embed(torch.from_numpy(ids)) for ids in sequences]
         for index in range(self._layers):
+            if index in numbers:
+                states[index] = self._arrays(hidden)
             layer = model.layer(index)
             hidden = [layer(x) for x in hidden]
             del layer
-        found = []
-        for row, x in enumerate(hidden):
-            normed = model.norm(x)
-            kept = normed if positions is None else normed[:, torch.from_numpy(positions[row])]
-            found.append(model.head(kept)[0].to(self._result).numpy())
-        return found
+        normed = [model.norm(x) for x in hidden]
+        if self._layers in numbers:
+            states[self._layers] = self._arrays(normed)
+        kept = (
+            normed
+            if positions is None
+            else [x[:, torch.from_numpy(at)] for x, at in zip(normed, positions, strict=True)]
+        )
+        return self._arrays([model.head(x) for x in kept]), [states[number] for number in numbers]
+
+    def _arrays(self, rows: Sequence[Tensor]) -> list[np.ndarray]:
+        return [x[0].to(self._result).numpy() for x in rows]

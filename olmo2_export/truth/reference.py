@@ -1,4 +1,4 @@
-"""PyTorch logits taken as truth: transformers' own OLMo 1, 2 and 3, which share no code with this project's."""
+"""PyTorch's logits and scores, taken as truth: transformers' own OLMo 1, 2 and 3, which share no code with ours."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from olmo2_export.config import TOKEN_ID_FIELDS, read_json_object
+from olmo2_export.config import TOKEN_ID_FIELDS, is_classifier, padding_id, read_json_object
 from olmo2_export.dtypes import float_dtype
 from olmo2_export.truth.classes import CLASSES, LAYER_NORM_EPS, LayerNorm, RMSNorm
 from olmo2_export.weights.checkpoint import Checkpoint
@@ -74,7 +74,8 @@ class Reference:
     """transformers' model at one precision; use it inside `open_reference`."""
 
     def __init__(self, model: nn.Module, precision: str) -> None:
-        self._model = model
+        self._model: Any = model
+        self._scores = hasattr(model, "score")
         self._result = torch.float64 if precision == "fp64" else torch.float32
 
     @torch.inference_mode()
@@ -88,14 +89,100 @@ class Reference:
             positions: per sequence int64 [n], where logits are wanted; None: everywhere.
 
         Returns:
-            Per sequence the logits of these positions [n, vocab_size]; float64 for fp64, else float32.
+            Per sequence the logits of these positions [n, vocab_size]; float64 for fp64, else float32. Of a classifier
+            the scores that each position would get, were it the one that is scored, [n, labels].
         """
         found = []
         for row, ids in enumerate(sequences):
+            if self._scores:
+                hidden = self._model.model(torch.from_numpy(ids)[None], use_cache=False).last_hidden_state
+                wanted = hidden if positions is None else hidden[:, torch.from_numpy(positions[row])]
+                found.append(self._model.score(wanted)[0].to(self._result).numpy())
+                continue
             kept: Any = 0 if positions is None else torch.from_numpy(positions[row])  # 0: all
             logits = self._model(torch.from_numpy(ids)[None], logits_to_keep=kept, use_cache=False).logits
             found.append(logits[0].to(self._result).numpy())
         return found
+
+    @torch.inference_mode()
+    def scores(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Score a batch with a classifier, by transformers' own choice of the token.
+
+        Args:
+            ids: int64 [B, S], padded.
+            mask: int64 [B, S], 0 where padding is hidden.
+
+        Returns:
+            [B, labels]; float64 for fp64, else float32.
+        """
+        given = torch.from_numpy(ids), torch.from_numpy(mask)
+        scores = self._model(given[0], attention_mask=given[1], use_cache=False).logits
+        array: np.ndarray = scores.to(self._result).numpy()
+        return array
+
+    @torch.inference_mode()
+    def hidden_states(self, sequences: Sequence[np.ndarray], numbers: Sequence[int]) -> list[list[np.ndarray]]:
+        """Run each sequence alone, and return its hidden states as transformers numbers them.
+
+        Args:
+            sequences: int64 token ids, each [length].
+            numbers: of the hidden states.
+
+        Returns:
+            Per number and sequence [length, hidden]; float64 for fp64, else float32.
+        """
+        found: list[list[np.ndarray]] = [[] for _ in numbers]
+        for ids in sequences:
+            states = self._model.model(torch.from_numpy(ids)[None], use_cache=False, output_hidden_states=True)
+            for kept, number in zip(found, numbers, strict=True):
+                kept.append(states.hidden_states[number][0].to(self._result).numpy())
+        return found
+
+    @torch.inference_mode()
+    def embeddings(self, sequences: Sequence[np.ndarray], number: int, pooling: str) -> np.ndarray:
+        """Pool hidden states as a batch that is padded on the right, with its mask.
+
+        Args:
+            sequences: int64 token ids, each [length].
+            number: of the hidden state.
+            pooling: mean, over the tokens that the mask shows, or last, that of the last one.
+
+        Returns:
+            [B, hidden]; float64 for fp64, else float32.
+        """
+        width = max(map(len, sequences))
+        mask = torch.stack([(torch.arange(width) < len(ids)).long() for ids in sequences])
+        ids = torch.zeros_like(mask)
+        ids[mask == 1] = torch.from_numpy(np.concatenate(sequences))
+        output = self._model.model(ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
+        states = output.hidden_states[number].to(self._result)  # (B, S, hidden)
+        shown = mask[..., None].to(states.dtype)
+        if pooling == "mean":
+            pooled = (states * shown).sum(1) / shown.sum(1)
+        else:
+            pooled = states[torch.arange(len(states)), mask.sum(1) - 1]
+        array: np.ndarray = pooled.numpy()
+        return array
+
+    @torch.inference_mode()
+    def mixed(self, before: np.ndarray, vectors: np.ndarray, behind: np.ndarray) -> np.ndarray:
+        """Run a sequence of tokens, then vectors in the place of tokens, then tokens again, whole.
+
+        Args:
+            before, behind: int64 [n], of any length.
+            vectors: float32 [n, hidden].
+
+        Returns:
+            The logits from the first vector on, [n, vocab_size]; float64 for fp64, else float32. Of a classifier the
+            scores that each position would get.
+        """
+        table = self._model.model.embed_tokens
+        given = torch.from_numpy(vectors).to(table.weight.dtype)
+        whole = torch.cat([table(torch.from_numpy(before)), given, table(torch.from_numpy(behind))])[None]
+        hidden = self._model.model(inputs_embeds=whole, use_cache=False).last_hidden_state[:, len(before) :]
+        head = self._model.score if self._scores else self._model.lm_head
+        array: np.ndarray = head(hidden)[0].to(self._result).numpy()
+        return array
 
     @torch.inference_mode()
     def stream(self, ids: np.ndarray, first: int, piece: int) -> Iterator[np.ndarray]:
@@ -160,8 +247,10 @@ def open_reference(
     model: Any
     info: dict[str, Any]
     config = reference_config(checkpoint.folder)
+    raw = read_json_object(checkpoint.folder / "config.json")
     classes = CLASSES[config.model_type]
-    model, info = classes.causal_lm.from_pretrained(  # type: ignore[misc]  # a pair, with loading info
+    kind = classes.classifier if is_classifier(raw) else classes.causal_lm
+    model, info = kind.from_pretrained(  # type: ignore[misc]  # a pair, with loading info
         checkpoint.folder,
         config=config,
         dtype=float_dtype(precision).torch,
@@ -174,6 +263,8 @@ def open_reference(
     wrong += sorted(checkpoint.extra(checkpoint.tensors.keys() - set(info["unexpected_keys"])))
     if wrong:
         raise CheckpointError(f"{checkpoint.folder}: PyTorch could not load {first_names(wrong)}")
+    if kind is classes.classifier:  # only now: an embedding refuses one beyond the vocabulary
+        model.config.pad_token_id = padding_id(raw)
     if precision == "fp64":
         use_float64_norms(model)
     for name, weight in (weights or {}).items():

@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.olmo2.modeling_olmo2 import apply_rotary_pos_emb, repeat_kv
 
+from olmo2_export.architecture import head
 from olmo2_export.config import ModelConfig
 from olmo2_export.dtypes import float_dtype
 from olmo2_export.truth.classes import CLASSES
 from olmo2_export.truth.reference import Rounding, reference_config, use_float64_norms
 from olmo2_export.weights.checkpoint import Checkpoint
-from olmo2_export.weights.stored_names import EMBEDDING, HEAD, stored_weight
+from olmo2_export.weights.stored_names import EMBEDDING, head_weight, stored_head, stored_weight
 
 Weights = Callable[[str], Tensor]
 """a weight by the checkpoint's name, in the checkpoint's layout"""
@@ -37,8 +38,8 @@ class StoredTables:
     """Embedding and head of a checkpoint, read in parts: neither is in memory as a whole."""
 
     checkpoint: Checkpoint
-    tied: bool
-    """the head is the embedding"""
+    stored_head: str
+    """the name of the head's weight: the embedding's where they are one"""
 
     def embedding(self, ids: Tensor) -> Tensor:
         """Return the rows of tokens: int64 [S] -> [S, hidden], as they are stored."""
@@ -46,7 +47,7 @@ class StoredTables:
 
     def head(self) -> Iterator[Tensor]:
         """Yield the rows of the head, [n, hidden], as they are stored; a part is overwritten by the next."""
-        return self.checkpoint.rows(EMBEDDING if self.tied else HEAD)
+        return self.checkpoint.rows(self.stored_head)
 
 
 class TorchModel:
@@ -73,6 +74,8 @@ class TorchModel:
         self.dtype = float_dtype(precision).torch
         self.rounding = dict(rounding or {})
         self.weights = weights
+        own = ModelConfig.from_json(folder / "config.json")
+        self._head, self._answers = head_weight(own), head(own)[1]
         self.tables = tables
         self.stored = stored
 
@@ -99,11 +102,11 @@ class TorchModel:
         return normed
 
     def head(self, x: Tensor) -> Tensor:
-        """Return logits: [..., hidden] -> [..., V]."""
-        rounding = self.rounding.get(HEAD)
+        """Return logits, or a classifier's scores: [..., hidden] -> [..., V]."""
+        rounding = self.rounding.get(self._head)
         x = x.to(self.dtype) if rounding is None else rounding(x.to(self.dtype))
-        parts = torch.split(self.weights(HEAD), _ROWS) if self.stored is None else self.stored.head()
-        logits = x.new_empty(*x.shape[:-1], self.config.vocab_size)
+        parts = torch.split(self.weights(self._head), _ROWS) if self.stored is None else self.stored.head()
+        logits = x.new_empty(*x.shape[:-1], self._answers)
         end = 0
         for part in parts:
             start, end = end, end + len(part)
@@ -248,7 +251,7 @@ class TorchLayer:
 
 def open_layers(checkpoint: Checkpoint, config: ModelConfig) -> TorchModel:
     """Return transformers' float32 model of a checkpoint, whose layers are read when they are asked for."""
-    weights, stored = partial(stored_weight, checkpoint, config), StoredTables(checkpoint, config.tie_word_embeddings)
+    weights, stored = partial(stored_weight, checkpoint, config), StoredTables(checkpoint, stored_head(config))
     return TorchModel(checkpoint.folder, weights, "fp32", stored=stored)
 
 

@@ -44,12 +44,28 @@ def declare(verb: argparse.ArgumentParser) -> None:
         action="store_true",
         help=f"{halves}: keep what overflows in float32, as the verb fp16 proposes, instead of refusing",
     )
+    verb.add_argument(
+        "--hidden-states",
+        metavar="N,...",
+        type=_numbers,
+        default=(),
+        help="give these too: 0 the embedding, N what layer N gives, or last, as transformers numbers them",
+    )
+    verb.add_argument("--inputs-embeds", action="store_true", help="take vectors too, in the place of tokens")
     verb.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub id")
     verb.add_argument("--force", action="store_true", help="replace the package that is there")
     verb.add_argument(
         "--dry-run", action="store_true", help="say what it would write, need and take; write nothing, read no weights"
     )
     verb.add_argument("--json", action="store_true", help="with --dry-run: as a JSON object, bytes and seconds")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Read numbers of hidden states, `last` among them."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word == "last" or word.isdecimal() for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers with commas between, or last, as in 8,last")
+    return tuple(-1 if word == "last" else int(word) for word in words)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
         kv_cache=args.kv_cache,
         prefill_graph=not args.no_prefill_graph,
         fp16_islands=args.fp16_islands,
+        hidden_states=args.hidden_states,
+        inputs_embeds=args.inputs_embeds,
     )
     if args.dry_run:
         return _plan(args, options)

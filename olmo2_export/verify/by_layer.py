@@ -6,10 +6,11 @@
 | decode       | the first sequence token by token; its long form up to the last tokens in one call, these alone  |
 | chunked      | the first sequence in three pieces                                                               |
 | prefix reuse | a beginning, wrong tokens behind it; then the right ones behind the beginning                    |
+| score, ...   | the rows of each batch of `padded`                                                               |
 
 What a graph computes of one sequence is the same bit for bit as in one session, so that nothing of the comparison is
 given up but what is not fed: ragged batches, the end of a cache beyond `LONGEST_BY_LAYER` tokens, and greedy decoding,
-which would read all weights for each token. The report says so.
+which would read all weights for each token; and that hidden states are given, which `locate` tells. The report says so.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from olmo2_export.free_memory import available_memory
 from olmo2_export.graphs.by_layer import Call, Plan, logits_by_layer
 from olmo2_export.verify.feeds import ModeResult, short_lengths
 from olmo2_export.verify.measure import Truth
+from olmo2_export.verify.padded import scored_mode
 from olmo2_export.views.table import View
 from runtimes.errors import FailedError
 from runtimes.manifest import Variant
@@ -63,11 +65,13 @@ def runs_by_layer(view: View, target: Target) -> bool:
     return not target.on_gpu and view.variant.kv_cache.form != "static"
 
 
-def coverage(why: str) -> str:
+def coverage(why: str, config: ModelConfig) -> str:
     """Return what the report says of what was run."""
     return (
         f"layers one at a time, {why}; one row alone, up to {LONGEST_BY_LAYER} tokens; not run: ragged batches, the "
         "end of a longer cache, greedy decoding"
+        + ", hidden states" * bool(config.hidden_states)
+        + ", vectors in the place of tokens" * config.inputs_embeds
     )
 
 
@@ -97,16 +101,24 @@ def feed_by_layer(view: View, rows: Sequence[Operation], truth: Truth) -> Iterat
         ("prefix reuse", 0, _reused(whole, tail)),
     ]
     plans = [plan for _, _, plan in fed]
+    plans += [_pieces(ids, [len(ids)]) for batch in truth.beside.padded for ids in batch.rows]
     try:
         logits = logits_by_layer(view.graph, view.variant, rows, plans, view.model)
     except FailedError as error:
         for mode, _, plan in fed:
             yield ModeResult(mode, (_length(plan),), (), (), str(error))
         return
-    for (mode, row, plan), found in zip(fed, logits, strict=True):
+    for (mode, row, plan), found in zip(fed, logits, strict=False):
+        answers = np.concatenate(found)
         positions = np.concatenate([np.arange(c.start, c.start + len(c.ids)) for c in plan if c.wanted])
+        if truth.beside.padded:  # a classifier answers of the last token of each call
+            positions = np.array([c.start + len(c.ids) - 1 for c in plan if c.wanted])
         kept = np.isin(positions, truth.positions[row])
-        yield ModeResult(mode, (_length(plan),), (positions[kept],), (np.concatenate(found)[kept],), "", row)
+        yield ModeResult(mode, (_length(plan),), (positions[kept],), (answers[kept],), "", row)
+    scores = iter(logits[len(fed) :])
+    for number, batch in enumerate(truth.beside.padded):
+        found = [next(scores)[0] for _ in batch.rows]
+        yield ModeResult(scored_mode(batch), batch.lengths, (), (np.concatenate(found),), "", beside=number)
 
 
 def _pieces(ids: np.ndarray, ends: Iterable[int]) -> Plan:

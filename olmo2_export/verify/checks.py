@@ -13,7 +13,7 @@ import onnx_ir as ir
 import olmo2_export.catalog as catalog
 from olmo2_export.architecture import Operation, operations
 from olmo2_export.config import ModelConfig
-from olmo2_export.graphs.by_layer import Recorded, in_pieces, logits_by_layer
+from olmo2_export.graphs.by_layer import Call, Recorded, in_pieces, logits_by_layer
 from olmo2_export.measure.parity import QUALITY, Check, ParityReport, PerplexityChange
 from olmo2_export.measure.quality import (
     PIECE,
@@ -23,9 +23,12 @@ from olmo2_export.measure.quality import (
     perplexity_check,
     quality_check,
     quality_tokens,
+    score_check,
+    states_check,
 )
 from olmo2_export.package.trt_variants import default_text
 from olmo2_export.quantize.static import static_input_scales
+from olmo2_export.truth.layered import LayeredReference
 from olmo2_export.truth.torch_layers import reference_logits
 from olmo2_export.views.runners import open_all_positions, open_view
 from olmo2_export.views.table import View
@@ -34,9 +37,14 @@ from runtimes import Package
 from runtimes.errors import FailedError
 from runtimes.manifest import Variant
 from runtimes.ort.open import open_ort
+from runtimes.runners.scores import scored_token
 from runtimes.sealed import hash_file
 from runtimes.targets import Target
 
+SCORED_LENGTH = 64
+"""tokens of a sequence that is scored: many short ones say more of scores than few long ones"""
+_STATES = 16
+"""sequences of that length whose hidden states are compared"""
 QUALITY_LENGTH = 256
 """tokens of a sequence on which quality is measured, where the cache holds them"""
 LONG = 4096
@@ -100,6 +108,9 @@ def quality_checks(
     Returns:
         A check for each, and the change of perplexity of the first; None where it could not be measured.
     """
+    states = [] if by_layer else _states_quality(package, entry, view, checkpoint, config, target)
+    if config.labels:
+        return [_score_quality(package, entry, view, checkpoint, config, target, by_layer=by_layer), *states], None
     length = LONG if entry.kv_cache.quantization is not None else min(report.max_cache_length, QUALITY_LENGTH)
     sequences, origin = quality_tokens(checkpoint, config, length=length)
     wanted = list(reference_logits(checkpoint, config, sequences))
@@ -119,7 +130,64 @@ def quality_checks(
         else:
             checks.append(perplexity_check(measured.perplexity, tokens, report.gate))
         changes.append(measured.perplexity)
-    return checks, changes[0] if changes else None
+    return checks + states, changes[0] if changes else None
+
+
+def _states_quality(
+    package: Package, entry: Variant, view: View, checkpoint: Checkpoint, config: ModelConfig, target: Target
+) -> list[Check]:
+    """Compare hidden states on held-out text with PyTorch's in float32."""
+    if not config.hidden_states:
+        return []
+    length = min(SCORED_LENGTH, entry.kv_cache.max_cache_length)
+    sequences, origin = quality_tokens(checkpoint, config, length=length, most=_STATES * length)
+    wanted = LayeredReference(checkpoint, config, "fp32").logits_and_states(
+        sequences, [np.zeros(1, np.int64)] * len(sequences), config.hidden_states
+    )[1]
+    try:
+        with open_view(package, view, target) as runner:
+            found = []
+            for ids in sequences:
+                runner.reset()
+                found += runner.prefill_hidden([ids])
+    except FailedError as error:
+        return [Check("quality of hidden states", "not measured", (str(error),), QUALITY)]
+    limit = catalog.find(entry.name).weights.score_error
+    return [
+        states_check(number, np.concatenate([row[number] for row in found]), np.concatenate(truth), limit, origin)
+        for number, truth in zip(config.hidden_states, wanted, strict=True)
+    ]
+
+
+def _score_quality(
+    package: Package,
+    entry: Variant,
+    view: View,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    target: Target,
+    *,
+    by_layer: bool,
+) -> Check:
+    """Compare a classifier's scores of held-out text with PyTorch's in float32."""
+    length = min(SCORED_LENGTH, entry.kv_cache.max_cache_length)
+    sequences, origin = quality_tokens(checkpoint, config, length=length)
+    pad = config.pad_token_id
+    wanted = [
+        rows[scored_token(ids, pad)]
+        for ids, rows in zip(sequences, reference_logits(checkpoint, config, sequences), strict=True)
+    ]
+    try:
+        if by_layer:
+            plans = [[Call(ids, 0)] for ids in sequences]
+            found = logits_by_layer(view.graph, view.variant, operations(config), plans, view.model)
+            scores = np.concatenate([answers[0] for answers in found])
+        else:
+            with open_view(package, view, target) as runner:
+                scores = np.concatenate([runner.score([ids]) for ids in sequences])
+    except FailedError as error:
+        return Check("quality", "not measured", (str(error),), QUALITY)
+    return score_check(scores, np.stack(wanted), catalog.find(entry.name).weights.score_error, origin)
 
 
 def _runs(package: Package, entry: Variant, view: View, target: Target) -> Iterator[_Run]:

@@ -14,6 +14,9 @@
 | capacity - 1 | where a call ends, and at each decoded token                                                    |
 | capacity     | the same: the last position of the cache is written and read                                    |
 
+A classifier scores a row's last token alone: it is compared where a call ends, at each length. How it takes padding is
+in `padded.py`.
+
 A batch has one row, or three of different lengths. Long rows are filled once per batch, but for prefill: the modes
 differ in how their last tokens come.
 """
@@ -54,6 +57,8 @@ class ModeResult:
     """why there are none: not finite, or the graph did not run; else empty"""
     first: int = 0
     """the sequence that the first row is of"""
+    beside: int | None = None
+    """the first of the answers of `beside` that the rows are; None: they are logits, and positions say which"""
 
 
 Pieces = list[tuple[np.ndarray, Logits]]
@@ -132,11 +137,10 @@ def _decode(runner: Runner, batch: list[np.ndarray]) -> list[Pieces]:
     if min(beginnings) > 0:
         rows = _call(runner, batch, [0] * len(batch), beginnings)
     else:  # a row of one token: it is decoded where another was
-        logits = runner.prefill(
-            [ids[: max(n, 1)] for ids, n in zip(batch, beginnings, strict=True)], all_positions=True
-        )
+        pieces = [ids[: max(n, 1)] for ids, n in zip(batch, beginnings, strict=True)]
+        logits = runner.prefill(pieces, all_positions=_answers_all(runner))
         runner.truncate(beginnings)
-        rows = [[(np.arange(n), x)] if n else [] for n, x in zip(beginnings, logits, strict=True)]
+        rows = [[(np.arange(n - len(x), n), x)] if n else [] for n, x in zip(beginnings, logits, strict=True)]
     return _step(runner, batch, beginnings, steps, rows)
 
 
@@ -157,9 +161,11 @@ def _chunked(runner: Runner, batch: list[np.ndarray]) -> list[Pieces]:
 def _prefix_reuse(runner: Runner, batch: list[np.ndarray]) -> list[Pieces]:
     beginnings = [len(ids) // 2 for ids in batch]
     wrong = [np.concatenate([ids[:n], ids[n:][::-1]]) for ids, n in zip(batch, beginnings, strict=True)]
-    logits = runner.prefill(wrong, all_positions=True)
+    logits = runner.prefill(wrong, all_positions=_answers_all(runner))
     runner.truncate(beginnings)
     rest = _call(runner, batch, beginnings, [len(ids) for ids in batch])
+    if not _answers_all(runner):
+        return rest
     return [
         [(np.arange(n), x[:n]), *pieces] if n else pieces for n, x, pieces in zip(beginnings, logits, rest, strict=True)
     ]
@@ -220,8 +226,13 @@ def _call(
 ) -> list[Pieces]:
     """Prefill a piece of every row; give all its positions, or its last."""
     pieces = [ids[a:b] for ids, a, b in zip(batch, starts, stops, strict=True)]
-    logits = runner.prefill(pieces, all_positions=all_positions)
+    logits = runner.prefill(pieces, all_positions=all_positions and _answers_all(runner))
     return [[(np.arange(b - len(x), b), x)] for b, x in zip(stops, logits, strict=True)]
+
+
+def _answers_all(runner: Runner) -> bool:
+    """Tell whether a runner can be asked of every token; a classifier cannot."""
+    return runner.variant.answer == "logits"
 
 
 def _step(

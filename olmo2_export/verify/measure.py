@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,21 +14,25 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from olmo2_export.config import ModelConfig
+from olmo2_export.config import ModelConfig, config_of
 from olmo2_export.measure.parity import (
     DRAWS,
     CaseResult,
     Gate,
     ParityReport,
+    Scale,
     compare,
     compare_greedy,
+    compare_states,
     failed_case,
+    scale_of,
 )
 from olmo2_export.truth.layered import LayeredReference
 from olmo2_export.truth.reference import Rounding, open_reference
+from olmo2_export.verify.beside import NOTHING, Beside, ask_by_layer, ask_reference, feed_beside, questions
 from olmo2_export.verify.feeds import MIN_CAPACITY, ModeResult, compared_positions, feed_all, row_lengths
 from olmo2_export.weights.checkpoint import Checkpoint
-from olmo2_export.weights.stored_names import HEAD, linear_names
+from olmo2_export.weights.stored_names import head_weight, linear_names
 from runtimes import Runner, open_package
 from runtimes.errors import ConfigError, FailedError, PackageError
 from runtimes.package import AnyPackage
@@ -60,12 +64,14 @@ class Truth:
     capacity: int
     """tokens of the longest rows"""
     tokens_from: str
+    beside: Beside
+    """what else was asked"""
     exact: list[np.ndarray]
-    """per sequence float64 [n, vocab_size]"""
+    """per sequence float64 [n, vocab_size], or [n, labels]; behind them the answers to `beside`"""
     own: dict[str, list[np.ndarray]]
-    """precision -> per sequence float32 [n, vocab_size]"""
+    """precision -> the same in float32"""
     continuations: list[tuple[np.ndarray, np.ndarray]]
-    """greedy tokens after each sequence's first GREEDY_PROMPT, and the gaps by which they were chosen"""
+    """greedy tokens after each sequence's first GREEDY_PROMPT, and the gaps by which they were chosen; () of scores"""
     draws: Draws
     """of `own` in fp32"""
 
@@ -95,16 +101,17 @@ def ask_pytorch(
     Raises:
         ConfigError: package and reference are not of one shape.
     """
-    config = ModelConfig.from_json(checkpoint.folder / "config.json")
     opened = open_package(package)
     spec = opened.model
+    config = config_of(checkpoint.folder, spec)
     if spec != config.spec:
         different = [k for k, v in vars(config.spec).items() if getattr(spec, k) != v]
         raise ConfigError(f"{opened.folder}: not of the reference's shape: {', '.join(different)} differ")
     capacity = min(config.max_position_embeddings, LONGEST) if capacity is None else capacity
     if capacity < MIN_CAPACITY:
         raise PackageError(f"{opened.folder}: a cache of {capacity} tokens; verification needs {MIN_CAPACITY}")
-    sequences, origin = _sequences(opened.folder, config.vocab_size, row_lengths(capacity))
+    sequences, origin = _sequences(opened.folder, config, row_lengths(capacity))
+    beside = questions(config, sequences, capacity)
     positions = compared_positions(capacity)
     new_tokens = min(GREEDY_TOKENS, capacity - GREEDY_PROMPT)
     exact: list[np.ndarray] = []
@@ -112,11 +119,12 @@ def ask_pytorch(
     continuations: list[tuple[np.ndarray, np.ndarray]] = []
     for precision in ["fp64", *sorted({"fp32", *precisions})]:
         if by_layer:
-            logits = LayeredReference(checkpoint, config, precision, weights).logits(sequences, positions)
+            layered = LayeredReference(checkpoint, config, precision, weights)
+            logits = ask_by_layer(layered, config, sequences, positions, beside)
         else:
             with open_reference(checkpoint, precision, weights) as torch_model:
-                logits = torch_model.logits(sequences, positions)
-                if precision == "fp32":
+                logits = ask_reference(torch_model, sequences, positions, beside)
+                if precision == "fp32" and not config.labels:
                     continuations = [torch_model.greedy(ids[:GREEDY_PROMPT], new_tokens) for ids in sequences]
         if precision == "fp64":
             exact = logits
@@ -125,8 +133,8 @@ def ask_pytorch(
         if bar is not None:
             bar.update()
     draw = draw_by_layer if by_layer else draw_logits
-    draws = partial(draw, checkpoint, sequences, positions, weights or {}, dict.fromkeys(_linears(config)))
-    return Truth(sequences, positions, capacity, origin, exact, own, continuations, draws)
+    draws = partial(draw, checkpoint, sequences, positions, weights or {}, dict.fromkeys(_linears(config)), beside)
+    return Truth(sequences, positions, capacity, origin, beside, exact, own, continuations, draws)
 
 
 def draw_logits(
@@ -135,6 +143,7 @@ def draw_logits(
     positions: Sequence[np.ndarray],
     weights: Mapping[str, torch.Tensor],
     rounding: Mapping[str, Rounding | None],
+    beside: Beside = NOTHING,
 ) -> list[list[np.ndarray]]:
     """Run PyTorch in float32 DRAWS times, the inputs of its linears moved a little, each time otherwise.
 
@@ -144,12 +153,13 @@ def draw_logits(
         positions: per sequence int64 [n], where logits are wanted.
         weights: to compute with instead of the reference's.
         rounding: by the linears' names, what rounds their inputs; None: nothing does.
+        beside: what else is asked.
 
     Returns:
-        Per draw and sequence float32 [n, vocab_size].
+        Per draw and sequence float32 [n, vocab_size]; behind them the answers to `beside`.
     """
     with open_reference(checkpoint, "fp32", weights, _moved(rounding)) as reference:
-        return [reference.logits(sequences, positions) for _ in range(DRAWS)]
+        return [ask_reference(reference, sequences, positions, beside) for _ in range(DRAWS)]
 
 
 def draw_by_layer(
@@ -158,11 +168,12 @@ def draw_by_layer(
     positions: Sequence[np.ndarray],
     weights: Mapping[str, torch.Tensor],
     rounding: Mapping[str, Rounding | None],
+    beside: Beside = NOTHING,
 ) -> list[list[np.ndarray]]:
     """As `draw_logits`, with one layer in memory at a time."""
     config = ModelConfig.from_json(checkpoint.folder / "config.json")
     reference = LayeredReference(checkpoint, config, "fp32", weights, _moved(rounding))
-    return [reference.logits(sequences, positions) for _ in range(DRAWS)]
+    return [ask_by_layer(reference, config, sequences, positions, beside) for _ in range(DRAWS)]
 
 
 def _moved(rounding: Mapping[str, Rounding | None]) -> dict[str, Rounding]:
@@ -183,7 +194,7 @@ def _moved(rounding: Mapping[str, Rounding | None]) -> dict[str, Rounding]:
 
 
 def _linears(config: ModelConfig) -> list[str]:
-    return [*linear_names(config), HEAD]
+    return [*linear_names(config), head_weight(config)]
 
 
 def measure_runner(
@@ -213,7 +224,7 @@ def measure_runner(
     cases = feed(runner, truth, truth.exact, own, gate, draws)
     tokens = [
         _greedy(runner, ids[:GREEDY_PROMPT], len(wanted))
-        for ids, (wanted, _) in zip(truth.sequences, truth.continuations, strict=False)  # none where layers are apart
+        for ids, (wanted, _) in zip(truth.sequences, truth.continuations, strict=bool(truth.continuations))
     ]
     limit = runner.max_cache_length
     return report_of(truth, gate, cases, tokens, variant, precision, graph_sha256, limit, backend=backend)
@@ -283,7 +294,7 @@ def feed(
         gate: the limits.
         draws: of `own`; None: its error is taken as it is.
     """
-    return compare_fed(lambda: feed_all(runner, truth.sequences, truth.capacity), truth, exact, own, gate, draws)
+    return compare_fed(lambda: _feed_all(runner, truth), truth, exact, own, gate, draws)
 
 
 def compare_fed(
@@ -298,15 +309,63 @@ def compare_fed(
     cases: list[CaseResult] = []
     kept: list[ModeResult] | None = []
     held = 0
+    scale = _scale(truth, exact, own)
     for fed in run():
-        cases.append(_compared(fed, truth, exact, own, gate, ()))
+        cases.append(_compared(fed, truth, exact, own, gate, (), scale))
         held += sum(logits.nbytes for logits in fed.logits)
         kept = [*kept, fed] if kept is not None and held <= _KEPT else None
     if draws is None or all(case.passed for case in cases):
         return cases
     drawn = draws()
     again = kept if kept is not None else run()
-    return [_compared(fed, truth, exact, own, gate, drawn) for fed in again]
+    scale = _scale(truth, exact, own, *drawn)
+    return [_compared(fed, truth, exact, own, gate, drawn, scale) for fed in again]
+
+
+def _feed_all(runner: Runner, truth: Truth) -> Iterator[ModeResult]:
+    yield from feed_all(runner, truth.sequences, truth.capacity)
+    yield from feed_beside(runner, truth.beside)
+
+
+def compare_padded(
+    whole: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    truth: Truth,
+    exact: Sequence[np.ndarray],
+    own: Sequence[np.ndarray],
+    gate: Gate,
+    draws: Draws | None,
+    *,
+    left: bool,
+) -> list[CaseResult]:
+    """Run padded batches as other runtimes feed a graph, without any runner; arguments as `feed`.
+
+    Args:
+        whole: ids and mask, int64 [B, S] -> scores float32 [B, labels].
+        left: whether it takes padding on the left.
+    """
+    batches = [
+        (n, batch) for n, batch in enumerate(truth.beside.padded, len(truth.sequences)) if left or not batch.left
+    ]
+    found = [(n, batch, whole(batch.ids, batch.mask)) for n, batch in batches]
+
+    def compared(drawn: Sequence[Sequence[np.ndarray]]) -> list[CaseResult]:
+        scale = _scale(truth, exact, own, *drawn)
+        return [
+            compare(f"graph, {batch.name}", batch.lengths, [scores], [exact[n]], [own[n]], gate,
+                    [[draw[n]] for draw in drawn], scale)
+            for n, batch, scores in found
+        ]  # fmt: skip
+
+    cases = compared(())
+    return cases if draws is None or all(case.passed for case in cases) else compared(draws())
+
+
+def _scale(truth: Truth, exact: Sequence[np.ndarray], *own: Sequence[np.ndarray]) -> Scale | None:
+    """Return what errors of scores are measured in; None: there are logits."""
+    if not truth.beside.padded:
+        return None
+    end = len(truth.sequences) + truth.beside.first_state
+    return scale_of(exact[:end], *(answers[:end] for answers in own))
 
 
 def _compared(
@@ -316,15 +375,25 @@ def _compared(
     own: Sequence[np.ndarray],
     gate: Gate,
     draws: Sequence[Sequence[np.ndarray]],
+    scale: Scale | None,
 ) -> CaseResult:
     if fed.error:
         return failed_case(fed.mode, fed.lengths, fed.error)
+    if fed.beside is not None:
+        start = len(truth.sequences) + fed.beside
+        true, pytorch, *again = (a[start : start + len(fed.logits)] for a in (exact, own, *draws))
+        if fed.beside >= truth.beside.first_mixed:  # of a classifier the last alone
+            cut = [[a[-len(x) :] for a, x in zip(rows, fed.logits, strict=True)] for rows in (true, pytorch, *again)]
+            return compare(fed.mode, fed.lengths, fed.logits, cut[0], cut[1], gate, cut[2:], scale)
+        if fed.beside < truth.beside.first_state:
+            return compare(fed.mode, fed.lengths, fed.logits, true, pytorch, gate, again, scale)
+        return compare_states(fed.mode, fed.lengths, fed.logits, true, pytorch, gate, again)
     rows = range(fed.first, fed.first + len(fed.positions))
     found = [np.searchsorted(truth.positions[row], at) for row, at in zip(rows, fed.positions, strict=True)]
     wanted, ours, *others = (
         [a[row][index] for row, index in zip(rows, found, strict=True)] for a in (exact, own, *draws)
     )
-    return compare(fed.mode, fed.lengths, fed.logits, wanted, ours, gate, others)
+    return compare(fed.mode, fed.lengths, fed.logits, wanted, ours, gate, others, scale)
 
 
 def _greedy(runner: Runner, prompt: np.ndarray, new_tokens: int) -> np.ndarray:
@@ -340,11 +409,20 @@ def _greedy(runner: Runner, prompt: np.ndarray, new_tokens: int) -> np.ndarray:
     return np.array(found, dtype=np.int64)
 
 
-def _sequences(package: Path, vocab_size: int, lengths: Sequence[int]) -> tuple[list[np.ndarray], str]:
+def _sequences(package: Path, config: ModelConfig, lengths: Sequence[int]) -> tuple[list[np.ndarray], str]:
     """Return the token sequences: text where the package has a tokenizer, the last row always random ids.
 
-    A text that is too short for the first begins again.
+    A text that is too short for the first begins again. To a classifier none of them is padding.
     """
+    rows, origin = _drawn_sequences(package, config.vocab_size, lengths)
+    pad = config.pad_token_id
+    if config.labels and pad is not None:
+        for row in rows:
+            row[row == pad] = (pad + 1) % config.vocab_size
+    return rows, origin
+
+
+def _drawn_sequences(package: Path, vocab_size: int, lengths: Sequence[int]) -> tuple[list[np.ndarray], str]:
     generator = np.random.default_rng(SEED)
     rows = [generator.integers(0, vocab_size, n, dtype=np.int64) for n in lengths]
     tokenizer_file = package / "tokenizer.json"

@@ -4,6 +4,8 @@
 |---------------|--------------------------------------------------|-------------------------------|-------------|
 | cases, greedy | the first view, in all ways of `feeds`           | PyTorch: see `views.table`    | of the view |
 | cases         | the other views; a mode bears its view's name    | the same                      | of the view |
+| hidden, ...   | what `beside` asks: hidden states, embeddings    | the same                      | of the view |
+| graph, ...    | of a classifier: padded batches, without runner  | transformers' own choice      | of the view |
 | weights ...   | `views.weight_checks`                            | the checkpoint, the manifest  | there       |
 | calibration   | scales of inputs, calibrated again               | the manifest                  | 1.15 x      |
 | quality       | the graph as users run it, on held-out text      | the checkpoint in float32     | quality     |
@@ -25,12 +27,13 @@ import torch
 
 import olmo2_export.catalog as catalog
 from olmo2_export.architecture import operations
-from olmo2_export.config import ModelConfig
-from olmo2_export.fp16.simulate import simulated_logits
+from olmo2_export.config import ModelConfig, config_of
+from olmo2_export.fp16.simulate import simulated_answers
 from olmo2_export.fp16.values import islands_of
 from olmo2_export.measure.parity import CaseResult, ParityReport
 from olmo2_export.truth.layered import LayeredReference
 from olmo2_export.truth.reference import open_reference
+from olmo2_export.verify.beside import Mixed, ask_by_layer, ask_reference, vectors
 from olmo2_export.verify.by_layer import coverage, feed_by_layer, runs_by_layer
 from olmo2_export.verify.checks import calibration_checks, quality_checks
 from olmo2_export.verify.measure import (
@@ -39,17 +42,19 @@ from olmo2_export.verify.measure import (
     Truth,
     ask_pytorch,
     compare_fed,
+    compare_padded,
     draw_by_layer,
     draw_logits,
     feed,
     measure_runner,
     report_of,
 )
-from olmo2_export.views.runners import open_view
+from olmo2_export.views.runners import open_view, open_whole
 from olmo2_export.views.table import View, variant_views
 from olmo2_export.views.weight_checks import check_cache_scales, weight_checks
 from olmo2_export.weights.checkpoint import Checkpoint
-from olmo2_export.weights.source import Replaced
+from olmo2_export.weights.source import Replaced, WeightSource
+from olmo2_export.weights.stored_names import EMBEDDING
 from runtimes.manifest import Variant
 from runtimes.package import AnyPackage, open_package
 from runtimes.targets import Target, find_target
@@ -88,7 +93,7 @@ def measure_variant(
     opened, target = open_package(package), target or find_target("ort")
     entry = opened.variant(name)
     opened.check(entry.files)
-    config = ModelConfig.from_json(checkpoint.folder / "config.json")
+    config = config_of(checkpoint.folder, opened.model)
     views = variant_views(opened, entry, checkpoint, config, target)
     as_run = views[-1]
     views = _compared(views, entry)
@@ -114,11 +119,10 @@ def measure_variant(
             more = compare_fed(
                 partial(feed_by_layer, view, operations(config), found), found, found.exact, own, view.gate, draws
             )
+            said = coverage(by_layer, config)
             if report is None:
                 sha256, limit = opened.files_of(entry)[entry.graph].sha256, entry.kv_cache.max_cache_length
-                report = report_of(
-                    found, view.gate, more, [], name, entry.precision, sha256, limit, coverage=coverage(by_layer)
-                )
+                report = report_of(found, view.gate, more, [], name, entry.precision, sha256, limit, coverage=said)
                 cases += more
             else:
                 cases += [dataclasses.replace(case, mode=f"{view.label} {case.mode}") for case in more]
@@ -133,6 +137,12 @@ def measure_variant(
             else:
                 more = feed(runner, found, found.exact, own, view.gate, draws)
                 cases += [dataclasses.replace(case, mode=f"{view.label} {case.mode}") for case in more]
+        if found.beside.padded and view.variant.kv_cache.form != "static" and not target.on_gpu:
+            left = view.variant.kv_cache.form == "concat"
+            whole = open_whole(view)
+            more = compare_padded(whole, found, found.exact, own, view.gate, draws, left=left)
+            label = "" if view is views[0] else f"{view.label} "
+            cases += [dataclasses.replace(case, mode=f"{label}{case.mode}") for case in more]
     assert report is not None  # there is a view of every variant
     checks = weight_checks(opened, entry, checkpoint, config)
     checks += calibration_checks(opened, entry, checkpoint, config)
@@ -174,15 +184,31 @@ def _own_logits(
     """
     if view.rounding and by_layer:
         layered = LayeredReference(checkpoint, config, view.precision, view.replaced, view.rounding)
-        return layered.logits(truth.sequences, truth.positions)
+        return ask_by_layer(layered, config, truth.sequences, truth.positions, truth.beside)
     if view.rounding:
         with open_reference(checkpoint, view.precision, view.replaced, view.rounding) as reference:
-            return reference.logits(truth.sequences, truth.positions)
+            return ask_reference(reference, truth.sequences, truth.positions, truth.beside)
     if view.precision == "fp16" and entry.float32_islands:
         source = Replaced(checkpoint, view.replaced)
-        whole = simulated_logits(source, config, truth.sequences, islands_of(entry.float32_islands))
-        return [rows[positions] for rows, positions in zip(whole, truth.positions, strict=True)]
+        beside = truth.beside
+        scored = [batch.scored_rows(config.pad_token_id) for batch in beside.padded]
+        mixed = [_with_vectors(source, row) for row in beside.mixed]
+        sequences = [*truth.sequences, *(row for rows in scored for row in rows), *beside.rows, *mixed]
+        logits, states = simulated_answers(source, config, sequences, islands_of(entry.float32_islands), beside.hidden)
+        whole = iter(logits)
+        found = [next(whole)[positions] for positions in truth.positions]
+        found += [np.stack([next(whole)[-1] for _ in rows]) for rows in scored]
+        first = len(sequences) - len(mixed) - len(beside.rows)
+        found += vectors([of_number[first : first + len(beside.rows)] for of_number in states])
+        rest = logits[len(logits) - len(mixed) :] if mixed else []
+        return found + [answers[-row.answered :] for answers, row in zip(rest, beside.mixed, strict=True)]
     return truth.own[view.precision]
+
+
+def _with_vectors(source: WeightSource, row: Mixed) -> np.ndarray:
+    """Return what enters the first layer, float32 [n, hidden]."""
+    around = [source.picked(EMBEDDING, torch.from_numpy(ids)).float().numpy() for ids in (row.before, row.behind)]
+    return np.concatenate([around[0], row.vectors, around[1]])
 
 
 def _draws(view: View, truth: Truth, checkpoint: Checkpoint, *, by_layer: bool) -> Draws | None:
@@ -191,4 +217,4 @@ def _draws(view: View, truth: Truth, checkpoint: Checkpoint, *, by_layer: bool) 
     if not view.rounding:
         return truth.draws
     draw = draw_by_layer if by_layer else draw_logits
-    return partial(draw, checkpoint, truth.sequences, truth.positions, view.replaced, view.rounding)
+    return partial(draw, checkpoint, truth.sequences, truth.positions, view.replaced, view.rounding, truth.beside)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 import olmo2_export.catalog as catalog
 from olmo2_export.atomic import can_write, write_file
-from olmo2_export.config import ModelConfig
+from olmo2_export.config import config_of
 from olmo2_export.measure.parity import GATES, CaseResult, ParityReport
 from olmo2_export.verify.by_layer import LONGEST_BY_LAYER, why_by_layer
 from olmo2_export.verify.feeds import MIN_CAPACITY
@@ -119,7 +120,7 @@ def _measure(
     if unknown := precisions - GATES.keys():
         found = ", ".join(sorted(unknown))
         raise PackageError(f"{package.folder}: precision {found}; there are gates for {', '.join(GATES)}")
-    config = ModelConfig.from_json(checkpoint.folder / "config.json")
+    config = config_of(checkpoint.folder, package.model)
     why = why_by_layer(package, entries.values(), config, low_memory=low_memory)
     if why:
         logger.warning("%s: layers run one at a time: %s", package.folder, why)
@@ -216,23 +217,27 @@ def format_reports(reports: Sequence[ParityReport]) -> str:
 def _worst(cases: Sequence[CaseResult]) -> list[str]:
     """Return the words of a line: the worst of each metric over the cases of a mode."""
 
-    def most(metric: str) -> float:
-        return float(np.max([getattr(case, metric) for case in cases]))  # NaN if any is
+    def most(metric: str, form: str) -> str:
+        return _shown(float(np.max([getattr(case, metric) for case in cases])), form)  # NaN if any is
 
     def least(metric: str) -> str:
-        return f"{float(np.min([getattr(case, metric) for case in cases])):.1%}"
+        return _shown(float(np.min([getattr(case, metric) for case in cases])), ".1%")
 
     failed = sum(not case.passed for case in cases)
     return [
         cases[0].mode,
         str(len(cases)),
         str(sum(case.positions for case in cases)),
-        *(f"{most(metric):.1e}" for metric in ("max_abs", "nmse", "relative_error")),
-        f"{most('error_ratio'):.2f}",
+        *(most(metric, ".1e") for metric in ("max_abs", "nmse", "relative_error")),
+        most("error_ratio", ".2f"),
         *(least(metric) for metric in ("top1", "top5", "top10")),
-        *(f"{most(metric):.1e}" for metric in ("kl_mean", "kl_p99", "kl_max")),
+        *(most(metric, ".1e") for metric in ("kl_mean", "kl_p99", "kl_max")),
         f"FAIL {failed}" if failed else "ok",
     ]
+
+
+def _shown(number: float, form: str) -> str:
+    return "-" if math.isnan(number) else format(number, form)
 
 
 def _notes(report: ParityReport) -> list[str]:

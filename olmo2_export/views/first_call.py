@@ -20,6 +20,7 @@ import onnx_ir as ir
 from olmo2_export.dtypes import HALVES
 from olmo2_export.fuse.edit import constant, find_input, is_op, new_cast
 from runtimes.errors import FusionError
+from runtimes.manifest import EMBEDDINGS
 
 
 def first_call(model: ir.Model, tokens: int) -> int:
@@ -60,6 +61,13 @@ def first_call(model: ir.Model, tokens: int) -> int:
         graph.remove(node, safe=True)
         rewritten += 1
     write_indices.replace_all_uses_with(constant(graph, "first_slot", [0]))
+    vectors = find_input(graph, EMBEDDINGS)
+    if vectors is not None and vectors.shape is not None:
+        size = int(str(vectors.shape[2]))
+        tensor = ir.tensor(np.zeros((1, 1, size), np.float32), name="no_vectors")
+        none = ir.Value(name="no_vectors", const_value=tensor, shape=ir.Shape([1, 1, size]), type=vectors.type)
+        graph.register_initializer(none)
+        vectors.replace_all_uses_with(none)
     fixed = {"input_ids": [1, tokens], "logit_index": [1, 1]}
     kept = [value for value in graph.inputs if value.name in fixed]
     graph.inputs.clear()

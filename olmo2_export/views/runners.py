@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,34 @@ def open_measured(package: Package, entry: Variant) -> Iterator[Measured]:
             yield runner
 
 
+def open_whole(view: View) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Run a view of a classifier on the CPU as other runtimes do, without any cache before.
+
+    Returns:
+        A function of ids and mask, int64 [B, S], that gives the graph's scores, float32 [B, labels].
+
+    Raises:
+        PackageError: the graph does not load.
+    """
+    variant, spec = view.variant, view.variant.kv_cache
+    session = _session(view.graph, view.model, variant, "cpu")
+
+    def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        empty = np.zeros((len(ids), spec.num_key_value_heads, 0, spec.stored_head_dim), np.dtype(spec.dtype))
+        feeds = {
+            "token_ids": ids,
+            "attention_mask": mask,
+            "position_ids": np.maximum(mask.cumsum(1) - 1, 0),
+            "past": empty,
+        }
+        given = {t.name: feeds[t.role] for t in variant.inputs if t.role in feeds}
+        (scores,) = session.run([variant.name_of("score")], given)
+        found: np.ndarray = scores
+        return found
+
+    return run
+
+
 def open_all_positions(package: Package, entry: Variant) -> AllPositions:
     """Run the rounded form of a static-cache graph on the CPU, all positions in one call.
 
@@ -122,6 +150,7 @@ class AllPositions:
         spec = variant.kv_cache
         shape = (1, spec.num_key_value_heads, spec.max_cache_length, spec.head_dim)
         self._empty = np.zeros(shape, np.float32)
+        self._vectors = {t.name: int(t.shape[2]) for t in variant.inputs if t.role == "embeddings"}
         self._names = [f"{n}.{kind}" for n in range(spec.num_layers) for kind in ("key", "value")]
         self.reset()
 
@@ -136,6 +165,7 @@ class AllPositions:
             "input_ids": np.asarray(sequences[0], np.int64)[None],
             "write_indices": np.array([self._length], np.int64),
             **{f"past_key_values.{name}": array for name, array in self._caches.items()},
+            **{n: np.zeros((1, len(sequences[0]), size), np.float32) for n, size in self._vectors.items()},
         }
         wanted = ["logits", *(f"present.{name}" for name in self._names)]
         logits, *presents = self._session.run(wanted, feeds)

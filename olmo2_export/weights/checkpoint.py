@@ -38,6 +38,7 @@ _UNPREFIXED = re.compile(r"(layers\.\d+\.|embed_tokens\.|norm\.)")
 # Tensors that the model computes from config.json; older transformers and Megatron store them.
 _COMPUTED = re.compile(r"(^|\.)rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$")
 _OWN = ("model.", "lm_head.")
+_HEAD, _SCORE = "lm_head.weight", "score.weight"
 _ADAPTER = re.compile(r"(^|\.)(lora_|dora_|base_layer\.|base_model\.|modules_to_save\.|prompt_embeddings|ia3_)")
 _QUANTIZED = re.compile(
     r"(^|[._])(qweight|qzeros|scales|g_idx|absmax|nested_absmax|quant_map|quant_state|SCB|weight_format|"
@@ -110,8 +111,10 @@ class Checkpoint:
         Buffers that are computed, biases that are 0 and what is left of training beside the model are not among them:
         transformers ignores them, and the logits are the same.
         """
-        found = {}
-        for name in sorted(self.tensors.keys() - set(expected)):
+        found, known = {}, set(expected)
+        for name in sorted(self.tensors.keys() - known):
+            if name == _HEAD and _SCORE in known:  # a classifier does not use it
+                continue
             if _ADAPTER.search(name):
                 found[name] = "of an adapter such as LoRA (merge it into the weights first)"
             elif _QUANTIZED.search(name):
@@ -209,9 +212,14 @@ class Checkpoint:
         for prefix, why in _WRAPPERS.items():
             if any(name.startswith(prefix) for name in self.tensors):
                 return f" (the names begin with {prefix}: {why}; save the inner model)"
-        if "score.weight" in self.tensors and "lm_head.weight" in missing:
-            return " (but score.weight is there: a reward model, for sequence classification, which is not supported)"
-        if list(missing) == ["lm_head.weight"]:
+        if _SCORE in self.tensors and _HEAD in missing:
+            return (
+                " (but score.weight is there: a reward model or classifier; if it is one, say so in config.json, as in "
+                '"architectures": ["Olmo2ForSequenceClassification"])'
+            )
+        if _SCORE in missing:
+            return " (config.json says ForSequenceClassification; a language model has lm_head, and ForCausalLM there)"
+        if list(missing) == [_HEAD]:
             return " (a base model without its head? if it is the embedding, say tie_word_embeddings in config.json)"
         return ""
 

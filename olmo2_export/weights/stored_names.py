@@ -7,12 +7,23 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from olmo2_export.architecture import EMBED, LOGITS, operations
+from olmo2_export.architecture import EMBED, LOGITS, SCORE, head, operations, quantizable
 from olmo2_export.config import ModelConfig
 from olmo2_export.weights.source import WeightSource
 from runtimes.errors import CheckpointError, NumericError
 
-EMBEDDING, HEAD = f"{EMBED}.weight", f"{LOGITS}.weight"
+EMBEDDING, HEAD, SCORED = f"{EMBED}.weight", f"{LOGITS}.weight", f"{SCORE}.weight"
+"""a classifier has SCORED in the place of HEAD; `head_weight` says which"""
+
+
+def head_weight(config: ModelConfig) -> str:
+    """Return the name of the weight of the last linear."""
+    return f"{head(config)[0]}.weight"
+
+
+def stored_head(config: ModelConfig) -> str:
+    """Return the name under which that weight is stored: a tied head is the embedding."""
+    return EMBEDDING if config.tie_word_embeddings else head_weight(config)
 
 
 def linear_names(config: ModelConfig) -> list[str]:
@@ -22,7 +33,7 @@ def linear_names(config: ModelConfig) -> list[str]:
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Return name -> [N, K] of everything that can be quantised: embedding, the layers' weights, head."""
-    rows = (row for row in operations(config) if row.kind in ("gather", "linear"))
+    rows = quantizable(operations(config))
     return {row.weight: (row.shape[0], row.shape[1]) for row in rows if row.weight is not None}
 
 

@@ -15,6 +15,7 @@ from runtimes.errors import ContextLengthError, InputError
 from runtimes.generation.text_state import FinishReason, Piece, TextState
 from runtimes.integers import as_integer
 from runtimes.runners.runner import HeldText, Logits, Runner, check_rows, common_prefix
+from runtimes.runners.scores import check_logits
 from runtimes.speculate.drafters import Drafter
 from runtimes.speculate.speculation import Speculation, speculate_tokens
 from runtimes.text.logit_rules import Penalties
@@ -103,10 +104,11 @@ def generate_tokens(
     Raises:
         InputError: no prompt id, or max_new_tokens is no integer of at least 0. At once.
         ContextLengthError: prompt and new tokens together do not fit. At once.
-        UsageError: the drafter cannot guess for this model: at once. Somebody else has changed what the runner holds
-            since the last id, or is using it now: in the iterator.
+        UsageError: a classifier, or the drafter cannot guess for this model: at once. Somebody else has changed what
+            the runner holds since the last id, or is using it now: in the iterator.
         NumericError: the model broke down; in the iterator.
     """
+    check_logits(runner.variant)
     if len(prompt_ids) == 0:
         raise InputError("expected at least one prompt id, found none")
     used = len(prompt_ids) + sum(runner.cache_lengths)
@@ -193,6 +195,7 @@ def generate(
         NumericError: the model broke down.
     """
     started = time.perf_counter()
+    check_logits(runner.variant)
     if isinstance(prompt, str):
         prompt_ids = encode_prompt(tokenizer, prompt, parse_special=parse_special)
     else:

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort  # type: ignore[import-untyped]
 
 from runtimes.errors import BrokenSlotsError, FailedError, InputError, NumericError, UsageError
@@ -20,15 +21,19 @@ from runtimes.one_thread import OneThread, one_thread
 from runtimes.ort.session import one_line
 from runtimes.ort.versions import check_padded_rows
 from runtimes.runners.runner import (
+    HiddenStates,
     Ids,
     Logits,
     TokenIds,
     check_finite,
+    check_gives_hidden,
     check_lengths,
+    check_positions,
     check_rows,
     check_token_ids,
     no_candidates,
 )
+from runtimes.runners.scores import score
 from runtimes.runners.slots import (
     DEFAULT_SLOTS,
     admit,
@@ -38,6 +43,7 @@ from runtimes.runners.slots import (
     is_computed_again,
     piece_length,
 )
+from runtimes.runners.vectors import Vectors
 
 PREFILL_CHUNK = 512
 """tokens of a row per call of a concat graph"""
@@ -89,6 +95,8 @@ class ConcatRunner:
     | past_key_values.N.key, .value   | [batch_size, kv_heads, past_sequence_length, head_dim]  | kv_cache.dtype |
     | num_logits_to_keep              | []: the last rows that get logits; 0, the default: all  | int64          |
     | -> logits                       | [batch_size, num_logits, vocab_size]                    | float32        |
+    | -> score, of a classifier       | [batch_size, labels]; then no num_logits_to_keep        | float32        |
+    | -> hidden_states.N, if exported | [batch_size, sequence_length, hidden]                   | float32        |
     | -> present.N.key, .value        | [batch_size, kv_heads, total_sequence_length, head_dim] | kv_cache.dtype |
 
     Rows of different lengths are padded on the left, call by call, so that the last position is every row's last
@@ -123,9 +131,11 @@ class ConcatRunner:
         self.top_k = 0
         self.exclusive = OneThread()
         self._session: ort.InferenceSession | None = session
-        self._logits = variant.name_of("logits")
+        self._logits = variant.name_of(variant.answer)
+        self._counts = any(spec.role == "logit_count" for spec in variant.inputs)  # a classifier has one answer a row
         self._pasts = list(variant.caches)
-        self._outputs = [self._logits, *variant.caches.values()]
+        self._presents = list(variant.caches.values())
+        self._vectors = Vectors(variant, model)
         self._cache: ConcatCache | None = None
         self._slots: dict[int, _Slot] = {}
 
@@ -142,12 +152,41 @@ class ConcatRunner:
 
     @one_thread
     def prefill(self, sequences: Sequence[TokenIds], *, all_positions: bool = False) -> list[Logits]:
-        rows = self._checked(sequences)
+        self._refuse_slots()
+        if all_positions:
+            check_positions(self.variant)
+        return self._prefilled(*self._checked(sequences), all_positions)
+
+    @one_thread
+    def prefill_embeds(
+        self, sequences: Sequence[npt.NDArray[np.float32]], *, all_positions: bool = False
+    ) -> list[Logits]:
+        self._refuse_slots()
+        if all_positions:
+            check_positions(self.variant)
+        rows = self._vectors.take(sequences, self.cache_lengths, self.max_cache_length)
         cache = self._empty_cache(len(rows)) if self._cache is None else self._cache
+        return self._prefilled(rows, cache, all_positions)
+
+    def _prefilled(self, rows: list[Ids], cache: ConcatCache, all_positions: bool) -> list[Logits]:
         logits, extended = self._extend(cache, rows, all_positions)
         check_finite(logits, extended.lengths)
         self._cache = extended
         return logits
+
+    @one_thread
+    def prefill_hidden(self, sequences: Sequence[TokenIds]) -> list[HiddenStates]:
+        self._refuse_slots()
+        check_gives_hidden(self.variant)
+        rows, cache = self._checked(sequences)
+        numbers = self.variant.hidden_states
+        pieces, extended = self._computed(cache, rows, list(numbers.values()))
+        whole = [np.concatenate(arrays, axis=1) for arrays in zip(*pieces, strict=True)]  # (B, S, hidden) each
+        found = [[array[b, -len(row) :] for array in whole] for b, row in enumerate(rows)]
+        for states in zip(*found, strict=True):
+            check_finite(states, extended.lengths, what="hidden states")
+        self._cache = extended
+        return [dict(zip(numbers, states, strict=True)) for states in found]
 
     @one_thread
     def decode(self, token_ids: TokenIds) -> Logits:
@@ -161,8 +200,8 @@ class ConcatRunner:
     def decode_block(self, token_ids: TokenIds) -> Logits:
         if not self.exact:
             return self.prefill([token_ids], all_positions=True)[0]
-        (ids,) = self._checked([token_ids])
-        cache = self._empty_cache(1) if self._cache is None else self._cache
+        self._refuse_slots()
+        (ids,), cache = self._checked([token_ids])
         steps = []  # as `decode` would, to the bit
         for n in range(len(ids)):
             (logits,), cache = self._extend(cache, [ids[n : n + 1]], all_positions=False)
@@ -171,6 +210,10 @@ class ConcatRunner:
         check_finite([block], cache.lengths)
         self._cache = cache
         return block
+
+    @one_thread
+    def score(self, sequences: Sequence[TokenIds]) -> Logits:
+        return score(self, sequences, 1)  # no padding: a row of padding alone would score what it is padded with
 
     @one_thread
     def truncate(self, lengths: Sequence[int]) -> None:
@@ -183,6 +226,7 @@ class ConcatRunner:
     def reset(self) -> None:
         self._cache = None
         self._slots.clear()
+        self._vectors.clear()
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -307,15 +351,6 @@ class ConcatRunner:
             cache = state.cache if length == len(state.tokens) else self._shortened(state.cache, (length,))
         return _Slot(cache, _NOTHING, min(state.prompted, length))
 
-    def _checked(self, sequences: Sequence[TokenIds]) -> list[Ids]:
-        self._refuse_slots()
-        return check_rows(
-            sequences,
-            vocab_size=self.model.vocab_size,
-            cache_lengths=self.cache_lengths,
-            max_cache_length=self.max_cache_length,
-        )
-
     def _check_new(self, token_ids: TokenIds, held: int) -> list[Ids]:
         return check_rows(
             [token_ids],
@@ -327,6 +362,16 @@ class ConcatRunner:
     def _refuse_slots(self) -> None:
         if self._slots:
             raise UsageError("the runner has slots; release them, or reset it first")
+
+    def _checked(self, sequences: Sequence[TokenIds]) -> tuple[list[Ids], ConcatCache]:
+        """Return the rows of a batch to append, and the cache that they are appended to."""
+        rows = check_rows(
+            sequences,
+            vocab_size=self.model.vocab_size,
+            cache_lengths=self.cache_lengths,
+            max_cache_length=self.max_cache_length,
+        )
+        return rows, self._empty_cache(len(rows)) if self._cache is None else self._cache
 
     def _empty_cache(self, batch_size: int) -> ConcatCache:
         return ConcatCache(
@@ -342,6 +387,22 @@ class ConcatRunner:
 
         `cut`: they are a piece, cut as an exact runner cuts prompts.
         """
+        pieces, extended = self._computed(cache, rows, [self._logits], all_positions=all_positions, cut=cut)
+        answer = pieces[-1][0]
+        logits = answer if self._counts else answer[:, None]  # (B, S or 1, V)
+        wanted = [len(row) if all_positions else 1 for row in rows]
+        return [logits[b, -n:] for b, n in enumerate(wanted)], extended
+
+    def _computed(
+        self,
+        cache: ConcatCache,
+        rows: list[Ids],
+        wanted: Sequence[str],
+        *,
+        all_positions: bool = False,
+        cut: bool = False,
+    ) -> tuple[list[list[npt.NDArray[np.float32]]], ConcatCache]:
+        """Compute `rows` behind `cache`; return per piece the outputs that are wanted, and the new cache."""
         width = max(len(row) for row in rows)
         if any(len(row) < width for row in rows):
             check_padded_rows(self.variant, ort.__version__)
@@ -352,19 +413,24 @@ class ConcatRunner:
             mask[b, width - len(row) :] = 1
         past, values = cache.mask.shape[1], cache.values
         mask = np.concatenate([cache.mask, mask], axis=1)  # (B, P + S)
+        found = []
         stop = 0
         while stop < width:
             start = stop
             stop += piece_length(width - start, width if all_positions else self.prefill_chunk, self.exact and not cut)
-            feeds = {
+            feeds: dict[str, npt.NDArray[Any]] = {
                 "input_ids": np.ascontiguousarray(ids[:, start:stop]),
                 "attention_mask": np.ascontiguousarray(mask[:, : past + stop]),
                 "position_ids": np.ascontiguousarray(positions[:, start:stop]),
-                "num_logits_to_keep": np.array(0 if all_positions else 1, np.int64),
             }
-            logits, values = self._call(feeds, values)  # (B, S or 1, V)
-        wanted = [len(row) if all_positions else 1 for row in rows]
-        return [logits[b, -n:] for b, n in enumerate(wanted)], ConcatCache(_joined(cache.tokens, rows), values, mask)
+            if self._counts:
+                feeds["num_logits_to_keep"] = np.array(0 if all_positions else 1, np.int64)
+            vectors = self._vectors.of(feeds["input_ids"])
+            if vectors is not None and self._vectors.name is not None:
+                feeds[self._vectors.name] = vectors
+            arrays, values = self._call(feeds, values, wanted)
+            found.append(arrays)
+        return found, ConcatCache(_joined(cache.tokens, rows), values, mask)
 
     def _shortened(self, cache: ConcatCache, lengths: tuple[int, ...]) -> ConcatCache:
         """Return the cache with only the first tokens of each row; `lengths` was checked."""
@@ -374,8 +440,10 @@ class ConcatRunner:
         values = cache.values if width == mask.shape[1] else _first_positions(cache.values, width)
         return ConcatCache(_cut(cache.tokens, lengths), values, mask[:, :width])
 
-    def _call(self, feeds: Mapping[str, Ids], past: Values) -> tuple[Logits, Values]:
-        """Run the graph once; return the logits, copied out, and the past of the next call, not copied."""
+    def _call(
+        self, feeds: Mapping[str, npt.NDArray[Any]], past: Values, wanted: Sequence[str]
+    ) -> tuple[list[npt.NDArray[np.float32]], Values]:
+        """Run the graph once; return what is wanted, copied out, and the past of the next call, not copied."""
         if self._session is None:
             raise UsageError("the runner is closed; open another")
         binding = self._session.io_binding()
@@ -383,14 +451,15 @@ class ConcatRunner:
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         for name, value in past.items():
             binding.bind_ortvalue_input(name, value)
-        for name in self._outputs:
+        for name in (*wanted, *self._presents):
             binding.bind_output(name)
         try:
             self._session.run_with_iobinding(binding)
         except RuntimeError as error:
             raise FailedError(f"onnxruntime failed in {self.variant.graph}: {one_line(error)}") from error
-        logits, *present = binding.get_outputs()
-        return logits.numpy(), dict(zip(self._pasts, present, strict=True))
+        outputs = binding.get_outputs()
+        found = [value.numpy() for value in outputs[: len(wanted)]]
+        return found, dict(zip(self._pasts, outputs[len(wanted) :], strict=True))
 
 
 def _zeros(spec: KVCacheSpec, batch_size: int, length: int) -> ort.OrtValue:

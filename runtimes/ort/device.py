@@ -24,7 +24,7 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 
 from runtimes.dtypes import find_dtype
 from runtimes.errors import ContextLengthError, InputError, UsageError
-from runtimes.manifest import KVCacheSpec, ModelSpec, Variant
+from runtimes.manifest import EMBEDDINGS, KVCacheSpec, ModelSpec, Variant
 from runtimes.one_thread import one_thread
 from runtimes.ort.devices import GpuMemory, Shapes
 from runtimes.ort.shared import SharedRunner, attention_mask
@@ -59,8 +59,13 @@ class _DecodeStep:
     options: ort.RunOptions
 
 
-def compiled_shapes(spec: KVCacheSpec) -> Shapes:
-    """Return for which shapes the graph is compiled, where a device does that; one row's decode step is the usual."""
+def compiled_shapes(spec: KVCacheSpec, vectors: int | None = None) -> Shapes:
+    """Return for which shapes the graph is compiled, where a device does that; one row's decode step is the usual.
+
+    Args:
+        spec: the KV cache.
+        vectors: size of those that a graph may take in the place of tokens.
+    """
     capacity = spec.max_cache_length
     chunk, cache = min(PREFILL_CHUNK, capacity), (spec.num_key_value_heads, capacity, spec.stored_head_dim)
     caches = [f"past_key_values.{layer}.{kind}" for layer in range(spec.num_layers) for kind in ("key", "value")]
@@ -68,6 +73,7 @@ def compiled_shapes(spec: KVCacheSpec) -> Shapes:
         "input_ids": ((1, 1), (1, 1), (MAX_COMPILED_ROWS, chunk)),
         "attention_mask": ((1, 1), (1, capacity), (MAX_COMPILED_ROWS, capacity)),
         "num_logits_to_keep": ((0,), (1,), (chunk,)),
+        **({} if vectors is None else {EMBEDDINGS: ((1, 1, vectors),) * 2 + ((MAX_COMPILED_ROWS, chunk, vectors),)}),
         **dict.fromkeys(caches, ((1, *cache), (1, *cache), (MAX_COMPILED_ROWS, *cache))),
     }
 
@@ -129,7 +135,8 @@ class DeviceRunner(SharedRunner):
         step.input_ids.update_inplace(np.ascontiguousarray(ids))
         step.attention_mask.update_inplace(attention_mask(starts + 1, self.max_cache_length))
         self._run_bound(self._decode_session, step.binding, step.options)
-        return [step.outputs[name].numpy()[:, 0] for name in wanted]
+        found = [step.outputs[name].numpy() for name in wanted]
+        return [array if array.ndim == 2 else array[:, 0] for array in found]
 
     def _new_step(self, session: ort.InferenceSession, rows: int) -> _DecodeStep:
         """Allocate and bind a step of so many rows; the first run of its id captures it."""
@@ -138,14 +145,15 @@ class DeviceRunner(SharedRunner):
         names = (self._logits, *self._candidates)
         outputs = {
             name: self._memory.allocate(array.shape, array.dtype)
-            for name, array in self._outputs(rows, 1, names).items()
+            for name, array in self._outputs(rows, 1, 1, names).items()
         }
         keep = np.array(1, np.int64)
         count = ort.OrtValue.ortvalue_from_numpy(keep)  # read on the host, when the graph is captured
         binding = self._device.new_binding(session, 0, rows)
         binding.bind_ortvalue_input("input_ids", input_ids)
         binding.bind_ortvalue_input("attention_mask", mask)
-        binding.bind_ortvalue_input("num_logits_to_keep", count)
+        if self._counts:
+            binding.bind_ortvalue_input("num_logits_to_keep", count)
         for name, value in outputs.items():
             binding.bind_ortvalue_output(name, value)
         graph_id = None if self._graph_ids is None else str(next(self._graph_ids))

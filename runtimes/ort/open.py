@@ -114,7 +114,9 @@ def open_ort(
     variant = without_too_new(variant, ort.__version__, device)
     found = find_device(device)
     capture = device == "cuda" and spec.form == "shared"
-    shapes = compiled_shapes(spec) if device == "nv-rtx" else None
+    shapes = compiled_shapes(spec, model.hidden_size) if device == "nv-rtx" else None
+    if shapes is not None:  # a classifier has fewer
+        shapes = {tensor.name: shapes[tensor.name] for tensor in variant.inputs}
 
     def load(graph: str, data: Sequence[str]) -> ort.InferenceSession:
         def opened() -> ort.InferenceSession:

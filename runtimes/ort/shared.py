@@ -16,7 +16,7 @@ from runtimes.one_thread import one_thread
 from runtimes.ort.mapped_buffer import MappedBuffer
 from runtimes.ort.session import one_line
 from runtimes.runners.rows import RowRunner
-from runtimes.runners.runner import Ids, Logits, TokenIds
+from runtimes.runners.runner import Ids, Logits, TokenIds, check_positions
 from runtimes.runners.slots import DEFAULT_SLOTS, piece_length
 
 PREFILL_CHUNK = 128
@@ -59,6 +59,8 @@ class SharedRunner(RowRunner):
     | past_key_values.N.key, .value   | [batch_size, kv_heads, C, head_dim]                     | kv_cache.dtype |
     | num_logits_to_keep              | []: the last rows that get logits; 0, the default: all  | int64          |
     | -> logits                       | [batch_size, num_logits, vocab_size]                    | float32        |
+    | -> score, of a classifier       | [batch_size, labels]; then no num_logits_to_keep        | float32        |
+    | -> hidden_states.N, if exported | [batch_size, sequence_length, hidden]                   | float32        |
     | -> top_ids, if it picks any     | [batch_size, num_logits, top_k]: the likeliest          | int64          |
     | -> top_logits                   | [batch_size, num_logits, top_k]: their logits           | float32        |
     | -> present.N.key, .value        | the memory of past_key_values                           | kv_cache.dtype |
@@ -92,6 +94,8 @@ class SharedRunner(RowRunner):
         buffer: KVBuffer | None = None,
     ) -> None:
         super().__init__(variant, model, max_slots, exact=exact)
+        self._counts = any(spec.role == "logit_count" for spec in variant.inputs)  # a classifier has one answer a row
+        self._padding = model.pad_token_id or 0  # a classifier looks for the last token that is none
         self._run_options: ort.RunOptions | None = None
         self._decode_session: ort.InferenceSession | None = decode
         self._prefill = prefill
@@ -101,6 +105,7 @@ class SharedRunner(RowRunner):
 
     @one_thread
     def decode_block(self, token_ids: TokenIds) -> Logits:
+        check_positions(self.variant)
         (ids,) = self._checked([token_ids])
         (held,) = self._held(1)
         self._reserve(1)
@@ -138,6 +143,22 @@ class SharedRunner(RowRunner):
             found.append(self._compute(row, past, ids, all_positions))
         return found
 
+    def _hidden(self, rows: list[Ids], tokens: list[Ids], wanted: Sequence[str]) -> list[list[Logits]]:
+        self._reserve(len(tokens))
+        found = []
+        for row, (ids, all_ids) in enumerate(zip(rows, tokens, strict=True)):
+            past, start = len(all_ids) - len(ids), 0
+            self._remember(row, all_ids[:past])
+            pieces = []
+            while start < len(ids):
+                count = piece_length(len(ids) - start, self.prefill_chunk, self.exact)
+                total = np.array([past + start + count])
+                pieces.append(self._run(row, row + 1, ids[None, start : start + count], total, keep=1, wanted=wanted))
+                start += count
+                self._forget(row, past + start)
+            found.append([np.concatenate(arrays, axis=1)[0] for arrays in zip(*pieces, strict=True)])
+        return found
+
     def _reserve(self, rows: int) -> None:
         held = [0 if row is None else len(row) for row in self._tokens]
         self._buffer.reserve(rows, held)
@@ -163,7 +184,7 @@ class SharedRunner(RowRunner):
         found = self._run(0, len(ids), ids, starts + 1, keep=1, decoding=self.exact, wanted=wanted)
         for row, start in enumerate(starts):
             self._forget(row, int(start) + 1)
-        return [array[:, 0] for array in found]
+        return [array if array.ndim == 2 else array[:, 0] for array in found]
 
     def _forgetful(self) -> MappedBuffer | None:
         """Return the buffer whose layers with a window give back what no later token sees; None: they keep all."""
@@ -189,6 +210,8 @@ class SharedRunner(RowRunner):
 
     def _worth_batching(self, rows: list[Ids], all_positions: bool) -> bool:
         """Tell whether one padded call does not compute much more than one call per row."""
+        if not self._counts and self.model.pad_token_id is None:
+            return False
         lengths = [len(row) for row in rows]
         longest = max(lengths)
         logits = len(rows) * (longest if all_positions else longest - min(lengths) + 1)
@@ -216,16 +239,18 @@ class SharedRunner(RowRunner):
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def _batched(self, rows: list[Ids], all_positions: bool) -> list[Logits]:
-        """Run new rows in one call, padded on the right."""
+        """Run new rows in one call, padded on the right; with the id of padding, by which a classifier goes."""
         for number in range(len(rows)):
             self._remember(number, _NOTHING)
         lengths = np.array([len(row) for row in rows])
         width = int(lengths.max())
-        ids = np.zeros((len(rows), width), np.int64)
+        ids = np.full((len(rows), width), self._padding, np.int64)
         for b, row in enumerate(rows):
             ids[b, : len(row)] = row
         keep = width if all_positions else width - int(lengths.min()) + 1
         logits = self._call(0, len(rows), ids, lengths, keep=keep)  # (B, keep, V): of the last positions
+        if not self._counts:
+            return list(logits)
         ends = lengths - (width - keep)
         wanted = lengths if all_positions else np.ones_like(lengths)
         return [logits[b, end - n : end] for b, (end, n) in enumerate(zip(ends, wanted, strict=True))]
@@ -233,9 +258,9 @@ class SharedRunner(RowRunner):
     def _call(
         self, start: int, stop: int, input_ids: Ids, lengths: Ids, *, keep: int, decoding: bool = False
     ) -> Logits:
-        """Run the graph for its logits, [B, keep or S, V]; see `_run`."""
+        """Run the graph for its logits, [B, keep or S, V], or scores, [B, 1, labels]; see `_run`."""
         (logits,) = self._run(start, stop, input_ids, lengths, keep=keep, decoding=decoding)
-        return logits
+        return logits if self._counts else logits[:, None]
 
     def _run(
         self,
@@ -259,7 +284,7 @@ class SharedRunner(RowRunner):
             wanted: outputs; None: the logits.
 
         Returns:
-            Each output, [B, keep or S, ...], an array of its own.
+            Each output, [B, keep or S, ...], a score [B, labels], hidden states [B, S, hidden], an array of its own.
         """
         if self._decode_session is None:
             raise UsageError("the runner is closed; open another")
@@ -267,12 +292,16 @@ class SharedRunner(RowRunner):
         if self._prefill is not None and not decoding and input_ids.size >= self._prefill_rows:
             session = self._prefill.result()
         wanted = (self._logits,) if wanted is None else wanted
-        outputs = self._outputs(len(input_ids), keep or input_ids.shape[1], wanted)
-        inputs = {
+        batch, tokens = input_ids.shape
+        outputs = self._outputs(batch, tokens, keep or tokens, wanted)
+        inputs: dict[str, npt.NDArray[Any]] = {
             "input_ids": np.ascontiguousarray(input_ids),
             "attention_mask": attention_mask(lengths, int(lengths.max())),
-            "num_logits_to_keep": np.array(keep, np.int64),
         }
+        if self._counts:
+            inputs["num_logits_to_keep"] = np.array(keep, np.int64)
+        if self._vectors.name is not None:  # always bound: a binding is kept, and what it was given once
+            inputs[self._vectors.name] = self._embeds(input_ids)
         binding = self._buffer.binding(session, start, stop, wanted)
         for name, array in inputs.items():  # read in place, so they must live until the run is over; here they do
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
@@ -281,9 +310,15 @@ class SharedRunner(RowRunner):
         self._run_bound(session, binding, self._run_options)
         return list(outputs.values())
 
-    def _outputs(self, batch: int, count: int, wanted: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
-        specs = self.variant.results
-        return {name: np.empty((batch, count, int(specs[name].shape[-1])), specs[name].dtype) for name in wanted}
+    def _embeds(self, input_ids: Ids) -> npt.NDArray[np.float32]:
+        found = self._vectors.of(input_ids)
+        return np.zeros((1, 1, self.model.hidden_size), np.float32) if found is None else found
+
+    def _outputs(self, batch: int, tokens: int, count: int, wanted: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+        sizes = {"batch_size": batch, "sequence_length": tokens, "num_logits": count}
+        specs = {name: self.variant.results[name] for name in wanted}
+        shapes = {name: [sizes[d] if isinstance(d, str) else d for d in spec.shape] for name, spec in specs.items()}
+        return {name: np.empty(shapes[name], spec.dtype) for name, spec in specs.items()}
 
     def _run_bound(self, session: ort.InferenceSession, binding: Any, options: ort.RunOptions | None) -> None:
         try:

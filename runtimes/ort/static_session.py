@@ -54,8 +54,6 @@ class OrtStaticSession:
         self._max_batch_size = max_batch_size
         spec = variant.kv_cache
         self._buffer = _HostBuffer(spec) if memory is None else DeviceBuffer(spec, memory)
-        results = variant.results.items()
-        self._outputs = {name: (int(spec.shape[-1]), np.dtype(spec.dtype)) for name, spec in results}
 
     def reserve(self, rows: int) -> None:
         if self._max_batch_size is not None and rows > self._max_batch_size:
@@ -70,22 +68,33 @@ class OrtStaticSession:
             raise ResourceError(str(error)) from error
 
     def run(
-        self, first_row: int, input_ids: Ids, write_indices: Ids, logit_index: Ids, wanted: Sequence[str]
+        self,
+        first_row: int,
+        input_ids: Ids,
+        write_indices: Ids,
+        logit_index: Ids,
+        wanted: Sequence[str],
+        vectors: npt.NDArray[np.float32] | None = None,
     ) -> list[npt.NDArray[Any]]:
         if self._session is None:
             raise UsageError("the runner is closed; open another")
-        batch = len(input_ids)
+        batch, tokens = input_ids.shape
+        sizes = {"batch_size": batch, "sequence_length": tokens}
         # For these outputs alone: one that is bound to an array that is gone would be written there.
         binding = self._buffer.binding(self._session, first_row, first_row + batch, wanted)
-        inputs = {
+        inputs: dict[str, npt.NDArray[Any]] = {
             "input_ids": np.ascontiguousarray(input_ids),
             "write_indices": np.ascontiguousarray(write_indices),
             "logit_index": np.ascontiguousarray(logit_index[:, None]),
         }
+        for spec in self._variant.inputs:
+            if spec.role == "embeddings":
+                shape = (batch, tokens, int(spec.shape[2]))
+                inputs[spec.name] = np.zeros(shape, np.float32) if vectors is None else vectors
         outputs: dict[str, npt.NDArray[Any]] = {}
         for name in wanted:
-            size, dtype = self._outputs[name]
-            outputs[name] = np.empty((batch, size), dtype)
+            spec = self._variant.results[name]
+            outputs[name] = np.empty([sizes[d] if isinstance(d, str) else d for d in spec.shape], spec.dtype)
         for name, array in inputs.items():  # used in place, so they must live until the run is over; here they do
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         for name, array in outputs.items():

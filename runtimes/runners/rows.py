@@ -23,15 +23,19 @@ from runtimes.integers import as_integer
 from runtimes.manifest import ModelSpec, Variant
 from runtimes.one_thread import OneThread, one_thread
 from runtimes.runners.runner import (
+    HiddenStates,
     Ids,
     Logits,
     TokenIds,
     check_finite,
+    check_gives_hidden,
     check_lengths,
+    check_positions,
     check_rows,
     check_token_ids,
     no_candidates,
 )
+from runtimes.runners.scores import score
 from runtimes.runners.slots import (
     DEFAULT_SLOTS,
     admit,
@@ -41,6 +45,7 @@ from runtimes.runners.slots import (
     is_computed_again,
     piece_length,
 )
+from runtimes.runners.vectors import Vectors
 
 _NOTHING: Ids = np.zeros(0, np.int64)
 
@@ -50,7 +55,7 @@ class RowRunner(ABC):
     a server. A call that changes the batch takes the rows of all slots over: these are admitted no more, so that
     whoever had them is refused.
 
-    A subclass computes: `_extend`, `_feed`, `_step`.
+    A subclass computes: `_extend`, `_hidden`, `_feed`, `_step`.
     """
 
     def __init__(
@@ -59,11 +64,12 @@ class RowRunner(ABC):
         self.variant = variant
         self.model = model
         self.top_k = variant.top_k
-        self._logits = variant.name_of("logits")
+        self._logits = variant.name_of(variant.answer)
         self._candidates = (variant.name_of("candidate_ids"), variant.name_of("candidate_logits")) if self.top_k else ()
         self.max_cache_length = variant.kv_cache.max_cache_length
         self.max_slots = max_slots
         self.exact = exact
+        self._vectors = Vectors(variant, model)
         self.exclusive = OneThread()
         self._tokens: list[Ids | None] = []  # per row; None: one that is free
         self._rows: dict[int, int] = {}  # slot -> row
@@ -92,7 +98,21 @@ class RowRunner(ABC):
 
     @one_thread
     def prefill(self, sequences: Sequence[TokenIds], *, all_positions: bool = False) -> list[Logits]:
-        rows = self._checked(sequences)
+        if all_positions:
+            check_positions(self.variant)
+        return self._prefilled(self._checked(sequences), all_positions)
+
+    @one_thread
+    def prefill_embeds(
+        self, sequences: Sequence[npt.NDArray[np.float32]], *, all_positions: bool = False
+    ) -> list[Logits]:
+        if all_positions:
+            check_positions(self.variant)
+        self._refuse_free_slots()
+        rows = self._vectors.take(sequences, self.cache_lengths, self.max_cache_length)
+        return self._prefilled(rows, all_positions)
+
+    def _prefilled(self, rows: list[Ids], all_positions: bool) -> list[Logits]:
         tokens = [np.concatenate(pair) for pair in zip(self._held(len(rows)), rows, strict=True)]
         logits = self._extend(rows, tokens, all_positions)
         self._check_finite(logits, [len(row) for row in tokens])
@@ -118,6 +138,23 @@ class RowRunner(ABC):
         return ids, logits
 
     @one_thread
+    def prefill_hidden(self, sequences: Sequence[TokenIds]) -> list[HiddenStates]:
+        check_gives_hidden(self.variant)
+        rows = self._checked(sequences)
+        tokens = [np.concatenate(pair) for pair in zip(self._held(len(rows)), rows, strict=True)]
+        numbers = self.variant.hidden_states
+        found = self._hidden(rows, tokens, list(numbers.values()))
+        lengths = [len(row) for row in tokens]
+        for states in zip(*found, strict=True):
+            self._check_finite(states, lengths, what="hidden states")
+        self._take(tokens)
+        return [dict(zip(numbers, states, strict=True)) for states in found]
+
+    @one_thread
+    def score(self, sequences: Sequence[TokenIds]) -> Logits:
+        return score(self, sequences, self.max_slots)
+
+    @one_thread
     def truncate(self, lengths: Sequence[int]) -> None:
         self._refuse_free_slots()
         kept = check_lengths(lengths, self.cache_lengths)
@@ -126,6 +163,7 @@ class RowRunner(ABC):
     @one_thread
     def reset(self) -> None:
         self._take([])
+        self._vectors.clear()
 
     @one_thread
     def begin(self, token_ids: TokenIds) -> int:
@@ -261,6 +299,10 @@ class RowRunner(ABC):
         """Compute `rows`, the ends of `tokens`; return the logits of each row's last or of all, [n, V]."""
 
     @abstractmethod
+    def _hidden(self, rows: list[Ids], tokens: list[Ids], wanted: Sequence[str]) -> list[list[Logits]]:
+        """Compute `rows`, the ends of `tokens`; return per row the hidden states that are wanted, [n, hidden] each."""
+
+    @abstractmethod
     def _reserve(self, rows: int) -> None:
         """Have memory for so many rows.
 
@@ -366,10 +408,15 @@ class RowRunner(ABC):
         return broken
 
     def _check_finite(
-        self, logits: Sequence[Logits], lengths: Sequence[int], first_row: int = 0, row_name: str | None = None
+        self,
+        logits: Sequence[Logits],
+        lengths: Sequence[int],
+        first_row: int = 0,
+        row_name: str | None = None,
+        what: str = "logits",
     ) -> None:
         try:
-            check_finite(logits, lengths, row_name)
+            check_finite(logits, lengths, row_name, what)
         except NumericError:
             self._undo(range(first_row, max(first_row + len(logits), len(self._tokens))))
             raise

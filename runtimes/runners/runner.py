@@ -7,7 +7,12 @@
 | decode                         | B token ids, any int                | float32 [B, vocab_size]                     |
 | decode_top                     | B token ids, any int                | int64, float32 [B, top_k]: the likeliest    |
 | decode_block                   | n token ids, any int, for one row   | float32 [n, vocab_size]                     |
+| prefill_embeds                 | B rows of vectors, float [n_b, hidden] | as prefill                               |
+| prefill_hidden                 | B rows of n_b token ids, any int    | per row, by number, float32 [n_b, hidden]   |
+| score, of a classifier         | B rows of n_b token ids, any int    | float32 [B, labels]                         |
 | truncate                       | B lengths, any int                  | nothing: row b keeps its first tokens       |
+
+A classifier gives scores of the last token, [labels], where others give logits, [vocab_size], and of no other position.
 
 The graphs behind it are described where they are called: `ort/concat.py`, `ort/shared.py`, `runners/static.py`.
 """
@@ -29,6 +34,8 @@ from runtimes.manifest import ModelSpec, Variant
 Logits: TypeAlias = npt.NDArray[np.float32]
 TokenIds: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
 Ids: TypeAlias = npt.NDArray[np.int64]
+HiddenStates: TypeAlias = dict[int, npt.NDArray[np.float32]]
+"""of one row: the number of a hidden state -> float32 [n, hidden_size]"""
 
 
 class Runner(Protocol):
@@ -133,6 +140,59 @@ class Runner(Protocol):
         """
         ...
 
+    def prefill_embeds(
+        self, sequences: Sequence[npt.NDArray[np.float32]], *, all_positions: bool = False
+    ) -> list[Logits]:
+        """Append vectors in the place of tokens to every row of the cache; before and behind them tokens may stand.
+
+        In `cached_tokens` each is a negative number of its own.
+
+        Args:
+            sequences: per row float [n_row, hidden_size]; their lengths may differ.
+            all_positions: as `prefill`.
+
+        Returns:
+            As `prefill`.
+
+        Raises:
+            UsageError: the graph takes no vectors.
+            InputError: as `prefill`, or vectors of another size, or that are not finite.
+            ContextLengthError, NumericError: as `prefill`.
+        """
+        ...
+
+    def prefill_hidden(self, sequences: Sequence[TokenIds]) -> list[HiddenStates]:
+        """Append tokens to every row of the cache, as `prefill` does, and give their hidden states.
+
+        Args:
+            sequences: one sequence of token ids per row; their lengths may differ.
+
+        Returns:
+            Per row, all hidden states that the graph gives, of each of the given tokens.
+
+        Raises:
+            UsageError: the graph gives none.
+            InputError, ContextLengthError, NumericError: as `prefill`.
+        """
+        ...
+
+    def score(self, sequences: Sequence[TokenIds]) -> Logits:
+        """Score whole sequences with a classifier, each as if it were alone; the cache is empty before and after.
+
+        Which token is scored: see `runtimes.runners.scores`.
+
+        Args:
+            sequences: token ids, padding among them or not; their lengths may differ.
+
+        Returns:
+            float32 [B, labels].
+
+        Raises:
+            UsageError: the model is no classifier, or has no id of padding and there are several sequences.
+            InputError, ContextLengthError, NumericError: as `prefill`.
+        """
+        ...
+
     def truncate(self, lengths: Sequence[int]) -> None:
         """Keep only the first tokens of each row; the next call appends to these.
 
@@ -221,6 +281,28 @@ def no_candidates(variant: Variant) -> UsageError:
     return UsageError(f"variant {variant.name}: its graph picks no candidates; use decode")
 
 
+def check_gives_hidden(variant: Variant) -> None:
+    """Refuse a graph without hidden states where they are asked for.
+
+    Raises:
+        UsageError: it gives none.
+    """
+    if not variant.hidden_states:
+        raise UsageError(
+            f"variant {variant.name}: its graph gives no hidden states; export the package with --hidden-states"
+        )
+
+
+def check_positions(variant: Variant) -> None:
+    """Refuse a classifier where each token's answer is asked for.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if variant.answer == "score":
+        raise UsageError(f"variant {variant.name}: a classifier scores one token of a row; feed rows that end there")
+
+
 def check_lengths(lengths: Sequence[int], cache_lengths: tuple[int, ...]) -> tuple[int, ...]:
     """Check what `truncate` is to keep.
 
@@ -285,13 +367,16 @@ def common_prefix(held: Ids, token_ids: Sequence[int]) -> int:
     return size if same.all() else int(np.argmin(same))
 
 
-def check_finite(logits: Sequence[Logits], cache_lengths: Sequence[int], row_name: str | None = None) -> None:
+def check_finite(
+    logits: Sequence[Logits], cache_lengths: Sequence[int], row_name: str | None = None, what: str = "logits"
+) -> None:
     """Refuse logits that no sampler could use.
 
     Args:
         logits: per row float32 [n, vocab_size], of the last n tokens of the row.
         cache_lengths: tokens of each row, those just computed included.
         row_name: of the only row in the message; None: `row 0`, `row 1` and so on.
+        what: they are, for the message.
 
     Raises:
         NumericError: a logit is NaN or infinite; names the row and the position in it.
@@ -303,7 +388,7 @@ def check_finite(logits: Sequence[Logits], cache_lengths: Sequence[int], row_nam
             first = int(np.argmin(finite))
             count = int(np.count_nonzero(~np.isfinite(values[first])))
             raise NumericError(
-                f"{name}, position {length - len(values) + first}: {count} of {values.shape[-1]} logits are NaN or "
+                f"{name}, position {length - len(values) + first}: {count} of {values.shape[-1]} {what} are NaN or "
                 "infinite; the weights or this precision are broken: run olmo2-export verify on the package"
             )
 

@@ -5,8 +5,11 @@
 | input_ids                       | [batch_size, sequence_length]                           | int64          |
 | write_indices                   | [batch_size]: the position of each row's first token    | int64          |
 | logit_index                     | [batch_size, 1]: the position here that gets logits     | int64          |
+| inputs_embeds, if exported      | [batch_size, sequence_length, hidden]: of negative ids  | float32        |
 | past_key_values.N.key, .value   | [batch_size, kv_heads, C, head_dim]                     | kv_cache.dtype |
 | -> logits                       | [batch_size, vocab_size]                                | float32        |
+| -> score, of a classifier       | [batch_size, labels]; then none of the next two         | float32        |
+| -> hidden_states.N, if exported | [batch_size, sequence_length, hidden]                   | float32        |
 | -> top_ids                      | [batch_size, top_k]: the likeliest, best first          | int64          |
 | -> top_logits                   | [batch_size, top_k]: their logits                       | float32        |
 | -> present.N.key, .value        | the memory of past_key_values                           | kv_cache.dtype |
@@ -14,7 +17,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,7 +27,7 @@ import numpy.typing as npt
 from runtimes.manifest import ModelSpec, Variant
 from runtimes.one_thread import one_thread
 from runtimes.runners.rows import RowRunner
-from runtimes.runners.runner import Ids, Logits, TokenIds
+from runtimes.runners.runner import Ids, Logits, TokenIds, check_positions
 from runtimes.runners.slots import DEFAULT_SLOTS, piece_length
 
 
@@ -43,7 +47,13 @@ class StaticSession(Protocol):
         ...
 
     def run(
-        self, first_row: int, input_ids: Ids, write_indices: Ids, logit_index: Ids, wanted: Sequence[str]
+        self,
+        first_row: int,
+        input_ids: Ids,
+        write_indices: Ids,
+        logit_index: Ids,
+        wanted: Sequence[str],
+        vectors: npt.NDArray[np.float32] | None = None,
     ) -> list[npt.NDArray[Any]]:
         """Compute B rows of the cache, in place.
 
@@ -53,6 +63,7 @@ class StaticSession(Protocol):
             write_indices: int64 [B].
             logit_index: int64 [B].
             wanted: names of outputs, none of the KV cache; what is not wanted stays where it was computed.
+            vectors: float32 [B, S, hidden], in the place of negative ids; None: there are none.
 
         Returns:
             What is wanted, in that order, each an array of its own.
@@ -74,6 +85,22 @@ class StaticSession(Protocol):
     def close(self) -> None:
         """Free everything. Closing twice is harmless."""
         ...
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """One call for B rows, of S tokens each."""
+
+    ids: Ids
+    """[B, S]"""
+    starts: Ids
+    """[B]: the slot of each row's first token here"""
+    first: Ids
+    """[B]: the token here that is each row's first new one"""
+    counts: Ids
+    """[B]: new tokens; 0 where a row waits"""
+    ending: npt.NDArray[np.bool_]
+    """[B]: the row's last token is here"""
 
 
 class StaticRunner(RowRunner):
@@ -104,6 +131,7 @@ class StaticRunner(RowRunner):
 
     @one_thread
     def decode_block(self, token_ids: TokenIds) -> Logits:
+        check_positions(self.variant)
         (ids,) = self._checked([token_ids])
         (held,) = self._held(1)
         self._session.reserve(1)
@@ -122,6 +150,16 @@ class StaticRunner(RowRunner):
         self._session.reserve(len(rows))
         return self._prefill(0, [len(t) - len(r) for t, r in zip(tokens, rows, strict=True)], tokens, all_positions)
 
+    def _hidden(self, rows: list[Ids], tokens: list[Ids], wanted: Sequence[str]) -> list[list[Logits]]:
+        self._session.reserve(len(rows))
+        pieces: list[list[list[Logits]]] = [[[] for _ in wanted] for _ in rows]
+        for chunk in self._chunks([len(t) - len(r) for t, r in zip(tokens, rows, strict=True)], tokens):
+            index = np.clip(chunk.first + chunk.counts - 1, 0, chunk.ids.shape[1] - 1)
+            for place, states in enumerate(self._run(0, chunk.ids, chunk.starts, index, wanted)):
+                for b in np.flatnonzero(chunk.counts).tolist():
+                    pieces[b][place].append(states[b, chunk.first[b] : chunk.first[b] + chunk.counts[b]])
+        return [[np.concatenate(parts) for parts in row] for row in pieces]
+
     def _reserve(self, rows: int) -> None:
         self._session.reserve(rows)
 
@@ -133,7 +171,10 @@ class StaticRunner(RowRunner):
         self._session.copy_row(source, target, len(ids))
 
     def _step(self, ids: Ids, starts: Ids, wanted: Sequence[str]) -> list[npt.NDArray[Any]]:
-        return self._session.run(0, ids, starts, np.zeros_like(starts), wanted)
+        return self._run(0, ids, starts, np.zeros_like(starts), wanted)
+
+    def _run(self, first_row: int, ids: Ids, starts: Ids, index: Ids, wanted: Sequence[str]) -> list[npt.NDArray[Any]]:
+        return self._session.run(first_row, ids, starts, index, wanted, self._vectors.of(ids))
 
     def _undo(self, rows: Sequence[int]) -> None:
         # Positions that are not seen yet are read and weighted with 0, and 0 times NaN is NaN.
@@ -142,8 +183,20 @@ class StaticRunner(RowRunner):
 
     def _prefill(self, first_row: int, held: list[int], tokens: list[Ids], all_positions: bool) -> list[Logits]:
         """Compute rows from where they are held to their ends, chunk by chunk, all rows at once."""
-        done, ends = np.array(held), np.array([len(row) for row in tokens])
         pieces: list[list[Logits]] = [[] for _ in tokens]
+        for chunk in self._chunks(held, tokens):
+            width, counts = chunk.ids.shape[1], chunk.counts
+            for n in range(0 if all_positions else width - 1, width):
+                use = counts > n if all_positions else chunk.ending
+                index = np.minimum(chunk.first + np.clip(counts - 1, 0, n), width - 1)  # (B,)
+                wanted = (self._logits,) if use.any() else ()
+                for logits in self._run(first_row, chunk.ids, chunk.starts, index, wanted):
+                    for b in np.flatnonzero(use).tolist():
+                        pieces[b].append(logits[b][None])
+        return [np.concatenate(row) for row in pieces]
+
+    def _chunks(self, held: list[int], tokens: list[Ids]) -> Iterator[_Chunk]:
+        done, ends = np.array(held), np.array([len(row) for row in tokens])
         while (done < ends).any():
             width = piece_length(int((ends - done).max()), self._session.prefill_chunk, self.exact)
             # A row that is at its end waits, as in `step`.
@@ -153,13 +206,5 @@ class StaticRunner(RowRunner):
             for b, row in enumerate(tokens):
                 window = row[starts[b] : done[b] + counts[b]]
                 ids[b, : len(window)] = window
-            ending = (counts > 0) & (done + counts == ends)
-            for n in range(0 if all_positions else width - 1, width):
-                use = counts > n if all_positions else ending
-                index = np.minimum(done - starts + np.clip(counts - 1, 0, n), width - 1)  # (B,)
-                wanted = (self._logits,) if use.any() else ()
-                for logits in self._session.run(first_row, ids, starts, index, wanted):
-                    for b in np.flatnonzero(use).tolist():
-                        pieces[b].append(logits[b][None])
-            done += counts
-        return [np.concatenate(row) for row in pieces]
+            yield _Chunk(ids, starts, done - starts, counts, (counts > 0) & (done + counts == ends))
+            done = done + counts

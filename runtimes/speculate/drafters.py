@@ -8,6 +8,7 @@ from typing import Protocol
 from runtimes.errors import InputError, UsageError
 from runtimes.one_thread import OneThread, one_thread
 from runtimes.runners.runner import Runner, common_prefix
+from runtimes.runners.scores import check_logits
 
 
 class Drafter(Protocol):
@@ -137,11 +138,12 @@ class DraftModel:
         self._sure = 0  # so many tokens of the cache are known to be those of the text
 
     def check(self, runner: Runner) -> None:
-        """Refuse a model of another vocabulary, and the drafting runner itself.
+        """Refuse a model of another vocabulary, a classifier, and the drafting runner itself.
 
         Raises:
-            UsageError: either.
+            UsageError: any of these.
         """
+        check_logits(self._runner.variant)
         found, expected = self._runner.model.vocab_size, runner.model.vocab_size
         if self._runner is runner:
             raise UsageError("the draft model is the same runner as the model; open it a second time")

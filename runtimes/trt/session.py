@@ -50,6 +50,10 @@ class Sizes:
     """bytes of one row in one of them"""
 
 
+_ORDER = {"token_ids": 1, "logits": 1, "embeddings": 2, "hidden_state": 2}
+"""of what has no fixed size"""
+
+
 def plan_memory(engine: Engine, variant: Variant) -> Sizes:
     """Place the inputs and outputs of an engine one after the other."""
     batch, spec = engine.max_batch_size, variant.kv_cache
@@ -58,7 +62,7 @@ def plan_memory(engine: Engine, variant: Variant) -> Sizes:
     for kind, tensors in (("inputs", variant.inputs), ("outputs", variant.outputs)):
         end = 0
         # Those of a fixed size first, so that what a call copies is one piece.
-        for tensor in sorted(_flat(tensors), key=lambda t: (t.role in ("token_ids", "logits"), t.name)):
+        for tensor in sorted(_flat(tensors), key=lambda t: (_ORDER.get(t.role, 0), t.name)):
             sizes = {"batch_size": batch, "sequence_length": engine.prefill_chunk}
             count = prod(sizes[d] if isinstance(d, str) else d for d in tensor.shape)
             offsets[kind][tensor.name] = end
@@ -157,7 +161,8 @@ class TrtSession:
         self._runtime, self._engine = runtime, engine
         self._entry = entry
         self._spec: KVCacheSpec = variant.kv_cache
-        self._outputs = {t.name: (int(t.shape[-1]), np.dtype(t.dtype)) for t in _flat(variant.outputs)}
+        self._outputs = {t.name: t for t in _flat(variant.outputs)}
+        self._embeds = next((t for t in variant.inputs if t.role == "embeddings"), None)
         self._sizes = sizes = plan_memory(entry, variant)
         self._activation_size = int(engine.device_memory_size_v2)
         self._prefill: _Context | None = None
@@ -189,22 +194,34 @@ class TrtSession:
             )
 
     def run(
-        self, first_row: int, input_ids: Ids, write_indices: Ids, logit_index: Ids, wanted: Sequence[str]
+        self,
+        first_row: int,
+        input_ids: Ids,
+        write_indices: Ids,
+        logit_index: Ids,
+        wanted: Sequence[str],
+        vectors: npt.NDArray[np.float32] | None = None,
     ) -> list[npt.NDArray[Any]]:
         if self._engine is None:
             raise UsageError("the runner is closed; open another")
         batch, width = input_ids.shape
         self._check_shape(first_row, width)
-        inputs = {"input_ids": input_ids, "write_indices": write_indices, "logit_index": logit_index[:, None]}
+        inputs: dict[str, npt.NDArray[Any]] = {
+            "input_ids": input_ids,
+            "write_indices": write_indices,
+            "logit_index": logit_index[:, None],
+        }
+        if vectors is not None and self._embeds is not None:  # else what is there is not read
+            inputs[self._embeds.name] = vectors
         try:
             with self._tensorrt.collected():
                 context = self._chosen(first_row, batch, width)
                 self._feed(inputs)
                 self._compute(context)
-            self._fetch(wanted, batch)
+            self._fetch(wanted, batch, width)
         finally:
             self._stream.synchronize()  # also where it failed: the next call may write the pinned memory
-        return [self._result(name, batch) for name in wanted]
+        return [self._result(name, batch, width) for name in wanted]
 
     def clear(self, row: int, start: int) -> None:
         spec = self._spec
@@ -300,6 +317,8 @@ class TrtSession:
         context.set_shape("input_ids", (batch, width))
         context.set_shape("write_indices", (batch,))
         context.set_shape("logit_index", (batch, 1))
+        if self._embeds is not None:
+            context.set_shape(self._embeds.name, (batch, width, int(self._embeds.shape[2])))
         context.bound = call
         return context
 
@@ -307,14 +326,12 @@ class TrtSession:
         """Return which context decodes so many rows: with full TensorRT one for each, as it has one CUDA graph."""
         return 0 if captures_itself(self._tensorrt) else batch
 
-    def _feed(self, inputs: dict[str, Ids]) -> None:
+    def _feed(self, inputs: dict[str, npt.NDArray[Any]]) -> None:
         """Begin to copy the inputs to the GPU, in one piece."""
         end = 0
         for name, array in inputs.items():
             at = self._sizes.inputs[name]
-            self._host_inputs.array[at : at + array.nbytes] = (
-                np.ascontiguousarray(array, np.int64).view(np.uint8).ravel()
-            )
+            self._host_inputs.array[at : at + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).ravel()
             end = max(end, at + array.nbytes)
         cuda.copy_to_device(self._inputs.address, self._host_inputs.address, end, self._stream)
 
@@ -337,20 +354,23 @@ class TrtSession:
             return None
         return graphs[0]
 
-    def _fetch(self, wanted: Sequence[str], batch: int) -> None:
+    def _fetch(self, wanted: Sequence[str], batch: int, width: int) -> None:
         """Begin to copy outputs to the host, in one piece: wanted together, they lie side by side."""
-        pieces = [self._piece(name, batch) for name in wanted]
+        pieces = [self._piece(name, self._shape(name, batch, width)) for name in wanted]
         if pieces:
             start, end = min(p.start for p in pieces), max(p.stop for p in pieces)
             cuda.copy_to_host(
                 self._host_results.address + start, self._results.address + start, end - start, self._stream
             )
 
-    def _result(self, name: str, batch: int) -> npt.NDArray[Any]:
-        count, dtype = self._outputs[name]
-        return self._host_results.array[self._piece(name, batch)].view(dtype).reshape(batch, count).copy()
+    def _result(self, name: str, batch: int, width: int) -> npt.NDArray[Any]:
+        shape, dtype = self._shape(name, batch, width), self._outputs[name].dtype
+        return self._host_results.array[self._piece(name, shape)].view(dtype).reshape(shape).copy()
 
-    def _piece(self, name: str, batch: int) -> slice:
-        count, dtype = self._outputs[name]
+    def _shape(self, name: str, batch: int, width: int) -> list[int]:
+        sizes = {"batch_size": batch, "sequence_length": width}
+        return [sizes[d] if isinstance(d, str) else d for d in self._outputs[name].shape]
+
+    def _piece(self, name: str, shape: Sequence[int]) -> slice:
         start = self._sizes.outputs[name]
-        return slice(start, start + batch * count * dtype.itemsize)
+        return slice(start, start + prod(shape) * find_dtype(self._outputs[name].dtype).size)

@@ -41,8 +41,8 @@ class FakeRunner(RowRunner):
 
     def __init__(self) -> None:
         spec = SimpleNamespace(max_cache_length=64)
-        variant = SimpleNamespace(top_k=0, kv_cache=spec, name_of=str)
-        super().__init__(variant, SimpleNamespace(vocab_size=VOCAB))  # type: ignore[arg-type]
+        variant = SimpleNamespace(top_k=0, kv_cache=spec, name_of=str, answer="logits", inputs=(), name="fake")
+        super().__init__(variant, SimpleNamespace(vocab_size=VOCAB, hidden_size=0))  # type: ignore[arg-type]
         self.buffer = np.zeros((4, 64), np.int64)
         self.inside, self.go_on = threading.Event(), threading.Event()
         self.go_on.set()
@@ -62,6 +62,9 @@ class FakeRunner(RowRunner):
     def _extend(self, rows: list[Ids], tokens: list[Ids], all_positions: bool) -> list[Logits]:
         found = [self._compute(b, len(t) - len(r), r) for b, (t, r) in enumerate(zip(tokens, rows, strict=True))]
         return found if all_positions else [logits[-1:] for logits in found]
+
+    def _hidden(self, rows: list[Ids], tokens: list[Ids], wanted: Sequence[str]) -> list[list[Logits]]:  # noqa: ARG002
+        raise AssertionError("it gives none")
 
     def _reserve(self, rows: int) -> None:
         assert rows <= len(self.buffer)

@@ -15,10 +15,13 @@ import torch
 from transformers import (
     Olmo2Config,
     Olmo2ForCausalLM,
+    Olmo2ForSequenceClassification,
     Olmo3Config,
     Olmo3ForCausalLM,
+    Olmo3ForSequenceClassification,
     OlmoConfig,
     OlmoForCausalLM,
+    OlmoForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -42,6 +45,11 @@ _FAMILY: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     "olmo": (OlmoConfig, OlmoForCausalLM),
     "olmo2": (Olmo2Config, Olmo2ForCausalLM),
     "olmo3": (Olmo3Config, Olmo3ForCausalLM),
+}
+_CLASSIFIERS: dict[str, type[PreTrainedModel]] = {
+    "olmo": OlmoForSequenceClassification,
+    "olmo2": Olmo2ForSequenceClassification,
+    "olmo3": Olmo3ForSequenceClassification,
 }
 OLMO1: dict[str, Any] = {"model_type": "olmo", "clip_qkv": 1.5, "rope_parameters": None}
 """fields of an OLMo 1 whose clip reaches a tenth of the queries and keys"""
@@ -75,11 +83,14 @@ def make_checkpoint(
         shards: more than 1 gives that many safetensors files or a few more, and an index.
         old_config: write config.json as transformers 4 does, with rope_theta and rope_scaling.
         seed: of the weights.
-        fields: config fields; `model_type` chooses the generation.
+        fields: config fields; `model_type` chooses the generation, and `num_labels` makes it a classifier.
     """
     torch.manual_seed(seed)
     fields = {**SHAPE, **fields}
-    config_class, model_class = _FAMILY[fields.pop("model_type", "olmo2")]
+    name = fields.pop("model_type", "olmo2")
+    config_class, model_class = _FAMILY[name]
+    if "num_labels" in fields:
+        model_class = _CLASSIFIERS[name]
     model: Any = model_class(config_class(**fields))  # type: ignore[arg-type]  # a class per generation
     with torch.no_grad():
         for name, weight in model.named_parameters():

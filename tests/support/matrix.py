@@ -22,6 +22,18 @@ State = Literal["verified", "compiled", "refused"]
 PROPERTY = "support"
 PAGES = ("README.md", "docs/support.md")
 MODELS = {"olmo": "OLMo 1", "olmo2": "OLMo 2", "olmo3": "Olmo 3, 3.1"}
+OUTPUTS = {
+    "olmo score": "OLMo 1, classifier",
+    "olmo2 score": "OLMo 2, classifier",
+    "olmo3 score": "Olmo 3, classifier",
+    "olmo hidden": "OLMo 1, hidden states",
+    "olmo2 hidden": "OLMo 2, hidden states",
+    "olmo3 hidden": "Olmo 3, hidden states",
+    "olmo vectors": "OLMo 1, `inputs_embeds`",
+    "olmo2 vectors": "OLMo 2, `inputs_embeds`",
+    "olmo3 vectors": "Olmo 3, `inputs_embeds`",
+}
+"""what graphs give or take beside; on the page of docs alone"""
 COLUMNS = {
     "onnxruntime": ("fp32", "q4", "q8", "bf16", "fp16", "q4f16"),
     "graph for TensorRT": ("bf16", "fp16", "fp32", "int4", "int8", "fp8"),
@@ -111,7 +123,7 @@ def whole(cells: Iterable[Seen]) -> str:
     lines: list[str] = []
     for backend, variants in COLUMNS.items():
         lines += [f"| {backend} | {' | '.join(f'`{v}`' for v in variants)} |", "|---|" + "---|" * len(variants)]
-        for model, title in MODELS.items():
+        for model, title in (MODELS | OUTPUTS).items():
             lines.append(f"| {title} | {' | '.join(states.get((model, backend, v), '-') for v in variants)} |")
         lines.append("")
     refused = [c for c in cells if c.state == "refused"]

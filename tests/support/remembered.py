@@ -24,6 +24,7 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.package import variants
 from olmo2_export.truth import reference, torch_layers
 from olmo2_export.verify import checks, measure, variant
+from olmo2_export.verify.beside import NOTHING, Beside
 from olmo2_export.views import table
 from olmo2_export.weights.checkpoint import Checkpoint
 
@@ -70,6 +71,21 @@ class _Remembered:
         asked = (*self._question, "logits", list(sequences), positions)
         return list(_ANSWERS.to(asked, lambda: self._open().logits(sequences, positions)))
 
+    def scores(self, ids: np.ndarray, mask: np.ndarray) -> Any:
+        return _ANSWERS.to((*self._question, "scores", ids, mask), lambda: self._open().scores(ids, mask))
+
+    def hidden_states(self, sequences: Sequence[np.ndarray], numbers: Sequence[int]) -> Any:
+        asked = (*self._question, "hidden states", list(sequences), tuple(numbers))
+        return _ANSWERS.to(asked, lambda: self._open().hidden_states(sequences, numbers))
+
+    def embeddings(self, sequences: Sequence[np.ndarray], number: int, pooling: str) -> Any:
+        asked = (*self._question, "embeddings", list(sequences), number, pooling)
+        return _ANSWERS.to(asked, lambda: self._open().embeddings(sequences, number, pooling))
+
+    def mixed(self, before: np.ndarray, vectors: np.ndarray, behind: np.ndarray) -> Any:
+        asked = (*self._question, "mixed", before, vectors, behind)
+        return _ANSWERS.to(asked, lambda: self._open().mixed(before, vectors, behind))
+
     def greedy(self, prompt: np.ndarray, new_tokens: int) -> Any:
         return _ANSWERS.to(
             (*self._question, "greedy", prompt, new_tokens), lambda: self._open().greedy(prompt, new_tokens)
@@ -102,11 +118,14 @@ def _draw_logits(
     positions: Sequence[np.ndarray],
     weights: Mapping[str, torch.Tensor],
     rounding: Mapping[str, Any],
+    beside: Beside = NOTHING,
 ) -> Any:
-    arguments = (checkpoint, sequences, positions, weights, rounding)
+    arguments = (checkpoint, sequences, positions, weights, rounding, beside)
     if not _is_known({name: rounds for name, rounds in rounding.items() if rounds is not None}):
         return _REAL_DRAWS(*arguments)
-    return _ANSWERS.to(("draws", *arguments), lambda: _REAL_DRAWS(*arguments))
+    batches = [(batch.ids, batch.mask) for batch in beside.padded]
+    asked = ("draws", *arguments[:-1], batches, beside.hidden, list(beside.rows), len(beside.mixed))
+    return _ANSWERS.to(asked, lambda: _REAL_DRAWS(*arguments))
 
 
 _REAL_DRAWS = measure.draw_logits

@@ -77,7 +77,7 @@ class Case:
             f"{name}.onnx",
             (),
             23,
-            shared_inputs(cache),
+            shared_inputs(self.config.spec, cache),
             shared_outputs(self.config.spec, cache),
             cache,
             {},

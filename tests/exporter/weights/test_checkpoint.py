@@ -272,7 +272,7 @@ def test_a_reward_model_is_said_to_be_one(folder: Path) -> None:
         weights["score.weight"] = torch.zeros(1, 96)
 
     edit(folder, spoil)
-    with pytest.raises(CheckpointError, match="a reward model, for sequence classification"):
+    with pytest.raises(CheckpointError, match="a reward model or classifier; if it is one, say so in config"):
         check(folder)
 
 

@@ -1,0 +1,95 @@
+"""Texts that a command reads one by one, and what it writes of each: lines, or JSON documents a line.
+
+| a line of JSON                            | is                                           |
+|-------------------------------------------|----------------------------------------------|
+| "a text"                                  | a text                                       |
+| {"text": "a text", "id": 7}               | a text; other fields are written again       |
+| {"token_ids": [3, 1, 4], "id": 8}         | ids, as they stand                           |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from runtimes.errors import ContextLengthError, InputError
+from runtimes.generation.generate import encode_prompt
+from runtimes.text.tokenizer import Tokenizer
+
+_TEXT, _IDS = "text", "token_ids"
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, as ids."""
+
+    line: int
+    """of the input, from 1"""
+    token_ids: Sequence[int]
+    fields: Mapping[str, Any] = field(hash=False)
+    """what is written again"""
+
+
+def read_documents(
+    text: str, tokenizer: Tokenizer, *, jsonl: bool, longest: int, parse_special: bool = False
+) -> Iterator[Document]:
+    """Read texts; lines of white space alone are none.
+
+    Args:
+        text: the whole input, its lines ended by LF.
+        tokenizer: of the package.
+        jsonl: each line is JSON; else each is a text.
+        longest: tokens that fit.
+        parse_special: names of special tokens in a text are these tokens.
+
+    Raises:
+        InputError: a line is not what the table says.
+        ContextLengthError: a text does not fit.
+    """
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            given: dict[str, Any] = _document(line) if jsonl else {_TEXT: line}
+            ids: Sequence[int] = (
+                given[_IDS] if _IDS in given else encode_prompt(tokenizer, given[_TEXT], parse_special=parse_special)
+            )
+        except InputError as error:
+            raise InputError(f"line {number}: {error}") from error
+        if len(ids) > longest:
+            raise ContextLengthError(f"line {number}: {len(ids)} tokens, at most {longest} fit; shorten the text")
+        yield Document(number, ids, {name: value for name, value in given.items() if name != _IDS})
+
+
+def _document(line: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"no JSON ({error}); without --jsonl each line is a text") from error
+    given = {_TEXT: found} if isinstance(found, str) else found
+    if not isinstance(given, dict) or (_TEXT in given) == (_IDS in given):
+        raise InputError(f'expected a text, or an object with one of "{_TEXT}" and "{_IDS}", found {line[:60]!r}')
+    if not isinstance(given.get(_TEXT, ""), str):
+        raise InputError(f'"{_TEXT}" is {type(given[_TEXT]).__name__}, expected a string')
+    if not isinstance(given.get(_IDS, []), list):
+        raise InputError(f'"{_IDS}" is {type(given[_IDS]).__name__}, expected a list of ids')
+    return given
+
+
+def in_groups(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
+    """Return documents so many at a time."""
+    group: list[Document] = []
+    for document in documents:
+        group.append(document)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def written(document: Document, **found: Any) -> str:
+    """Return the line that says what was found of a document."""
+    return json.dumps({**document.fields, "tokens": len(document.token_ids), **found}, ensure_ascii=False) + "\n"

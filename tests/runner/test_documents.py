@@ -1,0 +1,145 @@
+"""olmo2-run score and embed: texts, JSON and ids in, a line of JSON out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtimes import open_runner
+from runtimes.cli import main
+from runtimes.manifest import MANIFEST_NAME
+from runtimes.runners.embeddings import embed
+from runtimes.text.tokenizer import Tokenizer
+
+TEXTS = ["And it came to pass", "the works of the Son of God", "x"]
+
+
+@pytest.fixture(scope="module")
+def scorer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo with a head of two labels in the place of its own."""
+    torch = pytest.importorskip("torch")
+    from transformers import Olmo2Config, Olmo2ForSequenceClassification
+
+    from olmo2_export.package.export import export
+    from olmo2_export.weights.checkpoint import open_checkpoint
+
+    out, demo = tmp_path_factory.mktemp("scorer"), open_checkpoint("demo").folder
+    shutil.copytree(demo, out / "c", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.manual_seed(0)
+    config = Olmo2Config.from_pretrained(demo, id2label={0: "bad", 1: "good"}, pad_token_id=0, num_hidden_layers=1)
+    Olmo2ForSequenceClassification(config).save_pretrained(out / "c")
+    export(open_checkpoint(str(out / "c")), out / "p", variants=["fp32"])
+    return out / "p"
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo, whose graph gives two hidden states."""
+    pytest.importorskip("torch")
+    from olmo2_export.package.export import export
+    from olmo2_export.package.weight_choice import Options
+    from olmo2_export.weights.checkpoint import open_checkpoint
+
+    out = tmp_path_factory.mktemp("embedder") / "p"
+    export(open_checkpoint("demo"), out, variants=["fp32"], options=Options(hidden_states=(2, -1)))
+    return out
+
+
+def lines(text: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_lines_of_text_are_scored(scorer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.txt").write_text("\n\n".join(TEXTS) + "\r\n", encoding="utf-8")
+    assert main(["score", str(scorer), str(tmp_path / "in.txt")]) == 0
+    found = lines(capsys.readouterr().out)
+    tokenizer = Tokenizer.from_package(scorer)
+    with open_runner(scorer) as runner:
+        expected = runner.score([tokenizer.encode(text) for text in TEXTS])
+    assert [line["text"] for line in found] == TEXTS
+    assert [line["tokens"] for line in found] == [len(tokenizer.encode(text)) for text in TEXTS]
+    assert [list(line["scores"]) for line in found] == [["bad", "good"]] * 3  # type: ignore[call-overload]
+    scores = [list(line["scores"].values()) for line in found]  # type: ignore[attr-defined]
+    np.testing.assert_allclose(scores, expected, atol=1e-6)
+    assert len({round(row[0], 4) for row in scores}) == 3
+
+
+def test_lines_of_json_keep_their_fields(scorer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = Tokenizer.from_package(scorer).encode(TEXTS[0])
+    given = [TEXTS[0], {"id": 7, "text": TEXTS[0]}, {"id": "b", "token_ids": ids}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, given)), encoding="utf-8")
+    assert main(["score", str(scorer), str(tmp_path / "in.jsonl")]) == 0
+    first, second, third = lines(capsys.readouterr().out)
+    assert (second["id"], third["id"], third.get("text")) == (7, "b", None)
+    assert first["scores"] == second["scores"] == third["scores"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "line 1: no JSON"),
+        ("[1]", "line 1: expected a text, or an object with one of"),
+        ('{"text": "a", "token_ids": [1]}', "line 1: expected a text, or an object with one of"),
+        ('{"text": 3}', '"text" is int, expected a string'),
+        ('{"token_ids": [-1]}', "token id -1"),
+        ('{"token_ids": []}', "expected at least one token id"),
+    ],
+)
+def test_what_is_no_document_is_refused(
+    line: str, words: str, scorer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.jsonl").write_text(line, encoding="utf-8")
+    assert main(["score", str(scorer), str(tmp_path / "in.jsonl")]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert words in err
+
+
+def test_a_text_that_does_not_fit_is_named(scorer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.txt").write_text("x\n" + "and " * 5000, encoding="utf-8")
+    assert main(["score", str(scorer), str(tmp_path / "in.txt")]) == 2
+    assert "line 2: 50" in capsys.readouterr().err
+
+
+def test_each_command_names_the_other(
+    scorer: Path, demo_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.txt").write_text("x", encoding="utf-8")
+    assert main(["score", str(demo_package), str(tmp_path / "in.txt")]) == 2
+    assert "a language model, which gives no scores; use olmo2-run generate" in capsys.readouterr().err
+    assert main(["generate", str(scorer), "--prompt", "x"]) == 2
+    assert "a classifier, which gives scores and no logits; generate needs a language model" in capsys.readouterr().err
+    assert (scorer / MANIFEST_NAME).is_file()
+
+
+def test_lines_are_embedded(embedder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = Tokenizer.from_package(embedder)
+    ids = [tokenizer.encode(text) for text in TEXTS]
+    given = [{"id": 3, "text": TEXTS[0]}, TEXTS[1], {"token_ids": ids[2]}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, given)), encoding="utf-8")
+    found: dict[str, list[dict[str, object]]] = {}
+    for name, options in {"mean": [], "last": ["--pooling", "last", "--hidden-state", "2", "--normalize"]}.items():
+        assert main(["embed", str(embedder), str(tmp_path / "in.jsonl"), *options]) == 0
+        found[name] = lines(capsys.readouterr().out)
+    with open_runner(embedder) as runner:
+        mean = embed(runner, ids)
+        last = embed(runner, ids, pooling="last", hidden_state=2, normalize=True)
+    for name, vectors in (("mean", mean), ("last", last)):
+        assert [line["tokens"] for line in found[name]] == [len(row) for row in ids]
+        assert found[name][0]["id"] == 3
+        written = np.array([line["embedding"] for line in found[name]], np.float32)
+        np.testing.assert_allclose(written, vectors, rtol=1e-5, atol=1e-6)
+
+
+def test_a_package_without_hidden_states_is_refused(
+    demo_package: Path, embedder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.txt").write_text("x", encoding="utf-8")
+    assert main(["embed", str(demo_package), str(tmp_path / "in.txt")]) == 2
+    assert "its graphs give no hidden states; export it with --hidden-states last" in capsys.readouterr().err
+    assert main(["embed", str(embedder), str(tmp_path / "in.txt"), "--hidden-state", "1"]) == 2
+    assert "hidden state 1: variant fp32 gives 2, " in capsys.readouterr().err

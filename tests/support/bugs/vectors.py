@@ -1,0 +1,20 @@
+"""Bugs of vectors in the place of tokens."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from support.bugs.edits import Bug, nodes
+
+
+def _choice(model: ir.Model) -> ir.Node:
+    (node,) = (n for n in nodes(model, "Where") if (n.outputs[0].name or "").endswith("_or_vector"))
+    return node
+
+
+def vectors_ignored(model: ir.Model) -> None:
+    """Each is the embedding of token 0."""
+    node = _choice(model)
+    node.replace_input_with(1, node.inputs[2])
+
+
+VECTOR_BUGS: list[Bug] = [vectors_ignored]
