@@ -12,9 +12,11 @@ import onnx_ir as ir
 import pytest
 from support.rebuilt_packages import rebuilt_trt
 
+from olmo2_export.catalog import VARIANTS
 from olmo2_export.cli import main
 from olmo2_export.debug.debug import (
     TOKENS,
+    TOLERANCES,
     TensorDifference,
     capability,
     compare,
@@ -45,6 +47,10 @@ def package(tiny_package: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def load(package: Path) -> ir.Model:
     return ir.load(package / "trt" / "model_fp32.onnx")
+
+
+def test_every_dtype_of_a_graph_for_tensorrt_has_its_tolerance() -> None:
+    assert TOLERANCES.keys() == {row.dtype for row in VARIANTS if row.graph == "static"}
 
 
 def test_the_first_call_computes_what_the_runner_computes(package: Path) -> None:
