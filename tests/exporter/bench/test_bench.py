@@ -65,7 +65,6 @@ def test_what_goes_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     )
 
 
-@pytest.mark.alone
 def test_stages(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["stages", "--size", "demo", "--work", str(tmp_path), "--precision", "fp16"]) == 0
     result = last_line(capfd.readouterr().out)

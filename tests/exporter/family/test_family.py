@@ -106,6 +106,7 @@ def test_every_variant_computes_what_its_weights_say(
     assert open_package(family_package(name)).manifest.model.model_type == name
 
 
+@pytest.mark.usefixtures("short_rows")
 @pytest.mark.parametrize("precision", precisions())
 @pytest.mark.parametrize("name", ["olmo", "olmo3"])
 def test_every_graph_for_tensorrt_computes_what_its_weights_say(
@@ -146,6 +147,7 @@ def test_nothing_departs_in_a_good_variant(
     assert location.first is None, format_location(location)
 
 
+@pytest.mark.usefixtures("short_rows")
 @pytest.mark.parametrize(
     "fields",
     [
@@ -208,6 +210,7 @@ def test_pytorch_by_layer_is_the_whole_model_bit_for_bit(name: str, family_check
                 np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.usefixtures("short_rows")
 @pytest.mark.parametrize("name", ["olmo", "olmo3"])
 def test_by_layer_it_is_verified_too(
     name: str, family_checkpoint: Callable[[str], Path], family_package: Callable[[str], Path], tmp_path: Path

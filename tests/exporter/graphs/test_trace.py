@@ -13,10 +13,13 @@ from support.checkpoints import SHAPE
 from olmo2_export.config import ModelConfig
 from olmo2_export.fuse import check_op_counts, op_counts
 from olmo2_export.fuse.fold_weight_transpose import fold_weight_transpose
+from olmo2_export.graphs import trace as trace_module
 from olmo2_export.graphs.trace import portable_inputs, portable_outputs, trace
 from runtimes.errors import FusionError
 
 CONFIG = ModelConfig.from_dict(SHAPE | {"model_type": "olmo2"})
+TRACED = trace_module._traced
+"""as it is before a test runs: `support.traces`"""
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,19 @@ def test_no_local_path_and_no_source_line_is_left(tiny_package: Path) -> None:
     raw = (tiny_package / "onnx" / "model.onnx").read_bytes()
     for note in (b"site-packages", b".py", b"stack_trace", b"pkg.torch", str(Path.cwd()).encode()):
         assert note not in raw
+
+
+def test_the_traced_program_is_not_kept_in_memory(graph: ir.Model) -> None:
+    """Each node and value had a note that led to all of it."""
+    assert [part for part in [*graph.graph, *graph.graph.initializers.values()] if "node" in part.meta] == []
+
+
+def test_what_the_tests_share_is_what_is_traced(graph: ir.Model) -> None:
+    assert trace_module._traced is not TRACED
+    fresh = TRACED(CONFIG)
+    assert ir.to_proto(graph) == ir.to_proto(fresh)
+    for name, value in fresh.graph.initializers.items():
+        assert graph.graph.initializers[name].meta.get("transposed") == value.meta.get("transposed")
 
 
 def test_graph_passes_the_checker(tiny_package: Path) -> None:
