@@ -9,11 +9,13 @@ Becomes:
     found = Gather(W, Max(input_ids, 0))
     x     = Where(Unsqueeze(input_ids < 0, -1), inputs_embeds, found)
 
-    inputs_embeds: float32 [batch_size, sequence_length, hidden], by default zeros [1, 1, hidden]
+    inputs_embeds: float32 [vectors_batch, vectors_length, hidden], by default zeros [1, 1, hidden]
 
 A graph has no input that is one of two, so that it has both, and an id that is none says which is meant: tokens and
 vectors may stand in one call, mask, positions and pooling go on as they are, and a runtime that knows nothing of
-vectors leaves the input out. A static-cache graph, whose compiler knows no defaults, must be given one.
+vectors leaves the input out. Its dimensions have names of their own, as onnxruntime takes two values whose dimensions
+are called alike to be of one size, and shares memory. A static-cache graph, whose compiler knows no defaults, must be
+given one of [batch_size, sequence_length, hidden].
 
 The input stays float32 in every precision, as numpy has no bfloat16; `set_precision` casts what comes of it.
 """
@@ -28,12 +30,13 @@ from olmo2_export.fuse.edit import constant, find_input, is_op, name_of, new_nod
 from runtimes.errors import FusionError
 from runtimes.manifest import EMBEDDINGS, ModelSpec, TensorSpec
 
+_OPTIONAL, _REQUIRED = ("vectors_batch", "vectors_length"), ("batch_size", "sequence_length")
 INT64, FLOAT, BOOL = ir.DataType.INT64, ir.DataType.FLOAT, ir.DataType.BOOL
 
 
-def embedding_input(model: ModelSpec) -> tuple[TensorSpec, ...]:
+def embedding_input(model: ModelSpec, *, optional: bool = True) -> tuple[TensorSpec, ...]:
     """Return the input, where there is one."""
-    shape = ("batch_size", "sequence_length", model.hidden_size)
+    shape = (*(_OPTIONAL if optional else _REQUIRED), model.hidden_size)
     return (TensorSpec(EMBEDDINGS, "float32", shape, "embeddings"),) if model.inputs_embeds else ()
 
 
@@ -58,9 +61,7 @@ def take_embeddings(model: ir.Model) -> int:
     known = new_node("Max", [ids, zero], "known_ids", INT64, ids.shape)
     given = new_node("Less", [ids, zero], "is_vector", BOOL, ids.shape)
     wide = new_node("Unsqueeze", [given.outputs[0], last], "is_vector_wide", BOOL, ["batch_size", "sequence_length", 1])
-    vectors = ir.Value(
-        name=EMBEDDINGS, type=ir.TensorType(FLOAT), shape=ir.Shape(["batch_size", "sequence_length", size])
-    )
+    vectors = ir.Value(name=EMBEDDINGS, type=ir.TensorType(FLOAT), shape=ir.Shape([*_OPTIONAL, size]))
     vectors.const_value = ir.tensor(np.zeros((1, 1, size), np.float32), name=EMBEDDINGS)
     graph.inputs.append(vectors)
     graph.register_initializer(vectors)
@@ -74,8 +75,10 @@ def take_embeddings(model: ir.Model) -> int:
 
 
 def require_embeddings(model: ir.Model) -> None:
-    """Take the default away, where the input is there."""
+    """Take the default away, where the input is there, and let it have as many rows and tokens as the ids have."""
     vectors = find_input(model.graph, EMBEDDINGS)
     if vectors is not None and vectors.is_initializer():
         del model.graph.initializers[EMBEDDINGS]
         vectors.const_value = None
+        assert vectors.shape is not None  # `take_embeddings` gave it
+        vectors.shape = ir.Shape([*_REQUIRED, vectors.shape[2]])

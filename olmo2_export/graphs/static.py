@@ -73,7 +73,7 @@ def static_inputs(model: ModelSpec, precision: Precision, max_cache_length: int)
         TensorSpec("write_indices", "int64", ("batch_size",), "write_indices"),
         TensorSpec("logit_index", "int64", ("batch_size", 1), "logit_index"),
         *_caches("past_key_values", "past", model, precision, max_cache_length),
-        *embedding_input(model),
+        *embedding_input(model, optional=False),
     )
 
 

@@ -7,7 +7,7 @@
 | position_ids                   | [batch_size, sequence_length]                                | int64   |
 | past_key_values.N.key, .value  | [batch_size, kv_heads, past_sequence_length, head_dim]       | float32 |
 | num_logits_to_keep             | [], optional, default 0: the last rows that get logits, 0: all | int64 |
-| inputs_embeds, if asked for    | [batch_size, sequence_length, hidden], optional: of negative ids | float32 |
+| inputs_embeds, if asked for    | [vectors_batch, vectors_length, hidden], optional: `inputs_embeds.py` | float32 |
 | -> logits                      | [batch_size, num_logits, vocab_size]                         | float32 |
 | -> score, of a classifier      | [batch_size, labels]; then neither of the two above          | float32 |
 | -> hidden_states.N, if asked for | [batch_size, sequence_length, hidden]                      | float32 |

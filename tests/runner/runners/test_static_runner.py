@@ -314,9 +314,9 @@ def test_prefill_computes_only_what_is_new(package: Path, monkeypatch: pytest.Mo
     calls = []
     run = OrtStaticSession.run
 
-    def spy(self: Any, first_row: int, input_ids: Any, write: Any, index: Any, wanted: Any) -> Any:
+    def spy(self: Any, first_row: int, input_ids: Any, write: Any, index: Any, wanted: Any, vectors: Any = None) -> Any:
         calls.append((input_ids.shape, write.tolist(), index.tolist(), wanted))
-        return run(self, first_row, input_ids, write, index, wanted)
+        return run(self, first_row, input_ids, write, index, wanted, vectors)
 
     monkeypatch.setattr(OrtStaticSession, "run", spy)
     with open_session_runner(package, "ort", monkeypatch) as runner:

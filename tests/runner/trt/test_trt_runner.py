@@ -51,7 +51,7 @@ from runtimes.errors import (
     UsageError,
     VariantNotFoundError,
 )
-from runtimes.manifest import MANIFEST_NAME
+from runtimes.manifest import MANIFEST_NAME, TensorSpec
 from runtimes.package import open_package
 from runtimes.runners.static import StaticRunner
 from runtimes.trt import cuda, jit_cache, nvidia
@@ -526,6 +526,21 @@ def test_inputs_of_a_step_lie_before_the_long_one() -> None:
     assert sizes.inputs == {"logit_index": 0, "write_indices": 256, "input_ids": 512}
     assert sizes.inputs_size == 512 + 3 * CAPACITY * 8
     assert (sizes.caches, sizes.caches_size) == ({"0.key": 0, "0.value": CACHE_BYTES // 2}, CACHE_BYTES)
+
+
+def test_vectors_and_hidden_states_lie_behind_what_each_step_moves() -> None:
+    plain = variant()
+    shape = ("batch_size", "sequence_length", 4)
+    wide = replace(
+        plain,
+        inputs=(*plain.inputs, TensorSpec("inputs_embeds", "float32", shape, "embeddings")),
+        outputs=(*plain.outputs, TensorSpec("hidden_states.0", "float32", shape, "hidden_state")),
+    )
+    entry = engine("trt", plain, chunk=CAPACITY)
+    before, sizes = plan_memory(entry, plain), plan_memory(entry, wide)
+    assert sizes.inputs == {**before.inputs, "inputs_embeds": before.inputs_size}
+    assert sizes.outputs == {**before.outputs, "hidden_states.0": before.outputs_size}
+    assert sizes.outputs_size - before.outputs_size >= 3 * CAPACITY * 4 * 4
 
 
 def test_full_tensorrt_launches_one_graph_per_batch_size(machine: Machine) -> None:
