@@ -146,8 +146,8 @@ class WeightFormat:
         return self.layout != "plain"
 
 
-# score_error: of three random heads on the trained demo, 48 texts: q8 0.011, q4 0.085, and of its hidden states as much.
-# The limits are three to five times that, as larger models lose less. With random weights, where rounding costs the most
+# score_error: of three random heads on the trained demo, 48 texts: q8 0.011, q4 0.085; of its hidden states as much.
+# The limits are three to five times that, as larger models lose less. With random weights, where rounding costs most
 # and which miss the other gates of quality too: bf16 0.015, fp16 0.002, q8 0.04, q4 0.5.
 FLOAT32 = WeightFormat("fp32", 32, "plain", "float32", score_error=1e-4)
 FLOAT16 = WeightFormat("fp16", 16, "plain", "float16", score_error=0.02)
