@@ -22,7 +22,7 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.engine.build import build
 from olmo2_export.engine.options import EngineOptions
 from olmo2_export.locate.locate import format_location, locate
-from olmo2_export.measure.parity import ParityReport
+from olmo2_export.measure.parity import KERNEL_PARITY, ParityReport
 from olmo2_export.package.export import export
 from olmo2_export.package.plan import plan_export
 from olmo2_export.verify.verify import verify
@@ -39,7 +39,9 @@ ROWS = [[5, 17, 99, 3, 42, 8, 77], [11, 2, 60], [1, 64, 7, 9, 30, PAD, PAD], [PA
 
 def assert_good(report: ParityReport) -> None:
     failed = [(c.mode, c.batch_size, c.length, c.failures) for c in report.cases if not c.passed]
-    assert report.passed, (report.variant, failed, report.checks)
+    assert report.verdicts[KERNEL_PARITY], (report.variant, failed, report.checks)
+    if report.precision in ("fp32", "bf16", "fp16"):  # what few bits cost random weights says nothing
+        assert report.passed, (report.variant, report.checks)
 
 
 @torch.inference_mode()
