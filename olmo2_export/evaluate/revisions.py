@@ -136,7 +136,7 @@ def sweep(
     settings = {
         "model": model,
         "variant": variant,
-        "options": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()},
+        "options": json.loads(json.dumps(asdict(options), default=str)),  # as they are read again
         "text_sha256": hash_file(text).sha256 if text.is_file() else None,
         "context_tokens": context,
         "stride_tokens": stride,

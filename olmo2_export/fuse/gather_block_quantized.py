@@ -3,6 +3,7 @@
 Matches:
 
     x = Gather(W, ids)                W: constant initializer [vocab_size, hidden_size], used nowhere else
+                                      ids: input_ids, or Max(input_ids, 0) where vectors may be given
 
 Becomes:
 
@@ -22,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from olmo2_export.catalog import BlockFormat
-from olmo2_export.fuse.edit import is_op, name_of, new_node
+from olmo2_export.fuse.edit import find_input, is_op, name_of, new_node
 from olmo2_export.fuse.matmul_nbits import DOMAIN, block_initializers
 
 INT64, INT8 = ir.DataType.INT64, ir.DataType.INT8
@@ -34,11 +35,16 @@ def gather_block_quantized(model: ir.Model, formats: Mapping[str, BlockFormat]) 
     The new initializers have no data yet; they are named after the weight: `.packed`, `.scales`, `.zero_points`.
     """
     graph = model.graph
+    input_ids = find_input(graph, "input_ids")
     rewritten = 0
     for node in list(graph):
         weight = node.inputs[0] if is_op(node, "Gather") else None
         ids = node.inputs[1] if weight is not None else None
         if weight is None or weight.name not in formats or ids is None:
+            continue
+        maximum = ids.producer()
+        known = maximum.inputs[0] if maximum is not None and is_op(maximum, "Max") else ids
+        if known is not input_ids:
             continue
         if not weight.is_initializer() or weight.shape is None or len(weight.shape) != 2 or len(weight.uses()) != 1:
             continue

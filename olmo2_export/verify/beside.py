@@ -159,8 +159,13 @@ def feed_beside(runner: Runner, beside: Beside) -> Iterator[ModeResult]:
     yield from score_padded(runner, beside.padded)
     if beside.hidden:
         yield from _feed_hidden(runner, beside)
+    if beside.mixed:
+        yield from _feed_mixed(runner, beside)
+
+
+def _feed_mixed(runner: Runner, beside: Beside) -> Iterator[ModeResult]:
     half = len(beside.mixed) // 2
-    for mode, start in (("vectors", 0), ("vectors among tokens", half)) if half else ():
+    for mode, start in (("vectors", 0), ("vectors among tokens", half)):
         rows, at = beside.mixed[start : start + half], beside.first_mixed + start
         lengths = tuple(len(row.before) + row.answered for row in rows)
         runner.reset()

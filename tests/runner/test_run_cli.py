@@ -462,8 +462,9 @@ def test_help_is_exit_code_0(capsys: pytest.CaptureFixture[str], arguments: list
 
 
 def test_defaults() -> None:
-    args = parse_args(["generate", "folder", "--prompt", "x"])
-    assert vars(args) == {
+    args = vars(parse_args(["generate", "folder", "--prompt", "x"]))
+    assert callable(args.pop("run"))
+    assert args == {
         "verb": "generate",
         "package": Path("folder"),
         "prompt": "x",

@@ -13,6 +13,7 @@ from support.remembered import remember
 from olmo2_export.measure.parity import GATES
 from olmo2_export.truth import reference
 from olmo2_export.verify import measure
+from olmo2_export.verify.beside import NOTHING
 from olmo2_export.verify.feeds import ModeResult
 from olmo2_export.weights.checkpoint import open_checkpoint
 
@@ -34,7 +35,7 @@ def test_a_graph_that_is_off_runs_again_only_where_its_logits_are_large(
 
     monkeypatch.setattr(measure, "feed_all", feed_all)
     monkeypatch.setattr(measure, "_KEPT", most)
-    truth: Any = measure.Truth([], [np.arange(30)], 64, "", [EXACT], {}, [], lambda: [[OWN], [OWN]])
+    truth: Any = measure.Truth([], [np.arange(30)], 64, "", NOTHING, [EXACT], {}, [], lambda: [[OWN], [OWN]])
     (case,) = measure.feed(None, truth, [EXACT], [OWN], GATES["fp32"], truth.draws)  # type: ignore[arg-type]
     assert (len(asked), case.passed, case.draws) == (runs, False, 3)
 

@@ -30,6 +30,7 @@ class ScriptedRunner:
     """A runner whose most probable next tokens are those of a script, one per call since it was last reset."""
 
     model = SimpleNamespace(vocab_size=VOCAB)
+    variant = SimpleNamespace(answer="logits")
     top_k = 0
     exclusive = OneThread()
 

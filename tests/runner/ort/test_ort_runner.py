@@ -98,9 +98,9 @@ def test_prefill_gives_the_last_row_and_computes_no_other(
     call = ConcatRunner._call
 
     def spy(self: ConcatRunner, *args: Any) -> Any:
-        logits, values = call(self, *args)
+        (logits,), values = call(self, *args)
         shapes.append(logits.shape)
-        return logits, values
+        return [logits], values
 
     monkeypatch.setattr(ConcatRunner, "_call", spy)
     (logits,) = runner.prefill([sequences[0]])
@@ -114,9 +114,9 @@ def test_long_prompts_are_computed_in_pieces_whose_attention_is_small(
     shapes = []
     call = ConcatRunner._call
 
-    def spy(self: ConcatRunner, feeds: Any, past: Any) -> Any:
+    def spy(self: ConcatRunner, feeds: Any, *others: Any) -> Any:
         shapes.append((feeds["input_ids"].shape[1], feeds["attention_mask"].shape[1]))
-        return call(self, feeds, past)
+        return call(self, feeds, *others)
 
     monkeypatch.setattr(ConcatRunner, "_call", spy)
     monkeypatch.setattr(type(runner), "prefill_chunk", 12)

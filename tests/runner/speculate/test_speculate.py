@@ -39,6 +39,7 @@ class FakeRunner:
     ) -> None:
         self.logits_of, self.cost, self.max_cache_length = logits_of, cost, max_cache_length
         self.model = SimpleNamespace(vocab_size=vocab_size)
+        self.variant = SimpleNamespace(answer="logits")
         self.top_k = 0
         self.exclusive = OneThread()
         self.now = 0.0
