@@ -37,7 +37,6 @@ from olmo2_export.package.weight_choice import Options, choose_weights, defaults
 from olmo2_export.quantize.calibration import calibration_tokens
 from olmo2_export.quantize.kv_cache import kv_cache_scales
 from olmo2_export.quantize.recipes import CALIBRATED, RECIPES, QuantizedWeights
-from olmo2_export.truth.torch_layers import reference_logits
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.stored_names import weight_shapes
 from runtimes.errors import ConfigError, FusionError, UsageError
@@ -174,6 +173,8 @@ class VariantWriter:
     @cached_property
     def _reference(self) -> tuple[list[np.ndarray], TokensFrom, list[np.ndarray]]:
         """The sequences for measuring quality, their origin, and PyTorch's logits."""
+        from olmo2_export.truth.torch_layers import reference_logits  # transformers loads for seconds; fp32 needs none
+
         sequences, origin = quality_tokens(self._checkpoint, self._config)
         with tqdm(total=1, desc="reference logits", bar_format="{desc} {elapsed}", leave=False):
             return sequences, origin, list(reference_logits(self._checkpoint, self._config, sequences))

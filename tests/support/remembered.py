@@ -21,7 +21,6 @@ import pytest
 import torch
 
 from olmo2_export.config import ModelConfig
-from olmo2_export.package import variants
 from olmo2_export.truth import reference, torch_layers
 from olmo2_export.verify import checks, measure, variant
 from olmo2_export.verify.beside import NOTHING, Beside
@@ -55,7 +54,7 @@ def remember(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (measure, variant):
         monkeypatch.setattr(module, "open_reference", _open_reference)
         monkeypatch.setattr(module, "draw_logits", _draw_logits)
-    for module in (checks, variants):
+    for module in (checks, torch_layers):  # the second for those that import it where they call it
         monkeypatch.setattr(module, "reference_logits", _reference_logits)
     monkeypatch.setattr(table, "int8_blocks", _rounding(reference.int8_blocks))
     monkeypatch.setattr(table, "SCALED", {name: _rounding(make) for name, make in reference.SCALED.items()})
@@ -133,9 +132,12 @@ _REAL_DRAWS = measure.draw_logits
 
 def _reference_logits(checkpoint: Checkpoint, config: ModelConfig, sequences: Collection[np.ndarray]) -> Iterator[Any]:
     def ask() -> list[np.ndarray]:
-        return list(torch_layers.reference_logits(checkpoint, config, sequences))
+        return list(_REAL_LOGITS(checkpoint, config, sequences))
 
     return iter(_ANSWERS.to(("quality", checkpoint, list(sequences)), ask))
+
+
+_REAL_LOGITS = torch_layers.reference_logits
 
 
 def _rounding(make: Callable[[Any], Callable[[torch.Tensor], torch.Tensor]]) -> Callable[[Any], Any]:
