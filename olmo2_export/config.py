@@ -338,7 +338,9 @@ def _classifier(fields: Fields) -> tuple[tuple[str, ...], int | None]:
         if count is not None and names is not None:
             fields.said.append(f"num_labels {short(count)}, but id2label names {short(len(names))}; they are numbered")
         labels = tuple(f"LABEL_{number}" for number in range(size))
-    return labels, padding_id(fields.raw)
+    pad = padding_id(fields.raw)
+    fields.require(pad is None or pad >= 0, f"pad_token_id {short(pad)} (an id, or null)")
+    return labels, pad
 
 
 def _attention_types(

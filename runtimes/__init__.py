@@ -82,7 +82,7 @@ def open_runner(
             with a TensorRT backend what the engine was built for.
         exact: the logits of a sequence are to the bit those that it gets alone, whoever else is there and however its
             prompt is cut. On the CPU alone; a step of one row takes the time of two. Of slots: a
-            batch of several rows may have other bits.
+            batch of several rows, or in several calls of `prefill`, may have other bits.
 
     Returns:
         The runner, with an empty cache.

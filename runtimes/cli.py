@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import TypedDict
 
@@ -157,7 +158,10 @@ def _declare_documents(verb: argparse.ArgumentParser, function: Callable[[argpar
 def _declare_pooling(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--pooling", choices=POOLINGS, default="mean", help="of a text's tokens (default: mean)")
     verb.add_argument(
-        "--hidden-state", type=int, metavar="N", help="out of those that the package gives (default: its last)"
+        "--hidden-state",
+        type=hidden_state,
+        metavar="N",
+        help="of those that the package gives (default: its last)",
     )
     verb.add_argument("--normalize", action="store_true", help="divide each vector by its length")
 
@@ -196,7 +200,7 @@ def _each_document(
     package = open_package(args.package)
     check(package)
     check_hashes = not args.skip_hash_check
-    tokenizer = Tokenizer.from_package(package, check_hashes=check_hashes)
+    tokenizer = cache(lambda: Tokenizer.from_package(package, check_hashes=check_hashes))  # ids need none
     text = plain_text(sys.stdin.buffer.read(), "stdin") if args.input == "-" else _read_file(Path(args.input))
     with open_runner(
         package,
@@ -210,6 +214,7 @@ def _each_document(
             text,
             tokenizer,
             jsonl=args.jsonl or args.input.endswith(".jsonl"),
+            vocab_size=runner.model.vocab_size,
             longest=runner.max_cache_length,
             parse_special=args.special_tokens,
         )
@@ -226,6 +231,10 @@ def _embed(args: argparse.Namespace) -> None:
         return [{"embedding": [float(str(x)) for x in row]} for row in found]  # the shortest that is the same float32
 
     _each_document(args, vectors, lambda package: _check_gives_hidden(package, args.package))
+
+
+def hidden_state(word: str) -> int | None:
+    return None if word == "last" else int(word)
 
 
 def _check_gives_hidden(package: Package, name: str) -> None:

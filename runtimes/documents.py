@@ -10,12 +10,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from runtimes.errors import ContextLengthError, InputError
 from runtimes.generation.generate import encode_prompt
+from runtimes.runners.runner import check_rows
 from runtimes.text.tokenizer import Tokenizer
 
 _TEXT, _IDS = "text", "token_ids"
@@ -33,14 +34,21 @@ class Document:
 
 
 def read_documents(
-    text: str, tokenizer: Tokenizer, *, jsonl: bool, longest: int, parse_special: bool = False
+    text: str,
+    tokenizer: Callable[[], Tokenizer],
+    *,
+    jsonl: bool,
+    vocab_size: int,
+    longest: int,
+    parse_special: bool = False,
 ) -> Iterator[Document]:
     """Read texts; lines of white space alone are none.
 
     Args:
         text: the whole input, its lines ended by LF.
-        tokenizer: of the package.
+        tokenizer: returns that of the package; called for texts alone.
         jsonl: each line is JSON; else each is a text.
+        vocab_size: ids must be below it.
         longest: tokens that fit.
         parse_special: names of special tokens in a text are these tokens.
 
@@ -53,14 +61,20 @@ def read_documents(
             continue
         try:
             given: dict[str, Any] = _document(line) if jsonl else {_TEXT: line}
-            ids: Sequence[int] = (
-                given[_IDS] if _IDS in given else encode_prompt(tokenizer, given[_TEXT], parse_special=parse_special)
-            )
+            if _IDS in given:
+                ids = _checked(given[_IDS], vocab_size)
+            else:
+                ids = encode_prompt(tokenizer(), given[_TEXT], parse_special=parse_special)
         except InputError as error:
             raise InputError(f"line {number}: {error}") from error
         if len(ids) > longest:
             raise ContextLengthError(f"line {number}: {len(ids)} tokens, at most {longest} fit; shorten the text")
         yield Document(number, ids, {name: value for name, value in given.items() if name != _IDS})
+
+
+def _checked(ids: Sequence[int], vocab_size: int) -> Sequence[int]:
+    check_rows([ids], vocab_size=vocab_size, cache_lengths=(), max_cache_length=len(ids), names=(_IDS,))
+    return ids
 
 
 def _document(line: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 from runtimes.errors import InputError, UsageError
+from runtimes.integers import as_integer
 from runtimes.text.tokenizer import Tokenizer
 
 FinishReason: TypeAlias = Literal["eos", "stop", "length"]
@@ -138,8 +139,13 @@ class TextState:
 
         Raises:
             UsageError: it has ended before.
+            InputError: no integer of at least 0.
         """
         self._refuse_ended()
+        found = as_integer(token_id)
+        if found is None or found < 0:
+            raise InputError(f"token id {token_id!r}: expected an integer of at least 0")
+        token_id = found
         ends = token_id in self._eos_token_ids
         # What ends a text is not text, whatever the tokenizer makes of it; but half a character in front of it is.
         self._held.push(self._stream.flush() if ends else self._stream.push(token_id), self._held.hidden(token_id))

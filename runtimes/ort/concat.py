@@ -238,7 +238,7 @@ class ConcatRunner:
 
     @one_thread
     def begin(self, token_ids: TokenIds) -> int:
-        (ids,) = self._check_new(token_ids, held=0)
+        (ids,) = self._check_new(token_ids, 0, "the prompt")
         return self._new_slot(_Slot(self._empty_cache(1), ids, prompted=0))
 
     @one_thread
@@ -269,6 +269,7 @@ class ConcatRunner:
             vocab_size=self.model.vocab_size,
             cache_lengths=tuple(len(self._slots[slot].tokens) for slot in slots),
             max_cache_length=self.max_cache_length,
+            names=[f"slot {slot}" for slot in slots],
         )
         found: dict[int, Logits] = {}
         stepped: dict[int, _Slot] = {}
@@ -291,7 +292,7 @@ class ConcatRunner:
     def append(self, slot: int, token_ids: TokenIds) -> None:
         state, number = self._slot(slot), int(slot)
         held = len(state.tokens)
-        (ids,) = self._check_new(token_ids, held + len(state.pending))
+        (ids,) = self._check_new(token_ids, held + len(state.pending), f"slot {number}")
         if self.exact and not len(state.pending):
             check_exact_append(held, state.prompted, len(ids))
         self._slots[number] = replace(state, pending=np.concatenate([state.pending, ids]))
@@ -351,12 +352,13 @@ class ConcatRunner:
             cache = state.cache if length == len(state.tokens) else self._shortened(state.cache, (length,))
         return _Slot(cache, _NOTHING, min(state.prompted, length))
 
-    def _check_new(self, token_ids: TokenIds, held: int) -> list[Ids]:
+    def _check_new(self, token_ids: TokenIds, held: int, name: str) -> list[Ids]:
         return check_rows(
             [token_ids],
             vocab_size=self.model.vocab_size,
             cache_lengths=(held,),
             max_cache_length=self.max_cache_length,
+            names=(name,),
         )
 
     def _refuse_slots(self) -> None:

@@ -167,7 +167,7 @@ class RowRunner(ABC):
 
     @one_thread
     def begin(self, token_ids: TokenIds) -> int:
-        (ids,) = self._check_new(token_ids, held=0)
+        (ids,) = self._check_new(token_ids, 0, "the prompt")
         slot = self._new_slot(_NOTHING)
         self._pending[slot] = ids
         return slot
@@ -208,6 +208,7 @@ class RowRunner(ABC):
             vocab_size=self.model.vocab_size,
             cache_lengths=tuple(map(len, held.values())),
             max_cache_length=self.max_cache_length,
+            names=[f"slot {slot}" for slot in slots],
         )
         new = dict(zip(slots, given, strict=True))
         count = max(self._rows[slot] for slot in slots) + 1
@@ -233,7 +234,7 @@ class RowRunner(ABC):
     def append(self, slot: int, token_ids: TokenIds) -> None:
         row, number = self._row(slot), int(slot)
         held, pending = len(self._row_tokens(row)), self._pending.get(number, _NOTHING)
-        (ids,) = self._check_new(token_ids, held + len(pending))
+        (ids,) = self._check_new(token_ids, held + len(pending), f"slot {number}")
         if self.exact and not len(pending):
             check_exact_append(held, self._prompted[number], len(ids))
         self._pending[number] = np.concatenate([pending, ids])
@@ -389,12 +390,13 @@ class RowRunner(ABC):
             self._tokens.pop()
         self._give_back(row)
 
-    def _check_new(self, token_ids: TokenIds, held: int) -> list[Ids]:
+    def _check_new(self, token_ids: TokenIds, held: int, name: str) -> list[Ids]:
         return check_rows(
             [token_ids],
             vocab_size=self.model.vocab_size,
             cache_lengths=(held,),
             max_cache_length=self.max_cache_length,
+            names=(name,),
         )
 
     def _broken(self, logits: Mapping[int, Logits], held: Mapping[int, Ids]) -> dict[int, str]:

@@ -226,7 +226,12 @@ def is_sequence(value: object) -> bool:
 
 
 def check_rows(
-    sequences: Sequence[TokenIds], *, vocab_size: int, cache_lengths: tuple[int, ...], max_cache_length: int
+    sequences: Sequence[TokenIds],
+    *,
+    vocab_size: int,
+    cache_lengths: tuple[int, ...],
+    max_cache_length: int,
+    names: Sequence[str] = (),
 ) -> list[Ids]:
     """Check what a caller wants to append, before anything runs.
 
@@ -237,6 +242,7 @@ def check_rows(
         vocab_size: ids must be below it.
         cache_lengths: tokens in the cache per row; () when it is empty.
         max_cache_length: tokens a row can hold.
+        names: of the rows in messages; (): `row 0`, `row 1` and so on.
 
     Returns:
         Per row, int64 [n_row], contiguous and in native byte order.
@@ -252,12 +258,13 @@ def check_rows(
         raise InputError(
             f"{len(sequences)} rows, but the cache holds {len(cache_lengths)}; give one per row, or reset() first"
         )
-    rows = [_check_ids(row, index, vocab_size) for index, row in enumerate(sequences)]
+    names = names or [f"row {index}" for index in range(len(sequences))]
+    rows = [_check_ids(row, name, vocab_size) for row, name in zip(sequences, names, strict=True)]
     for index, row in enumerate(rows):
         used = cache_lengths[index] if cache_lengths else 0
         if used + len(row) > max_cache_length:
             raise ContextLengthError(
-                f"row {index}: {used} tokens in the cache and {len(row)} new ones make {used + len(row)}, "
+                f"{names[index]}: {used} tokens in the cache and {len(row)} new ones make {used + len(row)}, "
                 f"at most {max_cache_length} fit"
             )
     return rows
@@ -393,28 +400,28 @@ def check_finite(
             )
 
 
-def _check_ids(row: TokenIds, index: int, vocab_size: int) -> Ids:
+def _check_ids(row: TokenIds, name: str, vocab_size: int) -> Ids:
     if not isinstance(row, (Sequence, np.ndarray)) or isinstance(row, (str, bytes)):
-        raise InputError(f"row {index}: expected a sequence of token ids, found {type(row).__name__}")
+        raise InputError(f"{name}: expected a sequence of token ids, found {type(row).__name__}")
     ids: npt.NDArray[Any]
     if isinstance(row, np.ndarray):
         if row.ndim != 1 or row.dtype.kind not in "iu":
-            raise InputError(f"row {index}: expected a 1-d array of integers, found {row.ndim}-d {row.dtype}")
+            raise InputError(f"{name}: expected a 1-d array of integers, found {row.ndim}-d {row.dtype}")
         ids = row
     else:
         given = [as_integer(value) for value in row]
         if None in given:
             position = given.index(None)
             raise InputError(
-                f"row {index}, position {position}: expected an integer token id, found {type(row[position]).__name__}"
+                f"{name}, position {position}: expected an integer token id, found {type(row[position]).__name__}"
             )
         ids = np.array(given, dtype=object)  # integers of any size, so that 2**70 gets as far as the range check
     if len(ids) == 0:
-        raise InputError(f"row {index}: expected at least one token id, found none")
+        raise InputError(f"{name}: expected at least one token id, found none")
     wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
     if len(wrong):
         position = int(wrong[0])
         raise InputError(
-            f"row {index}, position {position}: token id {ids[position]}, the vocabulary has 0 to {vocab_size - 1}"
+            f"{name}, position {position}: token id {ids[position]}, the vocabulary has 0 to {vocab_size - 1}"
         )
     return np.ascontiguousarray(ids, dtype=np.int64)
