@@ -85,7 +85,7 @@ def test_lines_of_json_keep_their_fields(scorer: Path, tmp_path: Path, capsys: p
         ("[1]", "line 1: expected a text, or an object with one of"),
         ('{"text": "a", "token_ids": [1]}', "line 1: expected a text, or an object with one of"),
         ('{"text": 3}', '"text" is int, expected a string'),
-        ('{"token_ids": [-1]}', "token id -1"),
+        ('{"token_ids": [-1]}', "line 1: token_ids, position 0: token id -1"),
         ('{"token_ids": []}', "expected at least one token id"),
     ],
 )
@@ -97,6 +97,17 @@ def test_what_is_no_document_is_refused(
     out, err = capsys.readouterr()
     assert out == ""
     assert words in err
+
+
+def test_ids_need_no_tokenizer(scorer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare = Path(shutil.copytree(scorer, tmp_path / "bare"))
+    (bare / "tokenizer.json").unlink()
+    (tmp_path / "in.jsonl").write_text('{"token_ids": [3, 1, 4]}\n{"token_ids": [4]}', encoding="utf-8")
+    assert main(["score", str(bare), str(tmp_path / "in.jsonl"), "--skip-hash-check"]) == 0
+    assert [line["tokens"] for line in lines(capsys.readouterr().out)] == [3, 1]
+    (tmp_path / "in.jsonl").write_text('"a text"', encoding="utf-8")
+    assert main(["score", str(bare), str(tmp_path / "in.jsonl"), "--skip-hash-check"]) != 0
+    assert "tokenizer.json" in capsys.readouterr().err
 
 
 def test_a_text_that_does_not_fit_is_named(scorer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

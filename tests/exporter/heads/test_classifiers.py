@@ -225,6 +225,8 @@ def test_labels_and_padding_are_read_as_transformers_reads_them() -> None:
     assert config(architectures=["Olmo2ForCausalLM"]).task == "language-model"
     with pytest.raises(ConfigError, match="id2label"):
         config(id2label={"0": "a", "2": "b"})
+    with pytest.raises(ConfigError, match="pad_token_id -1"):
+        config(pad_token_id=-1)
 
 
 @pytest.mark.parametrize(("told", "words"), [("Olmo2ForCausalLM", "score.weight is there"), (None, "has lm_head")])

@@ -132,6 +132,12 @@ def test_a_prompt_that_does_not_fit_takes_no_slot(runner: Slots) -> None:
     with pytest.raises(ContextLengthError, match="257"):
         runner.append(slot, [1, 2])  # behind one that is still to be computed
     assert runner.extend(slot) is not None
+    other, _ = runner.admit([3])
+    with pytest.raises(InputError, match=f"slot {other}, position 0: token id {VOCAB}"):
+        runner.step({other: VOCAB})
+    runner.step({slot: 1})
+    with pytest.raises(ContextLengthError, match=f"slot {slot}: 256 tokens in the cache"):
+        runner.step({other: 1, slot: 1})
 
 
 @pytest.mark.parametrize(
