@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -16,12 +18,15 @@ from runtimes import Backend, Device, Package, Slots, UsageError, open_package, 
 from runtimes.command import Parser, run_command
 from runtimes.documents import in_groups, read_documents, written
 from runtimes.generation.generate import Generation, encode_prompt, generate
+from runtimes.generation.samples import generate_samples
 from runtimes.runners.embeddings import POOLINGS, embed
 from runtimes.speculate.drafters import Drafter, DraftModel, PromptLookup
 from runtimes.targets import describe_backends, describe_devices
-from runtimes.text.logit_rules import Penalties
+from runtimes.text.logit_rules import LogitBias, LogitRule, Penalties
+from runtimes.text.logprobs import TokenLogprobs
 from runtimes.text.plain_text import plain_lines, plain_text, read_text
 from runtimes.text.sampling import Sampler
+from runtimes.text.structured import GrammarRule, StructuredOutput
 from runtimes.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -98,7 +103,30 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     verb.add_argument(
         "--frequency-penalty", type=float, default=0.0, metavar="R", help="the same, each time (default: 0, off)"
     )
+    verb.add_argument(
+        "--logit-bias",
+        action="append",
+        default=[],
+        type=_bias,
+        metavar="ID=B",
+        help="add B to the logit of a token, -inf excludes it; may be repeated",
+    )
     verb.add_argument("--seed", type=int, metavar="S", help="draw the same tokens every time")
+    _declare_structured(verb)
+    verb.add_argument(
+        "--samples",
+        type=int,
+        default=1,
+        metavar="N",
+        help="so many texts of one prompt, with the seeds S, S+1, ...; needs --json (default: 1)",
+    )
+    verb.add_argument(
+        "--json", action="store_true", help="write a line of JSON for each text, with its tokens, where it has ended"
+    )
+    verb.add_argument(
+        "--logprobs", type=int, metavar="N", help="with --json: log probabilities, and those of the N likeliest tokens"
+    )
+    verb.add_argument("--prompt-logprobs", type=int, metavar="N", help="with --json: the same of the prompt's tokens")
     verb.add_argument("--stop", action="append", default=[], metavar="S", help="end before this text; may be repeated")
     verb.add_argument(
         "--backend",
@@ -133,6 +161,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if function is _embed:
             _declare_pooling(of_documents)
     return parser.parse_args(argv)
+
+
+def _declare_structured(verb: argparse.ArgumentParser) -> None:
+    """Declare what a text may have to look like."""
+    of = verb.add_mutually_exclusive_group()
+    of.add_argument("--json-schema", metavar="FILE", help="write JSON of this schema; {} is any JSON")
+    of.add_argument("--regex", metavar="R", help="write what this regular expression matches from end to end")
+    of.add_argument("--choice", action="append", metavar="TEXT", help="write one of these; to be repeated")
+    of.add_argument("--grammar", metavar="FILE", help="write a text of this grammar, in llguidance's dialect of Lark")
+
+
+def _bias(word: str) -> tuple[int, float]:
+    token_id, sign, value = word.partition("=")
+    if not sign:
+        raise argparse.ArgumentTypeError(f"{word!r}: expected ID=B, as 42=-5 or 42=-inf")
+    return int(token_id), float(value)
 
 
 def _declare_documents(verb: argparse.ArgumentParser, function: Callable[[argparse.Namespace], None]) -> None:
@@ -254,8 +298,8 @@ def _read_file(path: Path) -> str:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed, args.min_p)
-    penalties = Penalties(args.repetition_penalty, args.presence_penalty, args.frequency_penalty)
+    _check_generate(args)
+    sampler = _sampler(args, 0)
     check_hashes = not args.skip_hash_check
     package = open_package(args.package)
     package.check_logits("generate")
@@ -266,6 +310,8 @@ def _generate(args: argparse.Namespace) -> None:
         logger.warning(
             "the prompt holds %s, taken as text; with --special-tokens it is the special token", ", ".join(found[:5])
         )
+    grammar = _grammar(args, tokenizer, package.model.vocab_size)
+    rules = _rules(args, package.model.vocab_size, grammar)
     options: _Options = {
         "backend": args.backend,
         "device": args.device,
@@ -279,20 +325,112 @@ def _generate(args: argparse.Namespace) -> None:
             drafter = DraftModel(stack.enter_context(open_runner(args.draft, **options)))
         room = max(0, runner.max_cache_length - len(prompt_ids))
         new = min(_DEFAULT_NEW_TOKENS, room) if args.max_new_tokens is None else args.max_new_tokens
-        result = generate(
-            runner,
-            tokenizer,
-            prompt_ids,
-            sampler=sampler,
-            max_new_tokens=new,
-            stop=[form for stop in args.stop for form in dict.fromkeys((stop, plain_lines(stop)))],  # as CR LF, too
-            on_text=_write,
-            speculate=drafter,
-            penalties=None if penalties == Penalties() else penalties,
-        )
-    _write("\n")
+        stop = [form for stop in args.stop for form in dict.fromkeys((stop, plain_lines(stop)))]  # as CR LF, too
+        if args.samples > 1:
+            results = generate_samples(
+                runner,
+                tokenizer,
+                prompt_ids,
+                args.samples,
+                drawer=lambda i: (_sampler(args, i), _rules(args, package.model.vocab_size, grammar)),
+                max_new_tokens=new,
+                stop=stop,
+                logprobs=args.logprobs,
+            )
+        else:
+            result = generate(
+                runner,
+                tokenizer,
+                prompt_ids,
+                sampler=sampler,
+                max_new_tokens=new,
+                stop=stop,
+                on_text=None if args.json else _write,
+                speculate=drafter,
+                rules=rules,
+                logprobs=args.logprobs,
+                prompt_logprobs=args.prompt_logprobs,
+            )
+            results = [result]
+    _write("".join(f"{json.dumps(_as_json(r))}\n" for r in results) if args.json else "\n")
     if args.stats:
-        sys.stderr.write(f"{_stats(result)}, variant {runner.variant.name}\n")
+        for result in results:
+            sys.stderr.write(f"{_stats(result)}, variant {runner.variant.name}\n")
+
+
+def _check_generate(args: argparse.Namespace) -> None:
+    """Refuse options that mean nothing together.
+
+    Raises:
+        UsageError: the message names them.
+    """
+    if args.samples < 1:
+        raise UsageError(f"--samples {args.samples}: expected at least 1")
+    for name, given in (
+        ("--samples", args.samples > 1),
+        ("--logprobs", args.logprobs is not None),
+        ("--prompt-logprobs", args.prompt_logprobs is not None),
+    ):
+        if given and not args.json:
+            raise UsageError(f"{name}: has no place in a text that streams; add --json")
+    if args.samples > 1:
+        for name, given in (
+            ("--speculate", args.speculate != "none"),
+            ("--draft", args.draft is not None),
+            ("--prompt-logprobs", args.prompt_logprobs is not None),
+        ):
+            if given:
+                raise UsageError(f"{name}: not with --samples {args.samples}; ask for one text")
+
+
+def _sampler(args: argparse.Namespace, number: int) -> Sampler:
+    """Return what draws one of the samples; the first is what a single text is drawn by."""
+    seed = None if args.seed is None else args.seed + number
+    return Sampler(args.temperature, args.top_k, args.top_p, seed, args.min_p)
+
+
+def _grammar(args: argparse.Namespace, tokenizer: Tokenizer, vocab_size: int) -> GrammarRule | None:
+    """Return what the text has to look like."""
+    if args.json_schema is not None:
+        return StructuredOutput(tokenizer, vocab_size).json_schema(_read_file(Path(args.json_schema)))
+    if args.regex is not None:
+        return StructuredOutput(tokenizer, vocab_size).regex(args.regex)
+    if args.choice is not None:
+        return StructuredOutput(tokenizer, vocab_size).choice(args.choice)
+    if args.grammar is not None:
+        return StructuredOutput(tokenizer, vocab_size).grammar(_read_file(Path(args.grammar)))
+    return None
+
+
+def _rules(args: argparse.Namespace, vocab_size: int, grammar: GrammarRule | None) -> list[LogitRule]:
+    """Return the rules of one text: what only excludes comes last."""
+    penalties = Penalties(args.repetition_penalty, args.presence_penalty, args.frequency_penalty)
+    rules: list[LogitRule] = [] if penalties == Penalties() else [penalties]
+    if args.logit_bias:
+        rules.append(LogitBias(dict(args.logit_bias), vocab_size))
+    return rules if grammar is None else [*rules, grammar.fork()]
+
+
+def _as_json(result: Generation) -> dict[str, object]:
+    found: dict[str, object] = {
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "finish_reason": result.finish_reason,
+        "prompt_tokens": len(result.prompt_token_ids),
+    }
+    if result.logprobs:
+        found["logprobs"] = [_logprobs_as_json(token) for token in result.logprobs]
+    if result.prompt_logprobs:
+        found["prompt_logprobs"] = [None, *(_logprobs_as_json(token) for token in result.prompt_logprobs)]
+    return found
+
+
+def _logprobs_as_json(token: TokenLogprobs) -> dict[str, object]:
+    def finite(logprob: float) -> float | None:  # JSON has no -inf
+        return logprob if math.isfinite(logprob) else None
+
+    top = [{"token_id": token_id, "logprob": finite(logprob)} for token_id, logprob in token.top]
+    return {"token_id": token.token_id, "logprob": finite(token.logprob), "rank": token.rank, "top": top}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,15 +12,19 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from runtimes.errors import ContextLengthError, InputError
+from runtimes.generation.draw import Draw
 from runtimes.generation.text_state import FinishReason, Piece, TextState
 from runtimes.integers import as_integer
-from runtimes.runners.runner import HeldText, Logits, Runner, check_rows, common_prefix
+from runtimes.runners.runner import HeldText, Runner, check_rows, common_prefix
 from runtimes.runners.scores import check_logits
 from runtimes.speculate.drafters import Drafter
 from runtimes.speculate.speculation import Speculation, speculate_tokens
-from runtimes.text.logit_rules import Penalties
+from runtimes.text.logit_rules import LogitRule
+from runtimes.text.logprobs import TokenLogprobs, check_top, token_logprobs
 from runtimes.text.sampling import Sampler
 from runtimes.text.tokenizer import Tokenizer
+
+_PIECE = 64  # tokens of a prompt whose logits are in memory at once, 25 MB at a vocabulary of 100,352
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,10 @@ class Generation:
     """guesses that the model checked"""
     accepted: int
     """of these, the right ones"""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """of every id that was sampled, where they were asked for"""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """of the prompt's ids but the first, which nothing is in front of; where they were asked for"""
 
     @property
     def decode_tokens_per_second(self) -> float | None:
@@ -82,7 +90,7 @@ def generate_tokens(
     max_new_tokens: int | None = None,
     speculate: Drafter | None = None,
     eos_token_ids: Collection[int] = (),
-    penalties: Penalties | None = None,
+    rules: Sequence[LogitRule] = (),
 ) -> Generator[int, None, None]:
     """Append a prompt to what the runner holds and sample new ids, forever or until the limit.
 
@@ -96,7 +104,8 @@ def generate_tokens(
         max_new_tokens: None means as many as fit.
         speculate: guesses ids, which are checked several at a time; the ids have the same distribution as without.
         eos_token_ids: nothing after them is guessed; they do not end the iterator.
-        penalties: change the logits before the sampler; they count the prompt's ids and every id that is sampled.
+        rules: change the logits before the sampler, in their order; of this text alone, as they see the prompt's ids
+            and every id that is sampled.
 
     Returns:
         An iterator of ids; the model runs when it is advanced.
@@ -112,10 +121,9 @@ def generate_tokens(
     if len(prompt_ids) == 0:
         raise InputError("expected at least one prompt id, found none")
     used = len(prompt_ids) + sum(runner.cache_lengths)
-    limit = _new_token_limit(runner, used, max_new_tokens)
-    if penalties is not None:
-        penalties.begin(prompt_ids)
-    draw = _Draw(sampler, penalties)
+    limit = new_token_limit(runner, used, max_new_tokens)
+    draw = Draw(sampler, rules)
+    draw.begin(prompt_ids)
     return _sample(runner, prompt_ids, draw, limit, _speculation(runner, speculate), eos_token_ids)
 
 
@@ -169,7 +177,9 @@ def generate(
     on_text: Callable[[str], object] | None = None,
     speculate: Drafter | None = None,
     parse_special: bool = False,
-    penalties: Penalties | None = None,
+    rules: Sequence[LogitRule] = (),
+    logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
 ) -> Generation:
     """Generate the continuation of one prompt.
 
@@ -187,7 +197,10 @@ def generate(
         on_text: called with each piece of text as soon as it is there.
         speculate: guesses ids, which are checked several at a time; the text has the same distribution as without.
         parse_special: names of special tokens in the prompt are these tokens; see `Tokenizer.encode`.
-        penalties: change the logits before the sampler; they count the prompt's ids and every id that is sampled.
+        rules: change the logits before the sampler, in their order; of this text alone, as they see the prompt's ids
+            and every id that is sampled.
+        logprobs: give each new token's log probability, and so many of the likeliest in its place.
+        prompt_logprobs: the same of the prompt's tokens, which are all computed then, whatever the runner holds.
 
     Raises:
         InputError, ContextLengthError, UsageError: as `encode_prompt`, `generate_tokens` and `stream_text`, or another
@@ -202,7 +215,7 @@ def generate(
         prompt_ids = list(prompt)
     if not prompt_ids:
         raise InputError("expected at least one prompt id, found none")
-    limit = _new_token_limit(runner, len(prompt_ids), max_new_tokens)
+    limit = new_token_limit(runner, len(prompt_ids), max_new_tokens)
     (checked,) = check_rows(
         [prompt_ids],
         vocab_size=runner.model.vocab_size,
@@ -210,18 +223,25 @@ def generate(
         max_cache_length=runner.max_cache_length,
     )
     prompt_ids = checked.tolist()
+    draw = Draw(sampler, rules, check_top("logprobs", logprobs, runner.model.vocab_size))
+    top_of_prompt = check_top("prompt_logprobs", prompt_logprobs, runner.model.vocab_size)
     speculation = _speculation(runner, speculate)
     ends = tokenizer.eos_token_ids if eos_token_ids is None else eos_token_ids
+    of_prompt: list[TokenLogprobs] = []
     sampled: list[int] = []
     times: list[float] = []
     reused = 0
 
     def recorded() -> Generator[int, None, None]:
         nonlocal reused
-        reused = _keep_common_prefix(runner, prompt_ids)
-        if penalties is not None:
-            penalties.begin(prompt_ids)
-        with closing(_sample(runner, prompt_ids[reused:], _Draw(sampler, penalties), limit, speculation, ends)) as ids:
+        fed = reused = 0
+        if top_of_prompt is None:
+            fed = reused = _keep_common_prefix(runner, prompt_ids)
+        else:
+            of_prompt[:] = _prompt_logprobs(runner, prompt_ids, top_of_prompt)
+            fed = len(prompt_ids) - 1
+        draw.begin(prompt_ids)
+        with closing(_sample(runner, prompt_ids[fed:], draw, limit, speculation, ends)) as ids:
             for token_id in ids:
                 times.append(time.perf_counter())
                 sampled.append(token_id)
@@ -246,10 +266,30 @@ def generate(
         reused_tokens=reused,
         drafted=speculation.drafted if speculation else 0,
         accepted=speculation.accepted if speculation else 0,
+        logprobs=tuple(draw.noted),
+        prompt_logprobs=tuple(of_prompt),
     )
 
 
-def _new_token_limit(runner: Runner, used: int, max_new_tokens: int | None) -> int:
+def _prompt_logprobs(runner: Runner, prompt_ids: Sequence[int], top: int) -> list[TokenLogprobs]:
+    """Compute a prompt but its last token, some tokens at a time; return the log probabilities of those behind."""
+    runner.reset()
+    found: list[TokenLogprobs] = []
+    for start in range(0, len(prompt_ids) - 1, _PIECE):
+        piece = prompt_ids[start : min(start + _PIECE, len(prompt_ids) - 1)]
+        (logits,) = runner.prefill([piece], all_positions=True)
+        following = prompt_ids[start + 1 : start + 1 + len(piece)]
+        found += [token_logprobs(row, token_id, top) for row, token_id in zip(logits, following, strict=True)]
+    return found
+
+
+def new_token_limit(runner: Runner, used: int, max_new_tokens: int | None) -> int:
+    """Return how many tokens may be generated behind `used` ones.
+
+    Raises:
+        InputError: max_new_tokens is no integer of at least 0.
+        ContextLengthError: so many do not fit.
+    """
     asked = as_integer(max_new_tokens)
     if max_new_tokens is not None and (asked is None or asked < 0):
         raise InputError(f"max_new_tokens {max_new_tokens!r}: expected an integer of at least 0")
@@ -284,31 +324,10 @@ def _keep_common_prefix(runner: Runner, prompt_ids: Sequence[int]) -> int:
     return kept
 
 
-@dataclass(frozen=True)
-class _Draw:
-    """A sampler behind the penalties of its text."""
-
-    sampler: Sampler
-    penalties: Penalties | None
-
-    @property
-    def candidates(self) -> int:
-        """As of `Sampler`; 0 with penalties, which may bring any token among the likeliest."""
-        return 0 if self.penalties else self.sampler.candidates
-
-    def __call__(self, logits: Logits) -> int:
-        if self.penalties is None:
-            return self.sampler(logits)
-        self.penalties.apply(logits)
-        token_id = self.sampler(logits)
-        self.penalties.push(token_id)
-        return token_id
-
-
 def _sample(
     runner: Runner,
     prompt_ids: Sequence[int],
-    draw: _Draw,
+    draw: Draw,
     limit: int,
     speculation: Speculation | None,
     eos_token_ids: Collection[int],
@@ -321,7 +340,7 @@ def _continue(
     runner: Runner,
     text: HeldText,
     prompt_ids: Sequence[int],
-    draw: _Draw,
+    draw: Draw,
     limit: int,
     speculation: Speculation | None,
     eos_token_ids: Collection[int],
@@ -348,7 +367,7 @@ def _continue(
         yield token_id
 
 
-def _next(runner: Runner, draw: _Draw, token_id: int) -> int:
+def _next(runner: Runner, draw: Draw, token_id: int) -> int:
     """Append an id to the only row and sample the next, from candidates that the graph picked where these will do."""
     if 0 < draw.candidates <= runner.top_k:
         ids, logits = runner.decode_top([token_id])

@@ -1,16 +1,36 @@
-"""Rules that change logits by the tokens of the text so far, before a `Sampler` draws from them. numpy only."""
+"""Rules that change logits before a `Sampler` draws from them, some by the tokens of the text so far. numpy only.
+
+They are applied in the order in which they are given: penalties and biases first, what only excludes tokens last.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from runtimes.errors import InputError
+from runtimes.integers import as_integer
+
+
+class LogitRule(Protocol):
+    """Changes the logits of one text; a text has objects of its own."""
+
+    def begin(self, prompt_ids: Sequence[int]) -> None:
+        """Forget the text and take another one's prompt."""
+        ...
+
+    def apply(self, logits: npt.NDArray[np.floating[Any]]) -> None:
+        """Change the logits, float [vocab_size], of the next token in place; -inf excludes a token."""
+        ...
+
+    def push(self, token_id: int) -> None:
+        """Take a token that was generated."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -78,3 +98,43 @@ class Penalties:
         if self.presence or self.frequency:
             values = values - self.presence * (counts > 0) - self.frequency * counts
         logits[ids] = values
+
+
+@dataclass(frozen=True)
+class LogitBias:
+    """Adds a number to the logits of some tokens, at every step.
+
+    Source: `logit_bias` of OpenAI's API; transformers' SequenceBiasLogitsProcessor for sequences of one token.
+
+    Raises:
+        InputError: a token is not in the vocabulary, or its bias is NaN or +inf.
+    """
+
+    bias: Mapping[int, float]
+    """token id -> what is added; -inf excludes it"""
+    vocab_size: int
+    _ids: npt.NDArray[np.int64] = field(init=False, repr=False, compare=False)
+    _values: npt.NDArray[np.float32] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        ids = [as_integer(token_id) for token_id in self.bias]
+        for given, token_id in zip(self.bias, ids, strict=True):
+            if token_id is None or not 0 <= token_id < self.vocab_size:
+                raise InputError(
+                    f"logit bias: token id {given!r}, the vocabulary has 0 to {self.vocab_size - 1}; give integers"
+                )
+        for token_id, value in self.bias.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)) or not value < math.inf:
+                raise InputError(f"logit bias of token {token_id}: {value!r}; expected a finite number, or -inf")
+        object.__setattr__(self, "_ids", np.array(ids, np.int64))
+        object.__setattr__(self, "_values", np.array(list(self.bias.values()), np.float32))
+
+    def begin(self, prompt_ids: Sequence[int]) -> None:
+        """Do nothing: a bias does not depend on the text."""
+
+    def apply(self, logits: npt.NDArray[np.floating[Any]]) -> None:
+        """Add to the logits, float [vocab_size], in place."""
+        logits[self._ids] += self._values
+
+    def push(self, token_id: int) -> None:
+        """Do nothing: a bias does not depend on the text."""

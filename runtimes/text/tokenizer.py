@@ -92,6 +92,11 @@ class Tokenizer:
         backend.encode_special_tokens = False
         return backend
 
+    def to_json(self) -> str:
+        """Return tokenizer.json, for a library that reads it itself."""
+        text: str = self._backend.to_str()
+        return text
+
     def special_in(self, text: str) -> list[str]:
         """Return the special tokens whose names stand in a text."""
         return [name for name in self.special_tokens.values() if name in text]

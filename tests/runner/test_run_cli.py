@@ -123,9 +123,78 @@ def test_min_p_and_penalties_are_used(
     tokenizer = Tokenizer.from_package(demo_package)
     with open_runner(demo_package) as runner:
         sampler = Sampler(1.4, seed=5, min_p=min_p)
-        same = generate(runner, tokenizer, PROMPT, sampler=sampler, max_new_tokens=24, penalties=penalties).text
+        rules = [] if penalties is None else [penalties]
+        same = generate(runner, tokenizer, PROMPT, sampler=sampler, max_new_tokens=24, rules=rules).text
         other = generate(runner, tokenizer, PROMPT, sampler=Sampler(1.4, seed=5), max_new_tokens=24).text
     assert capsys.readouterr().out == same + "\n" != other + "\n"
+
+
+def test_json_has_a_line_for_each_sample_with_its_log_probabilities(
+    demo_package: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual = ["--temperature", "1.1", "--seed", "5", "--max-new-tokens", "6", "--json", "--logprobs", "2"]
+    assert main(["generate", str(demo_package), "--prompt", PROMPT, *usual, "--samples", "3"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 3
+    assert len({line["text"] for line in lines}) == 3
+    assert main(["generate", str(demo_package), "--prompt", PROMPT, *usual, "--prompt-logprobs", "0"]) == 0
+    (first,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert first["token_ids"] == lines[0]["token_ids"]
+    assert first["finish_reason"] == "length"
+    assert [token["token_id"] for token in first["logprobs"]] == first["token_ids"]
+    assert {len(token["top"]) for token in first["logprobs"]} == {2}
+    assert first["prompt_logprobs"][0] is None
+    assert len(first["prompt_logprobs"]) == first["prompt_tokens"]
+
+
+def test_a_bias_excludes_a_token(demo_package: Path, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (first, *_) = Tokenizer.from_package(demo_package).encode(expected, add_special_tokens=False)
+    flags = ["--max-new-tokens", "24", "--logit-bias", f"{first}=-inf"]
+    assert main(["generate", str(demo_package), "--prompt", PROMPT, *flags]) == 0
+    assert capsys.readouterr().out != expected + "\n"
+
+
+@pytest.mark.parametrize(
+    ("flag", "content", "pattern"),
+    [
+        ("--json-schema", '{"type": "array", "items": {"type": "boolean"}, "maxItems": 3}', r"\[(true|false|, )*\]"),
+        ("--regex", None, "[ab]{3}"),
+        ("--choice", None, "[ab]{3}"),
+        ("--grammar", 'start: "begat" | "went"', "begat|went"),
+    ],
+)
+def test_structured_output_flags_are_used(
+    demo_package: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, flag: str, content: str | None, pattern: str
+) -> None:
+    pytest.importorskip("llguidance")
+    source = {"--regex": "[ab]{3}", "--choice": "aba"}.get(flag, str(tmp_path / "source"))
+    if content is not None:
+        (tmp_path / "source").write_text(content)
+    assert main(["generate", str(demo_package), "--prompt", PROMPT, flag, source]) == 0
+    assert re.fullmatch(pattern, capsys.readouterr().out.removesuffix("\n"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--samples", "0"], "--samples 0: expected at least 1"),
+        (["--samples", "2"], "--samples: has no place in a text that streams; add --json"),
+        (["--logprobs", "2"], "--logprobs: has no place"),
+        (["--prompt-logprobs", "2"], "--prompt-logprobs: has no place"),
+        (["--samples", "2", "--json", "--speculate", "lookup"], "--speculate: not with --samples 2"),
+        (["--samples", "2", "--json", "--prompt-logprobs", "1"], "--prompt-logprobs: not with --samples 2"),
+        (["--logprobs", "-1", "--json"], "logprobs -1: expected an integer from 0"),
+        (["--logit-bias", "5"], "'5': expected ID=B"),
+        (["--logit-bias", "9999999=1"], "token id 9999999, the vocabulary has 0 to"),
+        (["--regex", "(a"], "regex: "),
+        (["--json-schema", "nowhere.json"], "nowhere.json"),
+        (["--regex", "a", "--choice", "b"], "not allowed with argument"),
+    ],
+)
+def test_options_of_samples_and_structure_that_mean_nothing_are_refused(
+    demo_package: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert message in refused(capsys, "generate", demo_package, "--prompt", PROMPT, *flags)
 
 
 def test_stop_flag_may_be_repeated(demo_package: Path, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -478,7 +547,16 @@ def test_defaults() -> None:
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
+        "logit_bias": [],
         "seed": None,
+        "json_schema": None,
+        "regex": None,
+        "choice": None,
+        "grammar": None,
+        "samples": 1,
+        "json": False,
+        "logprobs": None,
+        "prompt_logprobs": None,
         "stop": [],
         "backend": "ort",
         "device": None,

@@ -532,7 +532,7 @@ def test_penalties_are_those_of_transformers_with_and_without_speculation(
     )
     assert not torch.equal(plain, expected)
     wanted = expected[len(prompt_ids) :].tolist()
-    options: dict[str, Any] = {"sampler": GREEDY, "max_new_tokens": 24, "penalties": Penalties(repetition=1.2)}
+    options: dict[str, Any] = {"sampler": GREEDY, "max_new_tokens": 24, "rules": [Penalties(repetition=1.2)]}
     assert list(fresh(demo_runner, tokenizer, prompt_ids, **options).token_ids) == wanted
     assert list(fresh(demo_runner, tokenizer, prompt_ids, **options, speculate=PromptLookup()).token_ids) == wanted
     candidates: Any = CandidateRunner(demo_runner, 1, 1e-6)

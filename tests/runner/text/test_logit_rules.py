@@ -1,4 +1,4 @@
-"""Penalties: agreement with transformers and with the definition, and options out of range."""
+"""Penalties and biases: agreement with transformers and with the definition, and options out of range."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from runtimes.errors import InputError
-from runtimes.text.logit_rules import Penalties
+from runtimes.text.logit_rules import LogitBias, Penalties
 
 VOCAB = 131
 
@@ -60,3 +60,31 @@ def test_presence_and_frequency_count_what_was_generated_and_not_the_prompt() ->
 def test_options_out_of_range_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Penalties(**options)  # type: ignore[arg-type]
+
+
+def test_biases_equal_those_of_transformers() -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import SequenceBiasLogitsProcessor
+
+    bias = {3: -2.5, 130: 7.0, 0: float("-inf")}
+    logits = np.random.default_rng(2).normal(0, 3, VOCAB).astype(np.float32)
+    processor = SequenceBiasLogitsProcessor({(i,): value for i, value in bias.items()})
+    expected = processor(torch.tensor([[5]]), torch.from_numpy(logits.copy())[None])[0]
+    LogitBias(bias, VOCAB).apply(logits)
+    np.testing.assert_array_equal(logits, expected.numpy())
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        ({VOCAB: 1.0}, "token id 131, the vocabulary has 0 to 130"),
+        ({-1: 1.0}, "token id -1"),
+        ({"5": 1.0}, "token id '5'"),
+        ({5: math.inf}, "token 5: inf"),
+        ({5: math.nan}, "token 5: nan"),
+        ({5: "1"}, "token 5: '1'"),
+    ],
+)
+def test_a_bias_out_of_range_is_refused(bias: dict[int, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        LogitBias(bias, VOCAB)
