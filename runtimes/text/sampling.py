@@ -173,18 +173,17 @@ class Sampler:
         while True:
             place, proposed = _proposal(weights, ends, self._random.random())
             weight = float(self._weights(logits[place], largest))
-            if self._random.random() * proposed * (1 + _SINGLE) >= weight or weight < self.min_p:
+            if self._random.random() * proposed * (1 + _SINGLE) >= weight:
                 continue
-            if self.top_p == 1:
+            likely = weight >= self.min_p
+            if likely and self.top_p == 1:
                 return place
             others[: len(logits)] = _before(logits, place)
             others *= weights
             ends = _ends(others)
             mass = float(ends[-1])
-            kept = mass < share
-            if abs(mass - share) <= _SINGLE * share:  # float64 decides
-                kept = bool(self.probabilities(logits)[place] > 0)
-            if kept:
+            certain = abs(mass - share) > _SINGLE * share
+            if likely and (mass < share if certain else self.probabilities(logits)[place] > 0):
                 return place
             weights, others = others, weights
 
