@@ -26,6 +26,7 @@ from runtimes.integers import as_integer
 _GREEDY_BELOW = 1e-6
 _TOPS = 256  # columns, at least, whose largest logits bound the k-th largest of all from below
 _COLUMNS = 256  # of weights, one of which is hit before one of its weights is
+_FEW = 32  # of so many tokens one is picked out
 _SINGLE = 1e-4  # relative error of a weight, and of a sum of them, in float32, several times over
 _LOWEST = -80.0  # whose exponential is taken: of less it is subnormal, and takes several times as long
 _FINITE = 1e38  # of a temperature beyond it -inf would have a weight, so that excluded tokens would be proposed
@@ -154,14 +155,20 @@ class Sampler:
         return weights
 
     def _top(self, logits: Floats) -> npt.NDArray[np.intp] | None:
-        """Return the ids that top-k leaves, ascending; None: all."""
-        if not 0 < self.top_k < len(_check(logits)):
-            return None
-        kth = _kth_largest(logits, self.top_k)
-        return np.flatnonzero(logits >= kth if kth > -np.inf else logits > kth)
+        """Return the ids that top-k leaves, ascending, or few of which min-p leaves some; None: all."""
+        largest = _largest(logits)
+        if 0 < self.top_k < len(logits):
+            kth = _kth_largest(logits, self.top_k)
+            return np.flatnonzero(logits >= kth if kth > -np.inf else logits > kth)
+        if self.min_p and self.top_p == 1:
+            # A little lower, so that rounding leaves out none; the weights decide.
+            lowest = largest + self.temperature * math.log(self.min_p)
+            likely = logits >= lowest - 1e-6 * (abs(lowest) + abs(largest))
+            return np.flatnonzero(likely) if _are_few(likely) else None
+        return None
 
     def _draw(self, logits: Floats) -> int:
-        """Draw a token of those that top-k leaves; return its place among them."""
+        """Draw one of the tokens that `_top` leaves; return its place among them."""
         largest = _largest(logits)
         logits = np.asarray(logits, np.promote_types(logits.dtype, np.float32))
         weights, others = self._proposals(logits, largest)
@@ -178,7 +185,12 @@ class Sampler:
             likely = weight >= self.min_p
             if likely and self.top_p == 1:
                 return place
-            others[: len(logits)] = _before(logits, place)
+            before = _before(logits, place)
+            if likely and _are_few(before):  # of a text most draws end here
+                mass = float(weights[: len(logits)][before].sum(dtype=np.float64))
+                if mass < share * (1 - _SINGLE):
+                    return place
+            others[: len(logits)] = before
             others *= weights
             ends = _ends(others)
             mass = float(ends[-1])
@@ -220,6 +232,11 @@ def _kth_largest(logits: Floats, k: int) -> np.floating[Any]:
         logits = logits[logits >= np.partition(tops, -k)[-k]]
     kth: np.floating[Any] = np.partition(logits, -k)[-k]
     return kth
+
+
+def _are_few(tokens: npt.NDArray[np.bool_]) -> bool:
+    """Tell whether to pick some tokens out of all takes less time than to compute with all."""
+    return np.count_nonzero(tokens) * _FEW <= len(tokens)
 
 
 def _before(logits: Floats, place: int) -> npt.NDArray[np.bool_]:
