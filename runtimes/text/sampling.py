@@ -236,7 +236,7 @@ def _kth_largest(logits: Floats, k: int) -> np.floating[Any]:
 
 def _are_few(tokens: npt.NDArray[np.bool_]) -> bool:
     """Tell whether to pick some tokens out of all takes less time than to compute with all."""
-    return np.count_nonzero(tokens) * _FEW <= len(tokens)
+    return int(np.count_nonzero(tokens)) * _FEW <= len(tokens)
 
 
 def _before(logits: Floats, place: int) -> npt.NDArray[np.bool_]:
