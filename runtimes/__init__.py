@@ -88,7 +88,8 @@ def open_runner(
         The runner, with an empty cache.
 
     Raises:
-        UsageError: threads or max_slots out of range, or a device, threads or exact that the backend has no use for.
+        UsageError: threads or max_slots out of range, exact is no bool, or a device, threads or exact that the backend
+            has no use for.
         BackendError: an unknown backend or device, or one whose library or GPU is not there.
         PackageNotFoundError, VariantNotFoundError: no such package, no such variant in it.
         IntegrityError: a file is not the one that was exported.
@@ -105,6 +106,8 @@ def open_runner(
     slots = as_integer(max_slots)
     if max_slots is not None and (slots is None or slots < 1):
         raise UsageError(f"max_slots {max_slots!r}: expected an integer of at least 1")
+    if not isinstance(exact, bool):
+        raise UsageError(f"exact {exact!r}: expected True or False")
     if exact and target.device != "cpu":
         raise UsageError(f"exact: backend {backend} runs on device {target.device}, where answers depend on each other")
     match target.backend:

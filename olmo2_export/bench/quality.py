@@ -25,7 +25,7 @@ from olmo2_export.measure.quality import token_losses
 from olmo2_export.truth.reference import open_reference
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes import Runner, open_runner
-from runtimes.package import open_package
+from runtimes.package import Package, open_package
 
 WINDOW = 512
 OURS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -106,9 +106,10 @@ def run(
 
     for name in tqdm(variants, desc="ours", leave=False):
         variant, flags = OURS[name]
-        package = work / f"package-{name}"
-        stage("export", ["demo", "--out", package, "--variant", variant, *flags])
-        found = open_package(package).variant(variant)
+        folder = work / f"package-{name}"
+        stage("export", ["demo", "--out", folder, "--variant", variant, *flags])
+        package = open_package(folder)
+        found = package.variant(variant)
         assert found.quantization is not None  # all of OURS are
         test = _run_ours(package, variant, rows, work / "test.f32", exact=True)
         size = found.quantization.bits_per_weight
@@ -157,7 +158,7 @@ def _stored(path: Path, logits: Iterable[npt.NDArray[np.float32]], positions: in
 
 
 def _run_ours(
-    package: Path, variant: str, rows: Sequence[npt.NDArray[np.int64]], out: Path, exact: bool = False
+    package: Package, variant: str, rows: Sequence[npt.NDArray[np.int64]], out: Path, exact: bool = False
 ) -> npt.NDArray[np.float32]:
     """Run a variant as a prompt, or `exact` with the decode graph alone."""
 

@@ -57,9 +57,38 @@ TENSORRT: list[Pass] = [
 """portable graph -> the static-cache graph; set_precision and set_cache_length make trt/model_{precision}.onnx of it"""
 
 
+UNCOUNTED = frozenset({"drop_unused"})
+"""passes that may apply any number of times"""
+
+
 def apply(model: ir.Model, passes: list[Pass]) -> dict[str, int]:
     """Apply passes in order; return how often each changed the graph."""
     return {a_pass.__name__: a_pass(model) for a_pass in passes}
+
+
+def check_applied(model: ir.Model, applied: Mapping[str, int], expected: Mapping[str, int], table: str) -> None:
+    """Compare how often passes changed a graph with how often they must.
+
+    Args:
+        model: the graph, for its name.
+        applied: as `apply` returns it.
+        expected: a number for each of these passes that is not in `UNCOUNTED`; it may have others.
+        table: where `expected` is written down, for the message.
+
+    Raises:
+        FusionError: a pass has no number, or applied more or less often; it names all of them.
+    """
+    counted = {name: times for name, times in applied.items() if name not in UNCOUNTED}
+    if unknown := [name for name in counted if name not in expected]:
+        raise FusionError(
+            f"passes without a number of times that they must apply: {', '.join(unknown)}; add it to {table}, or the "
+            "name to UNCOUNTED in olmo2_export/fuse/__init__.py"
+        )
+    wrong = [
+        f"{name}: expected {expected[name]}, applied {n} times" for name, n in counted.items() if n != expected[name]
+    ]
+    if wrong:
+        raise FusionError(f"graph {model.graph.name}: {'; '.join(wrong)}; it is not a graph of this exporter")
 
 
 def op_counts(model: ir.Model) -> Counter[str]:

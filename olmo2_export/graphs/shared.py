@@ -28,7 +28,7 @@ import numpy as np
 import onnx_ir as ir
 
 from olmo2_export.architecture import Operation, count, norm_counts, quantizable
-from olmo2_export.fuse import ONNXRUNTIME, Pass, apply, check_op_counts
+from olmo2_export.fuse import ONNXRUNTIME, Pass, apply, check_applied, check_op_counts
 from olmo2_export.fuse.gather_block_quantized import gather_block_quantized
 from olmo2_export.fuse.matmul_integer import matmul_integer
 from olmo2_export.fuse.matmul_nbits import matmul_nbits
@@ -38,7 +38,6 @@ from olmo2_export.graphs.trace import answer, logit_count
 from olmo2_export.quantize.int8 import quantize_int8
 from olmo2_export.quantize.recipes import QuantizedWeights
 from olmo2_export.weights.stored_names import EMBEDDING, HEAD
-from runtimes.errors import FusionError
 from runtimes.manifest import KVCacheSpec, ModelSpec, Role, TensorSpec
 
 
@@ -62,6 +61,11 @@ def shared_outputs(model: ModelSpec, cache: KVCacheSpec) -> tuple[TensorSpec, ..
     )
 
 
+def expected_passes(rows: Sequence[Operation]) -> dict[str, int]:
+    """Return how often each pass must apply."""
+    return {"group_query_attention": count(rows, "attention"), "quick_gelu": count(rows, "silu")}
+
+
 def shared_graph(portable: ir.Model, rows: Sequence[Operation], passes: list[Pass] = ONNXRUNTIME) -> ir.Model:
     """Return the portable graph with its operators fused and its cache shared; weights and their names stay.
 
@@ -74,10 +78,7 @@ def shared_graph(portable: ir.Model, rows: Sequence[Operation], passes: list[Pas
         FusionError: a pass did not find what it must find.
     """
     fused = portable.clone()
-    expected = {"group_query_attention": count(rows, "attention"), "quick_gelu": count(rows, "silu")}
-    for name, applied in apply(fused, passes).items():
-        if name != "drop_unused" and applied != expected[name]:
-            raise FusionError(f"graph {fused.graph.name}: {name}: expected {expected[name]}, applied {applied} times")
+    check_applied(fused, apply(fused, passes), expected_passes(rows), "expected_passes in graphs/shared.py")
     return fused
 
 

@@ -47,7 +47,7 @@ from olmo2_export.architecture import Operation, count, norm_counts, norms, oper
 from olmo2_export.catalog import static_row
 from olmo2_export.config import ModelConfig, config_of
 from olmo2_export.dtypes import ir_dtype
-from olmo2_export.fuse import TENSORRT, apply, check_op_counts
+from olmo2_export.fuse import TENSORRT, apply, check_applied, check_op_counts
 from olmo2_export.fuse.dequantize_weights import CODES, SCALES, dequantize_weights
 from olmo2_export.fuse.merge_projections import JOINT, merge_projections
 from olmo2_export.fuse.quantize_inputs import quantize_inputs
@@ -147,14 +147,7 @@ def static_graph(
     """
     model, rows, row = config.spec, operations(config), static_row(precision)
     require_embeddings(portable)
-    applied = apply(portable, TENSORRT)
-    wrong = [
-        f"{name}: expected {n}, applied {applied[name]} times"
-        for name, n in expected_passes(rows).items()
-        if applied[name] != n
-    ]
-    if wrong:
-        raise FusionError(f"graph {portable.graph.name}: {'; '.join(wrong)}; it is not a graph of this exporter")
+    check_applied(portable, apply(portable, TENSORRT), expected_passes(rows), "expected_passes in graphs/static.py")
     if row.weights.merged:
         merge_projections(portable)
     if not config.labels:

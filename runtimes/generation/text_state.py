@@ -120,9 +120,9 @@ class TextState:
             eos_token_ids: the text ends at any of these ids; None means the tokenizer's, () none.
 
         Raises:
-            InputError: stop is a single string, or holds an empty one.
+            InputError: stop is no list of strings, or holds an empty one.
         """
-        if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
+        if not isinstance(stop, Sequence) or isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
             raise InputError(f"stop {stop!r}: expected a list of strings, none of them empty")
         self.finish_reason: FinishReason | None = None
         """why the text has ended; None: it has not"""

@@ -332,6 +332,8 @@ class ConcatRunner:
         return state
 
     def _new_slot(self, state: _Slot) -> int:
+        if self._session is None:
+            raise UsageError("the runner is closed; open another")
         if self._cache is not None:
             raise UsageError("the runner holds a batch; reset it first, or open another for slots")
         if len(self._slots) >= self.max_slots:

@@ -75,6 +75,7 @@ class RowRunner(ABC):
         self._rows: dict[int, int] = {}  # slot -> row
         self._pending: dict[int, Ids] = {}  # slot -> what is to be computed
         self._prompted: dict[int, int] = {}  # slot -> first tokens that `extend` computed
+        self._closed = False
 
     @property
     def cache_lengths(self) -> tuple[int, ...]:
@@ -282,6 +283,7 @@ class RowRunner(ABC):
     @one_thread
     def close(self) -> None:
         self._take([])
+        self._closed = True
 
     def __enter__(self) -> Self:
         return self
@@ -370,6 +372,8 @@ class RowRunner(ABC):
 
     def _new_slot(self, ids: Ids) -> int:
         """Take the lowest free slot, and the lowest free row for it; only its tokens are set."""
+        if self._closed:
+            raise UsageError("the runner is closed; open another")
         row = next((n for n, held in enumerate(self._tokens) if held is None), len(self._tokens))
         if row >= self.max_slots:  # before there is memory for one more, which moves all others
             raise InputError(

@@ -39,8 +39,10 @@ EXACT_TOKENS = 8
 class Slots(Runner, Protocol):
     """A runner with slots; every one that `open_runner` opens is.
 
-    The slots are the rows of the batch that `Runner` describes: `reset`, and any call that changes the batch, takes
-    them over, and whoever had them is refused from then on.
+    The slots and the batch that `Runner` describes share what is held. `reset` forgets both. Where rows lie in one
+    memory (the shared and the static cache), the slots are rows of the batch: any call that changes the batch takes
+    them over, and whoever had them is refused from then on; calls of the batch are refused (`UsageError`) while a row
+    is free. The portable graph has slots or a batch: a call of one is refused (`UsageError`) while there are others.
     """
 
     exact: bool
@@ -73,6 +75,7 @@ class Slots(Runner, Protocol):
         Raises:
             InputError: as `Runner.prefill`, or all slots are taken.
             ContextLengthError: the prompt does not fit, or there is no memory for another row.
+            UsageError: the runner is closed, or is the portable graph's and holds a batch.
         """
         ...
 
@@ -100,7 +103,7 @@ class Slots(Runner, Protocol):
             The slot, and the logits of the next token, float32 [vocab_size].
 
         Raises:
-            InputError, ContextLengthError, NumericError: as these; no slot is taken.
+            InputError, ContextLengthError, UsageError, NumericError: as these; no slot is taken.
         """
         ...
 

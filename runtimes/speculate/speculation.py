@@ -7,8 +7,8 @@ what was guessed, the next position is valid too.
 
 That is the rejection rule of speculative sampling (Leviathan et al. 2023, arXiv:2211.17192) for a drafter that is sure
 of its guess d: accept d with probability p(d), or else draw from p without d, renormalised. To draw x from p and
-compare it with d does just that, so the text has the sampler's own distribution. And since each token takes one random
-number, as without speculation, a seed gives the same text too, up to the rounding of logits computed together.
+compare it with d does just that, so the text has the sampler's own distribution. And since the sampler is called once
+for each token, as without speculation, a seed gives the same text too, up to the rounding of logits computed together.
 """
 
 from __future__ import annotations

@@ -1,7 +1,12 @@
 """Logits -> the next token id: greedy, or drawn after temperature, top-k, top-p and min-p, in that order. numpy only.
 
-A server draws once per token and client, so a vocabulary of 100,000 is not sorted and not copied: what top-k or min-p
-leave out never becomes float64, and where all tokens count, one array is used again and again.
+A server draws once per token and client, so a vocabulary of 100,000 is neither sorted nor computed in float64. A token
+is drawn by rejection, which changes no probability (for top-p it is what FlashInfer's kernels do on GPUs,
+https://flashinfer.ai/2025/03/10/sampling.html):
+
+- float32 proposes a token, and its weight in float64 accepts it, nearly always;
+- top-p keeps it where the tokens before it, more probable or as probable and of a lower id, have less than `top_p`
+  together. Where they have more, none after it is kept either, and the next proposal is one of those before it.
 """
 
 from __future__ import annotations
@@ -19,15 +24,15 @@ from runtimes.integers import as_integer
 
 # Below it the softmax of logits that float32 can tell apart has all its weight on the largest.
 _GREEDY_BELOW = 1e-6
-_COLUMNS = 256  # whose largest logits bound the k-th largest of all from below
-_BLOCK = 1024  # weights that are summed first when one of many is drawn
-_SINGLE = 1e-5  # relative error of a sum of weights in float32, several times over
-_FLOORS = (0.05, 0.002, 1e-4)  # weights, the largest being 1; most of a text's nuclei lie above the first
-_SORTED = 4096  # weights that are sorted to find the least that is kept; of more, a histogram finds where it lies
-_BINS = 1024
+_TOPS = 256  # columns, at least, whose largest logits bound the k-th largest of all from below
+_COLUMNS = 256  # of weights, one of which is hit before one of its weights is
+_FEW = 32  # of so many tokens one is picked out
+_SINGLE = 1e-4  # relative error of a weight, and of a sum of them, in float32, several times over
+_LOWEST = -80.0  # whose exponential is taken: of less it is subnormal, and takes several times as long
+_FINITE = 1e38  # of a temperature beyond it -inf would have a weight, so that excluded tokens would be proposed
 
 Floats: TypeAlias = npt.NDArray[np.floating[Any]]
-Weights: TypeAlias = npt.NDArray[np.float64]
+Weights: TypeAlias = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -92,9 +97,8 @@ class Sampler:
         """
         if self.greedy:
             return int(_check(logits).argmax())
-        ids, weights = self._survivors(logits)
-        place = _drawn(weights, self._random.random())
-        return place if ids is None else int(ids[place])
+        ids = self._top(logits)
+        return self._draw(logits) if ids is None else int(ids[self._draw(logits[ids])])
 
     def choose(self, ids: npt.NDArray[np.int64], logits: Floats) -> int | None:
         """Draw one token when only the largest logits are known, as `__call__` would with the same seed.
@@ -116,10 +120,9 @@ class Sampler:
         if not logits[-1] < logits[self.top_k - 1]:
             _check(logits)
             return None
-        order = np.argsort(ids)  # in which the survivors of all logits come
-        survivors, weights = self._survivors(logits[order])
-        place = _drawn(weights, self._random.random())
-        return int(ids[order[place if survivors is None else survivors[place]]])
+        order = np.argsort(ids)  # in which `__call__` has them
+        order = order[logits[order] >= logits[self.top_k - 1]]
+        return int(ids[order[self._draw(logits[order])]])
 
     def probabilities(self, logits: Floats) -> npt.NDArray[np.float64]:
         """Return the distribution that `__call__` draws from.
@@ -133,143 +136,141 @@ class Sampler:
         Raises:
             InputError, NumericError: as `__call__`.
         """
-        result = np.zeros(len(logits), np.float64)
-        if self.greedy:
-            result[_check(logits).argmax()] = 1.0
-        else:
-            ids, weights = self._survivors(logits)
-            result[slice(None) if ids is None else ids] = weights / weights.sum()
-        return result
-
-    def _survivors(self, logits: Floats) -> tuple[npt.NDArray[np.intp] | None, Weights]:
-        """Return the ids that can be drawn, None for all, and their weights: the likeliest has 1.
-
-        The weights are good until the next call.
-        """
         largest = _largest(logits)
-        if self.top_p < 1 and not self.top_k and (found := self._nucleus_of_all(logits, largest)) is not None:
-            nucleus, weights = found
-            likely = weights >= self.min_p
-            return nucleus[likely], weights[likely]
-        ids = self._above(logits, largest)
-        kept = logits if ids is None else logits[ids]
-        weights = self._floats(len(kept))
-        weights[:] = kept  # by itself: numpy is slower where a step has two dtypes
-        weights -= largest
-        if self.temperature != 1:
-            weights *= 1 / self.temperature
-        np.exp(weights, out=weights)  # the largest is 1, so it cannot overflow
+        if self.greedy:
+            return np.asarray(np.arange(len(logits)) == logits.argmax(), np.float64)
+        order = np.argsort(-logits, kind="stable")
+        weights = self._weights(logits, largest)
+        if 0 < self.top_k < len(logits):
+            weights[logits < logits[order[self.top_k - 1]]] = 0
         if self.top_p < 1:
-            places = _nucleus(weights, self.top_p)
-            ids, weights = places if ids is None else ids[places], weights[places]
-        if self.min_p:
-            likely = weights >= self.min_p
-            ids, weights = np.flatnonzero(likely) if ids is None else ids[likely], weights[likely]
-        return ids, weights
+            sums = weights[order].cumsum()
+            weights[order[int(sums.searchsorted(self.top_p * sums[-1])) + 1 :]] = 0
+        weights[weights < self.min_p] = 0
+        weights /= weights.sum()
+        return weights
 
-    def _above(self, logits: Floats, largest: np.float64) -> npt.NDArray[np.intp] | None:
-        """Return the ids that top-k leaves, or min-p where top-p does not need the others; None: all."""
+    def _weights(self, logits: Floats, largest: np.float64) -> npt.NDArray[np.float64]:
+        weights: npt.NDArray[np.float64] = np.exp((np.asarray(logits, np.float64) - largest) / self.temperature)
+        return weights
+
+    def _top(self, logits: Floats) -> npt.NDArray[np.intp] | None:
+        """Return the ids that top-k leaves, ascending, or few of which min-p leaves some; None: all."""
+        largest = _largest(logits)
         if 0 < self.top_k < len(logits):
             kth = _kth_largest(logits, self.top_k)
             return np.flatnonzero(logits >= kth if kth > -np.inf else logits > kth)
         if self.min_p and self.top_p == 1:
             # A little lower, so that rounding leaves out none; the weights decide.
             lowest = largest + self.temperature * math.log(self.min_p)
-            return np.flatnonzero(logits >= lowest - 1e-6 * (abs(lowest) + abs(largest)))
+            likely = logits >= lowest - 1e-6 * (abs(lowest) + abs(largest))
+            return np.flatnonzero(likely) if _are_few(likely) else None
         return None
 
-    def _nucleus_of_all(self, logits: Floats, largest: np.float64) -> tuple[npt.NDArray[np.intp], Weights] | None:
-        """Return the ids and weights that top-p leaves of all, in half the time: only those are computed in float64.
+    def _draw(self, logits: Floats) -> int:
+        """Draw one of the tokens that `_top` leaves; return its place among them."""
+        largest = _largest(logits)
+        logits = np.asarray(logits, np.promote_types(logits.dtype, np.float32))
+        weights, others = self._proposals(logits, largest)
+        ends = _ends(weights)
+        share = self.top_p * float(ends[-1])
+        if self.min_p:
+            weights *= weights >= self.min_p * (1 - _SINGLE)
+            ends = _ends(weights)
+        while True:
+            place, proposed = _proposal(weights, ends, self._random.random())
+            weight = float(self._weights(logits[place], largest))
+            if self._random.random() * proposed * (1 + _SINGLE) >= weight:
+                continue
+            likely = weight >= self.min_p
+            if likely and self.top_p == 1:
+                return place
+            before = _before(logits, place)
+            if likely and _are_few(before):  # of a text most draws end here
+                mass = float(weights[: len(logits)][before].sum(dtype=np.float64))
+                if mass < share * (1 - _SINGLE):
+                    return place
+            others[: len(logits)] = before
+            others *= weights
+            ends = _ends(others)
+            mass = float(ends[-1])
+            certain = abs(mass - share) > _SINGLE * share
+            if likely and (mass < share if certain else self.probabilities(logits)[place] > 0):
+                return place
+            weights, others = others, weights
 
-        None where float32 cannot tell how many these are, or there are too many to be worth it.
+    def _proposals(self, logits: Floats, largest: np.float64) -> tuple[Weights, Weights]:
+        """Return the weights in float32, the likeliest being 1, and a second array; zeros fill up the last row of each.
+
+        Both are good until the next call: new memory each time would cost more than the sums.
         """
-        if logits.dtype != np.float32:
-            return None
-        weights = self._floats(len(logits)).view(np.float32)[: len(logits)]
-        np.subtract(logits, np.float32(largest), out=weights)
-        weights *= np.float32(1 / self.temperature)
+        count = len(logits)
+        size = -(-count // _COLUMNS) * _COLUMNS
+        if not self._scratch or len(self._scratch[0]) < size:
+            self._scratch[:] = np.empty((2, size), np.float32)
+        arrays = weights, others = self._scratch[0][:size], self._scratch[1][:size]
+        weights[count:] = others[count:] = 0
+        weights = weights[:count]
+        with np.errstate(over="ignore"):  # logits may be further apart than float32 reaches
+            np.subtract(logits, logits.dtype.type(largest), out=weights, casting="same_kind")
+        lowest = np.float32(max(_LOWEST * float(self.temperature), -_FINITE))
+        if not weights.min() >= lowest:
+            np.maximum(weights, lowest, out=weights)
+        if self.temperature != 1:
+            weights *= np.float32(max(1 / float(self.temperature), 1 / _FINITE))
         np.exp(weights, out=weights)
-        share = self.top_p * float(_block_sums(weights).sum(dtype=np.float64))
-        for floor in _FLOORS:
-            ids = np.flatnonzero(weights >= np.float32(floor))
-            if len(ids) > _SORTED:
-                return None
-            exact = np.exp((logits[ids] - largest) / self.temperature)
-            if exact.sum() > share * (1 + _SINGLE):
-                order = np.argsort(-exact, kind="stable")
-                sums = exact[order].cumsum()
-                first, last = (int(sums.searchsorted(share * (1 + error))) for error in (-_SINGLE, _SINGLE))
-                places = np.sort(order[: last + 1])
-                return (ids[places], exact[places]) if first == last else None
-        return None
-
-    def _floats(self, count: int) -> Weights:
-        """Return an array to compute weights in: the same one each time, since new memory costs more than the sums."""
-        if not self._scratch or len(self._scratch[0]) < count:
-            self._scratch[:] = [np.empty(count, np.float64)]
-        return self._scratch[0][:count]
+        return arrays
 
 
 def _kth_largest(logits: Floats, k: int) -> np.floating[Any]:
-    """Return the k-th largest logit, k <= n, without a partition of all where k is small."""
-    rows = len(logits) // _COLUMNS
-    if rows > 1 and k <= _COLUMNS // 2:
-        tops = logits[: rows * _COLUMNS].reshape(rows, _COLUMNS).max(axis=0)
+    """Return the k-th largest logit, k <= n, without a partition of all where that can be."""
+    columns = max(_TOPS, 2 * k)
+    rows = len(logits) // columns
+    if rows > 1:
+        tops = logits[: rows * columns].reshape(rows, columns).max(axis=0)
         # Each is a logit, so k of all are at least as large as the k-th largest of them.
         logits = logits[logits >= np.partition(tops, -k)[-k]]
     kth: np.floating[Any] = np.partition(logits, -k)[-k]
     return kth
 
 
-def _nucleus(weights: Weights, top_p: float) -> npt.NDArray[np.intp]:
-    """Return the places, ascending, of the fewest, largest weights whose share is at least `top_p`.
+def _are_few(tokens: npt.NDArray[np.bool_]) -> bool:
+    """Tell whether to pick some tokens out of all takes less time than to compute with all."""
+    return int(np.count_nonzero(tokens)) * _FEW <= len(tokens)
 
-    Of equal weights the lower places are kept.
+
+def _before(logits: Floats, place: int) -> npt.NDArray[np.bool_]:
+    """Return which tokens come before the one at `place`: those more probable, or as probable and of a lower id."""
+    before = np.empty(len(logits), np.bool_)
+    np.greater_equal(logits[:place], logits[place], out=before[:place])
+    np.greater(logits[place:], logits[place], out=before[place:])
+    return before
+
+
+def _ends(weights: Weights) -> npt.NDArray[np.float64]:
+    """Return where each column ends if the weights are laid end to end, column by column."""
+    ends: npt.NDArray[np.float64] = weights.reshape(-1, _COLUMNS).sum(axis=0).cumsum(dtype=np.float64)
+    return ends
+
+
+def _proposal(weights: Weights, ends: npt.NDArray[np.float64], uniform: float) -> tuple[int, float]:
+    """Return the place of the weight that a number of [0, 1) hits, and the weight it was proposed with.
+
+    The two differ by the rounding of the column's sum.
     """
-    share = top_p * _block_sums(weights).sum()
-    large = weights
-    for floor in _FLOORS:
-        likely = weights[weights >= floor]
-        if likely.sum() > share * (1 + 1e-9):  # then the cut is among these
-            large = likely
-            break
-    least, times = _least_of_nucleus(large, share)
-    kept = weights > least
-    kept[np.flatnonzero(weights == least)[:times]] = True
-    return np.flatnonzero(kept)
+    column, rest, room = _hit(ends, uniform)
+    inner = weights[column::_COLUMNS].cumsum(dtype=np.float64)
+    row, _, weight = _hit(inner, rest)
+    return row * _COLUMNS + column, weight * room / float(inner[-1])
 
 
-def _least_of_nucleus(weights: Weights, share: float) -> tuple[np.float64, int]:
-    """Return the least of the fewest, largest weights that sum to at least `share`, and how often it is among them.
-
-    Where they are almost alike, as at a high temperature, nearly all are kept, and sorting them would take fifty times
-    as long as the rest of a draw: a histogram says in which bin the least one lies, another in which part of that bin.
-    """
-    while len(weights) > _SORTED and (width := weights.max() - weights.min()) > _BINS * np.finfo(np.float64).tiny:
-        bins = ((weights.max() - weights) * ((_BINS - 1) / width)).astype(np.intp)
-        sums = np.bincount(bins, weights).cumsum()
-        last = min(int(sums.searchsorted(share)), _BINS - 1)
-        share -= sums[last - 1] if last else 0.0
-        weights = weights[bins == last]
-    weights = np.sort(weights)[::-1]
-    last = min(int(weights.cumsum().searchsorted(share)), len(weights) - 1)
-    least: np.float64 = weights[last]
-    return least, int((weights[: last + 1] == least).sum())
-
-
-def _drawn(weights: Weights, uniform: float) -> int:
-    """Return the place of the weight in which `uniform`, of [0, 1), of their sum falls."""
-    sums = _block_sums(weights).cumsum()
-    at = min(uniform * sums[-1], np.nextafter(sums[-1], 0))  # so that there is a sum above it, and no weight of 0 there
-    block = int(sums.searchsorted(at, side="right"))
-    inner = weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum()
-    at = min(at - (sums[block - 1] if block else 0.0), np.nextafter(inner[-1], 0))
-    return block * _BLOCK + int(inner.searchsorted(at, side="right"))
-
-
-def _block_sums(weights: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    sums: npt.NDArray[Any] = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK))
-    return sums
+def _hit(ends: npt.NDArray[np.float64], uniform: float) -> tuple[int, float, float]:
+    """Return which interval `uniform`, of [0, 1), of the last end falls in, how far into it, and how long it is."""
+    at = min(uniform * float(ends[-1]), math.nextafter(ends[-1], 0))  # so that an end lies above it, in no empty one
+    place = int(ends.searchsorted(at, side="right"))
+    start = float(ends[place - 1]) if place else 0.0
+    length = float(ends[place]) - start
+    return place, (at - start) / length, length
 
 
 def _is_real(value: object) -> bool:

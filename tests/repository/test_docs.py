@@ -7,6 +7,7 @@ says why not: `<!-- not run: GPU -->`. Those are listed as skipped.
 from __future__ import annotations
 
 import dataclasses
+import io
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator
@@ -102,6 +103,16 @@ def program(words: list[str]) -> tuple[str, list[str]]:
     return words[0], words[1:]
 
 
+def pipe(words: list[str]) -> tuple[str, list[str], Path | None]:
+    """Tell what `printf TEXT | command > file` gives to a command from its words and from where its output goes."""
+    given, out = "", None
+    if words[0] == "printf" and words[2] == "|":
+        given, words = words[1].replace("\\n", "\n"), words[3:]
+    if ">" in words[-2:]:
+        words, out = words[:-2], Path(words[-1])
+    return given, words, out
+
+
 # What runs
 
 
@@ -117,12 +128,17 @@ class Scratch:
         for words in block.commands():
             if tuple(words) in self.done:
                 continue
-            called, arguments = program(words)
+            given, command, out = pipe(words)
+            called, arguments = program(command)
             mains = {EXPORT: olmo2_export.cli.main, RUN: runtimes.cli.main}
             assert called in mains, f"{block}: {called} cannot be run here; mark the block <!-- not run: why -->"
             capsys.readouterr()
-            exit_code = mains[called](arguments)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
+                exit_code = mains[called](arguments)
             said = capsys.readouterr()
+            if out is not None:
+                out.write_text(said.out, encoding="utf-8")
             assert exit_code == 0, f"{block}: {shlex.join(words)}: exit code {exit_code}\n{said.err[-2000:]}"
             assert said.out.strip(), f"{block}: {shlex.join(words)} printed nothing"
             self.done.add(tuple(words))

@@ -266,7 +266,7 @@ def test_no_id_is_asked_for_after_a_stop_string() -> None:
     assert asked == [0, 1]
 
 
-@pytest.mark.parametrize("stop", [[""], ["a", ""], "ab", [3]])
+@pytest.mark.parametrize("stop", [[""], ["a", ""], "ab", [3], 0, None])
 def test_stop_that_means_nothing_is_refused_at_once(tokenizer: Tokenizer, stop: Any) -> None:
     with pytest.raises(InputError, match="none of them empty"):
         stream_text(tokenizer, [], stop=stop)

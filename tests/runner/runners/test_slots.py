@@ -275,6 +275,14 @@ def test_slots_and_a_batch_do_not_mix_unnoticed(runner: Slots) -> None:
         runner.step({1: 2})
 
 
+def test_a_closed_runner_gives_no_slot(runner: Slots) -> None:
+    runner.close()
+    for call in (lambda: runner.begin([1, 2]), lambda: runner.admit([1, 2])):
+        with pytest.raises(UsageError, match="the runner is closed; open another"):
+            call()
+    assert runner.slots == ()
+
+
 # Broken numbers
 
 
@@ -504,6 +512,12 @@ def test_an_exact_batch_and_an_exact_block_have_the_bits_of_slots(package: Path)
 def test_max_slots_that_are_no_count_are_refused(tiny_package: Path, value: Any) -> None:
     with pytest.raises(UsageError, match="max_slots"):
         open_runner(tiny_package, max_slots=value)
+
+
+@pytest.mark.parametrize("value", ["no", 0, 1, None])
+def test_exact_that_is_not_true_or_false_is_refused(tiny_package: Path, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"exact {value!r}: expected True or False"):
+        open_runner(tiny_package, exact=value)
 
 
 def test_exact_answers_are_for_cpus(tiny_package: Path) -> None:

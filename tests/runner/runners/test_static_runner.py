@@ -268,8 +268,9 @@ def test_closed_runner_says_so(runner: StaticRunner) -> None:
     runner.close()
     runner.close()
     assert runner.cache_lengths == ()
-    with pytest.raises(UsageError, match="the runner is closed"):
-        runner.prefill([[1]])
+    for call in (lambda: runner.prefill([[1]]), lambda: runner.begin([1])):
+        with pytest.raises(UsageError, match="the runner is closed"):
+            call()
 
 
 @pytest.mark.parametrize("kind", SESSIONS)

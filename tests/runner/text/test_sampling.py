@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -73,7 +75,7 @@ def slowly(logits: np.ndarray, options: dict[str, float]) -> np.ndarray:
     scores = (logits.astype(np.float64) - np.float64(logits.max())) / temperature
     weights = np.where(kept, np.exp(scores), 0.0)
     if top_p:
-        order = np.argsort(-weights, kind="stable")
+        order = np.argsort(-logits, kind="stable")  # which differ where their weights round to the same
         shares = (weights[order] / weights.sum()).cumsum()
         weights[order[int(shares.searchsorted(top_p)) + 1 :]] = 0
     weights[weights < min_p] = 0
@@ -100,7 +102,7 @@ OPTIONS: list[dict[str, float]] = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_short_cuts_change_no_candidate_no_probability_and_no_token(options: dict[str, float]) -> None:
+def test_short_cuts_change_no_candidate_and_no_probability(options: dict[str, float]) -> None:
     """At a real vocabulary: peaked, flat and tied logits, and some that are excluded."""
     random = np.random.default_rng(4)
     peaked = random.normal(0, 2, 100_352).astype(np.float32)
@@ -108,14 +110,12 @@ def test_short_cuts_change_no_candidate_no_probability_and_no_token(options: dic
     tied = np.round(peaked * 8) / np.float32(8)
     excluded = np.where(random.random(100_352) < 0.999, -np.inf, peaked).astype(np.float32)
     for logits in (peaked, tied, excluded, peaked * np.float32(0.05)):
-        sampler, twin = Sampler(seed=9, **options), np.random.default_rng(9)  # type: ignore[arg-type]
+        sampler = Sampler(seed=9, **options)  # type: ignore[arg-type]
         expected = slowly(logits, options)
         found = sampler.probabilities(logits)
         np.testing.assert_array_equal(found > 0, expected > 0)
         np.testing.assert_allclose(found, expected, rtol=1e-12)
-        cumulative = expected.cumsum()  # survivors are drawn from in the order of their ids
-        drawn = [cumulative.searchsorted(twin.random() * cumulative[-1], side="right") for _ in range(20)]
-        assert [sampler(logits) for _ in range(20)] == drawn
+        assert all(expected[sampler(logits)] > 0 for _ in range(20))
 
 
 @pytest.mark.parametrize("min_p", [0.01, 0.1, 0.5])
@@ -134,26 +134,123 @@ def test_min_p_keeps_what_transformers_keeps(temperature: float, min_p: float) -
         np.testing.assert_allclose(found, torch.softmax(scores[0], -1).numpy(), atol=2e-6)
 
 
-def test_a_draw_at_the_end_of_the_range_is_a_token_that_can_be_drawn() -> None:
-    class Last:
-        def random(self) -> float:
-            return math.nextafter(1.0, 0.0)
+class Numbers:
+    """A generator that gives what it is told: numbers that propose, and between them those that accept."""
 
+    def __init__(self, proposing: Iterable[float], accepting: Iterable[float]) -> None:
+        self.turns = itertools.cycle([iter(proposing), iter(accepting)])
+
+    def random(self) -> float:
+        return next(next(self.turns))
+
+
+def drawn(sampler: Sampler, logits: np.ndarray, proposing: Iterable[float], accepting: Iterable[float]) -> int:
+    object.__setattr__(sampler, "_random", Numbers(proposing, accepting))
+    return sampler(logits)
+
+
+def test_a_draw_at_the_end_of_the_range_is_a_token_that_can_be_drawn() -> None:
     logits = np.full(5000, -1e5, np.float32)  # whose weights are 0
     logits[:3] = (0.1, 0.2, 0.3)
-    sampler = Sampler(temperature=1.0)
-    object.__setattr__(sampler, "_random", Last())
-    assert sampler(logits) == 2
+    assert drawn(Sampler(temperature=1.0), logits, [math.nextafter(1.0, 0.0)], [0.5]) == 2
 
 
-def test_draws_follow_the_distribution() -> None:
-    sampler = Sampler(temperature=0.8, top_k=4, top_p=0.97, seed=7)
-    draws = 20_000
-    counts = np.bincount([sampler(LOGITS) for _ in range(draws)], minlength=len(LOGITS))
-    p = sampler.probabilities(LOGITS)
-    assert (counts[p == 0] == 0).all()
-    error = np.abs(counts - draws * p)[p > 0] / np.sqrt(draws * p * (1 - p))[p > 0]
-    assert error.max() < 4  # standard deviations; the seed is fixed
+def enumerated(sampler: Sampler, logits: np.ndarray, steps: int) -> np.ndarray:
+    """The probability of each token, exact: a draw for each of the first `steps` numbers that propose, where it needs
+    another one for each of that, and so on.
+
+    A set of tokens whose weights are whole numbers is proposed exactly if these sum to a divisor of `steps`.
+    """
+    result = np.zeros(len(logits))
+    open_paths: list[tuple[float, ...]] = [()]
+    while open_paths:
+        path = open_paths.pop()
+        for number in (np.arange(steps) + 0.5) / steps:
+            try:
+                token = drawn(sampler, logits, [*path, number], itertools.repeat(0.5))
+            except StopIteration:
+                open_paths.append((*path, number))
+            else:
+                result[token] += steps ** -(len(path) + 1.0)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "steps"),
+    [
+        ([4, 2, 1, 1], {}, 8),
+        ([2, 1, 0, 1], {"top_p": 0.7}, 12),  # of the two equal ones the lower id is kept
+        ([1, 2, 1, 0], {"top_p": 0.5}, 12),  # met exactly
+        ([1, 1, 1, 1], {"top_p": 0.6}, 12),  # all equal
+        ([2, 4, 1], {"top_p": 0.5}, 42),  # up to two proposals that are not kept
+        ([1, 1e30, 1], {"top_p": 0.99}, 2),
+        ([0, 3, 0, 0], {"top_p": 0.9}, 3),
+        ([4, 1, 2, 1], {"min_p": 0.4}, 6),
+        ([4, 2, 1, 1], {"top_p": 0.8, "min_p": 0.4}, 6),  # top-p takes its share before min-p leaves some out
+        ([1, 4, 2, 1, 1], {"top_k": 3, "top_p": 0.8}, 72),  # top-k keeps all that equal the third
+    ],
+    ids=str,
+)
+def test_draws_have_exactly_the_probabilities(weights: list[float], options: dict[str, float], steps: int) -> None:
+    with np.errstate(divide="ignore"):
+        logits = np.log(np.array(weights)).astype(np.float32)
+    sampler = Sampler(1.0, seed=0, **options)  # type: ignore[arg-type]
+    expected = sampler.probabilities(logits)
+    np.testing.assert_allclose(expected, slowly(logits, {"temperature": 1.0, **options}), rtol=1e-12)
+    # What is left of the paths that are cut short by the sum of doubles.
+    np.testing.assert_allclose(enumerated(sampler, logits, steps), expected, atol=1e-6)
+
+
+def test_a_proposal_is_taken_as_often_as_float64_says() -> None:
+    logits = np.array([0.0, 1.0, -7.3], np.float32)
+    sampler = Sampler(1.0)
+    assert drawn(sampler, logits, [0.01], [1 - 2e-4]) == 0
+    assert drawn(sampler, logits, [0.01, 0.9], [1 - 1e-5, 0]) == 1
+
+
+def test_min_p_ends_where_float32_cannot_tell_which_tokens_it_keeps() -> None:
+    logits = np.linspace(0, 1e-6, 4000)
+    assert {Sampler(1.0, min_p=1.0, seed=seed)(logits) for seed in range(20)} == {3999}
+
+
+def test_a_token_at_minus_infinity_is_not_taken_where_it_is_proposed() -> None:
+    """At this temperature its weight in float32 is that of exp(-80): it is proposed by a number as small as that."""
+    logits = np.array([-np.inf, 0.0, 0.0], np.float32)
+    assert drawn(Sampler(1e30), logits, [0.0, 0.9], [0.0, 0.0]) == 2
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1.0, 1e30, 1e300])
+def test_the_range_of_float32_and_of_the_temperature_end_no_draw(temperature: float) -> None:
+    logits = np.array([-3e38, 3e38, -np.inf, 3e38, *[-np.inf] * 2000], np.float32)
+    sampler = Sampler(temperature, top_p=0.99, seed=0)
+    assert {sampler(logits) for _ in range(40)} - {0} == {1, 3}
+
+
+CHANCES: list[dict[str, float]] = [
+    {"temperature": 0.8, "top_k": 4, "top_p": 0.97},
+    {"temperature": 2.5},
+    {"temperature": 1.0, "top_p": 0.6},
+    {"temperature": 3.0, "top_p": 0.9, "min_p": 0.3},
+]
+
+
+@pytest.mark.parametrize("options", CHANCES, ids=str)
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 4.0])
+def test_draws_follow_the_distribution(options: dict[str, float], spread: float) -> None:
+    """Chi-square over twenty groups of tokens, of several rows of columns of weights; every third id has a twin."""
+    logits = (np.random.default_rng(3).normal(0, 1, 600) * spread).astype(np.float32)
+    logits[::3] = logits[1::3]
+    logits[::7] = -np.inf
+    sampler = Sampler(seed=7, **options)  # type: ignore[arg-type]
+    draws = 1500
+    p = sampler.probabilities(logits)
+    counts = np.bincount([sampler(logits) for _ in range(draws)], minlength=len(logits))
+    assert not counts[p == 0].any()
+    groups = np.minimum((p.cumsum() - p) * 20, 19).astype(int)
+    found, expected = np.bincount(groups, counts, 20), draws * np.bincount(groups, p, 20)
+    found, expected = found[expected > 0], expected[expected > 0]
+    freedom = max(len(expected) - 1, 1)
+    assert ((found - expected) ** 2 / expected).sum() < freedom + 4 * math.sqrt(2 * freedom)  # the seed is fixed
 
 
 def test_same_seed_draws_the_same_tokens() -> None:
