@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from olmo2_export.config import ModelConfig
-from olmo2_export.truth.layered import LayeredReference
+from olmo2_export.truth.layered import LayeredReference, Row
 from olmo2_export.truth.reference import Reference
 from olmo2_export.verify.feeds import ModeResult, short_lengths
 from olmo2_export.verify.padded import Padded, padded_batches, score_padded
@@ -150,7 +150,7 @@ def ask_by_layer(
     """As `ask_reference`, in one pass over the layers; here, not by transformers, is chosen what is scored."""
     scored = [row for batch in beside.padded for row in batch.scored_rows(config.pad_token_id)]
     mixed = [row.parts for row in beside.mixed]
-    asked = [*sequences, *scored, *beside.rows, *mixed]
+    asked: list[Row] = [*sequences, *scored, *beside.rows, *mixed]
     where = [*positions, *(np.array([len(row) - 1]) for row in scored), *(np.array([0]) for _ in beside.rows)]
     where += [len(row.before) + np.arange(row.answered) for row in beside.mixed]
     found, states = reference.logits_and_states(asked, where, beside.hidden)
