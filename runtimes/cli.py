@@ -223,11 +223,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _score(args: argparse.Namespace) -> None:
-    def score(runner: Slots, sequences: list[Sequence[int]]) -> list[dict[str, object]]:
+    def score(runner: Slots, sequences: list[Sequence[int]]) -> list[object]:
         labels = runner.model.labels
-        return [{"scores": dict(zip(labels, row, strict=True))} for row in runner.score(sequences).tolist()]
+        return [dict(zip(labels, row, strict=True)) for row in runner.score(sequences).tolist()]
 
-    _each_document(args, score, lambda package: _check_classifier(package, args.package))
+    _each_document(args, "scores", score, lambda package: _check_classifier(package, args.package))
 
 
 def _check_classifier(package: Package, name: str) -> None:
@@ -237,10 +237,11 @@ def _check_classifier(package: Package, name: str) -> None:
 
 def _each_document(
     args: argparse.Namespace,
-    answer: Callable[[Slots, list[Sequence[int]]], list[dict[str, object]]],
+    name: str,
+    answer: Callable[[Slots, list[Sequence[int]]], list[object]],
     check: Callable[[Package], None],
 ) -> None:
-    """Read texts, and write a line of JSON for each with what `answer` finds of some of them."""
+    """Read texts, and write a line of JSON for each, with what `answer` finds of some of them as the field `name`."""
     package = open_package(args.package)
     check(package)
     check_hashes = not args.skip_hash_check
@@ -260,21 +261,22 @@ def _each_document(
             jsonl=args.jsonl or args.input.endswith(".jsonl"),
             vocab_size=runner.model.vocab_size,
             longest=runner.max_cache_length,
+            found=name,
             parse_special=args.special_tokens,
         )
         alone = runner.model.task == "sequence-classification" and runner.model.pad_token_id is None
         for group in in_groups(documents, 1 if alone else runner.max_slots):
             found = answer(runner, [document.token_ids for document in group])
-            for document, fields in zip(group, found, strict=True):
-                _write(written(document, **fields))
+            for document, value in zip(group, found, strict=True):
+                _write(written(document, name, value))
 
 
 def _embed(args: argparse.Namespace) -> None:
-    def vectors(runner: Slots, sequences: list[Sequence[int]]) -> list[dict[str, object]]:
+    def vectors(runner: Slots, sequences: list[Sequence[int]]) -> list[object]:
         found = embed(runner, sequences, pooling=args.pooling, hidden_state=args.hidden_state, normalize=args.normalize)
-        return [{"embedding": [float(str(x)) for x in row]} for row in found]  # the shortest that is the same float32
+        return [[float(str(x)) for x in row] for row in found]  # the shortest that is the same float32
 
-    _each_document(args, vectors, lambda package: _check_gives_hidden(package, args.package))
+    _each_document(args, "embedding", vectors, lambda package: _check_gives_hidden(package, args.package))
 
 
 def hidden_state(word: str) -> int | None:

@@ -5,6 +5,8 @@
 | "a text"                                  | a text                                       |
 | {"text": "a text", "id": 7}               | a text; other fields are written again       |
 | {"token_ids": [3, 1, 4], "id": 8}         | ids, as they stand                           |
+
+Each line that is read is answered by one, so that the two files can be laid side by side.
 """
 
 from __future__ import annotations
@@ -14,12 +16,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from runtimes.errors import ContextLengthError, InputError
+from runtimes.errors import ContextLengthError, InputError, first_names
 from runtimes.generation.generate import encode_prompt
 from runtimes.runners.runner import check_rows
 from runtimes.text.tokenizer import Tokenizer
 
-_TEXT, _IDS = "text", "token_ids"
+_TEXT, _IDS, _TOKENS = "text", "token_ids", "tokens"
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,10 @@ def read_documents(
     jsonl: bool,
     vocab_size: int,
     longest: int,
+    found: str,
     parse_special: bool = False,
 ) -> Iterator[Document]:
-    """Read texts; lines of white space alone are none.
+    """Read texts, one a line.
 
     Args:
         text: the whole input, its lines ended by LF.
@@ -50,17 +53,25 @@ def read_documents(
         jsonl: each line is JSON; else each is a text.
         vocab_size: ids must be below it.
         longest: tokens that fit.
+        found: the field of what will be found of each, which no line may have.
         parse_special: names of special tokens in a text are these tokens.
 
     Raises:
-        InputError: a line is not what the table says.
+        InputError: a line is blank, which is said before the first is read, or not what the table says.
         ContextLengthError: a text does not fit.
     """
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
+    lines = text.removesuffix("\n").split("\n") if text else []
+    blank = [str(number) for number, line in enumerate(lines, 1) if not line.strip()]
+    if blank:
+        raise InputError(
+            f"line {first_names(blank)}: blank; each line is a text, and is answered by a line: leave out what is none"
+        )
+    for number, line in enumerate(lines, 1):
         try:
             given: dict[str, Any] = _document(line) if jsonl else {_TEXT: line}
+            taken = [f'"{name}"' for name in (_TOKENS, found) if name in given]
+            if taken:
+                raise InputError(f"{' and '.join(taken)}: what is written of a text has that name; rename the field")
             if _IDS in given:
                 ids = _checked(given[_IDS], vocab_size)
             else:
@@ -104,6 +115,7 @@ def in_groups(documents: Iterable[Document], size: int) -> Iterator[list[Documen
         yield group
 
 
-def written(document: Document, **found: Any) -> str:
+def written(document: Document, name: str, found: Any) -> str:
     """Return the line that says what was found of a document."""
-    return json.dumps({**document.fields, "tokens": len(document.token_ids), **found}, ensure_ascii=False) + "\n"
+    fields = {**document.fields, _TOKENS: len(document.token_ids), name: found}
+    return json.dumps(fields, ensure_ascii=False) + "\n"

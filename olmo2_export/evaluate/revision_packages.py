@@ -20,7 +20,7 @@ from runtimes.errors import BackendError, ConfigError, IntegrityError, PackageEr
 from runtimes.package import open_package
 from runtimes.sealed import hash_file, hash_files
 from runtimes.targets import find_target
-from runtimes.trt.nvidia import check_installed, tensorrt_backend
+from runtimes.trt.nvidia import check_installed, load_tensorrt, tensorrt_backend
 
 EngineOrigin: TypeAlias = Literal["built", "refitted"]
 
@@ -149,13 +149,15 @@ class RevisionPackages:
                 shutil.rmtree(path)
 
     def _has_engine(self, path: Path) -> bool:
-        """Tell whether a package has the engine that is evaluated, for this GPU, intact."""
+        """Tell whether a package has the engine that is evaluated, for this GPU and TensorRT, intact."""
         assert self._engine is not None
         opened = open_package(path)
         if why_another(path, as_built(self._engine), opened.model) is not None:
             return False
         assert opened.trt is not None
         engine = opened.trt.engines[f"{self._engine.backend}_{self._engine.precision}"]
+        if engine.backend_version != load_tensorrt(engine.backend).version:
+            return False
         try:
             opened.check([engine.plan, *opened.trt.variants[engine.variant].files])
         except IntegrityError:

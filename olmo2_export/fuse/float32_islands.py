@@ -27,6 +27,7 @@ import onnx_ir as ir
 from olmo2_export.architecture import Operation, find_kind
 from olmo2_export.fuse.edit import IN_FLOAT32, is_op, name_of, new_cast
 from runtimes.errors import FusionError, first_names
+from runtimes.manifest import EMBEDDINGS
 
 _MOVES = ("Slice", "GatherND", "Split", "Reshape", "Transpose", "Identity")
 
@@ -62,6 +63,9 @@ def float32_islands(
                 wide.update(node.outputs if node.op_type != "Cast" else ())
             continue
         for position, value in enumerate(node.inputs):
+            if value is not None and value.name == EMBEDDINGS:
+                node.meta[IN_FLOAT32] = True  # `set_precision` leaves vectors as they are given to it
+                continue
             if value is None or value not in computed or value in wide:
                 continue
             if value not in casts:

@@ -99,12 +99,13 @@ def set_precision(model: ir.Model, dtype: ir.DataType) -> WeightRounding:
 
 
 def _cast_input(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> None:
-    """Leave an input in float32, as numpy has no bfloat16, and cast what its readers get."""
-    if dtype == ir.DataType.FLOAT:
+    """Leave an input in float32, as numpy has no bfloat16, and cast what its readers get but for float32 islands."""
+    readers = [(use.node, use.idx) for use in value.uses() if not use.node.meta.get(IN_FLOAT32, False)]
+    if dtype == ir.DataType.FLOAT or not readers:
         return
     cast = new_cast(value, f"{value.name}_rounded", to_precision=True)
-    value.replace_all_uses_with(cast.outputs[0])
-    cast.replace_input_with(0, value)
+    for node, position in readers:
+        node.replace_input_with(position, cast.outputs[0])
     graph.insert_before(next(iter(graph)), cast)
 
 

@@ -21,7 +21,7 @@ from olmo2_export.architecture import SCORE, Operation, after_layers
 from olmo2_export.graphs.taps import HIDDEN, cut, find_segments
 from olmo2_export.stored_graph import load_graph
 from runtimes.errors import FailedError, PackageError
-from runtimes.manifest import TensorSpec, Variant
+from runtimes.manifest import EMBEDDINGS, TensorSpec, Variant
 from runtimes.ort.session import one_line, open_session
 from runtimes.runners.runner import Logits, TokenIds
 
@@ -36,6 +36,8 @@ class Call:
     """tokens of the cache that they stand behind; what the cache holds beyond is dropped"""
     wanted: bool = True
     """its logits are asked for"""
+    vectors: np.ndarray | None = None
+    """float32 [n, hidden]: stand in the place of all ids, which are negative then; None: there are none"""
 
 
 Plan = Sequence[Call]
@@ -113,6 +115,8 @@ def _feeds(part: ir.Model, variant: Variant, call: Call, caches: Arrays) -> Arra
         "position_ids": np.arange(call.start, stop)[None],
         "num_logits_to_keep": np.array(0),
     }
+    if call.vectors is not None:
+        known[EMBEDDINGS] = call.vectors[None]
     feeds: Arrays = {}
     for value in part.graph.inputs:
         name = str(value.name)

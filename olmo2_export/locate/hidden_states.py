@@ -48,7 +48,7 @@ def wrong_hidden_state(model: ir.Model, rows: Sequence[Operation]) -> tuple[str,
             return name, "it is what the last layer gives, without the last norm"
         answer = _uncast(values[end.taps[FINAL_NORM]]).producer()
         if answer is not None and _parameters(answer) != _parameters(normed):
-            return name, "its norm has another weight or epsilon than the last norm"
+            return name, "its norm has another weight, epsilon or axis than the last norm"
     return None
 
 
@@ -68,9 +68,10 @@ def _what(place: int | None, last: int) -> str:
     return "it is the embedding" if place == 0 else f"it is what layer {place} of {last} gives"
 
 
-def _parameters(norm: ir.Node) -> tuple[str | None, float]:
-    weight = norm.inputs[1]
-    return None if weight is None else _uncast(weight).name, norm.attributes.get_float("epsilon", 1e-5)
+def _parameters(norm: ir.Node) -> tuple[str | None, float, int]:
+    weight, attributes = norm.inputs[1], norm.attributes
+    name = None if weight is None else _uncast(weight).name
+    return name, attributes.get_float("epsilon", 1e-5), attributes.get_int("axis", -1)
 
 
 def _uncast(value: ir.Value) -> ir.Value:

@@ -19,7 +19,7 @@ from olmo2_export.architecture import Operation, find_kind, norms, within_layer
 from olmo2_export.graphs.taps import HIDDEN, layer_name, tap_name
 from olmo2_export.locate import explain
 from olmo2_export.locate.explain import relative_error
-from olmo2_export.locate.segments import Calls, joined
+from olmo2_export.locate.segments import Batch, Calls, joined
 from olmo2_export.truth.torch_layers import TorchLayer, TorchModel
 from olmo2_export.views.openers import Arrays
 
@@ -28,6 +28,7 @@ LINEAR, ROTARY, ATTENTION, CLIP = "linear", "rotary embedding", "attention", "cl
 CACHE, ADD, GATED = "KV cache write", "residual add", "gated activation (SiLU x up)"
 EMBEDDING, PICK = "embedding lookup", "choice of the rows that get logits"
 POOL = "choice of the token that is scored"
+BATCH = "model.norm_input of two rows"
 LAYER = "layer as a whole"
 
 
@@ -431,6 +432,28 @@ def head_checks(found: Sequence[Arrays], calls: Calls, exact: TorchModel, own: T
         (answer, LINEAR, lambda model: model.head(normed), logits, lambda: _head_words(logits, exact, normed)),
     ]
     return [_head_check(exact, own, *check) for check in checks]
+
+
+def batch_check(taken: np.ndarray, batch: Batch, answer: str) -> Checked:
+    """Compare which rows and tokens of a batch the last norm reads; alone, every row is the first."""
+    x, hidden = _rows(taken), _tensor(batch.hidden)
+    rows = range(len(hidden))
+    whole = x.shape[1] == hidden.shape[1]
+    wanted = hidden if whole else torch.stack([hidden[b, batch.asked[b]] for b in rows])[:, None]
+    mistakes: explain.Candidates = {
+        "it takes the first row for every row": lambda: torch.stack([wanted[0] for _ in rows])
+    }
+    if not whole:
+        mistakes["it takes the first row's token of every row"] = lambda: hidden[:, batch.asked[0]][:, None]
+    operation = PICK if answer == "logits" else POOL
+    same = x.shape == wanted.shape
+    parity = TensorParity(BATCH, None, operation, relative_error(x, wanted) if same else float("nan"), 0.0)
+
+    def explainer() -> tuple[str, str | None]:
+        words = f"its shape is {list(x.shape)}, expected {list(wanted.shape)}"
+        return operation, explain.best(x, wanted, mistakes) if same else words
+
+    return Checked(parity, explainer)
 
 
 def _head_check(

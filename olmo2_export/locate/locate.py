@@ -34,7 +34,7 @@ import olmo2_export.catalog as catalog
 from olmo2_export.architecture import of_layer, operations
 from olmo2_export.config import ModelConfig, config_of
 from olmo2_export.dtypes import float_dtype
-from olmo2_export.graphs.taps import layer_name
+from olmo2_export.graphs.taps import HIDDEN, layer_name
 from olmo2_export.locate.explain import relative_error
 from olmo2_export.locate.hidden_states import hidden_states_check
 from olmo2_export.locate.layer_checks import (
@@ -44,11 +44,12 @@ from olmo2_export.locate.layer_checks import (
     Checked,
     LayerChecks,
     TensorParity,
+    batch_check,
     embedded,
     embedding_check,
     head_checks,
 )
-from olmo2_export.locate.segments import joined, random_calls, run_segments
+from olmo2_export.locate.segments import joined, random_calls, run_batch, run_segments
 from olmo2_export.locate.stored_values import tables_check, weight_check
 from olmo2_export.truth.torch_layers import TorchModel
 from olmo2_export.views.openers import Arrays, Opener, view_opener
@@ -256,6 +257,9 @@ class _Locator:
                 del layers
             else:
                 checks = head_checks(found, calls, self._exact, self._own)
+                if not view.first_call_only:
+                    batch = calls.batch(found[0][HIDDEN])
+                    checks.append(batch_check(run_batch(view.model, segment, batch, self._opener), batch, self._answer))
                 growth += self._head_growth(found, exact, own)
             if bad is None:
                 bad = self._first_bad(checks)
@@ -331,12 +335,13 @@ class _Locator:
     def _nothing(self, growth: Sequence[TensorParity]) -> str:
         last = growth[-1]
         tokens, calls = len(self._calls.ids), len(list(self._calls.spans()))
+        batch = "" if self._view.first_call_only else f", and of two rows together which tokens get {self._answer}"
         rounded = ", with the inputs of linears rounded likewise," if self._view.rounding else ""
         return (
             f"Nothing departs: every operation agrees with PyTorch's; the error of the {self._answer} is "
             f"{last.relative:.1e}, PyTorch's own at {self._view.precision}{rounded} is {last.expected:.1e}. Looked at: "
-            f"one row of {tokens} tokens in {calls} calls; batches, padding and a full cache are for `verify` without "
-            "--locate."
+            f"one row of {tokens} tokens in {calls} calls{batch}; layers on batches, padding and a full cache are for "
+            "`verify` without --locate."
         )
 
 

@@ -21,6 +21,19 @@ from runtimes.errors import PackageError
 from runtimes.manifest import EMBEDDINGS, Variant
 
 _VECTOR = 0.02  # the size of embeddings in trained models
+_SHORTER = 3  # tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows that come to the end of a graph together."""
+
+    ids: np.ndarray
+    """int64 [B, S]"""
+    hidden: np.ndarray
+    """[B, S, hidden]: what the last layer gives"""
+    asked: tuple[int, ...]
+    """per row the token that is asked for, where a graph gives the answer of one"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +48,8 @@ class Calls:
     """tokens behind the one whose logits are asked for, where a graph gives those of one and there are so many"""
     vectors: np.ndarray | None = None
     """float32 [S, hidden]: those in the place of tokens with a negative id; None: there are none"""
+    pad: int | None = None
+    """the id of padding, where a classifier goes by it"""
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """Return where each call starts and ends."""
@@ -46,6 +61,19 @@ class Calls:
     def logit_index(self, size: int) -> int:
         """Return the token of a call whose logits are asked for, where a graph gives one: not the last, if it can."""
         return max(size - 1 - self.unanswered, 0)
+
+    def batch(self, hidden: np.ndarray) -> Batch:
+        """Return a batch of two rows: what the first call makes of its tokens, [1, S, hidden], and the same backwards.
+
+        The second is asked of an earlier token, where a graph can tell.
+        """
+        size = hidden.shape[1]
+        last = self.logit_index(size)
+        asked = last, max(last - _SHORTER, 0) if self.unanswered else last
+        ids = np.stack([self.ids[:size]] * 2)
+        if self.pad is not None:
+            ids[1, asked[1] + 1 :] = self.pad
+        return Batch(ids, np.concatenate([hidden, hidden[:, ::-1]]), asked)
 
 
 def random_calls(config: ModelConfig, sizes: tuple[int, ...], seed: int, *, vectors: bool) -> Calls:
@@ -79,7 +107,7 @@ def _random_tokens(config: ModelConfig, sizes: tuple[int, ...], seed: int) -> Ca
     ids[ids == pad] = (pad + 1) % config.vocab_size
     for start, stop in calls.spans():
         ids[start + 1 + calls.logit_index(stop - start) : stop] = pad
-    return calls
+    return dataclasses.replace(calls, pad=pad)
 
 
 def run_segments(
@@ -131,6 +159,30 @@ def run_segments(
                 found.append(taps)
         hidden = following
         yield segment, found
+
+
+def run_batch(model: ir.Model, segment: Segment, batch: Batch, opener: Opener) -> np.ndarray:
+    """Run the last segment on several rows; return the input of its norm, [B, n, hidden] or [B, hidden].
+
+    Args:
+        model: as `run_segments`.
+        segment: its last.
+        batch: what is fed.
+        opener: what runs it.
+    """
+    count, size, width = batch.hidden.shape
+    part = cut(model, segment, ("batch_size", "sequence_length", width))
+    feeds = {
+        "input_ids": batch.ids,
+        "attention_mask": np.ones((count, size), np.int64),
+        "logit_index": np.array(batch.asked)[:, None],
+        "num_logits_to_keep": np.array(0),
+        HIDDEN: batch.hidden,
+    }
+    with opener(part) as run:
+        outputs = run({str(v.name): feeds[str(v.name)] for v in part.graph.inputs})
+    taken = segment.taps["model.norm_input"]
+    return batch.hidden if taken == segment.source else outputs[taken]
 
 
 def _check_caches(part: ir.Model, segment: Segment) -> None:

@@ -16,6 +16,9 @@ from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.source import Replaced
 from olmo2_export.weights.stored_names import EMBEDDING, head_weight, stored_head, stored_weight
 
+Row = np.ndarray | Sequence[np.ndarray]
+"""int64 token ids [length]; or parts that follow one another, such ids and float32 vectors [n, hidden]"""
+
 
 class LayeredReference:
     """transformers' layers at one precision, one at a time; they are read anew for each call of `logits`."""
@@ -49,12 +52,12 @@ class LayeredReference:
 
     @torch.inference_mode()
     def logits_and_states(
-        self, sequences: Sequence[np.ndarray], positions: Sequence[np.ndarray] | None, numbers: Sequence[int]
+        self, sequences: Sequence[Row], positions: Sequence[np.ndarray] | None, numbers: Sequence[int]
     ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
         """Return `logits`, and in the same pass hidden states; see `Reference.hidden_states`."""
         model = self._model
         states: dict[int, list[np.ndarray]] = {}
-        hidden = [model.embed(torch.from_numpy(ids)) for ids in sequences]
+        hidden = [self._embedded(row) for row in sequences]
         for index in range(self._layers):
             if index in numbers:
                 states[index] = self._arrays(hidden)
@@ -70,6 +73,10 @@ class LayeredReference:
             else [x[:, torch.from_numpy(at)] for x, at in zip(normed, positions, strict=True)]
         )
         return self._arrays([model.head(x) for x in kept]), [states[number] for number in numbers]
+
+    def _embedded(self, row: Row) -> Tensor:
+        parts = [torch.from_numpy(part) for part in ([row] if isinstance(row, np.ndarray) else row) if len(part)]
+        return torch.cat([self._model.embed(x) if x.ndim == 1 else x[None].to(self._model.dtype) for x in parts], 1)
 
     def _arrays(self, rows: Sequence[Tensor]) -> list[np.ndarray]:
         return [x[0].to(self._result).numpy() for x in rows]

@@ -176,13 +176,25 @@ class Reference:
             The logits from the first vector on, [n, vocab_size]; float64 for fp64, else float32. Of a classifier the
             scores that each position would get.
         """
-        table = self._model.model.embed_tokens
-        given = torch.from_numpy(vectors).to(table.weight.dtype)
-        whole = torch.cat([table(torch.from_numpy(before)), given, table(torch.from_numpy(behind))])[None]
+        whole = self._embedded(before, vectors, behind)
         hidden = self._model.model(inputs_embeds=whole, use_cache=False).last_hidden_state[:, len(before) :]
         head = self._model.score if self._scores else self._model.lm_head
         array: np.ndarray = head(hidden)[0].to(self._result).numpy()
         return array
+
+    @torch.inference_mode()
+    def mixed_states(
+        self, before: np.ndarray, vectors: np.ndarray, behind: np.ndarray, numbers: Sequence[int]
+    ) -> list[np.ndarray]:
+        """Return hidden states of what `mixed` runs, tokens and vectors, per number as `hidden_states`."""
+        whole = self._embedded(before, vectors, behind)
+        states = self._model.model(inputs_embeds=whole, use_cache=False, output_hidden_states=True).hidden_states
+        return [states[number][0].to(self._result).numpy() for number in numbers]
+
+    def _embedded(self, before: np.ndarray, vectors: np.ndarray, behind: np.ndarray) -> torch.Tensor:
+        table = self._model.model.embed_tokens
+        given = torch.from_numpy(vectors).to(table.weight.dtype)
+        return torch.cat([table(torch.from_numpy(before)), given, table(torch.from_numpy(behind))])[None]
 
     @torch.inference_mode()
     def stream(self, ids: np.ndarray, first: int, piece: int) -> Iterator[np.ndarray]:

@@ -1,4 +1,4 @@
-"""What verify asks for beside logits: scores of padded batches, hidden states, sentence embeddings.
+"""What verify asks for beside logits: scores of padded batches, hidden states, sentence embeddings; and of vectors.
 
 | asked         | of                                     | case                      | PyTorch's answer          |
 |---------------|----------------------------------------|---------------------------|---------------------------|
@@ -9,6 +9,9 @@
 |               |                                        |                           | right, pooled by its mask |
 | vectors       | random ones, where the graph takes any | vectors                   | logits of `inputs_embeds` |
 |               | the same, tokens before and behind     | vectors among tokens      | the same                  |
+| both          | hidden states of both, each number     | hidden state N, vectors   | `output_hidden_states` of |
+|               |                                        | ..., vectors among tokens | `inputs_embeds`           |
+|               | embeddings of both, each pooling       | embedding N, POOLING, ... | these, pooled             |
 
 All answers stand in one list, in that order, behind the logits of each sequence.
 """
@@ -21,13 +24,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from olmo2_export.config import ModelConfig
-from olmo2_export.truth.layered import LayeredReference
+from olmo2_export.truth.layered import LayeredReference, Row
 from olmo2_export.truth.reference import Reference
 from olmo2_export.verify.feeds import ModeResult, short_lengths
 from olmo2_export.verify.padded import Padded, padded_batches, score_padded
 from runtimes import Runner
 from runtimes.errors import FailedError
-from runtimes.runners.embeddings import POOLINGS, embed
+from runtimes.runners.embeddings import POOLINGS, embed, pooled
+from runtimes.runners.runner import HiddenStates
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,10 @@ class Mixed:
     """float32 [n, hidden]"""
     behind: np.ndarray
     """int64 [n]"""
+
+    @property
+    def parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.before, self.vectors, self.behind
 
     @property
     def answered(self) -> int:
@@ -61,7 +69,7 @@ class Beside:
 
     @property
     def first_mixed(self) -> int:
-        """Where the answers to `mixed` begin, which are logits again."""
+        """Where the answers to `mixed` begin: logits, then hidden states, then embeddings."""
         return self.embedding(len(self.hidden), 0)
 
     @property
@@ -77,8 +85,22 @@ class Beside:
         """Return where an embedding stands, [rows, hidden]."""
         return self.state(len(self.hidden)) + place * len(POOLINGS) + pooling
 
+    def mixed_state(self, place: int) -> int:
+        """Return where the hidden states of `mixed` begin."""
+        return self.first_mixed + (1 + place) * len(self.mixed)
+
+    def mixed_embedding(self, half: int, place: int, pooling: int) -> int:
+        """Return where an embedding of a half of `mixed` stands, [rows, hidden]."""
+        return self.mixed_state(len(self.hidden)) + (half * len(self.hidden) + place) * len(POOLINGS) + pooling
+
+    def has_logits(self, answer: int) -> bool:
+        """Tell whether an answer is logits of `mixed`."""
+        return self.first_mixed <= answer < self.mixed_state(0)
+
 
 NOTHING = Beside()
+HALVES = 2
+"""of `mixed`"""
 _SEED, _SIZE = 1, 0.02
 
 
@@ -107,12 +129,14 @@ def ask_reference(
 ) -> list[np.ndarray]:
     """Return PyTorch's answers: logits per sequence, [n, V], and behind them those to `beside`."""
     states = reference.hidden_states(beside.rows, beside.hidden) if beside.hidden else []
+    of_mixed = [reference.mixed_states(*row.parts, beside.hidden) for row in beside.mixed] if beside.hidden else []
     return [
         *reference.logits(sequences, positions),
         *(reference.scores(batch.ids, batch.mask) for batch in beside.padded),
         *(row for of_number in states for row in of_number),
         *(reference.embeddings(beside.rows, number, pooling) for number in beside.hidden for pooling in POOLINGS),
-        *(reference.mixed(row.before, row.vectors, row.behind) for row in beside.mixed),
+        *(reference.mixed(*row.parts) for row in beside.mixed),
+        *pooled_states(list(zip(*of_mixed, strict=True)), HALVES),
     ]
 
 
@@ -123,28 +147,38 @@ def ask_by_layer(
     positions: Sequence[np.ndarray],
     beside: Beside,
 ) -> list[np.ndarray]:
-    """As `ask_reference`, in one pass over the layers; here, not by transformers, is chosen what is scored.
-
-    Nothing is asked about vectors, whose answers are the last.
-    """
+    """As `ask_reference`, in one pass over the layers; here, not by transformers, is chosen what is scored."""
     scored = [row for batch in beside.padded for row in batch.scored_rows(config.pad_token_id)]
-    asked = [*sequences, *scored, *beside.rows]
+    mixed = [row.parts for row in beside.mixed]
+    asked: list[Row] = [*sequences, *scored, *beside.rows, *mixed]
     where = [*positions, *(np.array([len(row) - 1]) for row in scored), *(np.array([0]) for _ in beside.rows)]
+    where += [len(row.before) + np.arange(row.answered) for row in beside.mixed]
     found, states = reference.logits_and_states(asked, where, beside.hidden)
-    rest = iter(found[len(sequences) :])
-    own = [of_number[len(asked) - len(beside.rows) :] for of_number in states]
+    rest, first = iter(found[len(sequences) :]), len(sequences) + len(scored)
     return [
         *found[: len(sequences)],
         *(np.concatenate([next(rest) for _ in batch.ids]) for batch in beside.padded),
-        *vectors(own),
+        *pooled_states([of_number[first : first + len(beside.rows)] for of_number in states]),
+        *found[len(found) - len(mixed) :],
+        *pooled_states([of_number[len(asked) - len(mixed) :] for of_number in states], HALVES),
     ]
 
 
-def vectors(states: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
-    """Return hidden states, per number and row [n, hidden], and behind them their embeddings, in the order above."""
+def pooled_states(states: Sequence[Sequence[np.ndarray]], batches: int = 1) -> list[np.ndarray]:
+    """Return hidden states, per number and row [n, hidden], and behind them their embeddings, in the order above.
+
+    Args:
+        states: per number and row.
+        batches: of the rows; each has embeddings of its own.
+    """
     found = [row for of_number in states for row in of_number]
-    for of_number in states:
-        found += [np.stack([_exactly_pooled(row, pooling) for row in of_number]) for pooling in POOLINGS]
+    size = len(states[0]) // batches if states else 0
+    if not size:
+        return found
+    for start in range(0, size * batches, size):
+        for of_number in states:
+            rows = of_number[start : start + size]
+            found += [np.stack([_exactly_pooled(row, pooling) for row in rows]) for pooling in POOLINGS]
     return found
 
 
@@ -161,13 +195,20 @@ def feed_beside(runner: Runner, beside: Beside) -> Iterator[ModeResult]:
         yield from _feed_hidden(runner, beside)
     if beside.mixed:
         yield from _feed_mixed(runner, beside)
+    if beside.mixed and beside.hidden:
+        yield from _feed_mixed_hidden(runner, beside)
+
+
+def halves(beside: Beside) -> Iterator[tuple[str, int, Sequence[Mixed]]]:
+    """Return what the report calls each half of `mixed`, its first row's place, and its rows."""
+    half = len(beside.mixed) // HALVES
+    for mode, start in (("vectors", 0), ("vectors among tokens", half)):
+        yield mode, start, beside.mixed[start : start + half]
 
 
 def _feed_mixed(runner: Runner, beside: Beside) -> Iterator[ModeResult]:
-    half = len(beside.mixed) // 2
-    for mode, start in (("vectors", 0), ("vectors among tokens", half)):
-        rows, at = beside.mixed[start : start + half], beside.first_mixed + start
-        lengths = tuple(len(row.before) + row.answered for row in rows)
+    for mode, start, rows in halves(beside):
+        at, lengths = beside.first_mixed + start, _lengths(rows)
         runner.reset()
         try:
             found = _answers(runner, rows)
@@ -176,6 +217,41 @@ def _feed_mixed(runner: Runner, beside: Beside) -> Iterator[ModeResult]:
             continue
         yield ModeResult(mode, lengths, (), found, "", beside=at)
     runner.reset()
+
+
+def _lengths(rows: Sequence[Mixed]) -> tuple[int, ...]:
+    return tuple(sum(map(len, row.parts)) for row in rows)
+
+
+def _feed_mixed_hidden(runner: Runner, beside: Beside) -> Iterator[ModeResult]:
+    for half, (mode, start, rows) in enumerate(halves(beside)):
+        lengths = _lengths(rows)
+        runner.reset()
+        try:
+            states = _mixed_states(runner, rows)
+        except FailedError as error:
+            at = beside.mixed_state(0) + start
+            yield ModeResult(f"hidden states, {mode}", lengths, (), (), str(error), beside=at)
+            continue
+        for place, number in enumerate(beside.hidden):
+            found = tuple(row[number] for row in states)
+            at = beside.mixed_state(place) + start
+            yield ModeResult(f"hidden state {number}, {mode}", lengths, (), found, "", beside=at)
+            for index, pooling in enumerate(POOLINGS):
+                vectors = np.stack([pooled(row, pooling) for row in found])
+                at = beside.mixed_embedding(half, place, index)
+                yield ModeResult(f"embedding {number}, {pooling}, {mode}", lengths, (), (vectors,), "", beside=at)
+    runner.reset()
+
+
+def _mixed_states(runner: Runner, rows: Sequence[Mixed]) -> list[HiddenStates]:
+    """Return the hidden states of all tokens and vectors."""
+    before, vectors, behind = ([row.parts[n] for row in rows] for n in range(3))
+    parts = [runner.prefill_hidden(before)] if any(map(len, before)) else []
+    parts.append(runner.prefill_embeds_hidden(vectors))
+    if any(map(len, behind)):
+        parts.append(runner.prefill_hidden(behind))
+    return [{n: np.concatenate([part[n] for part in row]) for n in row[0]} for row in zip(*parts, strict=True)]
 
 
 def _answers(runner: Runner, rows: Sequence[Mixed]) -> tuple[np.ndarray, ...]:
@@ -216,7 +292,7 @@ def _feed_hidden(runner: Runner, beside: Beside) -> Iterator[ModeResult]:
             yield ModeResult(mode, lengths, (), found, "", beside=at)
 
 
-def _states(runner: Runner, rows: Sequence[np.ndarray], cut: int) -> list[dict[int, np.ndarray]]:
+def _states(runner: Runner, rows: Sequence[np.ndarray], cut: int) -> list[HiddenStates]:
     """Return the hidden states of all tokens; `cut`: a part of each row, one in so many, comes first, by itself."""
     if not cut:
         return list(runner.prefill_hidden(rows))

@@ -7,6 +7,7 @@
 | chunked      | the first sequence in three pieces                                                               |
 | prefix reuse | a beginning, wrong tokens behind it; then the right ones behind the beginning                    |
 | score, ...   | the rows of each batch of `padded`                                                               |
+| vectors, ... | each row of `beside.mixed`                                                                       |
 
 What a graph computes of one sequence is the same bit for bit as in one session, so that nothing of the comparison is
 given up but what is not fed: ragged batches, the end of a cache beyond `LONGEST_BY_LAYER` tokens, and greedy decoding,
@@ -24,6 +25,7 @@ from olmo2_export.architecture import Operation, operations, tensor_shapes
 from olmo2_export.config import ModelConfig
 from olmo2_export.free_memory import available_memory
 from olmo2_export.graphs.by_layer import Call, Plan, logits_by_layer
+from olmo2_export.verify.beside import Mixed, halves
 from olmo2_export.verify.feeds import ModeResult, short_lengths
 from olmo2_export.verify.measure import Truth
 from olmo2_export.verify.padded import scored_mode
@@ -69,9 +71,7 @@ def coverage(why: str, config: ModelConfig) -> str:
     """Return what the report says of what was run."""
     return (
         f"layers one at a time, {why}; one row alone, up to {LONGEST_BY_LAYER} tokens; not run: ragged batches, the "
-        "end of a longer cache, greedy decoding"
-        + ", hidden states" * bool(config.hidden_states)
-        + ", vectors in the place of tokens" * config.inputs_embeds
+        "end of a longer cache, greedy decoding" + ", hidden states and embeddings" * bool(config.hidden_states)
     )
 
 
@@ -102,6 +102,7 @@ def feed_by_layer(view: View, rows: Sequence[Operation], truth: Truth) -> Iterat
     ]
     plans = [plan for _, _, plan in fed]
     plans += [_pieces(ids, [len(ids)]) for batch in truth.beside.padded for ids in batch.rows]
+    plans += [_mixed(row) for row in truth.beside.mixed]
     try:
         logits = logits_by_layer(view.graph, view.variant, rows, plans, view.model)
     except FailedError as error:
@@ -119,6 +120,11 @@ def feed_by_layer(view: View, rows: Sequence[Operation], truth: Truth) -> Iterat
     for number, batch in enumerate(truth.beside.padded):
         found = [next(scores)[0] for _ in batch.rows]
         yield ModeResult(scored_mode(batch), batch.lengths, (), (np.concatenate(found),), "", beside=number)
+    for mode, start, of_half in halves(truth.beside):
+        for place, row in enumerate(of_half, truth.beside.first_mixed + start):
+            parts = next(scores)
+            answers = parts[-1] if truth.beside.padded else np.concatenate(parts)
+            yield ModeResult(mode, (sum(map(len, row.parts)),), (), (answers,), "", beside=place)
 
 
 def _pieces(ids: np.ndarray, ends: Iterable[int]) -> Plan:
@@ -128,6 +134,17 @@ def _pieces(ids: np.ndarray, ends: Iterable[int]) -> Plan:
 
 def _reused(ids: np.ndarray, kept: int) -> Plan:
     return [Call(ids[:kept], 0), Call(ids[kept:][::-1], kept, wanted=False), Call(ids[kept:], kept)]
+
+
+def _mixed(row: Mixed) -> Plan:
+    start, end = len(row.before), len(row.before) + len(row.vectors)
+    none = np.full(len(row.vectors), -1, np.int64)
+    calls = [
+        Call(row.before, 0, wanted=False),
+        Call(none, start, vectors=row.vectors),
+        Call(row.behind, end),
+    ]
+    return [call for call in calls if len(call.ids)]
 
 
 def _length(plan: Plan) -> int:

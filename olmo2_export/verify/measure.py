@@ -382,7 +382,7 @@ def _compared(
     if fed.beside is not None:
         start = len(truth.sequences) + fed.beside
         true, pytorch, *again = (a[start : start + len(fed.logits)] for a in (exact, own, *draws))
-        if fed.beside >= truth.beside.first_mixed:  # of a classifier the last alone
+        if truth.beside.has_logits(fed.beside):  # of a classifier the last alone
             cut = [[a[-len(x) :] for a, x in zip(rows, fed.logits, strict=True)] for rows in (true, pytorch, *again)]
             return compare(fed.mode, fed.lengths, fed.logits, cut[0], cut[1], gate, cut[2:], scale)
         if fed.beside < truth.beside.first_state:

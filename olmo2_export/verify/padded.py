@@ -60,11 +60,11 @@ def padded_batches(config: ModelConfig, sequences: Sequence[np.ndarray]) -> tupl
     pad = config.pad_token_id
     if not config.labels:
         return ()
-    rows = [ids[:n] for ids, n in zip(sequences, _LENGTHS, strict=True)]
+    width = min(max(_LENGTHS), *map(len, sequences))  # of a small cache
+    rows = [ids[: min(n, width)] for ids, n in zip(sequences, _LENGTHS, strict=True)]
     whole = Padded("alone", rows[0][None], np.ones((1, len(rows[0])), np.int64))
     if pad is None or not 0 <= pad < config.vocab_size:
         return (whole,)
-    width = max(_LENGTHS)
     padding = [np.full(width - len(row), pad, np.int64) for row in rows]
     seen = [(np.arange(width) < len(row)).astype(np.int64) for row in rows]
     right = np.stack([np.concatenate(pair) for pair in zip(rows, padding, strict=True)])

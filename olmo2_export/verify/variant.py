@@ -33,7 +33,7 @@ from olmo2_export.fp16.values import islands_of
 from olmo2_export.measure.parity import CaseResult, ParityReport
 from olmo2_export.truth.layered import LayeredReference
 from olmo2_export.truth.reference import open_reference
-from olmo2_export.verify.beside import Mixed, ask_by_layer, ask_reference, vectors
+from olmo2_export.verify.beside import HALVES, Mixed, ask_by_layer, ask_reference, pooled_states
 from olmo2_export.verify.by_layer import coverage, feed_by_layer, runs_by_layer
 from olmo2_export.verify.checks import calibration_checks, quality_checks
 from olmo2_export.verify.measure import (
@@ -198,10 +198,11 @@ def _own_logits(
         whole = iter(logits)
         found = [next(whole)[positions] for positions in truth.positions]
         found += [np.stack([next(whole)[-1] for _ in rows]) for rows in scored]
-        first = len(sequences) - len(mixed) - len(beside.rows)
-        found += vectors([of_number[first : first + len(beside.rows)] for of_number in states])
-        rest = logits[len(logits) - len(mixed) :] if mixed else []
-        return found + [answers[-row.answered :] for answers, row in zip(rest, beside.mixed, strict=True)]
+        last = len(sequences) - len(mixed)
+        first = last - len(beside.rows)
+        found += pooled_states([of_number[first:last] for of_number in states])
+        found += [answers[-row.answered :] for answers, row in zip(logits[last:], beside.mixed, strict=True)]
+        return found + pooled_states([of_number[last:] for of_number in states], HALVES)
     return truth.own[view.precision]
 
 

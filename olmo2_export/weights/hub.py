@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     SafetensorsParsingError,
 )
+from tqdm import tqdm
 
 from olmo2_export.config import LFS_POINTER, read_json_object, refuse_other_forms
 from olmo2_export.weights.other_formats import (
@@ -85,13 +86,17 @@ def locate(model: str, revision: str | None, *, weights: bool = True) -> tuple[P
         raise CheckpointNotFoundError(f"{path}: {lost}")
     if not is_hub_id(model):
         raise CheckpointNotFoundError(f"{model}: no such folder, and not a Hub id (owner/name) or '{DEMO}'")
-    folder = _download(model, revision, _TEXTS)
+    folder = _download(model, revision, _TEXTS, quiet=True)
     at = folder.name if _COMMIT.fullmatch(folder.name) else revision  # all files of one commit
     if (folder / "config.json").is_file():
         refuse_other_forms(read_json_object(folder / "config.json"), f"{model}: config.json")
     shards = sorted(set(read_index(folder / INDEX).values())) if (folder / INDEX).exists() else []
     if not weights:
         return folder, model, "hub"
+    if not shards and not (folder / SINGLE).is_file():
+        names = _file_names(model, at)
+        if names and SINGLE not in names:
+            refuse_other_formats(listed_place(model, names, folder))
     _download(model, at, [SINGLE, *map(glob.escape, shards)])
     if not is_whole(folder) and (names := _file_names(model, at)):
         refuse_other_formats(listed_place(model, names, folder))
@@ -167,10 +172,18 @@ def remote_headers(model: str, revision: str, files: Sequence[str]) -> dict[str,
     return found
 
 
-def _download(model: str, revision: str | None, patterns: Sequence[str]) -> Path:
+class _NoBar(tqdm):  # type: ignore[type-arg]  # of whatever
+    """Shows nothing: a few texts come at once, and what they say may be that nothing else will."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options | {"disable": True})
+
+
+def _download(model: str, revision: str | None, patterns: Sequence[str], *, quiet: bool = False) -> Path:
+    bar = _NoBar if quiet else None
     try:
         # Resumes what is partly there; without a network, or with HF_HUB_OFFLINE=1, it answers from the cache.
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns), tqdm_class=bar))
     except LocalEntryNotFoundError as error:
         raise CheckpointNotFoundError(
             f"{model}: the Hub cannot be reached and the cache has no copy; check the network or HF_HUB_OFFLINE"

@@ -164,9 +164,7 @@ class ConcatRunner:
         self._refuse_slots()
         if all_positions:
             check_positions(self.variant)
-        rows = self._vectors.take(sequences, self.cache_lengths, self.max_cache_length)
-        cache = self._empty_cache(len(rows)) if self._cache is None else self._cache
-        return self._prefilled(rows, cache, all_positions)
+        return self._prefilled(*self._taken(sequences), all_positions)
 
     def _prefilled(self, rows: list[Ids], cache: ConcatCache, all_positions: bool) -> list[Logits]:
         logits, extended = self._extend(cache, rows, all_positions)
@@ -178,7 +176,15 @@ class ConcatRunner:
     def prefill_hidden(self, sequences: Sequence[TokenIds]) -> list[HiddenStates]:
         self._refuse_slots()
         check_gives_hidden(self.variant)
-        rows, cache = self._checked(sequences)
+        return self._prefilled_hidden(*self._checked(sequences))
+
+    @one_thread
+    def prefill_embeds_hidden(self, sequences: Sequence[npt.NDArray[np.float32]]) -> list[HiddenStates]:
+        self._refuse_slots()
+        check_gives_hidden(self.variant)
+        return self._prefilled_hidden(*self._taken(sequences))
+
+    def _prefilled_hidden(self, rows: list[Ids], cache: ConcatCache) -> list[HiddenStates]:
         numbers = self.variant.hidden_states
         pieces, extended = self._computed(cache, rows, list(numbers.values()))
         whole = [np.concatenate(arrays, axis=1) for arrays in zip(*pieces, strict=True)]  # (B, S, hidden) each
@@ -375,6 +381,11 @@ class ConcatRunner:
             cache_lengths=self.cache_lengths,
             max_cache_length=self.max_cache_length,
         )
+        return rows, self._empty_cache(len(rows)) if self._cache is None else self._cache
+
+    def _taken(self, sequences: Sequence[npt.NDArray[np.float32]]) -> tuple[list[Ids], ConcatCache]:
+        """As `_checked`, of vectors."""
+        rows = self._vectors.take(sequences, self.cache_lengths, self.max_cache_length)
         return rows, self._empty_cache(len(rows)) if self._cache is None else self._cache
 
     def _empty_cache(self, batch_size: int) -> ConcatCache:

@@ -109,9 +109,7 @@ class RowRunner(ABC):
     ) -> list[Logits]:
         if all_positions:
             check_positions(self.variant)
-        self._refuse_free_slots()
-        rows = self._vectors.take(sequences, self.cache_lengths, self.max_cache_length)
-        return self._prefilled(rows, all_positions)
+        return self._prefilled(self._taken(sequences), all_positions)
 
     def _prefilled(self, rows: list[Ids], all_positions: bool) -> list[Logits]:
         tokens = [np.concatenate(pair) for pair in zip(self._held(len(rows)), rows, strict=True)]
@@ -141,7 +139,14 @@ class RowRunner(ABC):
     @one_thread
     def prefill_hidden(self, sequences: Sequence[TokenIds]) -> list[HiddenStates]:
         check_gives_hidden(self.variant)
-        rows = self._checked(sequences)
+        return self._prefilled_hidden(self._checked(sequences))
+
+    @one_thread
+    def prefill_embeds_hidden(self, sequences: Sequence[npt.NDArray[np.float32]]) -> list[HiddenStates]:
+        check_gives_hidden(self.variant)
+        return self._prefilled_hidden(self._taken(sequences))
+
+    def _prefilled_hidden(self, rows: list[Ids]) -> list[HiddenStates]:
         tokens = [np.concatenate(pair) for pair in zip(self._held(len(rows)), rows, strict=True)]
         numbers = self.variant.hidden_states
         found = self._hidden(rows, tokens, list(numbers.values()))
@@ -459,6 +464,10 @@ class RowRunner(ABC):
             cache_lengths=self.cache_lengths,
             max_cache_length=self.max_cache_length,
         )
+
+    def _taken(self, sequences: Sequence[npt.NDArray[np.float32]]) -> list[Ids]:
+        self._refuse_free_slots()
+        return self._vectors.take(sequences, self.cache_lengths, self.max_cache_length)
 
     def _held(self, rows: int) -> tuple[Ids, ...]:
         return self.cached_tokens or (_NOTHING,) * rows

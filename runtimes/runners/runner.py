@@ -9,6 +9,7 @@
 | decode_block                   | n token ids, any int, for one row   | float32 [n, vocab_size]                     |
 | prefill_embeds                 | B rows of vectors, float [n_b, hidden] | as prefill                               |
 | prefill_hidden                 | B rows of n_b token ids, any int    | per row, by number, float32 [n_b, hidden]   |
+| prefill_embeds_hidden          | as prefill_embeds                   | as prefill_hidden                           |
 | score, of a classifier         | B rows of n_b token ids, any int    | float32 [B, labels]                         |
 | truncate                       | B lengths, any int                  | nothing: row b keeps its first tokens       |
 
@@ -173,6 +174,21 @@ class Runner(Protocol):
         Raises:
             UsageError: the graph gives none.
             InputError, ContextLengthError, NumericError: as `prefill`.
+        """
+        ...
+
+    def prefill_embeds_hidden(self, sequences: Sequence[npt.NDArray[np.float32]]) -> list[HiddenStates]:
+        """Append vectors to every row of the cache, as `prefill_embeds` does, and give the hidden states of each.
+
+        Args:
+            sequences: as `prefill_embeds`.
+
+        Returns:
+            As `prefill_hidden`.
+
+        Raises:
+            UsageError: the graph gives no hidden states, or takes no vectors.
+            InputError, ContextLengthError, NumericError: as `prefill_embeds`.
         """
         ...
 

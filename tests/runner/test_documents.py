@@ -11,6 +11,8 @@ import pytest
 
 from runtimes import open_runner
 from runtimes.cli import main
+from runtimes.documents import Document, read_documents, written
+from runtimes.errors import InputError
 from runtimes.manifest import MANIFEST_NAME
 from runtimes.runners.embeddings import embed
 from runtimes.text.tokenizer import Tokenizer
@@ -54,7 +56,7 @@ def lines(text: str) -> list[dict[str, object]]:
 
 
 def test_lines_of_text_are_scored(scorer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "in.txt").write_text("\n\n".join(TEXTS) + "\r\n", encoding="utf-8")
+    (tmp_path / "in.txt").write_text("\n".join(TEXTS) + "\r\n", encoding="utf-8")
     assert main(["score", str(scorer), str(tmp_path / "in.txt")]) == 0
     found = lines(capsys.readouterr().out)
     tokenizer = Tokenizer.from_package(scorer)
@@ -97,6 +99,46 @@ def test_what_is_no_document_is_refused(
     out, err = capsys.readouterr()
     assert out == ""
     assert words in err
+
+
+def read(text: str, found: str = "scores") -> list[Document]:
+    """Read JSON, whose texts nothing here encodes."""
+
+    def tokenizer() -> Tokenizer:
+        raise AssertionError("a blank line is refused before a text is encoded")
+
+    return list(read_documents(text, tokenizer, jsonl=True, vocab_size=9, longest=4, found=found))
+
+
+def test_a_blank_line_is_refused_before_any_is_read() -> None:
+    """Dropped, it would move every answer behind it up by a line."""
+    ids = '{"token_ids": [3]}'
+    for text, words in (
+        (f'"a text"\n\n{ids}\n', "line 2: blank; each line is a text, and is answered by a line"),
+        (f"{ids}\n \t\n{ids}\n\n", "line 2, 4: blank"),
+        ("\n", "line 1: blank"),
+    ):
+        with pytest.raises(InputError, match=words):
+            read(text)
+    assert [document.line for document in read(f"{ids}\n{ids}")] == [1, 2]
+    assert [document.line for document in read(f"{ids}\n{ids}\n")] == [1, 2]
+    assert read("") == []
+
+
+def test_a_field_that_would_be_overwritten_is_refused_by_name() -> None:
+    for line, found, words in (
+        ('{"token_ids": [3], "scores": 1}', "scores", '"scores": what is written of a text has that name'),
+        ('{"token_ids": [3], "tokens": 1}', "scores", '"tokens": what is written'),
+        ('{"token_ids": [3], "embedding": 1, "tokens": 2}', "embedding", '"tokens" and "embedding": what is written'),
+    ):
+        with pytest.raises(InputError, match=f"line 2: {words}"):
+            read(f'{{"token_ids": [3]}}\n{line}', found)
+    (document,) = read('{"token_ids": [3], "embedding": 1}')  # of the other command
+    assert json.loads(written(document, "scores", {"good": 0.5})) == {
+        "embedding": 1,
+        "tokens": 1,
+        "scores": {"good": 0.5},
+    }
 
 
 def test_ids_need_no_tokenizer(scorer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,8 +184,8 @@ def test_lines_are_embedded(embedder: Path, tmp_path: Path, capsys: pytest.Captu
     for name, vectors in (("mean", mean), ("last", last)):
         assert [line["tokens"] for line in found[name]] == [len(row) for row in ids]
         assert found[name][0]["id"] == 3
-        written = np.array([line["embedding"] for line in found[name]], np.float32)
-        np.testing.assert_allclose(written, vectors, rtol=1e-5, atol=1e-6)
+        given_back = np.array([line["embedding"] for line in found[name]], np.float32)
+        np.testing.assert_allclose(given_back, vectors, rtol=1e-5, atol=1e-6)
 
 
 def test_a_package_without_hidden_states_is_refused(

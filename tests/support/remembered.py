@@ -85,6 +85,10 @@ class _Remembered:
         asked = (*self._question, "mixed", before, vectors, behind)
         return _ANSWERS.to(asked, lambda: self._open().mixed(before, vectors, behind))
 
+    def mixed_states(self, before: np.ndarray, vectors: np.ndarray, behind: np.ndarray, numbers: Sequence[int]) -> Any:
+        asked = (*self._question, "mixed states", before, vectors, behind, tuple(numbers))
+        return _ANSWERS.to(asked, lambda: self._open().mixed_states(before, vectors, behind, numbers))
+
     def greedy(self, prompt: np.ndarray, new_tokens: int) -> Any:
         return _ANSWERS.to(
             (*self._question, "greedy", prompt, new_tokens), lambda: self._open().greedy(prompt, new_tokens)

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -240,6 +241,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return open_package_model(package, variant=variant)
 
     monkeypatch.setattr(revisions, "open_package_model", opened)
+    monkeypatch.setattr(revision_packages, "load_tensorrt", lambda _: SimpleNamespace(version=full_tensorrt.VERSION))
     return full_tensorrt.pretend_installed(monkeypatch, revision_packages)
 
 
@@ -274,7 +276,7 @@ def test_engines_of_a_sweep_are_built_once_and_refitted(
         sweep(str(folder), NAMES, out, text=ids, context=64)
 
 
-def test_an_engine_that_is_there_is_kept_and_one_of_another_gpu_is_not(
+def test_an_engine_that_is_there_is_kept_and_one_of_another_gpu_or_tensorrt_is_not(
     worker: list[Any], folder: Path, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -290,6 +292,12 @@ def test_an_engine_that_is_there_is_kept_and_one_of_another_gpu_is_not(
     plan.write_bytes(b"damaged")
     assert sweep(str(folder), NAMES[:1], out, **options)[0].engine == "built"
     assert (plan.read_bytes(), len(worker)) == (b"plan", 2)
+
+    (out / "sweep.json").unlink()
+    monkeypatch.setattr(revision_packages, "load_tensorrt", lambda _: SimpleNamespace(version="99.0"))
+    assert sweep(str(folder), NAMES[:1], out, **options)[0].engine == "built"
+    assert len(worker) == 3
+    monkeypatch.setattr(revision_packages, "load_tensorrt", lambda _: SimpleNamespace(version=full_tensorrt.VERSION))
 
     full_tensorrt.pretend_installed(monkeypatch, revision_packages, gpu="8.9")
     two = sweep(str(folder), NAMES[:2], out, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,3 +129,17 @@ def vector_trt(vector_package: Callable[[str], Path], shared: Shared) -> Callabl
         return shared.made("trt", f"vectors_{precision}", lambda out: with_trt_graph(package, out, options))
 
     return of
+
+
+@pytest.fixture(scope="session")
+def both_package(hidden_checkpoint: Callable[[str], Path], shared: Shared) -> Path:
+    """An olmo2 whose graphs take vectors and give hidden states, with one for TensorRT. Do not change it."""
+
+    def make(out: Path) -> None:
+        plain = out.with_name(f"{out.name}.plain")
+        options = Options(inputs_embeds=True, hidden_states=(0, 1, -1))
+        export(open_checkpoint(str(hidden_checkpoint("olmo2"))), plain, variants=["fp32", "q4"], options=options)
+        with_trt_graph(plain, out, TrtOptions("fp32", TRT_CAPACITY))
+        shutil.rmtree(plain)
+
+    return shared.made("package", "both", make)

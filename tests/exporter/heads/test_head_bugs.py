@@ -10,7 +10,7 @@ from support.bugs import heads
 from support.bugs.edits import Bug
 from support.rebuilt_packages import rebuilt, rebuilt_trt
 
-from olmo2_export.locate.layer_checks import LINEAR, POOL
+from olmo2_export.locate.layer_checks import BATCH, LINEAR, POOL
 from olmo2_export.locate.locate import format_location, locate
 from olmo2_export.measure.parity import KERNEL_PARITY
 from olmo2_export.verify.verify import verify
@@ -19,9 +19,12 @@ from olmo2_export.weights.checkpoint import open_checkpoint
 NAMED: list[tuple[Bug, str, str, str]] = [
     (heads.pooled_at_the_last_token, "model.norm_input", POOL, "it takes the last token, padding or not"),
     (heads.pooled_at_the_first_token, "model.norm_input", POOL, "it takes the first token"),
+    (heads.pooled_where_the_first_row_is, BATCH, POOL, "it takes the first row's token of every row"),
     (heads.labels_swapped, "score", LINEAR, ""),
 ]
 GRAPHS = {"fp32": "onnx/model.onnx", "q4": "onnx/model_q4.onnx", "trt_fp32": ""}
+
+pytestmark = pytest.mark.usefixtures("short_rows", "little_text")
 
 
 def test_every_bug_is_located() -> None:

@@ -10,11 +10,13 @@ import pytest
 
 from olmo2_export.measure.parity import (
     GATES,
+    KERNELS,
     QUALITY,
     Check,
     Gate,
     GreedyResult,
     ParityReport,
+    Scale,
     compare,
     compare_greedy,
     failed_case,
@@ -152,6 +154,29 @@ def test_the_largest_of_several_draws_is_the_unit_and_no_limit_is_below_it() -> 
     worse = compare("prefill", LENGTHS, [exact + 3 * (test - exact)], [exact], [own], GATES["fp32"], [[draw]])
     assert [f.split()[0] for f in worse.failures] == ["nmse", "kl_mean"]  # more than twice PyTorch's largest
     assert worse.nmse > 1e-11
+
+
+def test_scores_of_tokens_that_cost_more_to_round_are_held_to_what_they_cost_pytorch() -> None:
+    """A right OLMo 1 classifier in q8 was 1.55 of its gate of 1.5: both round alike, at tokens dearer than the mean."""
+    random = np.random.default_rng(0)
+    truth = random.normal(size=(10, 3))
+    rounding = 1.6e-3 * random.choice([-1.0, 1.0], size=truth.shape)
+    own = truth + rounding
+    scale = Scale(own_error=1e-3, variance=1.0)
+
+    def ratio(graph: np.ndarray, pytorch: np.ndarray = own) -> tuple[float, bool]:
+        case = compare("x", [10], [graph], [truth], [pytorch], KERNELS, (), scale)
+        return round(case.error_ratio, 3), case.passed
+
+    assert ratio(own) == (1.0, True)
+    assert ratio(truth + 1.6 * rounding) == (1.6, False)  # of what rounding costs at these tokens
+    other = 1.2 * rounding * np.resize([1.0, -1.0], (10, 1))
+    assert ratio(own + other) == (1.562, False)  # a little more again that is not PyTorch's
+    cheap = truth + rounding / 100
+    assert ratio(truth + rounding, cheap) == (1.6, False)  # the unit is not below that of all cases
+    drawn = [[truth + factor * rounding] for factor in (0.5, 2.0)]
+    case = compare("x", [10], [own], [truth], [cheap], KERNELS, drawn, scale)
+    assert case.error_ratio == pytest.approx(np.sqrt(3 / (0.01**2 + 0.5**2 + 2.0**2)))
 
 
 def test_draws_leave_the_limits_of_an_ordinary_model_alone() -> None:

@@ -6,6 +6,7 @@ Locally and on a hub of our own, of which no weights are downloaded to find out.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -183,6 +184,7 @@ def test_a_repository_is_refused_before_its_weights_are_downloaded(
         error = refused(REPOSITORY)
     assert f"error: {REPOSITORY}: " in error
     assert said in error
+    assert not re.search(r"Fetching|Download|\d%|it/s|0\.00", error), error  # no bar of what is not taken
     fetched = {name for name, _ in running.downloads}
     assert fetched <= {"config.json"}, fetched
 

@@ -35,10 +35,28 @@ def pooled_at_the_first_token(model: ir.Model) -> None:
     pick.replace_input_with(1, none.outputs[0])
 
 
+def pooled_where_the_first_row_is(model: ir.Model) -> None:
+    """Right for every row alone."""
+    pick = _pick(model)
+    index = pick.inputs[1]
+    assert index is not None
+    bounds = [constant(model, f"{name}_wrong", np.array([at])) for name, at in (("start", 0), ("stop", 1), ("axis", 0))]
+    first = ir.node("Slice", [index, *bounds])
+    none = ir.node("Mul", [index, constant(model, "zero_wrong", np.array([0]))])
+    every = ir.node("Add", [none.outputs[0], first.outputs[0]])
+    model.graph.insert_before(pick, [first, none, every])
+    pick.replace_input_with(1, every.outputs[0])
+
+
 def labels_swapped(model: ir.Model) -> None:
     value = model.graph.initializers["score.weight"]
     assert value.const_value is not None
     value.const_value = ir.tensor(value.const_value.numpy()[:, ::-1].copy(), dtype=value.dtype, name=value.name)
 
 
-HEAD_BUGS: list[Bug] = [pooled_at_the_last_token, pooled_at_the_first_token, labels_swapped]
+HEAD_BUGS: list[Bug] = [
+    pooled_at_the_last_token,
+    pooled_at_the_first_token,
+    pooled_where_the_first_row_is,
+    labels_swapped,
+]

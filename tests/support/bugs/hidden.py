@@ -6,7 +6,7 @@ import onnx_ir as ir
 from support.bugs.edits import Bug
 
 
-def _cast(model: ir.Model, name: str) -> ir.Node:
+def state_node(model: ir.Model, name: str) -> ir.Node:
     """Return what gives an output in float32, be it cast before."""
     value = next(v for v in model.graph.outputs if v.name == name)
     node = value.producer()
@@ -16,7 +16,7 @@ def _cast(model: ir.Model, name: str) -> ir.Node:
 
 def state_of_the_next_layer(model: ir.Model) -> None:
     """The output of layer 2 for that of layer 1: the numbers are those of transformers but for one."""
-    wrong, right = _cast(model, "hidden_states.2"), _cast(model, "hidden_states.1")
+    wrong, right = state_node(model, "hidden_states.2"), state_node(model, "hidden_states.1")
     source = wrong.inputs[0]
     right.replace_input_with(0, source)
     model.graph.remove(right)
@@ -24,7 +24,7 @@ def state_of_the_next_layer(model: ir.Model) -> None:
 
 
 def last_state_without_its_norm(model: ir.Model) -> None:
-    cast = _cast(model, "hidden_states.3")
+    cast = state_node(model, "hidden_states.3")
     value = cast.inputs[0]
     while value is not None and value.producer() is not None and "Norm" not in value.producer().op_type:  # type: ignore[union-attr]
         value = value.producer().inputs[0]  # type: ignore[union-attr]
