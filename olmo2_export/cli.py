@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     level = logging.DEBUG if debug else logging.WARNING
     logging.basicConfig(level=level, format="olmo2-export: %(levelname)s: %(message)s")
+    logging.getLogger("runtimes.hub").setLevel(min(level, logging.INFO))  # which commit a package on the Hub is
     return run_command(
         "olmo2-export",
         lambda: run(parse_args(argv)),
