@@ -31,7 +31,7 @@ from runtimes.manifest import (
 from runtimes.sealed import FileEntry, check_files, hash_files
 
 HUB = "hf:"
-"""begins the name of a package on the Hub; a folder of such a name is written ./hf:..."""
+"""begins the name of a package on the Hub; a folder of such a name is given by its absolute path"""
 
 _Identity: TypeAlias = tuple[int, int, int, int, int]
 _EXPORT_AGAIN = "export the package again"
@@ -213,7 +213,7 @@ def _open_on_hub(name: str) -> Package:
         raise BackendError(
             f"{name}: huggingface_hub cannot be imported ({error}); run: pip install 'olmo2-export[hub]'"
         ) from error
-    documents = (MANIFEST_NAME, PARITY_NAME, f"{TRT_FOLDER}/{MANIFEST_NAME}")
+    documents = (MANIFEST_NAME, PARITY_NAME, f"{TRT_FOLDER}/{MANIFEST_NAME}", "config.json")
     snapshot = open_snapshot(name, place, documents)
     manifest, checksum = read_manifest(snapshot.folder)
     return Package(snapshot.folder, manifest, checksum, fetch=snapshot.fetch, remedy=snapshot.remedy)
