@@ -7,7 +7,20 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from olmo2_export.verbs import bench, build, debug, evaluate, export, fp16, inspect, report, revisions, sweep, verify
+from olmo2_export.verbs import (
+    bench,
+    build,
+    debug,
+    evaluate,
+    export,
+    fp16,
+    inspect,
+    push,
+    report,
+    revisions,
+    sweep,
+    verify,
+)
 from runtimes.command import Parser, run_command
 
 # In the order of a package's life.
@@ -23,6 +36,7 @@ VERBS = {
     "bench": bench,
     "report": report,
     "inspect": inspect,
+    "push": push,
 }
 
 

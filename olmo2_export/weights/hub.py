@@ -121,6 +121,21 @@ def list_refs(model: str) -> list[Ref]:
     return branches + tags
 
 
+def licence_of(model: str, revision: str | None) -> dict[str, str]:
+    """Return what the card of a repository says of its licence: `license`, and of another `license_name` and `_link`.
+
+    Raises:
+        CheckpointNotFoundError: the Hub cannot be reached, or has no such revision.
+    """
+    try:
+        card = HfApi().model_info(model, revision=revision).card_data
+    except REQUEST_FAILED as error:
+        raise CheckpointNotFoundError(f"{model}: its licence is not known: {why(model, error)}") from error
+    said = {} if card is None else card.to_dict()
+    names = ("license", "license_name", "license_link")
+    return {name: said[name] for name in names if isinstance(said.get(name), str)}
+
+
 def remote_headers(model: str, revision: str, files: Sequence[str]) -> dict[str, dict[str, tuple[str, list[int]]]]:
     """Read the headers of weight files that stay on the Hub: some 100 KB of each.
 
