@@ -13,6 +13,7 @@ from typing import Any
 from olmo2_export.publish.contents import Contents
 from olmo2_export.report.parts import FAILED, PASSED, UNKNOWN, figures, markdown_text, number, percent
 from olmo2_export.summary.text import size
+from olmo2_export.verify.feeds import MODES
 from runtimes.manifest import Variant
 from runtimes.targets import TARGETS, find_target
 
@@ -134,9 +135,15 @@ def _verified(contents: Contents) -> list[str]:
     for name, report in contents.reports.items():
         verdicts = report.get("verdicts") or {}
         said = [PASSED if verdicts.get(kind, report["passed"]) else FAILED for kind in ("kernel parity", "quality")]
-        measured = [_with_limit(report, *limit) for limit in _LIMITS]
-        change = number((report.get("perplexity") or {}).get("relative"))
-        rows.append((name, str(report["backend"]), *said, *measured, percent(change)))
+        change = percent(number((report.get("perplexity") or {}).get("relative")))
+        for form, cases in _by_form(report["cases"]).items():
+            gate = {} if form else report.get("gate") or {}
+            measured = [_with_limit(cases, gate, *limit) for limit in _LIMITS]
+            if form:  # held to limits of its own
+                failed = any(case.get("failures") for case in cases)
+                rows.append((f"{name}, {form}", "", FAILED if failed else PASSED, "", *measured, ""))
+            else:
+                rows.append((name, str(report["backend"]), *said, *measured, change))
         for check in report.get("checks", ()):
             checks.append((name, str(check["name"]), str(check["found"]), FAILED if check["failures"] else PASSED))
         greedy = report.get("greedy") or {}
@@ -149,7 +156,8 @@ def _verified(contents: Contents) -> list[str]:
         "by token, alone and in a ragged batch. Errors are against float64, in units of PyTorch's own; each number is "
         "the worst of all cases, its limit in brackets. Kernel parity: the graph computes what its weights say, and KL "
         "and top-1 are of that. Quality, in the second table and the last column: what these weights cost beside the "
-        "checkpoint's.",
+        "checkpoint's. Lines with another name behind the variant's are of another form of its graph, such as the "
+        "one for prompts, at limits of its own.",
         "",
         *_table(rows, numbers=(4, 5, 6, 7)),
         "",
@@ -159,10 +167,19 @@ def _verified(contents: Contents) -> list[str]:
     ]
 
 
-def _with_limit(report: Mapping[str, Any], metric: str, sign: str, form: str) -> str:
-    values = [number(case.get(metric)) for case in report["cases"]]
-    worst = (min if sign == "≥" else max)(values, default=math.nan)
-    limit = number((report.get("gate") or {}).get(metric))
+def _by_form(cases: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Return form of the graph -> its cases, the graph as it is first, under no name."""
+    found: dict[str, list[Mapping[str, Any]]] = {"": []}
+    for case in cases:
+        mode = str(case["mode"])
+        plain = next((known for known in MODES if mode.endswith(known)), mode)
+        found.setdefault(mode.removesuffix(plain).strip(), []).append(case)
+    return found
+
+
+def _with_limit(cases: Sequence[Mapping[str, Any]], gate: Mapping[str, Any], metric: str, sign: str, form: str) -> str:
+    worst = (min if sign == "≥" else max)((number(case.get(metric)) for case in cases), default=math.nan)
+    limit = number(gate.get(metric))
     if not math.isfinite(limit) or (sign == "≥" and limit == 0):
         return figures(worst, form)
     return f"{figures(worst, form)} ({sign} {f'{limit:.1%}' if form.endswith('%') else f'{limit:g}'})"
@@ -182,8 +199,8 @@ def _not_verified(contents: Contents) -> Iterator[str]:
             yield f"{markdown_text(name)}: texts of more than {longest:,} tokens; its cache holds {held:,}."
         if report.get("coverage"):
             yield f"{markdown_text(name)}: {markdown_text(str(report['coverage']))}."
-        if report.get("tokens_from") not in (None, "text"):
-            yield f"{markdown_text(name)}: tokens of real text; these were {markdown_text(str(report['tokens_from']))}."
+        if "text" not in str(report.get("tokens_from")):
+            yield f"{markdown_text(name)}: tokens of a text; these were {markdown_text(str(report['tokens_from']))}."
     if contents.reports:
         backends = sorted({str(report["backend"]) for report in contents.reports.values()})
         yield f"Any other backend or device than {markdown_text(', '.join(backends))}, and any other machine."
