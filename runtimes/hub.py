@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, errors, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -33,9 +33,14 @@ from runtimes.errors import PackageNotFoundError, UsageError
 
 logger = logging.getLogger(__name__)
 
-REQUEST_FAILED: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], HFValidationError, OSError)
+REQUEST_FAILED: tuple[type[Exception], ...] = (
+    HfHubHTTPError.__bases__[0],
+    HFValidationError,
+    OSError,
+    getattr(errors, "XetDownloadError", OSError),
+)
 """what is raised of a request: HfHubHTTPError is both an error of the library below, which has others for a network
-that is down, and an OSError, as OfflineModeIsEnabled is"""
+that is down, and an OSError, as OfflineModeIsEnabled is. XetDownloadError is newer than the oldest version"""
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _UNREACHABLE = "the Hub cannot be reached and the cache has no copy; check the network or HF_HUB_OFFLINE"
@@ -146,4 +151,4 @@ def why(repository: str, error: BaseException) -> str:
 
 def reason(error: BaseException) -> str:
     """Return what an error says of itself, in one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__

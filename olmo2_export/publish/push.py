@@ -105,7 +105,7 @@ def push(
             parent_commit=info.sha,
         )
     except _UPLOAD_FAILED as error:
-        cause = error.__cause__ if isinstance(error.__cause__, REQUEST_FAILED) else error
+        cause = error.__cause__ or error if isinstance(error, RuntimeError) else error
         raise FailedError(
             f"{repository}: {why(repository, cause)}; nothing was published; run it again, and it goes on from here"
         ) from error
@@ -125,7 +125,7 @@ def _find(api: HfApi, repository: str, *, create: bool, private: bool) -> ModelI
             raise UsageError(
                 f"{repository}: no such repository, or one that this token does not see; --create makes it"
             ) from error
-        api.create_repo(repository, private=private, exist_ok=True)
+        api.create_repo(repository, private=private or None, exist_ok=True)  # else as the owner has set
         info = api.model_info(repository)
     if private and not info.private:
         raise UsageError(f"{repository}: is there, and public; leave out --private, or name another")
