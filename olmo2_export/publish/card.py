@@ -130,7 +130,8 @@ def _verdict(contents: Contents, name: str) -> str:
 def _verified(contents: Contents) -> list[str]:
     if not contents.reports:
         return ["Nothing: this package was not compared with PyTorch."]
-    rows = [("variant", "on", "kernel parity", "quality", "error / PyTorch", "KL mean", "top-1", "perplexity")]
+    head = ("variant", "on", "kernel parity", "quality", "error / PyTorch", "KL mean", "top-1", "perplexity")
+    rows: list[tuple[str, ...]] = [head]
     checks = [("variant", "check", "found", "verdict")]
     for name, report in contents.reports.items():
         verdicts = report.get("verdicts") or {}

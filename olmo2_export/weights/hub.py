@@ -131,9 +131,8 @@ def licence_of(model: str, revision: str | None) -> dict[str, str]:
         card = HfApi().model_info(model, revision=revision).card_data
     except REQUEST_FAILED as error:
         raise CheckpointNotFoundError(f"{model}: its licence is not known: {why(model, error)}") from error
-    said = {} if card is None else card.to_dict()
-    names = ("license", "license_name", "license_link")
-    return {name: said[name] for name in names if isinstance(said.get(name), str)}
+    said = {name: getattr(card, name, None) for name in ("license", "license_name", "license_link")}
+    return {name: value for name, value in said.items() if isinstance(value, str)}
 
 
 def remote_headers(model: str, revision: str, files: Sequence[str]) -> dict[str, dict[str, tuple[str, list[int]]]]:
