@@ -7,7 +7,20 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from olmo2_export.verbs import bench, build, debug, evaluate, export, fp16, inspect, report, revisions, sweep, verify
+from olmo2_export.verbs import (
+    bench,
+    build,
+    debug,
+    evaluate,
+    export,
+    fp16,
+    inspect,
+    push,
+    report,
+    revisions,
+    sweep,
+    verify,
+)
 from runtimes.command import Parser, run_command
 
 # In the order of a package's life.
@@ -23,6 +36,7 @@ VERBS = {
     "bench": bench,
     "report": report,
     "inspect": inspect,
+    "push": push,
 }
 
 
@@ -55,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     level = logging.DEBUG if debug else logging.WARNING
     logging.basicConfig(level=level, format="olmo2-export: %(levelname)s: %(message)s")
+    logging.getLogger("runtimes.hub").setLevel(min(level, logging.INFO))  # which commit a package on the Hub is
     return run_command(
         "olmo2-export",
         lambda: run(parse_args(argv)),

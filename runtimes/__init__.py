@@ -68,7 +68,8 @@ def open_runner(
     """Open one graph of a package; close it, or use it in a `with`.
 
     Args:
-        package: the package folder, or one that is open: its files are then hashed once for all its runners.
+        package: the package folder, or `hf:OWNER/NAME[@REVISION]`, of which the Hub's cache gets the files that this
+            variant needs; or one that is open: its files are then hashed once for all its runners.
         variant: which; None means the fastest verified one that the device runs: of those that parity.json says passed,
             the first of q4, q8, fp32 on a CPU, or of bf16, fp16, q4f16 on another device of ort; of those not verified
             yet, if none is; one that failed only where there is no other. With a TensorRT backend the first by name
@@ -90,8 +91,8 @@ def open_runner(
     Raises:
         UsageError: threads or max_slots out of range, exact is no bool, or a device, threads or exact that the backend
             has no use for.
-        BackendError: an unknown backend or device, or one whose library or GPU is not there.
-        PackageNotFoundError, VariantNotFoundError: no such package, no such variant in it.
+        BackendError: an unknown backend or device, or one whose library or GPU is not there; huggingface_hub is not.
+        PackageNotFoundError, VariantNotFoundError: no such package, no such variant in it; the Hub does not give it.
         IntegrityError: a file is not the one that was exported.
         PackageError: the backend cannot load the graph, or it is not the graph the manifest describes.
         ResourceError: the GPU's memory does not hold the engine and its KV cache.

@@ -57,7 +57,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description="Continue a prompt; the new text goes to stdout as it is made.",
         allow_abbrev=False,
     )
-    verb.add_argument("package", type=Path, metavar="PACKAGE", help="the package folder")
+    verb.add_argument("package", type=Path, metavar="PACKAGE", help="its folder, or hf:OWNER/NAME[@REV] on the Hub")
     verb.add_argument("--prompt", required=True, metavar="TEXT", help="- reads stdin, less one newline at its end")
     verb.add_argument(
         "--special-tokens",
@@ -181,7 +181,7 @@ def _bias(word: str) -> tuple[int, float]:
 
 def _declare_documents(verb: argparse.ArgumentParser, function: Callable[[argparse.Namespace], None]) -> None:
     """Declare the arguments of a verb that reads texts and writes JSON."""
-    verb.add_argument("package", metavar="PACKAGE", help="the package folder")
+    verb.add_argument("package", metavar="PACKAGE", help="its folder, or hf:OWNER/NAME[@REV] on the Hub")
     verb.add_argument("input", nargs="?", default="-", metavar="FILE", help="UTF-8, a text a line (default: -, stdin)")
     verb.add_argument(
         "--jsonl",
@@ -439,7 +439,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the text
-    logging.basicConfig(level=logging.INFO, format="%(message)s")  # on stderr: what a GPU's memory is used for
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("runtimes").setLevel(logging.INFO)  # on stderr: which commit, what a GPU's memory is used for
     return run_command(
         "olmo2-run",
         lambda: run(parse_args(argv)),

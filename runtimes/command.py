@@ -32,7 +32,12 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
-def _path_argument(text: str) -> Path:
+def path_argument(text: str) -> Path:
+    """Return a path of a command line, its home expanded.
+
+    Raises:
+        ArgumentTypeError: there is no such home.
+    """
     path = expanded(text)
     if text.startswith("~") and path == Path(text):
         raise argparse.ArgumentTypeError(f"{text}: there is no home of {path.parts[0]}; write ./{text} for a folder")
@@ -45,7 +50,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         """Take argparse's own options."""
         super().__init__(**options)
-        self.register("type", Path, _path_argument)
+        self.register("type", Path, path_argument)
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong.

@@ -130,6 +130,8 @@ def token_text(source: AnyPackage, path: Path, *, most: int | None = None, is_pa
     Raises:
         PackageError: text, and no tokenizer to read it with.
     """
+    if isinstance(source, Package):
+        source.provide(name for name in ("tokenizer.json",) if name in source.manifest.files)
     folder = source.folder if isinstance(source, Package) else Path(source)
     if path.suffix == ".npy" and not (folder / "tokenizer.json").is_file():
         return TokenText(path, None, None, most)

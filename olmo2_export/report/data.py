@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,16 +151,6 @@ def gather(
         tokens_from=origin,
         bench=measured,
     )
-
-
-def number(value: object) -> float:
-    """Return a number of `parity.json`, where one that is not finite is a string; NaN where there is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return math.nan
-    try:
-        return float(value)
-    except ValueError:
-        return math.nan
 
 
 def _parity(path: Path) -> dict[str, Any]:

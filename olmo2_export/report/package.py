@@ -8,8 +8,8 @@ from pathlib import PurePath
 
 from olmo2_export.report import plots
 from olmo2_export.report.bench_file import Bench, Ratio
-from olmo2_export.report.data import ReportData, number
-from olmo2_export.report.parts import FAILED, NONE, Drawing, Section, Table, figures, rate, seconds, sized
+from olmo2_export.report.data import ReportData
+from olmo2_export.report.parts import FAILED, NONE, Drawing, Section, Table, figures, number, rate, seconds, sized
 from olmo2_export.summary.text import short_name, size
 
 _MOST_GRAPHS = 4  # in one figure

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from olmo2_export.atomic import check_replaceable, replace_folder
 from olmo2_export.report import plots
 from olmo2_export.report.data import ReportData
 from olmo2_export.report.parity import passed_all
-from olmo2_export.report.parts import FAILED, FIGURES, NONE, PASSED, UNKNOWN
+from olmo2_export.report.parts import FAILED, FIGURES, NONE, PASSED, UNKNOWN, markdown_text
 from olmo2_export.report.sections import sections
 from olmo2_export.summary.text import size
 from runtimes.command import printable
@@ -25,7 +25,6 @@ HTML, MARKDOWN = "report.html", "report.md"
 _TEMPLATES = Path(__file__).parent
 _GENERATOR = '<meta name="generator" content="olmo2-export report">'
 _NUMBER = re.compile(r"[≤≥]? ?[+±-]?[\d.,]+(e[+-]?\d+)?( ?(%|[kMG]?B|m?s|tokens/s))?")
-_MARKDOWN_SIGNS = str.maketrans({c: f"\\{c}" for c in "\\`*_[]|#~"} | {"\n": " ", "\r": " "})
 
 
 @dataclass(frozen=True)
@@ -138,17 +137,10 @@ def _markdown() -> Any:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_markdown_text,
+        finalize=markdown_text,
     )
     environment.filters["numeric"] = _numeric
     return environment.get_template("page.md.j2")
-
-
-def _markdown_text(value: Any) -> Any:
-    """Escape what markdown, or the HTML in it, would read as more than text."""
-    if isinstance(value, Markup) or not isinstance(value, str):
-        return value
-    return str(escape(printable(value.translate(_MARKDOWN_SIGNS)))).replace("&#39;", "'").replace("&#34;", '"')
 
 
 def _numeric(cells: list[str]) -> bool:

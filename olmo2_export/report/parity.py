@@ -7,9 +7,9 @@ import shlex
 from collections.abc import Sequence
 
 from olmo2_export.report import plots
-from olmo2_export.report.data import ReportData, VariantData, number
+from olmo2_export.report.data import ReportData, VariantData
 from olmo2_export.report.logit_samples import PIECE
-from olmo2_export.report.parts import FAILED, NONE, PASSED, UNKNOWN, Drawing, Section, Table, figures, percent
+from olmo2_export.report.parts import FAILED, NONE, PASSED, UNKNOWN, Drawing, Section, Table, figures, number, percent
 from olmo2_export.summary.text import size
 
 _METRICS = (

@@ -1,13 +1,18 @@
-"""The pieces of a report: sections of words, figures and tables, and how numbers are written."""
+"""The pieces of a report: sections of words, figures and tables; how numbers are read and written, text is escaped."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
+from markupsafe import Markup, escape
 
 from olmo2_export.summary.text import size
+from runtimes.command import printable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PASSED, FAILED, UNKNOWN = "passed", "FAILED", "not verified"
 FIGURES = ("layers", "logits", "kl", "perplexity", "throughput", "memory", "operators", "weights")
@@ -15,6 +20,8 @@ FIGURES = ("layers", "logits", "kl", "perplexity", "throughput", "memory", "oper
 
 NONE = "\N{EN DASH}"
 """stands where there is no number"""
+
+_MARKDOWN_SIGNS = str.maketrans({c: f"\\{c}" for c in "\\`*_[]|#~"} | {"\n": " ", "\r": " "})
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,16 @@ class Section:
     """below the tables"""
 
 
+def number(value: object) -> float:
+    """Return a number of `parity.json`, where one that is not finite is a string; NaN where there is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return math.nan
+    try:
+        return float(value)
+    except ValueError:
+        return math.nan
+
+
 def figures(value: float, form: str) -> str:
     """Return a number in a format; a dash where there is none."""
     if math.isnan(value):
@@ -87,3 +104,10 @@ def rate(value: float) -> str:
 def sized(value: float) -> str:
     """Return a size for people; a dash where it was not measured."""
     return NONE if math.isnan(value) else size(round(value))
+
+
+def markdown_text(value: Any) -> Any:
+    """Escape what markdown, or the HTML in it, would read as more than text."""
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    return str(escape(printable(value.translate(_MARKDOWN_SIGNS)))).replace("&#39;", "'").replace("&#34;", '"')

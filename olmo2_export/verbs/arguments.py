@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
+from runtimes.command import path_argument
+from runtimes.package import HUB, is_on_hub
 from runtimes.targets import backends, devices
+
+
+def package_folder(text: str) -> Path:
+    """Return the folder of a package that is written to, or whose files other programs read; not one on the Hub."""
+    path = path_argument(text)
+    if is_on_hub(path):
+        repository, _, revision = text.removeprefix(HUB).partition("@")
+        at = f" --revision {revision}" if revision else ""
+        raise argparse.ArgumentTypeError(
+            f"{text}: expected a folder; run: hf download {repository}{at} --local-dir DIR, and give DIR"
+        )
+    return path
 
 
 def declare_target(verb: argparse.ArgumentParser, *, variant: str, many: bool, what: str = "it") -> None:

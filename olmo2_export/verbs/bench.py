@@ -24,10 +24,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from olmo2_export.bench.arguments import declare_setting
-from olmo2_export.verbs.arguments import declare_target
+from olmo2_export.verbs.arguments import declare_target, package_folder
 
 HELP = "time to first token, inter-token latency, tokens/s, memory; beside other runtimes: exit 1 if ours fails"
 
@@ -35,7 +34,7 @@ HELP = "time to first token, inter-token latency, tokens/s, memory; beside other
 def declare(verb: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     verb.formatter_class = argparse.RawDescriptionHelpFormatter
-    verb.add_argument("package", type=Path, metavar="PACKAGE")
+    verb.add_argument("package", type=package_folder, metavar="PACKAGE")
     declare_target(verb, variant="default: all that the backend runs there; may be repeated", many=True)
     verb.add_argument("--reference", metavar="MODEL", help="the checkpoint it was exported from, for the peers")
     verb.add_argument("--revision", metavar="REV", help="of the reference, if it is a Hub id")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from olmo2_export.catalog import precisions
-from olmo2_export.verbs.arguments import declare_backend
+from olmo2_export.verbs.arguments import declare_backend, package_folder
 from olmo2_export.verbs.words import megabytes
 
 HELP = "package -> TensorRT engine, also without a GPU"
@@ -14,7 +14,7 @@ HELP = "package -> TensorRT engine, also without a GPU"
 
 def declare(verb: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    verb.add_argument("package", type=Path, metavar="PACKAGE")
+    verb.add_argument("package", type=package_folder, metavar="PACKAGE")
     verb.add_argument("--precision", choices=precisions(), default="bf16")
     declare_backend(verb, "TensorRT for RTX (default), or full TensorRT", default="trt_rtx", engines=True)
     verb.add_argument(
@@ -38,7 +38,7 @@ def declare(verb: argparse.ArgumentParser) -> None:
     full.add_argument("--refit", action="store_true", help="its weights can be replaced")
     full.add_argument(
         "--refit-from",
-        type=Path,
+        type=package_folder,
         metavar="PACKAGE",
         help="do not build: take that package's engine, replace its weights",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from olmo2_export.verbs.arguments import declare_backend, declare_variant
+from olmo2_export.verbs.arguments import declare_backend, declare_variant, package_folder
 from runtimes.errors import UsageError
 from runtimes.targets import backends, find_target
 from runtimes.trt.nvidia import tensorrt_backend
@@ -20,7 +20,7 @@ def declare(verb: argparse.ArgumentParser) -> None:
         choices=["capability", "compare", "reduce"],
         help="which nodes TensorRT does not take; which tensor differs first; which few nodes still fail",
     )
-    verb.add_argument("package", type=Path, metavar="PACKAGE", help="with TensorRT graphs, from build")
+    verb.add_argument("package", type=package_folder, metavar="PACKAGE", help="with TensorRT graphs, from build")
     declare_variant(verb, "default trt_bf16", default="trt_bf16")
     declare_backend(
         verb,

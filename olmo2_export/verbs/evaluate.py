@@ -52,10 +52,10 @@ def run(args: argparse.Namespace) -> int:
     from runtimes.command import expanded
     from runtimes.errors import UsageError
     from runtimes.manifest import MANIFEST_NAME
-    from runtimes.package import open_package
+    from runtimes.package import is_on_hub, open_package
 
     path = expanded(args.model)
-    package = open_package(path) if (path / MANIFEST_NAME).is_file() else None
+    package = open_package(path) if is_on_hub(path) or (path / MANIFEST_NAME).is_file() else None
     of_package = {"--variant": args.variant, "--device": args.device, "--reference": args.reference}
     given = [name for name, value in of_package.items() if value is not None]
     given += ["--backend"] * (args.backend != "ort") + ["--decode-graph"] * args.decode_graph

@@ -80,7 +80,7 @@ def verify(
         raise UsageError(f"longest rows of {longest} tokens: verification needs {MIN_CAPACITY}")
     opened = open_package(package)
     opened.check()
-    path = _report_path(opened.folder, out)
+    path = _report_path(opened, out)
     target = find_target(backend, device)
     if target.on_gpu and not target.needs_engine:
         find_device(target.device)  # before PyTorch is asked
@@ -158,7 +158,7 @@ def _check_the_same(package: Package, cause: Exception | None = None) -> None:
         raise PackageError(f"{package.folder}: was replaced while it was verified; verify it again") from cause
 
 
-def _report_path(package: Path, out: Path | None) -> Path | None:
+def _report_path(package: Package, out: Path | None) -> Path | None:
     """Return the file to write; None where the package may not be written and no other file was given.
 
     Raises:
@@ -168,10 +168,10 @@ def _report_path(package: Path, out: Path | None) -> Path | None:
         if not can_write(out):
             raise UsageError(f"--out {out}: expected a file that can be written, in a folder that is there")
         return out.resolve() if out.is_file() else out
-    path = package / PARITY_NAME
-    if can_write(path):
+    path = package.folder / PARITY_NAME
+    if not package.on_hub and can_write(path):
         return path
-    logger.warning("%s is not writable: the report is not kept; --out FILE writes it elsewhere", package)
+    logger.warning("%s is not writable: the report is not kept; --out FILE writes it elsewhere", package.folder)
     return None
 
 

@@ -90,6 +90,7 @@ def open_measured(package: Package, entry: Variant) -> Iterator[Measured]:
     Raises:
         PackageError: the graph does not load.
     """
+    package.provide(entry.files)
     if entry.kv_cache.form == "static":
         yield open_all_positions(package, entry)
     elif has_rounded_form(entry):

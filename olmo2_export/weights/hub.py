@@ -10,13 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeAlias
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    SafetensorsParsingError,
-)
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, SafetensorsParsingError
 from tqdm import tqdm
 
 from olmo2_export.config import LFS_POINTER, read_json_object, refuse_other_forms
@@ -31,6 +25,7 @@ from olmo2_export.weights.other_formats import (
 )
 from runtimes.command import expanded
 from runtimes.errors import CheckpointError, CheckpointNotFoundError, broken_link, first_names
+from runtimes.hub import REQUEST_FAILED, is_hub_id, reason, why
 from runtimes.manifest import SourceKind
 
 DEMO = "demo"
@@ -49,12 +44,8 @@ Ref: TypeAlias = tuple[str, Literal["branch", "tag"], str]
 """a branch's or tag's name, which of them it is, and the commit that it leads to"""
 
 _TEXTS = ["config.json", *TEXT_FILES, f"{TEMPLATES}/*.jinja", INDEX, ADAPTER]
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# What is raised of a request: HfHubHTTPError is both an error of the library below, which has others for a network
-# that is down, and an OSError, as OfflineModeIsEnabled is.
-_REQUEST_FAILED: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], HFValidationError, OSError)
-_NO_LIST: tuple[type[Exception], ...] = (*_REQUEST_FAILED, ValueError, KeyError, TypeError)
+_NO_LIST: tuple[type[Exception], ...] = (*REQUEST_FAILED, ValueError, KeyError, TypeError)
 """what is raised of an answer that is no list of revisions, besides"""
 
 
@@ -107,13 +98,8 @@ def _file_names(model: str, revision: str | None) -> list[str]:
     """Return the names of all files of a repository; none where the Hub cannot be asked, as what is here tells too."""
     try:
         return HfApi().list_repo_files(model, revision=revision)
-    except _REQUEST_FAILED:
+    except REQUEST_FAILED:
         return []
-
-
-def is_hub_id(model: str) -> bool:
-    """Tell whether a name can be a repository's on the Hub."""
-    return _HUB_ID.fullmatch(model) is not None
 
 
 def list_refs(model: str) -> list[Ref]:
@@ -129,10 +115,10 @@ def list_refs(model: str) -> list[Ref]:
             f"{model}: its revisions are listed by the Hub, and HF_HUB_OFFLINE is set; unset it, or name the revisions"
         ) from error
     except HfHubHTTPError as error:
-        raise CheckpointNotFoundError(f"{model}: {_reason(error)}") from error
+        raise CheckpointNotFoundError(f"{model}: {why(model, error)}") from error
     except _NO_LIST as error:
         raise CheckpointNotFoundError(
-            f"{model}: its revisions are listed by the Hub, which does not answer as expected ({_reason(error)}); "
+            f"{model}: its revisions are listed by the Hub, which does not answer as expected ({reason(error)}); "
             "check the network, or name the revisions"
         ) from error
     branches: list[Ref] = [(ref.name, "branch", ref.target_commit) for ref in refs.branches]
@@ -140,8 +126,18 @@ def list_refs(model: str) -> list[Ref]:
     return branches + tags
 
 
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def licence_of(model: str, revision: str | None) -> dict[str, str]:
+    """Return what the card of a repository says of its licence: `license`, and of another `license_name` and `_link`.
+
+    Raises:
+        CheckpointNotFoundError: the Hub cannot be reached, or has no such revision.
+    """
+    try:
+        card = HfApi().model_info(model, revision=revision).card_data
+    except REQUEST_FAILED as error:
+        raise CheckpointNotFoundError(f"{model}: its licence is not known: {why(model, error)}") from error
+    said = {name: getattr(card, name, None) for name in ("license", "license_name", "license_link")}
+    return {name: value for name, value in said.items() if isinstance(value, str)}
 
 
 def remote_headers(model: str, revision: str, files: Sequence[str]) -> dict[str, dict[str, tuple[str, list[int]]]]:
@@ -165,8 +161,8 @@ def remote_headers(model: str, revision: str, files: Sequence[str]) -> dict[str,
             header = HfApi().parse_safetensors_file_metadata(model, file, revision=revision)
         except SafetensorsParsingError as error:
             raise CheckpointError(f"{model}: {file}: a damaged header; expected safetensors: {error}") from error
-        except _REQUEST_FAILED as error:
-            said = f"{file}: its header cannot be read: {_reason(error)}"
+        except REQUEST_FAILED as error:
+            said = f"{file}: its header cannot be read: {why(model, error)}"
             raise CheckpointNotFoundError(f"{model}@{revision}: {said}") from error
         found[file] = {name: (str(info.dtype), list(info.shape)) for name, info in header.tensors.items()}
     return found
@@ -184,12 +180,8 @@ def _download(model: str, revision: str | None, patterns: Sequence[str], *, quie
     try:
         # Resumes what is partly there; without a network, or with HF_HUB_OFFLINE=1, it answers from the cache.
         return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns), tqdm_class=bar))
-    except LocalEntryNotFoundError as error:
-        raise CheckpointNotFoundError(
-            f"{model}: the Hub cannot be reached and the cache has no copy; check the network or HF_HUB_OFFLINE"
-        ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise CheckpointNotFoundError(f"{model}@{revision or 'main'}: {_reason(error)}") from error
+    except REQUEST_FAILED as error:
+        raise CheckpointNotFoundError(f"{model}@{revision or 'main'}: {why(model, error)}") from error
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, TypeAlias, TypeVar
 
-from olmo2_export.weights.hub import DEMO, is_hub_id, list_refs
+from olmo2_export.weights.hub import DEMO, list_refs
 from olmo2_export.weights.revision_names import TrainingPoint, read_name, training_order
 from runtimes.command import expanded
 from runtimes.errors import CheckpointNotFoundError, UsageError, first_names
+from runtimes.hub import is_hub_id
 
 T = TypeVar("T")
 RevisionKind: TypeAlias = Literal["branch", "tag", "folder"]

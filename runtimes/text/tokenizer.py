@@ -60,8 +60,10 @@ class Tokenizer:
         folder, files = opened.folder, opened.manifest.files
         if _TOKENIZER not in files:
             raise PackageError(f"{folder}: no {_TOKENIZER}; add it to the checkpoint and export the package again")
+        names = [name for name in (_TOKENIZER, _TOKENIZER_CONFIG, *_CONFIGS) if name in files]
+        opened.provide(names)
         if check_hashes:
-            opened.check([name for name in (_TOKENIZER, _TOKENIZER_CONFIG, *_CONFIGS) if name in files])
+            opened.check(names)
         tokenizer = cls.from_folder(folder)
         tokenizer._name_other_ends(folder)
         return tokenizer

@@ -24,8 +24,17 @@ from runtimes.errors import UsageError
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 
-OTHER_TOOLS = {"--extra-index-url", "--help", "--model", "--model_args", "--platform", "--target", "--tasks"}
-"""flags in the docs of pip, docker, lm-eval; --help is everybody's"""
+OTHER_TOOLS = {
+    "--extra-index-url",
+    "--help",
+    "--local-dir",
+    "--model",
+    "--model_args",
+    "--platform",
+    "--target",
+    "--tasks",
+}
+"""flags in the docs of pip, docker, hf, lm-eval; --help is everybody's"""
 
 BENCH = "python -m olmo2_export.bench"
 EXPORT = "olmo2-export"

@@ -40,7 +40,7 @@ OWNERS = {
         "olmo2_export/bench/workers/hugging_face.py",
     },
     "lm_eval": {"olmo2_export/evaluate/lm_eval_adapter.py"},
-    "huggingface_hub": {"olmo2_export/weights/hub.py"},
+    "huggingface_hub": {"runtimes/hub.py", "olmo2_export/weights/hub.py", "olmo2_export/publish/push.py"},
     "safetensors": set(),
 }
 

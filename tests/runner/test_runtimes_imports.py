@@ -29,6 +29,7 @@ OWNERS = {
     },
     "tokenizers": {"text.tokenizer"},
     "cuda": {"trt.cuda"},
+    "huggingface_hub": {"hub"},
 }
 
 BLOCKER = """

@@ -1,15 +1,17 @@
-"""A Hugging Face Hub of one repository, on this machine: enough of its HTTP interface for huggingface_hub."""
+"""A Hugging Face Hub on this machine: enough of its HTTP interface for huggingface_hub, downloads and uploads."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, TypeAlias
 from urllib.parse import unquote
 
 import huggingface_hub
@@ -18,6 +20,37 @@ from huggingface_hub import constants
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "owner/tiny-olmo2"
+TOKEN = "hf_of_the_owner"
+"""the one token that there is"""
+
+Files: TypeAlias = dict[str, "Path | bytes"]
+
+_LARGE = 4096  # bytes from which a file goes to the large file storage
+_JSON = {"Content-Type": "application/json"}
+
+
+@dataclass
+class Repository:
+    """What lies under one name."""
+
+    branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    commits: dict[str, Files] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
+    """of the commits that were pushed"""
+    private: bool = False
+    gated: bool = False
+    card: dict[str, Any] = field(default_factory=dict)
+    """the front matter of its README.md"""
+
+    def commit(self, revision: str) -> str | None:
+        known = {**self.branches, **self.tags, **{commit: commit for commit in self.commits}}
+        return known.get(revision)
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """Of the branch main."""
+        return {name: content(file) for name, file in self.commits[self.branches["main"]].items()}
 
 
 @dataclass
@@ -29,6 +62,13 @@ class Hub:
     """a file whose first transfer breaks off half-way"""
     downloads: list[tuple[str, str | None]] = field(default_factory=list)
     """(file, Range header) of every GET"""
+    repositories: dict[str, Repository] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)
+    """the large file storage, by sha256"""
+    uploads: list[str] = field(default_factory=list)
+    """sha256 of every object that was sent"""
+    room: int | None = None
+    """objects that are taken before the storage refuses; None: all"""
 
 
 def commit_of(revision: str) -> str:
@@ -36,14 +76,18 @@ def commit_of(revision: str) -> str:
     return COMMIT if revision == "main" else hashlib.sha1(revision.encode()).hexdigest()
 
 
-def files(folder: Path) -> list[Path]:
+def content(file: Path | bytes) -> bytes:
+    return file.read_bytes() if isinstance(file, Path) else file
+
+
+def files(folder: Path) -> Files:
     """All files of a folder, also of those in it."""
-    return sorted(p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def refs_of(kind: str, names: Iterable[str]) -> list[dict[str, str]]:
+def refs_of(kind: str, refs: Mapping[str, str]) -> list[dict[str, str]]:
     """Branches (heads) or tags, as the Hub lists them."""
-    return [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": commit_of(name)} for name in names]
+    return [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": commit} for name, commit in refs.items()]
 
 
 def point_to(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path, *, offline: bool = False) -> None:
@@ -53,23 +97,34 @@ def point_to(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path, *, offline:
     """
     names = {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}"}
     names |= {"HF_HOME": str(cache), "HF_HUB_CACHE": str(cache / "hub"), "HF_XET_CACHE": str(cache / "xet")}
+    names |= {"HF_TOKEN_PATH": str(cache / "token"), "HF_STORED_TOKENS_PATH": str(cache / "stored_tokens")}
     for name, value in names.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a protocol of its own
+    monkeypatch.delenv("HF_TOKEN", raising=False)
     huggingface_hub.close_session()  # of another server
 
 
 @contextmanager
 def local_hub(
-    folder: Path, revisions: Mapping[str, Path] | None = None, tags: Mapping[str, Path] | None = None
+    folder: Path | None = None,
+    revisions: Mapping[str, Path] | None = None,
+    tags: Mapping[str, Path] | None = None,
 ) -> Iterator[Hub]:
-    """Serve a checkpoint folder as `REPOSITORY`, branch main at `COMMIT`, and others as other branches and tags."""
+    """Serve a checkpoint folder as `REPOSITORY`, branch main at `COMMIT`, and others as other branches and tags.
+
+    Without a folder there is no repository yet.
+    """
     hub = Hub()
-    branches = {"main": folder, **(revisions or {})}
-    served = {**branches, **(tags or {})}
-    folders = {commit_of(name): path for name, path in served.items()}
-    commits = {name: commit_of(name) for name in served} | {c: c for c in folders}
+    if folder is not None:
+        branches, tags = {"main": folder, **(revisions or {})}, tags or {}
+        hub.repositories[REPOSITORY] = Repository(
+            {name: commit_of(name) for name in branches},
+            {name: commit_of(name) for name in tags},
+            {commit_of(name): files(path) for name, path in {**branches, **tags}.items()},
+        )
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -83,38 +138,130 @@ def local_hub(
         def do_GET(self) -> None:
             self.answer(body=True)
 
+        def do_POST(self) -> None:
+            self.write(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+
+        def do_PUT(self) -> None:
+            data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            oid = self.path.removeprefix("/objects/")
+            if hub.room is not None and len(hub.uploads) >= hub.room:
+                self.send(400, b"{}", {"X-Error-Message": "the storage is full"})
+                return
+            assert hashlib.sha256(data).hexdigest() == oid
+            hub.uploads.append(oid)
+            hub.objects[oid] = data
+            self.send(200, b"", {})
+
         def answer(self, body: bool) -> None:
             path = unquote(self.path.split("?")[0])
-            if path == f"/api/models/{REPOSITORY}/refs":
-                refs = {"branches": refs_of("heads", branches), "tags": refs_of("tags", tags or {}), "converts": []}
-                self.send(200, json.dumps(refs).encode(), {"Content-Type": "application/json"}, body)
+            if self.headers.get("Authorization") not in (None, f"Bearer {TOKEN}"):
+                self.refuse(body)
                 return
-            for name, commit in commits.items():
-                folder, prefix = folders[commit], f"/{REPOSITORY}/resolve/{name}/"
-                if path == f"/api/models/{REPOSITORY}/revision/{name}":
-                    names = [p.relative_to(folder).as_posix() for p in files(folder)]
-                    info = {"id": REPOSITORY, "sha": commit, "siblings": [{"rfilename": n} for n in names]}
-                    self.send(200, json.dumps(info).encode(), {"Content-Type": "application/json"}, body)
+            for name, repository in hub.repositories.items():
+                if repository.private and self.headers.get("Authorization") is None:
+                    continue
+                api, resolve = f"/api/models/{name}", f"/{name}/resolve/"
+                if path == f"{api}/refs":
+                    kinds = {"branches": "heads", "tags": "tags"}
+                    refs = {k: refs_of(kind, getattr(repository, k)) for k, kind in kinds.items()}
+                    self.send_json({**refs, "converts": []}, body)
                     return
-                if path == f"/api/models/{REPOSITORY}/tree/{name}":
-                    tree = [
-                        {
-                            "type": "file",
-                            "path": p.relative_to(folder).as_posix(),
-                            "size": p.stat().st_size,
-                            "oid": "0" * 40,
-                        }
-                        for p in files(folder)
-                    ]
-                    self.send(200, json.dumps(tree).encode(), {"Content-Type": "application/json"}, body)
+                if path == api or path.startswith((f"{api}/revision/", f"{api}/tree/")):
+                    self.describe(name, repository, path.removeprefix(api).lstrip("/") or "revision/main", body)
                     return
-                if path.startswith(prefix) and (folder / path[len(prefix) :]).is_file():
-                    self.send_file(folder / path[len(prefix) :], commit, body)
+                if path.startswith(resolve):
+                    self.resolve(repository, path.removeprefix(resolve), body)
                     return
             self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
 
-        def send_file(self, file: Path, commit: str, body: bool) -> None:
-            name, data = file.name, file.read_bytes()
+        def describe(self, name: str, repository: Repository, asked: str, body: bool) -> None:
+            kind, _, revision = asked.partition("/")
+            commit = repository.commit(revision)
+            if commit is None:
+                self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
+                return
+            found = repository.commits[commit]
+            if kind == "tree":
+                sizes = {p: f.stat().st_size if isinstance(f, Path) else len(f) for p, f in found.items()}
+                tree = [{"type": "file", "path": p, "size": size, "oid": "0" * 40} for p, size in sizes.items()]
+                self.send_json(tree, body)
+                return
+            info = {"id": name, "sha": commit, "private": repository.private, "cardData": repository.card}
+            self.send_json({**info, "siblings": [{"rfilename": p} for p in found]}, body)
+
+        def resolve(self, repository: Repository, asked: str, body: bool) -> None:
+            if repository.gated:
+                self.send(403, b"{}", {"X-Error-Code": "GatedRepo"}, body)
+                return
+            refs = (*repository.branches, *repository.tags, *repository.commits)
+            revision = next((ref for ref in refs if asked.startswith(f"{ref}/")), "")
+            commit = repository.commit(revision)
+            if commit is None:
+                self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
+                return
+            path = asked.removeprefix(f"{revision}/")
+            if path not in repository.commits[commit]:
+                self.send(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, body)
+                return
+            self.send_file(Path(path).name, content(repository.commits[commit][path]), commit, body)
+
+        def write(self, data: bytes) -> None:
+            path = unquote(self.path.split("?")[0])
+            if path == "/api/validate-yaml":
+                self.send_json({"errors": [], "warnings": []})
+                return
+            if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                self.refuse()
+                return
+            if path == "/api/repos/create":
+                self.create(json.loads(data))
+                return
+            for name, repository in hub.repositories.items():
+                if path == f"/api/models/{name}/preupload/main":
+                    self.send_json({"files": [mode(repository, file) for file in json.loads(data)["files"]]})
+                    return
+                if path == f"/{name}.git/info/lfs/objects/batch":
+                    objects = json.loads(data)["objects"]
+                    self.send_json({"transfer": "basic", "objects": [transfer(hub, item) for item in objects]})
+                    return
+                if path == f"/api/models/{name}/commit/main":
+                    self.commit(name, repository, [json.loads(line) for line in data.splitlines()])
+                    return
+            self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+
+        def create(self, asked: dict[str, Any]) -> None:
+            name = f"{asked['organization']}/{asked['name']}"
+            if name in hub.repositories:
+                self.send(409, b"{}", {"X-Error-Message": "You already created this model repo"})
+                return
+            first = {".gitattributes": b"*.onnx filter=lfs diff=lfs merge=lfs -text\n"}
+            private = asked.get("visibility") == "private" or asked.get("private") is True
+            hub.repositories[name] = Repository({"main": COMMIT}, {}, {COMMIT: dict(first)}, private=private)
+            self.send_json({"url": f"{hub.url}/{name}", "name": name})
+
+        def commit(self, name: str, repository: Repository, lines: list[dict[str, Any]]) -> None:
+            header, *operations = lines
+            head = repository.branches["main"]
+            if header["value"].get("parentCommit", head) != head:
+                self.send(412, b"{}", {"X-Error-Message": "the branch has moved"})
+                return
+            found = dict(repository.commits[head])
+            for operation in operations:
+                value = operation["value"]
+                match operation["key"]:
+                    case "file":
+                        found[value["path"]] = base64.b64decode(value["content"])
+                    case "lfsFile":
+                        found[value["path"]] = hub.objects[value["oid"]]
+                    case "deletedFile":
+                        del found[value["path"]]
+            commit = hashlib.sha1(repr((head, header, sorted(found))).encode()).hexdigest()
+            repository.branches["main"], repository.commits[commit] = commit, found
+            repository.messages.append(header["value"]["summary"])
+            url = f"{hub.url}/{name}/commit/{commit}"
+            self.send_json({"success": True, "commitOid": commit, "commitUrl": url})
+
+        def send_file(self, name: str, data: bytes, commit: str, body: bool) -> None:
             headers = {
                 "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
                 "X-Repo-Commit": commit,
@@ -131,9 +278,17 @@ def local_hub(
                 hub.cut_once = None
             self.send(206 if start else 200, data[start:], headers, body, cut)
 
-        def send(self, status: int, data: bytes, headers: dict[str, str], body: bool, cut: bool = False) -> None:
+        def refuse(self, body: bool = True) -> None:
+            self.send(401, b"{}", {"X-Error-Message": "Invalid credentials in Authorization header"}, body)
+
+        def send_json(self, document: Any, body: bool = True) -> None:
+            self.send(200, json.dumps(document).encode(), _JSON, body)
+
+        def send(
+            self, status: int, data: bytes, headers: Mapping[str, str], body: bool = True, cut: bool = False
+        ) -> None:
             self.send_response(status)
-            for key, value in (headers | {"Content-Length": str(len(data))}).items():
+            for key, value in {**headers, "Content-Length": str(len(data))}.items():
                 self.send_header(key, value)
             self.end_headers()
             if body:
@@ -144,7 +299,7 @@ def local_hub(
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=lambda: server.serve_forever(poll_interval=0.02), daemon=True)
     thread.start()
     try:
         yield hub
@@ -152,3 +307,29 @@ def local_hub(
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def mode(repository: Repository, file: dict[str, Any]) -> dict[str, Any]:
+    """How a file is to be sent, and what the repository has under its name."""
+    large = file["size"] >= _LARGE
+    there = repository.files.get(file["path"])
+    oid = None if there is None else hashlib.sha256(there).hexdigest() if large else git_hash(there)
+    return {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": oid}
+
+
+def git_hash(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def transfer(hub: Hub, item: dict[str, Any]) -> dict[str, Any]:
+    """Where an object is to be sent; nowhere, if it is there."""
+    if item["oid"] in hub.objects:
+        return item
+    return {**item, "actions": {"upload": {"href": f"{hub.url}/objects/{item['oid']}"}}}
+
+
+def fetched(hub: Hub) -> list[str]:
+    """The names of the files that were downloaded since it was asked last, sorted."""
+    names = sorted(name for name, _ in hub.downloads)
+    hub.downloads.clear()
+    return names
