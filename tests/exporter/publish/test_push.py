@@ -198,6 +198,22 @@ def test_a_package_that_is_not_verified_or_was_changed_is_refused(
     assert b"- fp32: it failed; see parity.json.\n" in hub.repositories[NAME].files["README.md"]
 
 
+def test_graphs_for_tensorrt_are_sent_when_asked_for(
+    trt_package: Callable[[str], Path], push: Push, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point_to(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")
+    built = trt_package("fp32")
+    code, out, _ = push(built, "--dry-run", "--unverified")
+    assert (code, "  trt/" in out) == (0, False)
+    assert "left out: trt/, its graphs and engines; --engines sends them\n" in out
+    code, out, _ = push(built, "--dry-run", "--unverified", "--engines")
+    assert code == 0
+    for name in ("trt/manifest.json", "trt/model_fp32.onnx", "trt/model_fp32.onnx_data"):
+        assert f"  {name}\n" in out
+    assert "| trt\\_fp32 | fp32 | static, float32 |" in out
+    assert "left out" not in out
+
+
 def test_a_dry_run_shows_files_and_card_and_asks_nobody(
     package: Path, push: Push, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
