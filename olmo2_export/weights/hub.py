@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     SafetensorsParsingError,
 )
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from olmo2_export.config import LFS_POINTER, read_json_object, refuse_other_forms
 from olmo2_export.weights.other_formats import (
