@@ -440,9 +440,7 @@ def batch_check(taken: np.ndarray, batch: Batch, answer: str) -> Checked:
     rows = range(len(hidden))
     whole = x.shape[1] == hidden.shape[1]
     wanted = hidden if whole else torch.stack([hidden[b, batch.asked[b]] for b in rows])[:, None]
-    mistakes: explain.Candidates = {
-        "it takes the first row for every row": lambda: torch.stack([wanted[0] for _ in rows])
-    }
+    mistakes = {"it takes the first row for every row": lambda: wanted[:1].expand_as(wanted)}
     if not whole:
         mistakes["it takes the first row's token of every row"] = lambda: hidden[:, batch.asked[0]][:, None]
     operation = PICK if answer == "logits" else POOL

@@ -121,10 +121,11 @@ def feed_by_layer(view: View, rows: Sequence[Operation], truth: Truth) -> Iterat
         found = [next(scores)[0] for _ in batch.rows]
         yield ModeResult(scored_mode(batch), batch.lengths, (), (np.concatenate(found),), "", beside=number)
     for mode, start, of_half in halves(truth.beside):
-        for place, row in enumerate(of_half, truth.beside.first_mixed + start):
+        for place, given in enumerate(of_half, truth.beside.first_mixed + start):
             parts = next(scores)
             answers = parts[-1] if truth.beside.padded else np.concatenate(parts)
-            yield ModeResult(mode, (sum(map(len, row.parts)),), (), (answers,), "", beside=place)
+            length = len(given.before) + given.answered
+            yield ModeResult(mode, (length,), (), (answers,), "", beside=place)
 
 
 def _pieces(ids: np.ndarray, ends: Iterable[int]) -> Plan:

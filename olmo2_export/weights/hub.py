@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, SafetensorsParsingError
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from olmo2_export.config import LFS_POINTER, read_json_object, refuse_other_forms
 from olmo2_export.weights.other_formats import (
