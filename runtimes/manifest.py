@@ -246,8 +246,12 @@ class Variant:
         """Return the name, without folders, of the file that holds a graph's weights; the graph's own with `_data`,
         unless this variant says otherwise."""
         named = (self, self.prefill) if self.prefill else (self,)
-        found = [PurePosixPath(name).name for entry in named for name in entry.data
-                 if PurePosixPath(entry.graph).name == graph]
+        found = [
+            PurePosixPath(name).name
+            for entry in named
+            for name in entry.data
+            if PurePosixPath(entry.graph).name == graph
+        ]
         return found[0] if found else f"{graph}_data"
 
     @property

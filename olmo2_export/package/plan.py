@@ -213,5 +213,5 @@ def _text_bytes(
         write_texts(checkpoint.folder, config, Path(folder), names)
         texts = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
     quantised = sum(len(weight_shapes(config)) for name in names if find(name).defaults is not None)
-    specs = (4 * config.num_hidden_layers + 6 + len(config.hidden_states)) * len(variants)
+    specs = (4 * config.num_hidden_layers + 6 + len(config.hidden_states)) * sum(1 + len(v.portable) for v in variants)
     return texts + _MANIFEST + _VARIANT * len(variants) + _SPEC * specs + _TENSOR * quantised
