@@ -135,6 +135,7 @@ def _plan(args: argparse.Namespace, options: Options) -> int:
         variants=args.variant or ["fp32"],
         options=options,
         out=Path.cwd() if args.out is None else args.out,
+        default_variant=args.default_variant,
     )
     print(json.dumps(plan.to_document(), indent=2) if args.json else "\n".join(plan_lines(plan)))
     return 1 if plan.free_disk is not None and plan.disk > plan.free_disk else 0
