@@ -40,8 +40,8 @@ from runtimes.targets import TARGETS, find_target, runnable, runs
 
 PATHS = {
     "fp32": "onnx/model.onnx",
-    "q4": "onnx/model_q4.onnx",
-    "q8": "onnx/model_q8.onnx",
+    "q4": "onnx/model_q4_shared.onnx",
+    "q8": "onnx/model_q8_shared.onnx",
     "fp16": "onnx/model_fp16.onnx",
     "bf16": "onnx/model_bf16.onnx",
     "q4f16": "onnx/model_q4f16.onnx",
@@ -70,6 +70,11 @@ def config(tiny_checkpoint: Path) -> ModelConfig:
 
 def test_the_rows_agree_with_each_other_and_with_the_targets() -> None:
     assert {row.name: row.path for row in VARIANTS} == PATHS
+    others = {row.name: (row.portable_path, row.data) for row in VARIANTS if row.portable_path != row.path}
+    assert others == {
+        "q4": ("onnx/model_q4.onnx", "onnx/model_q4.onnx_data"),
+        "q8": ("onnx/model_quantized.onnx", "onnx/model_quantized.onnx_data"),  # what transformers.js opens
+    }
     assert sorted(catalog.precisions()) == sorted(get_args(Precision)) == sorted(OLDEST_GPU)
     assert catalog.exported() == ["fp32", "q4", "q8", "fp16", "bf16", "q4f16"]
     assert max(Counter(row.colour for row in VARIANTS).values()) == 1

@@ -21,7 +21,7 @@ NAMED: list[tuple[Bug, str, str, str]] = [
     (heads.pooled_at_the_first_token, "model.norm_input", POOL, "it takes the first token"),
     (heads.labels_swapped, "score", LINEAR, ""),
 ]
-GRAPHS = {"fp32": "onnx/model.onnx", "q4": "onnx/model_q4.onnx", "trt_fp32": ""}
+GRAPHS = {"fp32": "onnx/model.onnx", "q4": "onnx/model_q4_shared.onnx", "trt_fp32": ""}
 
 
 def test_every_bug_is_located() -> None:
