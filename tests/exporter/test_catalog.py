@@ -250,7 +250,11 @@ def test_a_new_variant_is_predicted_written_run_and_verified(
     export(checkpoint, out, variants=["fp32", "q4s"])
     package = open_package(out)
     made = package.variant("q4s")
-    assert predicted.graphs.keys() == {made.graph} == {"onnx/model_q4s.onnx"}
+    assert predicted.graphs.keys() == {made.graph} == {"onnx/model_q4s_shared.onnx"}
+    assert made.portable is not None
+    assert predicted.portable.keys() == {made.portable.graph} == {"onnx/model_q4s.onnx"}
+    said, size = predicted.portable[made.portable.graph], package.manifest.files[made.portable.graph].size
+    assert said == pytest.approx(size, rel=0.05)
     assert predicted.graphs[made.graph].data == sum(package.manifest.files[name].size for name in made.data)
     assert made.op_counts["com.microsoft::MatMulNBits"] == 7 * SHAPE["num_hidden_layers"] + 1
     assert made.op_counts["com.microsoft::GatherBlockQuantized"] == 1
@@ -260,7 +264,9 @@ def test_a_new_variant_is_predicted_written_run_and_verified(
         assert runner.variant.name == "q4s"
     report = measure_variant(package, "q4s", checkpoint, longest=24)
     assert report.passed
-    assert {case.mode.split()[0] for case in report.cases} == {"kernels", "prefill", "decode", "chunked", "prefix"}
+    assert {case.mode.split()[0] for case in report.cases} == {
+        *("kernels", "prefill", "decode", "chunked", "prefix", "portable")
+    }
     strict = dataclasses.replace(Q4S, weights=INT4_BLOCKS)
     monkeypatch.setattr(catalog, "VARIANTS", (*VARIANTS, strict))
     report = measure_variant(package, "q4s", checkpoint, longest=24)
