@@ -137,9 +137,9 @@ def test_bug_in_the_portable_graph_turns_it_red_and_no_other(
     assert "portable" in red(report), format_reports([report])
     assert red(report) <= {"portable", *QUALITY}
     if bug in PADDING_BUGS:
-        assert {c.mode.split(" ", 2)[2] for c in report.cases if c.mode.startswith("portable exact") and not c.passed} == {
-            PADDING_BUGS[bug]
-        }
+        assert {
+            c.mode.split(" ", 2)[2] for c in report.cases if c.mode.startswith("portable exact") and not c.passed
+        } == {PADDING_BUGS[bug]}
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
 // Let transformers.js continue prompts: jobs as JSON on stdin, tokens or what it raised as JSON on stdout.
-// Node looks for the library where NODE_PATH is not: the second argument is the folder of node_modules.
+// The argument is the folder of node_modules, which is not above this file.
 import { readFileSync } from "node:fs";
 import { basename, dirname, resolve } from "node:path";
 import { pathToFileURL } from "node:url";
