@@ -135,7 +135,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("variants", "default", "graph", "shared", "dtype"),
+    ("variants", "default", "graph", "one_buffer", "dtype"),
     [
         (["fp32", "q4", "q8"], None, "onnx/model.onnx", False, None),
         (["fp32", "q4", "q8"], "q8", "onnx/model_quantized.onnx", True, "q8"),
@@ -144,13 +144,13 @@ def read(path: Path) -> dict[str, Any]:
     ],
 )
 def test_the_default_variant_is_what_others_open(
-    tmp_path: Path, variants: list[str], default: str | None, graph: str, shared: bool, dtype: str | None
+    tmp_path: Path, variants: list[str], default: str | None, graph: str, one_buffer: bool, dtype: str | None
 ) -> None:
     out = written(tmp_path, variants, default)
     genai, javascript = read(out / "genai_config.json"), read(out / "config.json")["transformers.js_config"]
     assert genai["model"]["decoder"]["filename"] == graph
-    assert genai["search"]["past_present_share_buffer"] is shared
-    assert ("position_ids" in genai["model"]["decoder"]["inputs"]) is not shared
+    assert genai["search"]["past_present_share_buffer"] is one_buffer
+    assert ("position_ids" in genai["model"]["decoder"]["inputs"]) is not one_buffer
     assert javascript.get("dtype") == dtype
     names = {"fp32": "model.onnx", "q8": "model_quantized.onnx", "q4": "model_q4.onnx", "bf16": "model_bf16.onnx"}
     assert javascript["use_external_data_format"] == {names[name]: 1 for name in variants}

@@ -1,4 +1,4 @@
-"""Let optimum's ORTModelForCausalLM continue prompts: jobs as JSON on stdin, tokens or what it raised as JSON on stdout.
+"""Let optimum continue prompts: jobs as JSON on stdin, tokens or what it raised as JSON on stdout.
 
 It runs in a venv of its own, with transformers 4.
 """

@@ -89,7 +89,7 @@ EXACT_BUGS: list[Bug] = [
 ]
 
 
-# Of the portable graph alone, and the only case that each must show in.
+# Of the portable graph alone, and the only cases that each must show in.
 
 
 def lengths_of_the_mask(model: ir.Model) -> None:
@@ -112,9 +112,9 @@ def positions_of_tokens_alone(model: ir.Model) -> None:
     places.replace_input_with(1, constant(model, "minus_one", np.array([[-1]], np.int64)))
 
 
-PADDING_BUGS: dict[Bug, str] = {
-    lengths_of_the_mask: "left padded",
-    positions_of_tokens_alone: "left padded",
+PADDING_BUGS: dict[Bug, set[str]] = {
+    lengths_of_the_mask: {"left padded", "right padded"},
+    positions_of_tokens_alone: {"left padded"},
 }
 
 
