@@ -32,7 +32,7 @@ DEFAULT_OUT   := : "$${OUT:=packages/$$(basename "$$MODEL")}";
 REVISION_FLAG := $${REVISION:+--revision "$$REVISION"}
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export test support test-pythons test-oldest check format lint types docs docs-links bench targets gpu-test peers clean
+.PHONY: help setup export test support test-interop test-pythons test-oldest check format lint types docs docs-links bench targets gpu-test peers clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -110,6 +110,17 @@ test-pythons: $(STAMP) ## the runner's tests on other Pythons, without torch (PY
 	$(VENV)-$$v/bin/$(PIP) numpy tokenizers onnxruntime cuda-bindings pytest; \
 	PYTHONPATH=. $(VENV)-$$v/bin/python -m pytest -q -p no:cacheprovider --packages build/packages $(RUNNER_TESTS); \
 	done
+
+# Their packages bring other versions of onnxruntime and transformers: a venv each, and a folder for Node's.
+INTEROP := $(addprefix $(VENV)-peers-,genai/.installed optimum/.installed) build/interop/.installed
+
+test-interop: $(STAMP) $(INTEROP) ## onnxruntime-genai, optimum and transformers.js on packages of q4, q8 and fp32; installs them
+	$(BIN)/python -m pytest -q tests/interop/other_runtimes.py
+
+build/interop/.installed: Makefile
+	mkdir -p $(@D)
+	cd $(@D) && ONNXRUNTIME_NODE_INSTALL=skip npm install --silent --no-save --prefix . @huggingface/transformers@4.3.2
+	@touch $@
 
 test-oldest: ## an export and its verification with the oldest versions of constraints-oldest.txt
 	$(PYTHON) -m venv --clear $(VENV)-oldest && echo '*' > $(VENV)-oldest/.gitignore

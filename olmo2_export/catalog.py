@@ -251,17 +251,36 @@ class VariantRow:
     """its KV cache can be any of `KV_CACHES`"""
     peers: Mapping[str, str] = field(default_factory=dict, hash=False)
     """peer of `bench` -> what it runs whose weights have as many bits; of transformers a dtype"""
+    suffix: str = ""
+    """of the file that transformers.js opens for this dtype, where it is not the name"""
 
     @property
     def path(self) -> str:
-        """Of its graph in the package."""
+        """Of the graph that our runners open, in the package."""
         match self.graph:
             case "portable":
                 return "onnx/model.onnx"
             case "static":
                 return f"trt/model_{self.weights.precision}.onnx"
-            case _:
+            case "blocks":
+                return f"onnx/model_{self.name}_shared.onnx"
+            case "device":
                 return f"onnx/model_{self.name}.onnx"
+
+    @property
+    def prefill_path(self) -> str:
+        """Of its second graph, where it has one."""
+        return f"onnx/model_{self.name}_prefill.onnx"
+
+    @property
+    def portable_path(self) -> str:
+        """Of the graph that other runtimes open."""
+        return f"onnx/model_{self.suffix or self.name}.onnx" if self.graph == "blocks" else self.path
+
+    @property
+    def data(self) -> str:
+        """Of the weights of both: a browser looks for the name of the graph that it opens."""
+        return f"{self.portable_path}_data"
 
 
 _STATIC: tuple[tuple[WeightFormat, Dtype, str], ...] = (
@@ -311,6 +330,7 @@ VARIANTS: tuple[VariantRow, ...] = (
         prefill_graph=True,
         quantized_cache=True,
         peers={"llama.cpp": "Q8_0"},
+        suffix="quantized",
     ),
     VariantRow(
         name="fp16",

@@ -112,6 +112,42 @@ def read_ropes(fields: Fields, context: int, head_dim: int, *, by_layer_type: bo
     return Ropes(full, sliding, longest)
 
 
+def both_forms(raw: Mapping[str, Any], *, by_layer_type: bool) -> dict[str, Any]:
+    """Return the fields of config.json that say its RoPE in the form of transformers 4 and in that of 5.
+
+    A reader of the other version would take plain RoPE of theta 10000 without a word.
+
+    Args:
+        raw: config.json, which `read_ropes` has read without a problem.
+        by_layer_type: Olmo 3. Its form of transformers 4, AI2's own, is read by both; its tables by layer type have
+            such a form only where sliding layers are plain and theta is the one that transformers 4 takes for all.
+
+    Returns:
+        Some of rope_theta, rope_scaling and rope_parameters; {}: what is there is all that can be said.
+    """
+    scaling, parameters = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
+    if by_layer_type:
+        full, sliding = (dict(parameters.get(kind) or {}) for kind in (FULL, SLIDING))
+        thetas = {table.pop("rope_theta", _OLMO3_THETA) for table in (full, sliding)}
+        plain = sliding.get("rope_type", "default") == "default"
+        if scaling or not full or thetas != {_OLMO3_THETA} or not plain:
+            return {}
+        return {
+            "rope_theta": _OLMO3_THETA,
+            "rope_scaling": None if full.get("rope_type", "default") == "default" else full,
+        }
+    table = dict(scaling or parameters)
+    thetas = [place["rope_theta"] for place in (table, raw) if place.get("rope_theta") is not None]
+    theta = float(thetas[0]) if thetas else _THETA
+    kind = table.pop("rope_type", table.pop("type", "default"))
+    own = {"rope_type": kind} | {name: value for name, value in table.items() if name not in _COMMON}
+    return {
+        "rope_theta": theta,
+        "rope_scaling": None if kind == "default" else own,
+        "rope_parameters": {"rope_theta": theta, **own},
+    }
+
+
 def _tables(fields: Fields) -> dict[str, Mapping[str, Any]]:
     """Return rope_scaling and rope_parameters, where they are there; the first goes before the second."""
     found = {name: fields.raw.get(name) for name in ("rope_scaling", "rope_parameters")}

@@ -22,12 +22,13 @@ _LENGTH_DELIMITED = 2
 _FIXED_SIZES = {1: 8, 5: 4}
 
 
-def follow_link(graph: Path, serialised: bytes | None = None) -> tuple[bytes | None, Path]:
+def follow_link(graph: Path, serialised: bytes | None = None, data: str | None = None) -> tuple[bytes | None, Path]:
     """Return what to open for a graph, and the folder of its weights.
 
     Args:
-        graph: the ONNX file; its weights have the same name with `_data`.
+        graph: the ONNX file.
         serialised: open this in its place; None: the file.
+        data: the name of the file of its weights, beside it; None: the same name with `_data`.
 
     Returns:
         The serialised graph, None where the file will do; and the folder its weights are in.
@@ -35,14 +36,14 @@ def follow_link(graph: Path, serialised: bytes | None = None) -> tuple[bytes | N
     Raises:
         PackageError: it is no ONNX graph.
     """
-    data = graph.with_name(f"{graph.name}_data")
-    real = data.resolve()
-    if real == graph.parent.resolve() / data.name:
+    name = data or f"{graph.name}_data"
+    real = graph.with_name(name).resolve()
+    if real == graph.parent.resolve() / name:
         return serialised, graph.parent
     if serialised is None:
         serialised = graph.read_bytes()
     try:
-        return _renamed(serialised, data.name, real.name), real.parent
+        return _renamed(serialised, name, real.name), real.parent
     except (IndexError, KeyError) as error:  # the bytes end in a number, or a tag has a type that there is not
         raise PackageError(f"{graph}: not an ONNX graph; export the package again") from error
 

@@ -196,6 +196,20 @@ class PrefillGraph:
 
 
 @dataclass(frozen=True)
+class PortableGraph:
+    """The same weights in a graph that other runtimes load; our runners do not open it.
+
+    Its rows may be padded on either side, and present is past + new tokens, in float32, or past and present are one
+    buffer.
+    """
+
+    graph: str
+    """path of the ONNX file in the package; its weights are in the variant's `data`"""
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
 class Variant:
     """One graph of a package, or two that share their KV cache."""
 
@@ -219,12 +233,26 @@ class Variant:
     """of a float16 graph: the tensors that stay float32, and why"""
     min_onnxruntime: str | None = None
     """the oldest onnxruntime that runs `graph`, as 1.24 or 1.23.1; None: format 3, which does not say"""
+    portable: PortableGraph | None = None
+    """for other runtimes; None: `graph` itself, or in a package from before there was one"""
 
     @property
     def files(self) -> tuple[str, ...]:
         """Everything a runner opens."""
         prefill = (self.prefill.graph, *self.prefill.data) if self.prefill else ()
         return (self.graph, *self.data, *prefill)
+
+    def data_of(self, graph: str) -> str:
+        """Return the name, without folders, of the file that holds a graph's weights; the graph's own with `_data`,
+        unless this variant says otherwise."""
+        named = (self, self.prefill) if self.prefill else (self,)
+        found = [
+            PurePosixPath(name).name
+            for entry in named
+            for name in entry.data
+            if PurePosixPath(entry.graph).name == graph
+        ]
+        return found[0] if found else f"{graph}_data"
 
     @property
     def answer(self) -> Role:

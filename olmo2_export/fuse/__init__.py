@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 import onnx_ir as ir
 
 from olmo2_export.fuse.drop_unused import drop_unused
+from olmo2_export.fuse.either_padding import either_padding
 from olmo2_export.fuse.float32_logits import float32_logits
 from olmo2_export.fuse.float32_norm import float32_norm
 from olmo2_export.fuse.float32_rotary import float32_rotary
@@ -37,6 +38,12 @@ ONNXRUNTIME: list[Pass] = [
     drop_unused,
 ]
 """portable graph -> the shared-cache graph, whose weights are then quantised"""
+
+OTHER_RUNTIMES: list[Pass] = [
+    either_padding,
+    drop_unused,
+]
+"""the shared-cache graph -> the one of the same weights that other runtimes load"""
 
 DEVICE: list[Pass] = [
     group_query_attention,

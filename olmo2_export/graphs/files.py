@@ -67,12 +67,13 @@ def _float32(checkpoint: Checkpoint, name: str, transposed: bool) -> torch.Tenso
     return result
 
 
-def save_graph(model: ir.Model, path: Path) -> None:
+def save_graph(model: ir.Model, path: Path, data: Path | None = None) -> None:
     """Write a graph and, beside it, its weights: one lazily evaluated tensor at a time, so memory stays small.
 
     Args:
         model: every initializer has data, possibly lazy.
-        path: the .onnx file; the weights go to the same name with `_data`.
+        path: the .onnx file.
+        data: the file of the weights, in the same folder; None: the same name with `_data`.
 
     Raises:
         ResourceError: the disk cannot hold it; said before anything is written.
@@ -81,11 +82,41 @@ def save_graph(model: ir.Model, path: Path) -> None:
     outside = stored_outside(model)
     offsets, size = place(tensor.nbytes for _, tensor in outside)
     _check_room(path, size)
-    data = path.with_name(f"{path.name}_data")
+    data = data or path.with_name(f"{path.name}_data")
     partial = data.with_name(data.name + _PARTIAL)  # the graph may have been read from what it replaces
     try:
         _write_data(partial, [(at, tensor) for at, (_, tensor) in zip(offsets, outside, strict=True)], size)
         partial.replace(data)
+        with pointing_to(data, outside, offsets):
+            ir.save(model, path)
+    except OSError as error:
+        raise resource_error(path, error) from error
+
+
+def save_beside(model: ir.Model, path: Path, stored: Path) -> None:
+    """Write a graph alone: its weights are in the file of another graph, in the same folder, which has them all.
+
+    Args:
+        model: every initializer has data, possibly lazy; what lies outside the graph is not asked for.
+        path: the .onnx file to write.
+        stored: the .onnx file of the other graph.
+
+    Raises:
+        FusionError: the other graph has no such weight.
+        ResourceError: the disk cannot hold it.
+    """
+    places = {name: value.const_value for name, value in load_graph(stored).graph.initializers.items()}
+    outside, offsets, wrong, data = stored_outside(model), [], [], path
+    for value, tensor in outside:
+        place = places.get(str(value.name))
+        if isinstance(place, ir.ExternalTensor) and (place.dtype, place.shape) == (tensor.dtype, tensor.shape):
+            offsets.append(place.offset or 0)
+            data = path.with_name(Path(place.location).name)
+        else:
+            wrong.append(str(value.name))
+    if wrong:
+        raise FusionError(f"{stored}: lacks weights that {path.name} has: {first_names(wrong)}")
+    try:
         with pointing_to(data, outside, offsets):
             ir.save(model, path)
     except OSError as error:
@@ -160,13 +191,14 @@ def _write_data(path: Path, places: Iterable[tuple[int, ir.TensorProtocol]], siz
             bar.update(tensor.nbytes)
 
 
-def save_weights(model: ir.Model, path: Path, stored: Path) -> None:
+def save_weights(model: ir.Model, path: Path, stored: Path, data: str | None = None) -> None:
     """Write the weights of a graph that another package has already: its file is copied, its data written anew.
 
     Args:
         model: every initializer has data, possibly lazy.
-        path: the .onnx file to write; the weights go to the same name with `_data`.
+        path: the .onnx file to write.
         stored: the .onnx file of the other package, made from a model of the same shape.
+        data: the name of the file of the weights, in both folders; None: the graph's with `_data`.
 
     Raises:
         FusionError: the stored graph has other weights, or weights inside it that differ.
@@ -187,12 +219,13 @@ def save_weights(model: ir.Model, path: Path, stored: Path) -> None:
     if wrong:
         raise FusionError(f"{stored}: weights that this checkpoint does not fit: {first_names(wrong)}")
     outside = {name: old for name, old in places.items() if isinstance(old, ir.ExternalTensor)}
-    size = (stored.parent / f"{stored.name}_data").stat().st_size
+    data = data or f"{path.name}_data"
+    size = (stored.parent / data).stat().st_size
     _check_room(path, size)
     shutil.copyfile(stored, path)
     at = {name: tensor.offset or 0 for name, tensor in outside.items()}
     ordered = [(at[name], tensor) for name in sorted(at, key=at.__getitem__) if (tensor := new[name]) is not None]
     try:
-        _write_data(path.with_name(f"{path.name}_data"), ordered, size)
+        _write_data(path.with_name(data), ordered, size)
     except OSError as error:
         raise resource_error(path, error) from error

@@ -17,6 +17,9 @@ new tokens, as in the portable graph. With a past that is not empty, several tok
 
 A variant may have two graphs of this form: `decode_graph`, its weights in blocks of 4 or 8 bits, and `prefill_graph`,
 int8 by int8, faster where a step has many rows.
+
+`padded_graph` gives the form that other runtimes load, on the weights of `decode_graph`: past and present are float32,
+and padding may be on either side.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ import numpy as np
 import onnx_ir as ir
 
 from olmo2_export.architecture import Operation, count, norm_counts, quantizable
-from olmo2_export.fuse import ONNXRUNTIME, Pass, apply, check_applied, check_op_counts
+from olmo2_export.fuse import ONNXRUNTIME, OTHER_RUNTIMES, Pass, apply, check_applied, check_op_counts
 from olmo2_export.fuse.gather_block_quantized import gather_block_quantized
 from olmo2_export.fuse.matmul_integer import matmul_integer
 from olmo2_export.fuse.matmul_nbits import matmul_nbits
@@ -80,6 +83,15 @@ def shared_graph(portable: ir.Model, rows: Sequence[Operation], passes: list[Pas
     fused = portable.clone()
     check_applied(fused, apply(fused, passes), expected_passes(rows), "expected_passes in graphs/shared.py")
     return fused
+
+
+def padded_graph(shared: ir.Model, rows: Sequence[Operation]) -> ir.Model:
+    """Return a shared-cache graph, not quantised yet, that takes rows padded on either side; see `shared_graph`."""
+    padded = shared.clone()
+    found, expected = apply(padded, OTHER_RUNTIMES)["either_padding"], count(rows, "attention")
+    if found != expected:
+        raise FusionError(f"graph {padded.graph.name}: either_padding: expected {expected}, applied {found} times")
+    return padded
 
 
 def decode_graph(

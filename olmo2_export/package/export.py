@@ -1,7 +1,7 @@
 """Write the package folder: stream the weights beside the graph, hash everything, swap it in atomically.
 
     config.json generation_config.json genai_config.json tokenizer*.json ... manifest.json
-    onnx/model.onnx  onnx/model.onnx_data
+    onnx/model.onnx  onnx/model.onnx_data  [onnx/model_q4.onnx  onnx/model_q4_shared.onnx  onnx/model_q4.onnx_data ...]
 
 The folder is built under a hidden name beside its target and exchanged with it in one step, so that at every moment
 the target is the old package or the new one, whole. Two exports of the same input are byte-identical.
@@ -43,6 +43,7 @@ def export(
     options: Options | None = None,
     force: bool = False,
     graphs_of: Path | None = None,
+    default_variant: str | None = None,
 ) -> Manifest:
     """Export a checkpoint to a package folder.
 
@@ -54,6 +55,7 @@ def export(
         force: replace the package that is there.
         graphs_of: a package of another revision of the model, of the same variants and options: its graph files are
             taken as they are and only the weights are written, with the same result.
+        default_variant: what onnxruntime-genai and transformers.js open where none is named; None: fp32, or the first.
 
     Raises:
         ConfigError, CheckpointError: the checkpoint cannot be exported; nothing was written.
@@ -71,7 +73,7 @@ def export(
         check_room(checkpoint, config, out, variants, options)
         check_weights(checkpoint, config)
         sources = pool.submit(hash_files, checkpoint.folder, checkpoint.files)  # meanwhile, the trace
-        write_texts(checkpoint.folder, config, staging, list(dict.fromkeys(variants)))
+        write_texts(checkpoint.folder, config, staging, list(dict.fromkeys(variants)), default_variant)
         writer = VariantWriter(checkpoint, config, staging, options, graphs_of)
         written = {name: writer.write(name) for name in dict.fromkeys(variants)}
         shutil.rmtree(staging / SPOOL, ignore_errors=True)

@@ -23,7 +23,7 @@ from olmo2_export.fuse.quantized_kv_cache import quantized_kv_cache
 from olmo2_export.graphs.device import device_graph
 from olmo2_export.graphs.files import attach_weights
 from olmo2_export.graphs.predicted import GraphBytes, cache_bytes_per_token, predicted_bytes, shortened
-from olmo2_export.graphs.shared import decode_graph, prefill_graph, shared_graph
+from olmo2_export.graphs.shared import decode_graph, padded_graph, prefill_graph, shared_graph
 from olmo2_export.graphs.static import static_graph
 from olmo2_export.graphs.trace import trace
 from olmo2_export.package.variants import cache_spec
@@ -47,6 +47,8 @@ class VariantSizes:
     name: str
     graphs: Mapping[str, GraphBytes]
     """path in the package -> its files; the prefill graph, which a quality gate may leave out, is the second"""
+    portable: Mapping[str, int]
+    """path of the graph that other runtimes load, where that is another -> its bytes, on the first one's weights"""
     cache_bytes_per_token: int
     """of one row, over all layers"""
     bits_per_weight: float
@@ -58,7 +60,7 @@ class VariantSizes:
     @property
     def nbytes(self) -> int:
         """Bytes of all its files."""
-        return sum(files.graph + files.data for files in self.graphs.values())
+        return sum(files.graph + files.data for files in self.graphs.values()) + sum(self.portable.values())
 
 
 def variant_sizes(name: str, checkpoint: Checkpoint, config: ModelConfig, options: Options) -> VariantSizes:
@@ -79,7 +81,9 @@ def variant_sizes(name: str, checkpoint: Checkpoint, config: ModelConfig, option
     cache = cache_spec(config, row.form, row.dtype if stored is None else stored.dtype)
     if stored is not None and stored.bits is not None:
         cache = dataclasses.replace(cache, quantization=KVCacheQuantization(stored.bits, 0, {}))
-    graphs = dict(_graphs(row, checkpoint, config, options))
+    found = dict(_graphs(row, checkpoint, config, options))
+    graphs = {path: files for path, files in found.items() if path != row.portable_path or path == row.path}
+    portable = {path: files.graph for path, files in found.items() if path not in graphs}
     bits, extra, mixed = float(row.weights.bits), 0, False
     notes: tuple[str, ...] = ()
     if row.defaults is not None:
@@ -91,7 +95,7 @@ def variant_sizes(name: str, checkpoint: Checkpoint, config: ModelConfig, option
     if extra:  # the tensors that the budget pays for have the format of 8 bits
         path, first = next(iter(graphs.items()))
         graphs[path] = dataclasses.replace(first, data=first.data + extra)
-    return VariantSizes(name, graphs, cache_bytes_per_token(cache), bits, mixed, notes)
+    return VariantSizes(name, graphs, portable, cache_bytes_per_token(cache), bits, mixed, notes)
 
 
 def _bits_per_weight(
@@ -127,6 +131,7 @@ def _graphs(
         case "blocks":
             assert weights is not None  # all of them have defaults
             shared = shared_graph(traced, rows)
+            padded = padded_graph(shared, rows)
             if (bits := catalog.kv_cache(options.kv_cache).bits) is not None:
                 quantized_kv_cache(shared, _cache_scales(small), bits)
             graph, _ = decode_graph(shared, weights, rows)
@@ -135,7 +140,10 @@ def _graphs(
             if row.prefill_graph and options.prefill_graph and not config.labels:
                 graph, _ = prefill_graph(shared, weights, rows, defaults_of(row).rounded_blocks)
                 attach_weights(graph, checkpoint, small)
-                yield row.path.replace(".onnx", "_prefill.onnx"), predicted_bytes(graph, layers)
+                yield row.prefill_path, predicted_bytes(graph, layers)
+            graph, _ = decode_graph(padded, weights, rows)
+            attach_weights(graph, checkpoint, small)
+            yield row.portable_path, predicted_bytes(graph, layers)
         case "device":
             shared = shared_graph(traced, rows, DEVICE)
             graph, _, _ = device_graph(shared, checkpoint, small, ir_dtype(row.dtype), weights)

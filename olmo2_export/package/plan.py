@@ -91,6 +91,7 @@ def plan_export(
     variants: Sequence[str] = ("fp32",),
     options: Options | None = None,
     out: Path | None = None,
+    default_variant: str | None = None,
 ) -> ExportPlan:
     """Say what an export would do.
 
@@ -100,6 +101,7 @@ def plan_export(
         variants: names out of `catalog.exported`.
         options: how quantised variants are made; None: the defaults.
         out: the folder that would be written; None: not asked how much room is there.
+        default_variant: as `export`.
 
     Raises:
         ConfigError, CheckpointError: the checkpoint cannot be exported, as far as its headers and texts tell.
@@ -123,7 +125,7 @@ def plan_export(
         weights=weights,
         source_bytes=checkpoint.nbytes,
         variants=sizes,
-        texts=_text_bytes(checkpoint, config, names, sizes),
+        texts=_text_bytes(checkpoint, config, names, sizes, default_variant),
         spool=max((_spool(name, config, options) for name in names), default=0),
         engines=tuple(_engines(checkpoint, config)) if "fp32" in names else (),
         costs=estimate_costs(config, sizes, options, source_bytes=checkpoint.nbytes or 2 * weights),
@@ -206,12 +208,16 @@ def _spool(name: str, config: ModelConfig, options: Options) -> int:
 
 
 def _text_bytes(
-    checkpoint: Checkpoint, config: ModelConfig, names: Sequence[str], variants: Sequence[VariantSizes]
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    names: Sequence[str],
+    variants: Sequence[VariantSizes],
+    default: str | None = None,
 ) -> int:
     """Write the texts of a package aside, and count them; add what the manifest is likely to take."""
     with tempfile.TemporaryDirectory(prefix="olmo2-export-plan-") as folder:
-        write_texts(checkpoint.folder, config, Path(folder), names)
+        write_texts(checkpoint.folder, config, Path(folder), names, default)
         texts = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
     quantised = sum(len(weight_shapes(config)) for name in names if find(name).defaults is not None)
-    specs = (4 * config.num_hidden_layers + 6 + len(config.hidden_states)) * len(variants)
+    specs = (4 * config.num_hidden_layers + 6 + len(config.hidden_states)) * sum(1 + len(v.portable) for v in variants)
     return texts + _MANIFEST + _VARIANT * len(variants) + _SPEC * specs + _TENSOR * quantised

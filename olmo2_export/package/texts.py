@@ -2,6 +2,9 @@
 
 One rule for the ids that begin, end and pad a text: generation_config.json says them; what is absent or null there,
 config.json says. `runtimes.text.tokenizer` reads them by the same rule.
+
+What other runtimes read is written so that each finds it where it looks: RoPE in both forms of config.json, the chat
+template as a file and in tokenizer_config.json, and there that the model takes no token_type_ids.
 """
 
 from __future__ import annotations
@@ -15,20 +18,27 @@ from typing import Any
 
 import tokenizers
 
-from olmo2_export.catalog import find
+from olmo2_export.catalog import VariantRow, find
 from olmo2_export.config import LFS_POINTER, TOKEN_ID_FIELDS, ModelConfig, check_token_ids, read_json_object, token_ids
+from olmo2_export.rope import both_forms
 from olmo2_export.tokenizer_file import tested_tokenizer
 from olmo2_export.weights.hub import TEMPLATES, TEXT_FILES
-from runtimes.errors import CheckpointError, ConfigError, broken_link
+from runtimes.errors import CheckpointError, ConfigError, UsageError, broken_link
 
 logger = logging.getLogger(__name__)
 
 _GENERATION = "generation_config.json"
+_TOKENIZER = "tokenizer_config.json"
+_TEMPLATE = "chat_template.jinja"
 # What changes no logits, and is of no use or harm beside weights that are plain numbers.
 _DROPPED = {"quantization_config", "auto_map", "_name_or_path"}
+_LOCAL = {"name_or_path", "_name_or_path", "tokenizer_file", "special_tokens_map_file", "vocab_file", "merges_file"}
+"""of tokenizer_config.json: where its files lay once"""
 
 
-def write_texts(folder: Path, config: ModelConfig, staging: Path, variants: Sequence[str]) -> None:
+def write_texts(
+    folder: Path, config: ModelConfig, staging: Path, variants: Sequence[str], default: str | None = None
+) -> None:
     """Copy a checkpoint's texts and write the JSON files of the package.
 
     Args:
@@ -36,15 +46,19 @@ def write_texts(folder: Path, config: ModelConfig, staging: Path, variants: Sequ
         config: the model's.
         staging: the folder to write to.
         variants: of the package, in order.
+        default: the one that onnxruntime-genai and transformers.js open where none is named; None: fp32, or the first.
 
     Raises:
+        UsageError: the default is none of them.
         ConfigError: a value that means nothing in config.json or generation_config.json.
         CheckpointError: a tokenizer that does not work, or is another model's.
     """
+    opened = _opened(variants, default)
     for path in _texts(folder):
         target = staging / path.relative_to(folder)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
+    _write_tokenizer_config(staging)
     raw = read_json_object(folder / "config.json")
     javascript = raw.get("transformers.js_config") or {}
     if not isinstance(javascript, dict):
@@ -58,11 +72,15 @@ def write_texts(folder: Path, config: ModelConfig, staging: Path, variants: Sequ
     tokenizer = tested_tokenizer(folder / "tokenizer.json", config)
     if tokenizer is not None:
         _compare_ends(folder, tokenizer, ids["eos_token_id"])
-    javascript = {**javascript, "use_external_data_format": {Path(find(name).path).name: 1 for name in variants}}
-    kept = {name: value for name, value in raw.items() if name not in _DROPPED}
+    external = {Path(find(name).portable_path).name: 1 for name in variants}
+    javascript = {**javascript, "use_external_data_format": external}
+    if opened.graph != "portable" and opened.dtype != "bfloat16":  # which transformers.js does not have
+        javascript["dtype"] = opened.name
+    ropes = both_forms(raw, by_layer_type=config.model_type == "olmo3")
+    kept = {name: value for name, value in raw.items() if name not in _DROPPED} | ropes
     (staging / "config.json").write_text(_json({**kept, "transformers.js_config": javascript}), encoding="utf-8")
     if not config.labels:  # onnxruntime-genai generates text alone
-        (staging / "genai_config.json").write_text(_json(_genai_config(config, ids, variants)), encoding="utf-8")
+        (staging / "genai_config.json").write_text(_json(_genai_config(config, ids, opened)), encoding="utf-8")
 
 
 def _texts(folder: Path) -> Iterator[Path]:
@@ -72,6 +90,41 @@ def _texts(folder: Path) -> Iterator[Path]:
         if path.is_file():
             yield path
     yield from sorted(path for path in (folder / TEMPLATES).glob("*.jinja") if path.is_file())
+
+
+def _opened(variants: Sequence[str], default: str | None) -> VariantRow:
+    """Return the variant that other runtimes open where none is named."""
+    if default is not None and default not in variants:
+        raise UsageError(f"default variant {default}: not among those of this export, {', '.join(variants)}")
+    rows = [find(name) for name in variants]
+    named = [row for row in rows if row.name == default]
+    return (named or [row for row in rows if row.graph == "portable"] or rows)[0]
+
+
+def _write_tokenizer_config(staging: Path) -> None:
+    """Say in tokenizer_config.json what other runtimes look for there, and the chat template in both places, equal.
+
+    As in transformers, the template in a file of its own goes before the other. A file that is no JSON stays as it is.
+    """
+    path, template = staging / _TOKENIZER, staging / _TEMPLATE
+    if not path.is_file():
+        return
+    try:
+        raw = read_json_object(path)
+    except ConfigError:  # whoever reads it is told by `_compare_ends`
+        return
+    config = {name: value for name, value in raw.items() if name not in _LOCAL}
+    config.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    if template.is_file():
+        config["chat_template"] = template.read_text(encoding="utf-8")
+    else:
+        said = config.get("chat_template")
+        if isinstance(said, list):  # several, by name
+            named = {entry.get("name"): entry.get("template") for entry in said if isinstance(entry, dict)}
+            said = named.get("default")
+        if isinstance(said, str):
+            template.write_text(said, encoding="utf-8")
+    path.write_text(_json(config), encoding="utf-8")
 
 
 def _generation_config(path: Path) -> dict[str, Any] | None:
@@ -121,13 +174,11 @@ def _compare_ends(folder: Path, tokenizer: tokenizers.Tokenizer, ends: Sequence[
         )  # fmt: skip
 
 
-def _genai_config(config: ModelConfig, ids: Mapping[str, list[int]], variants: Sequence[str]) -> dict[str, Any]:
+def _genai_config(config: ModelConfig, ids: Mapping[str, list[int]], row: VariantRow) -> dict[str, Any]:
     """Return genai_config.json, for onnxruntime-genai; it knows no olmo2, so the type is `decoder`.
 
-    It names one graph: the portable one where the package has it.
+    It names one graph: of the variant `row`.
     """
-    rows = [find(name) for name in variants]
-    row = next((row for row in rows if row.graph == "portable"), rows[0])
     shared = row.form == "shared"
     providers: list[dict[str, Any]] = [{"cuda": {}}] if "cuda" in row.targets else []
     ends = ids["eos_token_id"]
@@ -143,7 +194,7 @@ def _genai_config(config: ModelConfig, ids: Mapping[str, list[int]], variants: S
             "context_length": config.max_position_embeddings,
             "vocab_size": config.vocab_size,
             "decoder": {
-                "filename": row.path,
+                "filename": row.portable_path,
                 "session_options": {"provider_options": providers},
                 "head_size": config.head_dim,
                 "hidden_size": config.hidden_size,

@@ -1,7 +1,8 @@
 """Write one variant into the folder of a package in the making: its graph or two, and its entry in the manifest.
 
-fp32 is the portable graph. q4 and q8 have a decode graph with weights in blocks of 4 or 8 bits and, where a quality
-gate lets it pass, a prefill graph that multiplies int8 by int8. bf16, fp16 and q4f16 are for GPUs.
+fp32 is the portable graph. q4 and q8 have a decode graph with weights in blocks of 4 or 8 bits, a portable one on the
+same weights, and, where a quality gate lets it pass, a prefill graph that multiplies int8 by int8. bf16, fp16 and q4f16
+are for GPUs.
 """
 
 from __future__ import annotations
@@ -29,8 +30,15 @@ from olmo2_export.fuse import DEVICE, check_op_counts
 from olmo2_export.fuse.quantized_kv_cache import quantized_kv_cache
 from olmo2_export.graphs.by_layer import Recorded, in_pieces, logits_by_layer
 from olmo2_export.graphs.device import device_graph, device_outputs
-from olmo2_export.graphs.files import attach_weights, save_graph, save_weights
-from olmo2_export.graphs.shared import decode_graph, prefill_graph, shared_graph, shared_inputs, shared_outputs
+from olmo2_export.graphs.files import attach_weights, save_beside, save_graph, save_weights
+from olmo2_export.graphs.shared import (
+    decode_graph,
+    padded_graph,
+    prefill_graph,
+    shared_graph,
+    shared_inputs,
+    shared_outputs,
+)
 from olmo2_export.graphs.trace import OPSET, expected_op_counts, portable_inputs, portable_outputs, trace
 from olmo2_export.measure.quality import PIECE, broken_limits, gate_of, measure_quality, quality_tokens
 from olmo2_export.package.weight_choice import Options, choose_weights, defaults_of
@@ -45,6 +53,7 @@ from runtimes.manifest import (
     Dtype,
     KVCacheQuantization,
     KVCacheSpec,
+    PortableGraph,
     PrefillGraph,
     Quality,
     Quantization,
@@ -204,6 +213,7 @@ class VariantWriter:
         spec, options = self._config.spec, self._options
         stored = catalog.kv_cache(options.kv_cache)
         shared = shared_graph(self._traced, self._rows)
+        padded = padded_graph(shared, self._rows)
         cache = self._cache_spec(row.form, stored.dtype)
         if stored.bits is not None:
             cache = dataclasses.replace(cache, quantization=self._quantize_cache(shared, stored.bits))
@@ -213,7 +223,7 @@ class VariantWriter:
             name=row.name,
             precision=row.weights.precision,
             graph=row.path,
-            data=self._save(model, row.path),
+            data=self._save(model, row.path, row.data),
             opset=OPSET,
             inputs=shared_inputs(spec, cache),
             outputs=shared_outputs(spec, cache),
@@ -221,6 +231,7 @@ class VariantWriter:
             op_counts=counts,
             quantization=self._describe(row, weights),
             min_onnxruntime=oldest_onnxruntime(cache),
+            portable=self._for_others(padded, weights, row),
         )
         if self._config.labels:  # there are no logits to judge int8 by
             return variant
@@ -239,13 +250,13 @@ class VariantWriter:
         weights = self._weights(row, wide) if row.defaults is not None else None
         shared = shared_graph(self._traced, self._rows, DEVICE)
         model, rounding, counts = device_graph(shared, self._checkpoint, self._config, dtype, weights, wide)
-        self._write(model, graph)
+        self._write(model, graph, row.data)
         rounding.check()
         variant = Variant(
             name=row.name,
             precision=row.weights.precision,
             graph=graph,
-            data=(f"{graph}_data",),
+            data=(row.data,),
             opset=OPSET,
             inputs=shared_inputs(spec, cache),
             outputs=device_outputs(spec, cache),
@@ -261,6 +272,14 @@ class VariantWriter:
         )
         return described if self._config.labels else self._judged(described)[0]
 
+    def _for_others(self, padded: ir.Model, weights: QuantizedWeights, row: VariantRow) -> PortableGraph:
+        """Write the graph that other runtimes load, over the weights that are written; its cache is not quantised."""
+        model, _ = decode_graph(padded, weights, self._rows)
+        attach_weights(model, self._checkpoint, self._config)
+        save_beside(model, self._staging / row.portable_path, self._staging / row.path)
+        spec, cache = self._config.spec, self._cache_spec(row.form, row.dtype)
+        return PortableGraph(row.portable_path, shared_inputs(spec, cache), shared_outputs(spec, cache))
+
     def _judged(self, variant: Variant) -> tuple[Variant, Quality]:
         """Measure a variant and return it with what it costs; warn where that misses its gate."""
         quality = self._measure(variant)
@@ -272,7 +291,7 @@ class VariantWriter:
         self, shared: ir.Model, weights: QuantizedWeights, row: VariantRow, variant: Variant, quality: Quality
     ) -> PrefillGraph | None:
         """Write the int8 graph, measure it, and keep it if it passes the variant's gate or is no worse than it."""
-        graph = row.path.replace(".onnx", "_prefill.onnx")
+        graph = row.prefill_path
         model, _ = prefill_graph(shared, weights, self._rows, defaults_of(row).rounded_blocks)
         data = self._save(model, graph)
         measured = self._measure(dataclasses.replace(variant, graph=graph, data=data))
@@ -290,16 +309,17 @@ class VariantWriter:
             min_onnxruntime=oldest_onnxruntime(variant.kv_cache, prefill=True),
         )
 
-    def _save(self, model: ir.Model, graph: str) -> tuple[str, ...]:
+    def _save(self, model: ir.Model, graph: str, data: str | None = None) -> tuple[str, ...]:
         attach_weights(model, self._checkpoint, self._config)
-        self._write(model, graph)
-        return (f"{graph}_data",)
+        data = data or f"{graph}_data"
+        self._write(model, graph, data)
+        return (data,)
 
-    def _write(self, model: ir.Model, graph: str) -> None:
+    def _write(self, model: ir.Model, graph: str, data: str) -> None:
         if self._graphs_of is not None and (self._graphs_of / graph).is_file():
-            save_weights(model, self._staging / graph, self._graphs_of / graph)
+            save_weights(model, self._staging / graph, self._graphs_of / graph, Path(data).name)
         else:
-            save_graph(model, self._staging / graph)
+            save_graph(model, self._staging / graph, self._staging / data)
 
     def _measure(self, variant: Variant) -> Quality:
         """Measure one graph on text; a large one layer by layer, whatever memory there is: two exports are equal."""

@@ -180,7 +180,9 @@ def read_parity(
 
 def _listed(manifest: Manifest | TrtManifest) -> set[str]:
     """Return the files that the variants name, which the table of files must have."""
-    return {name for variant in manifest.variants.values() for name in variant.files}
+    variants = manifest.variants.values()
+    portable = {variant.portable.graph for variant in variants if variant.portable is not None}
+    return portable | {name for variant in variants for name in variant.files}
 
 
 def _summarize(package: Path, variant: Variant, config: ModelConfig, portable: Mapping[str, int]) -> VariantSummary:
@@ -212,4 +214,5 @@ def _variant_document(summary: VariantSummary) -> dict[str, Any]:
         "bits_per_weight": quantization.bits_per_weight if quantization else None,
         "quality": asdict(entry.quality) if entry.quality else None,
         "prefill_quality": asdict(entry.prefill.quality) if entry.prefill else None,
+        "portable": entry.portable.graph if entry.portable else None,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
+from olmo2_export.catalog import find
 from olmo2_export.package.plan import ExportPlan
 from olmo2_export.summary.text import size
 
@@ -19,9 +20,12 @@ def plan_lines(plan: ExportPlan) -> Iterator[str]:
         yield (
             f"{variant.name}: {size(variant.nbytes)}, {bits}; KV cache {size(variant.cache_bytes_per_token)} per token"
         )
+        row = find(variant.name)
         for path, files in variant.graphs.items():
-            name = PurePosixPath(path).name
-            yield f"  {name} {size(files.graph)}, {name}_data {files.data:,} bytes"
+            data = row.data if path == row.path else f"{path}_data"
+            yield f"  {_name(path)} {size(files.graph)}, {_name(data)} {files.data:,} bytes"
+        for path, nbytes in variant.portable.items():
+            yield f"  {_name(path)} {size(nbytes)}, for other runtimes, on {_name(row.data)}"
         for note in variant.notes:
             yield f"  {note}"
     for engine in plan.engines:
@@ -35,6 +39,10 @@ def plan_lines(plan: ExportPlan) -> Iterator[str]:
     short = plan.free_memory is not None and plan.costs.memory > plan.free_memory
     yield f"memory: about {size(plan.costs.memory)} ({plan.costs.phase}){left}{': NOT ENOUGH' if short else ''}"
     yield f"time: about {_minutes(plan.costs.seconds)} where nothing else runs"
+
+
+def _name(path: str) -> str:
+    return PurePosixPath(path).name
 
 
 def _minutes(seconds: float) -> str:

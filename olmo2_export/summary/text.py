@@ -152,6 +152,8 @@ def _variant(summary: VariantSummary, package: PackageSummary) -> list[Renderabl
     facts = [("graph", f"{entry.graph}, {entry.precision}, opset {entry.opset}")]
     if entry.prefill:
         facts.append(("prefill", f"{entry.prefill.graph}, for steps of {entry.prefill.min_rows} tokens and more"))
+    if entry.portable:
+        facts.append(("portable", f"{entry.portable.graph}, the same weights for other runtimes: docs/interop.md"))
     if entry.min_onnxruntime is not None:
         prefill = entry.prefill.min_onnxruntime if entry.prefill else None
         newer = f", its prefill graph {prefill}" if prefill not in (None, entry.min_onnxruntime) else ""

@@ -52,6 +52,11 @@ def declare(verb: argparse.ArgumentParser) -> None:
         help="give these too: 0 the embedding, N what layer N gives, or last, as transformers numbers them",
     )
     verb.add_argument("--inputs-embeds", action="store_true", help="take vectors too, in the place of tokens")
+    verb.add_argument(
+        "--default-variant",
+        metavar="NAME",
+        help="what onnxruntime-genai and transformers.js open where none is named; fp32, or the first",
+    )
     verb.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub id")
     verb.add_argument("--force", action="store_true", help="replace the package that is there")
     verb.add_argument(
@@ -100,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
         variants=args.variant or ["fp32"],
         options=options,
         force=args.force,
+        default_variant=args.default_variant,
     )
     seconds = time.monotonic() - started
     size = sum(entry.size for entry in manifest.files.values())
@@ -129,6 +135,7 @@ def _plan(args: argparse.Namespace, options: Options) -> int:
         variants=args.variant or ["fp32"],
         options=options,
         out=Path.cwd() if args.out is None else args.out,
+        default_variant=args.default_variant,
     )
     print(json.dumps(plan.to_document(), indent=2) if args.json else "\n".join(plan_lines(plan)))
     return 1 if plan.free_disk is not None and plan.disk > plan.free_disk else 0

@@ -2,6 +2,7 @@
 
 feeds.py    the ways to feed a graph: modes x rows x lengths
 measure.py  what PyTorch says; run a graph in all ways and compare; decode freely
+portable.py padded batches as other runtimes feed them
 padded.py   scores of batches padded on either side, as transformers pads them
 beside.py   hidden states and sentence embeddings
 checks.py   calibration that repeats; quality on text

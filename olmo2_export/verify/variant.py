@@ -4,6 +4,7 @@
 |---------------|--------------------------------------------------|-------------------------------|-------------|
 | cases, greedy | the first view, in all ways of `feeds`           | PyTorch: see `views.table`    | of the view |
 | cases         | the other views; a mode bears its view's name    | the same                      | of the view |
+| portable ...  | the graph for other runtimes, as in `portable`   | the same                      | of the view |
 | hidden, ...   | what `beside` asks: hidden states, embeddings    | the same                      | of the view |
 | graph, ...    | of a classifier: padded batches, without runner  | transformers' own choice      | of the view |
 | weights ...   | `views.weight_checks`                            | the checkpoint, the manifest  | there       |
@@ -19,7 +20,7 @@ on a GPU: the operators of this one sum in float32 there, see `graphs/device.py`
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import numpy as np
@@ -49,8 +50,9 @@ from olmo2_export.verify.measure import (
     measure_runner,
     report_of,
 )
-from olmo2_export.views.runners import open_view, open_whole
-from olmo2_export.views.table import View, variant_views
+from olmo2_export.verify.portable import feed_portable
+from olmo2_export.views.runners import open_step, open_view, open_whole
+from olmo2_export.views.table import View, portable_views, variant_views
 from olmo2_export.views.weight_checks import check_cache_scales, weight_checks
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.source import Replaced, WeightSource
@@ -92,15 +94,18 @@ def measure_variant(
     """
     opened, target = open_package(package), target or find_target("ort")
     entry = opened.variant(name)
-    opened.check(entry.files)
+    opened.check([*entry.files, *([entry.portable.graph] if entry.portable else [])])
     config = config_of(checkpoint.folder, opened.model)
     views = variant_views(opened, entry, checkpoint, config, target)
     as_run = views[-1]
     views = _compared(views, entry)
+    portable = [] if target.on_gpu else portable_views(opened, entry, views)
+    views[2:2] = portable  # behind those that are compared with the same
     capacity = min(entry.kv_cache.max_cache_length, longest)
     asked: tuple[Mapping[str, torch.Tensor], Truth] | None = None
     report: ParityReport | None = None
     cases: list[CaseResult] = []
+    owns: dict[tuple[int, int], list[np.ndarray]] = {}
     for view in views:
         if not view.replaced:
             assert truth is not None  # its precision is among those asked for
@@ -113,7 +118,10 @@ def measure_variant(
                 opened, checkpoint, precisions, capacity, weights=view.replaced, by_layer=bool(by_layer)
             )
             asked = view.replaced, found
-        own = _own_logits(view, found, entry, checkpoint, config, by_layer=bool(by_layer))
+        arithmetic = id(view.replaced), id(view.rounding)
+        if arithmetic not in owns:
+            owns[arithmetic] = _own_logits(view, found, entry, checkpoint, config, by_layer=bool(by_layer))
+        own = owns[arithmetic]
         draws = _draws(view, found, checkpoint, by_layer=bool(by_layer))
         if by_layer and runs_by_layer(view, target):
             more = compare_fed(
@@ -125,24 +133,27 @@ def measure_variant(
                 report = report_of(found, view.gate, more, [], name, entry.precision, sha256, limit, coverage=said)
                 cases += more
             else:
-                cases += [dataclasses.replace(case, mode=f"{view.label} {case.mode}") for case in more]
+                cases += _labelled(view, more)
             continue
-        with open_view(opened, view, target) as runner:
-            if report is None:
-                sha256 = opened.files_of(entry)[entry.graph].sha256
-                report = measure_runner(
-                    runner, found, own, view.gate, draws, name, entry.precision, sha256, target.backend
-                )
-                cases += report.cases
-            else:
-                more = feed(runner, found, found.exact, own, view.gate, draws)
-                cases += [dataclasses.replace(case, mode=f"{view.label} {case.mode}") for case in more]
+        if view in portable:
+            fed = partial(feed_portable, open_step(view), found.sequences, found.capacity)
+            more = [] if config.labels else compare_fed(fed, found, found.exact, own, view.gate, draws)
+            cases += _labelled(view, more)
+        else:
+            with open_view(opened, view, target) as runner:
+                if report is None:
+                    sha256 = opened.files_of(entry)[entry.graph].sha256
+                    report = measure_runner(
+                        runner, found, own, view.gate, draws, name, entry.precision, sha256, target.backend
+                    )
+                    cases += report.cases
+                else:
+                    cases += _labelled(view, feed(runner, found, found.exact, own, view.gate, draws))
         if found.beside.padded and view.variant.kv_cache.form != "static" and not target.on_gpu:
             left = view.variant.kv_cache.form == "concat"
             whole = open_whole(view)
             more = compare_padded(whole, found, found.exact, own, view.gate, draws, left=left)
-            label = "" if view is views[0] else f"{view.label} "
-            cases += [dataclasses.replace(case, mode=f"{label}{case.mode}") for case in more]
+            cases += more if view is views[0] else _labelled(view, more)
     assert report is not None  # there is a view of every variant
     checks = weight_checks(opened, entry, checkpoint, config)
     checks += calibration_checks(opened, entry, checkpoint, config)
@@ -162,6 +173,10 @@ def measure_variant(
     if entry.float32_islands:
         report = dataclasses.replace(report, own_error_of=WITH_ISLANDS)
     return dataclasses.replace(report, cases=tuple(cases), checks=tuple(checks), perplexity=change)
+
+
+def _labelled(view: View, cases: Iterable[CaseResult]) -> list[CaseResult]:
+    return [dataclasses.replace(case, mode=f"{view.label} {case.mode}") for case in cases]
 
 
 def _compared(views: list[View], entry: Variant) -> list[View]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -16,16 +16,21 @@ from olmo2_export.stored_graph import load_graph
 from olmo2_export.views.static_forms import all_positions, rounded_form
 from olmo2_export.views.table import View, has_rounded_form, in_float32
 from runtimes import Device, Package, Runner, open_runner
-from runtimes.errors import UsageError
+from runtimes.errors import FailedError, UsageError
 from runtimes.manifest import ModelSpec, Variant
 from runtimes.ort.devices import find_device
 from runtimes.ort.open import open_ort
-from runtimes.ort.session import open_session
+from runtimes.ort.session import one_line, open_session
 from runtimes.ort.shared import SharedRunner
 from runtimes.ort.static_session import OrtStaticSession
 from runtimes.runners.runner import Logits, TokenIds
 from runtimes.runners.static import StaticRunner
 from runtimes.targets import Target
+
+Arrays: TypeAlias = dict[str, np.ndarray]
+Step: TypeAlias = Callable[[np.ndarray, np.ndarray, Mapping[str, np.ndarray]], tuple[np.ndarray, Arrays]]
+"""new ids int64 [B, S], mask int64 [B, P + S] and cache by past's names, {} at first -> logits float32 [B, S, V], of a
+classifier scores [B, labels], and the cache"""
 
 
 @contextmanager
@@ -102,11 +107,8 @@ def open_measured(package: Package, entry: Variant) -> Iterator[Measured]:
             yield runner
 
 
-def open_whole(view: View) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """Run a view of a classifier on the CPU as other runtimes do, without any cache before.
-
-    Returns:
-        A function of ids and mask, int64 [B, S], that gives the graph's scores, float32 [B, labels].
+def open_step(view: View) -> Step:
+    """Run a view on the CPU as other runtimes do: padding and all in one call, present values as the past of the next.
 
     Raises:
         PackageError: the graph does not load.
@@ -114,20 +116,35 @@ def open_whole(view: View) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     variant, spec = view.variant, view.variant.kv_cache
     session = _session(view.graph, view.model, variant, "cpu")
 
-    def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    def run(ids: np.ndarray, mask: np.ndarray, cache: Mapping[str, np.ndarray]) -> tuple[np.ndarray, Arrays]:
         empty = np.zeros((len(ids), spec.num_key_value_heads, 0, spec.stored_head_dim), np.dtype(spec.dtype))
         feeds = {
             "token_ids": ids,
             "attention_mask": mask,
-            "position_ids": np.maximum(mask.cumsum(1) - 1, 0),
+            "position_ids": np.maximum(mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :],
             "past": empty,
         }
-        given = {t.name: feeds[t.role] for t in variant.inputs if t.role in feeds}
-        (scores,) = session.run([variant.name_of("score")], given)
-        found: np.ndarray = scores
-        return found
+        given = {t.name: feeds[t.role] for t in variant.inputs if t.role in feeds} | dict(cache)
+        try:
+            answer, *presents = session.run([variant.name_of(variant.answer), *variant.caches.values()], given)
+        except RuntimeError as error:
+            raise FailedError(f"onnxruntime failed in {variant.graph}: {one_line(error)}") from error
+        return answer, dict(zip(variant.caches, presents, strict=True))
 
     return run
+
+
+def open_whole(view: View) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Run a view of a classifier as `open_step` does, without any cache before.
+
+    Returns:
+        A function of ids and mask, int64 [B, S], that gives the graph's scores, float32 [B, labels].
+
+    Raises:
+        PackageError: the graph does not load.
+    """
+    step = open_step(view)
+    return lambda ids, mask: step(ids, mask, {})[0]
 
 
 def open_all_positions(package: Package, entry: Variant) -> AllPositions:

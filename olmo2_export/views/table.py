@@ -9,6 +9,7 @@
 |                       | rounded    | the graph                              | the same         | fp16      | fp16    |
 | q4, q8                | exact      | the decode graph, nothing rounded      | dequantised      | fp32      | fp32    |
 |                       | kernels    | the decode graph, inputs in 8 bits     | the same         | fp32 *    | kernels |
+|                       | portable * | both of these, of the portable graph   | the same         | the same  | as they |
 |                       | int8 exact | the prefill graph, nothing rounded     | its int8 weights | fp32      | fp32    |
 |                       | int8       | the prefill graph                      | the same         | fp32 *    | kernels |
 | trt_fp16, trt_bf16    | exact      | in float32, the stored weights         | as stored        | fp32      | fp32    |
@@ -28,7 +29,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -54,10 +55,10 @@ from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.stored_names import stored_weight
 from runtimes import Package
 from runtimes.errors import PackageError
-from runtimes.manifest import Variant
+from runtimes.manifest import PortableGraph, Variant
 from runtimes.targets import Target
 
-Label = Literal["as stored", "exact", "rounded", "kernels", "int8 exact", "int8"]
+Label = Literal["as stored", "exact", "rounded", "kernels", "portable exact", "portable", "int8 exact", "int8"]
 
 FLOAT32_FACTOR, ROUNDED_FACTOR = 4.0, 2.0
 """most: error / PyTorch's own, of one operation on the graph's inputs. 4 is the fp32 gate of verify; where rounding to
@@ -136,6 +137,38 @@ def variant_views(
     if entry.quantization is None:
         return [_portable(graph)]
     return _quantised_views(graph, package, checkpoint, config)
+
+
+def portable_views(package: Package, entry: Variant, views: Sequence[View]) -> list[View]:
+    """Return the exact view of the graph that other runtimes load, and the one with its kernels.
+
+    They compute what the runner's graph computes: so they are compared with the same. No runner opens them: see
+    `runners.open_step`.
+
+    Args:
+        package: the variant's.
+        entry: the variant.
+        views: of it, the first two of a variant with weights in blocks.
+
+    Returns:
+        Two views; [] where the variant has no such graph.
+    """
+    if entry.portable is None:
+        return []
+    graph = package.folder / entry.portable.graph
+    model, variant = load_graph(graph), as_portable(entry, entry.portable)
+    exact, kernels = (dataclasses.replace(view, graph=graph, variant=variant, as_stored=False) for view in views[:2])
+    return [
+        dataclasses.replace(exact, label="portable exact", model=shared_forms.exact_form(model)),
+        dataclasses.replace(kernels, label="portable", model=model, gate=KERNELS),
+    ]
+
+
+def as_portable(entry: Variant, portable: PortableGraph) -> Variant:
+    """Return the variant that its portable graph is: it takes and gives the cache as the portable graph of fp32."""
+    cache = dataclasses.replace(entry.kv_cache, form="concat", dtype="float32", quantization=None)
+    tables = {"inputs": portable.inputs, "outputs": portable.outputs}
+    return dataclasses.replace(entry, graph=portable.graph, kv_cache=cache, prefill=None, portable=None, **tables)
 
 
 def in_float32(entry: Variant) -> Variant:

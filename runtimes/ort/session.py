@@ -64,7 +64,7 @@ def open_session(
         options.intra_op_num_threads = threads
     source = changed
     if changed is not None or device.name != "nv-rtx":  # a compiler reads the weights itself, by the graph's path
-        source, folder = follow_link(graph, changed)
+        source, folder = follow_link(graph, changed, variant.data_of(graph.name))
         if source is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if changed is not None:

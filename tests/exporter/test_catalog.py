@@ -40,8 +40,8 @@ from runtimes.targets import TARGETS, find_target, runnable, runs
 
 PATHS = {
     "fp32": "onnx/model.onnx",
-    "q4": "onnx/model_q4.onnx",
-    "q8": "onnx/model_q8.onnx",
+    "q4": "onnx/model_q4_shared.onnx",
+    "q8": "onnx/model_q8_shared.onnx",
     "fp16": "onnx/model_fp16.onnx",
     "bf16": "onnx/model_bf16.onnx",
     "q4f16": "onnx/model_q4f16.onnx",
@@ -70,6 +70,11 @@ def config(tiny_checkpoint: Path) -> ModelConfig:
 
 def test_the_rows_agree_with_each_other_and_with_the_targets() -> None:
     assert {row.name: row.path for row in VARIANTS} == PATHS
+    others = {row.name: (row.portable_path, row.data) for row in VARIANTS if row.portable_path != row.path}
+    assert others == {
+        "q4": ("onnx/model_q4.onnx", "onnx/model_q4.onnx_data"),
+        "q8": ("onnx/model_quantized.onnx", "onnx/model_quantized.onnx_data"),  # what transformers.js opens
+    }
     assert sorted(catalog.precisions()) == sorted(get_args(Precision)) == sorted(OLDEST_GPU)
     assert catalog.exported() == ["fp32", "q4", "q8", "fp16", "bf16", "q4f16"]
     assert max(Counter(row.colour for row in VARIANTS).values()) == 1
@@ -245,7 +250,11 @@ def test_a_new_variant_is_predicted_written_run_and_verified(
     export(checkpoint, out, variants=["fp32", "q4s"])
     package = open_package(out)
     made = package.variant("q4s")
-    assert predicted.graphs.keys() == {made.graph} == {"onnx/model_q4s.onnx"}
+    assert predicted.graphs.keys() == {made.graph} == {"onnx/model_q4s_shared.onnx"}
+    assert made.portable is not None
+    assert predicted.portable.keys() == {made.portable.graph} == {"onnx/model_q4s.onnx"}
+    said, size = predicted.portable[made.portable.graph], package.manifest.files[made.portable.graph].size
+    assert said == pytest.approx(size, rel=0.05)
     assert predicted.graphs[made.graph].data == sum(package.manifest.files[name].size for name in made.data)
     assert made.op_counts["com.microsoft::MatMulNBits"] == 7 * SHAPE["num_hidden_layers"] + 1
     assert made.op_counts["com.microsoft::GatherBlockQuantized"] == 1
@@ -255,7 +264,9 @@ def test_a_new_variant_is_predicted_written_run_and_verified(
         assert runner.variant.name == "q4s"
     report = measure_variant(package, "q4s", checkpoint, longest=24)
     assert report.passed
-    assert {case.mode.split()[0] for case in report.cases} == {"kernels", "prefill", "decode", "chunked", "prefix"}
+    assert {case.mode.split()[0] for case in report.cases} == {
+        *("kernels", "prefill", "decode", "chunked", "prefix", "portable")
+    }
     strict = dataclasses.replace(Q4S, weights=INT4_BLOCKS)
     monkeypatch.setattr(catalog, "VARIANTS", (*VARIANTS, strict))
     report = measure_variant(package, "q4s", checkpoint, longest=24)

@@ -15,7 +15,7 @@ from support.matrix import seen
 from support.own_model import load_model
 from transformers import AutoModelForCausalLM
 
-from olmo2_export.catalog import precisions
+from olmo2_export.catalog import find, precisions
 from olmo2_export.config import ModelConfig
 from olmo2_export.engine.build import build
 from olmo2_export.engine.options import EngineOptions
@@ -190,12 +190,18 @@ def test_what_an_export_writes_is_predicted(
     name: str, family_checkpoint: Callable[[str], Path], family_package: Callable[[str], Path]
 ) -> None:
     checkpoint, package = open_checkpoint(str(family_checkpoint(name))), family_package(name)
+    opened = open_package(package)
     for variant in plan_export(checkpoint, variants=VARIANTS, options=Options()).variants:
         for path, files in variant.graphs.items():
             if not (package / path).is_file():  # a prefill graph that missed its gate
                 continue
-            assert files.data == (package / f"{path}_data").stat().st_size, path
+            row = find(variant.name)
+            data = row.data if path == row.path else f"{path}_data"
+            assert files.data == (package / data).stat().st_size, path
             assert abs(files.graph / (package / path).stat().st_size - 1) < 0.06, path
+        assert variant.portable.keys() == {p.graph for p in [opened.variant(variant.name).portable] if p is not None}
+        for path, nbytes in variant.portable.items():
+            assert abs(nbytes / (package / path).stat().st_size - 1) < 0.06, path
 
 
 @pytest.mark.parametrize("name", ["olmo", "olmo3"])

@@ -18,7 +18,7 @@ from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
 
 pytestmark = pytest.mark.usefixtures("short_rows")
 
-DECODE = "onnx/model_q4.onnx"
+DECODE = "onnx/model_q4_shared.onnx"
 Named = tuple[Bug, int | None, str, str, str]
 """the bug, and where locate finds it: layer, tensor, operation, words"""
 

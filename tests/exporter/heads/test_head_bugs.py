@@ -22,7 +22,7 @@ NAMED: list[tuple[Bug, str, str, str]] = [
     (heads.pooled_where_the_first_row_is, BATCH, POOL, "it takes the first row's token of every row"),
     (heads.labels_swapped, "score", LINEAR, ""),
 ]
-GRAPHS = {"fp32": "onnx/model.onnx", "q4": "onnx/model_q4.onnx", "trt_fp32": ""}
+GRAPHS = {"fp32": "onnx/model.onnx", "q4": "onnx/model_q4_shared.onnx", "trt_fp32": ""}
 
 pytestmark = pytest.mark.usefixtures("short_rows", "little_text")
 

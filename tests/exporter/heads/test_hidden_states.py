@@ -124,7 +124,7 @@ NAMED: list[tuple[Bug, str, str]] = [
     (hidden.state_of_the_next_layer, "hidden_states.1", "it is what layer 2 of 3 gives"),
     (hidden.last_state_without_its_norm, "hidden_states.3", "it is what the last layer gives, without the last norm"),
 ]
-GRAPHS = {"fp32": "onnx/model.onnx", "q4": "onnx/model_q4.onnx", "bf16": "onnx/model_bf16.onnx", "trt_fp32": ""}
+GRAPHS = {"fp32": "onnx/model.onnx", "q4": "onnx/model_q4_shared.onnx", "bf16": "onnx/model_bf16.onnx", "trt_fp32": ""}
 
 
 def test_every_bug_is_located() -> None:

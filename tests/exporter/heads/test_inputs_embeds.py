@@ -28,7 +28,7 @@ from runtimes import open_package, open_runner
 from runtimes.errors import ContextLengthError, InputError, UsageError
 
 BEFORE = [[5, 17], [11, 2, 60], [1]]
-GRAPHS = {"fp32": "onnx/model.onnx", "q4": "onnx/model_q4.onnx", "trt_fp32": ""}
+GRAPHS = {"fp32": "onnx/model.onnx", "q4": "onnx/model_q4_shared.onnx", "trt_fp32": ""}
 
 
 def given() -> list[np.ndarray]:

@@ -449,7 +449,7 @@ def _add_twice(model: ir.Model, index: int) -> None:
     node.replace_input_with(residual, node.inputs[added])
 
 
-@pytest.mark.parametrize(("variant", "graph"), [("fp32", "onnx/model.onnx"), ("q4", "onnx/model_q4.onnx")])
+@pytest.mark.parametrize(("variant", "graph"), [("fp32", "onnx/model.onnx"), ("q4", "onnx/model_q4_shared.onnx")])
 @pytest.mark.parametrize(
     ("bug", "said"),
     [

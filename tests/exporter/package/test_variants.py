@@ -77,7 +77,7 @@ def test_a_quantised_cache_has_its_scales_in_the_manifest(
     assert cache.quantization is not None
     assert cache.quantization.bits == bits
     assert cache.quantization.scales.keys() == {f"{n}.{kind}" for n in range(LAYERS) for kind in ("key", "value")}
-    graph = ir.load(tmp_path / "p" / "onnx/model_q8.onnx").graph
+    graph = ir.load(tmp_path / "p" / "onnx/model_q8_shared.onnx").graph
     for name, text in cache.quantization.scales.items():
         scales = np.frombuffer(base64.b64decode(text), "<f4").reshape(HEADS, 1, HEAD_DIM)
         stored = graph.initializers[f"kv_cache.{name}.scale"].const_value

@@ -11,6 +11,8 @@ from support.bugs.edits import Bug, change, scaled
 from support.bugs.quantized import (
     EXACT_BUGS,
     GRAPH,
+    PADDING_BUGS,
+    PORTABLE_GRAPH,
     PREFILL_GRAPH,
     WEIGHT_BUGS,
     attention_scale_wrong,
@@ -18,6 +20,7 @@ from support.bugs.quantized import (
     int8_scale_shifted,
     key_and_value_cache_swapped,
     kv_heads_misread,
+    norm_weight_nan,
     one_scale_shifted,
     post_attention_norm_ignored,
     q_norm_ignored,
@@ -68,13 +71,19 @@ def test_a_rebuilt_package_without_a_bug_is_red_in_nothing_but_quality(
     )
     assert red(report) <= set(QUALITY)
     modes = [c.mode for c in report.cases]
-    assert set(modes) == {f"{view}{mode}" for view in VIEWS for mode in MODES}
-    assert all(modes.count(mode) == 8 for mode in modes)
+    cases = {f"{view}{mode}": 8 for view in VIEWS for mode in MODES}
+    cases |= {f"{view} {mode}": count for view in PORTABLE for mode, count in OTHER_RUNTIMES.items()}
+    assert {mode: modes.count(mode) for mode in modes} == cases
+    assert all(c.nmse < 1e-11 for c in report.cases if c.mode.startswith("portable exact"))
     assert all(c.nmse < 1e-11 for c in report.cases if c.mode.removeprefix("int8 exact ") in MODES)
     assert {c.draws for c in report.cases} == {1}  # PyTorch is asked again of what is off alone
 
 
 VIEWS = ["", "kernels ", "int8 exact ", "int8 "]
+PORTABLE = ["portable exact", "portable"]
+OF_WEIGHTS = (rope_theta_wrong, norm_weight_nan)
+"""bugs in the file of the weights, which both graphs have"""
+OTHER_RUNTIMES = {"alone": 3, "left padded": 2, "right padded": 2}
 QUALITY = ["quality", "int8 quality", "quality of both in turns"]
 
 
@@ -119,6 +128,22 @@ def test_bug_in_the_prefill_graph_turns_it_red(
     broken = rebuilt(package, tmp_path / "p", bug, PREFILL_GRAPH)
     report = measure_variant(broken, "q4", open_checkpoint(checkpoint), longest=CAPACITY)
     assert part in red(report), format_reports([report])
+
+
+@pytest.mark.usefixtures("little_text", "short_rows")
+@pytest.mark.parametrize(
+    "bug", [*(b for b in EXACT_BUGS if b not in OF_WEIGHTS), *PADDING_BUGS], ids=lambda bug: bug.__name__
+)
+def test_bug_in_the_portable_graph_turns_it_red_and_no_other(
+    package: Path, checkpoint: str, tmp_path: Path, bug: Bug
+) -> None:
+    broken = rebuilt(package, tmp_path / "p", bug, PORTABLE_GRAPH)
+    report = measure_variant(broken, "q4", open_checkpoint(checkpoint), longest=CAPACITY)
+    assert "portable" in red(report), format_reports([report])
+    assert red(report) <= {"portable", *QUALITY}
+    if bug in PADDING_BUGS:
+        exact = [c for c in report.cases if c.mode.startswith("portable exact")]
+        assert {c.mode.removeprefix("portable exact ") for c in exact if not c.passed} == PADDING_BUGS[bug]
 
 
 @pytest.fixture(scope="module")

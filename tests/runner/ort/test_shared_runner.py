@@ -326,12 +326,18 @@ def test_a_tampered_prefill_graph_is_refused_before_it_is_used(two_graphs: Path,
             runner.prefill([tokens(40)])  # trusted, as asked
 
 
-@pytest.mark.parametrize("suffix", ["", "_data"])
-def test_a_tampered_decode_graph_is_refused_at_once(two_graphs: Path, tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize("name", ["model_q4_shared.onnx", "model_q4.onnx_data"])
+def test_a_tampered_decode_graph_is_refused_at_once(two_graphs: Path, tmp_path: Path, name: str) -> None:
     copy = Path(shutil.copytree(two_graphs, tmp_path / "copy"))
-    flip(copy / f"onnx/model_q4.onnx{suffix}")
-    with pytest.raises(IntegrityError, match=f"model_q4.onnx{suffix}"):
+    flip(copy / "onnx" / name)
+    with pytest.raises(IntegrityError, match=name):
         open_runner(copy, threads=1)
+
+
+def test_a_runner_opens_no_portable_graph(two_graphs: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(two_graphs, tmp_path / "copy"))
+    flip(copy / "onnx/model_q4.onnx")
+    open_runner(copy, threads=1).close()
 
 
 def test_a_closed_runner_says_so(package: Path) -> None:

@@ -20,7 +20,8 @@ from support.bugs.edits import (
     scaled,
 )
 
-GRAPH, PREFILL_GRAPH = "onnx/model_q4.onnx", "onnx/model_q4_prefill.onnx"
+GRAPH, PREFILL_GRAPH = "onnx/model_q4_shared.onnx", "onnx/model_q4_prefill.onnx"
+PORTABLE_GRAPH = "onnx/model_q4.onnx"
 
 
 def gate_and_up_swapped(model: ir.Model) -> None:
@@ -86,6 +87,35 @@ EXACT_BUGS: list[Bug] = [
     key_and_value_cache_swapped,
     norm_weight_nan,
 ]
+
+
+# Of the portable graph alone, and the only cases that each must show in.
+
+
+def lengths_of_the_mask(model: ir.Model) -> None:
+    """The slots of a row end with its sum, as in the runner's graph: what follows padding is written over it."""
+    graph = model.graph
+    total = next(n for n in graph if n.name == "node_padding.last_slots")
+    mask = next(v for v in graph.inputs if v.name == "attention_mask")
+    axis = constant(model, "of_a_row", np.array([1], np.int64))
+    count = ir.node("ReduceSum", [mask, axis], {"keepdims": 0})
+    one = constant(model, "last_of_a_row", np.array(1, np.int64))
+    last = ir.node("Sub", [count.outputs[0], one])
+    cast = ir.node("Cast", [last.outputs[0]], {"to": int(ir.DataType.INT32)})
+    graph.insert_before(total, [count, last, cast])
+    total.outputs[0].replace_all_uses_with(cast.outputs[0])
+
+
+def positions_of_tokens_alone(model: ir.Model) -> None:
+    """cumsum - 1, as other graphs take: the keys of a first call are counted from its first slot."""
+    places = next(n for n in model.graph if n.name == "node_padding.token_places")
+    places.replace_input_with(1, constant(model, "minus_one", np.array([[-1]], np.int64)))
+
+
+PADDING_BUGS: dict[Bug, set[str]] = {
+    lengths_of_the_mask: {"left padded", "right padded"},
+    positions_of_tokens_alone: {"left padded"},
+}
 
 
 def one_scale_shifted(model: ir.Model) -> None:
