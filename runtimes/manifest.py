@@ -295,6 +295,22 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
+class AdapterSource:
+    """A LoRA adapter that was merged into the weights."""
+
+    name: str
+    model: str
+    """Hub id, or the name (not the path) of a local folder"""
+    kind: SourceKind
+    revision: str | None
+    """the resolved commit, for kind hub"""
+    base: str | None
+    """the model that it says it was trained on"""
+    files: dict[str, FileEntry] = field(hash=False)
+    """its config and its tensors"""
+
+
+@dataclass(frozen=True)
 class Source:
     """Where the weights came from."""
 
@@ -305,6 +321,8 @@ class Source:
     """the resolved commit, for kind hub"""
     files: dict[str, FileEntry] = field(hash=False)
     """the safetensors files that were read"""
+    adapters: tuple[AdapterSource, ...] = ()
+    """merged into the weights, in this order"""
 
 
 @dataclass(frozen=True)
@@ -552,6 +570,8 @@ def _check(manifest: object) -> None:
     _check_names(manifest.files)
     if isinstance(manifest, Manifest):
         _check_names(manifest.source.files)
+        for adapter in manifest.source.adapters:
+            _check_names(adapter.files)
     for variant in manifest.variants.values():
         windows = variant.kv_cache.windows
         if windows and len(windows) != variant.kv_cache.num_layers:

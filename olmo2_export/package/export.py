@@ -25,6 +25,7 @@ from olmo2_export.package.texts import write_texts
 from olmo2_export.package.variants import SPOOL, VariantWriter, check_variants
 from olmo2_export.package.weight_choice import Options
 from olmo2_export.weights.checkpoint import Checkpoint
+from olmo2_export.weights.merged import adapter_sources
 from olmo2_export.weights.stored_names import EMBEDDING, HEAD
 from runtimes.manifest import MANIFEST_NAME, Manifest, Source, to_document
 from runtimes.sealed import FORMAT_VERSION, hash_files, seal
@@ -47,7 +48,7 @@ def export(
     """Export a checkpoint to a package folder.
 
     Args:
-        checkpoint: what `open_checkpoint` found.
+        checkpoint: what `open_checkpoint` or `open_merged` found.
         out: the folder to write; it must not exist, or be empty, unless `force`.
         variants: names out of `VARIANTS`.
         options: how quantised variants are made; None: the defaults.
@@ -79,7 +80,13 @@ def export(
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             exporter_version=importlib.metadata.version("olmo2-export"),
-            source=Source(checkpoint.model, checkpoint.kind, checkpoint.revision, sources.result()),
+            source=Source(
+                checkpoint.model,
+                checkpoint.kind,
+                checkpoint.revision,
+                sources.result(),
+                adapter_sources(checkpoint),
+            ),
             model=config.spec,
             variants=written,
             libraries=_libraries(),

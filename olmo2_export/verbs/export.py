@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import olmo2_export.catalog as catalog
 from olmo2_export.catalog import BLOCK_SIZES, exported, listed, names
-from olmo2_export.verbs.arguments import declare_variant
+from olmo2_export.verbs.arguments import declare_lora, declare_variant
 from olmo2_export.verbs.words import megabytes
 from runtimes.errors import UsageError
 
@@ -52,6 +52,7 @@ def declare(verb: argparse.ArgumentParser) -> None:
         help="give these too: 0 the embedding, N what layer N gives, or last, as transformers numbers them",
     )
     verb.add_argument("--inputs-embeds", action="store_true", help="take vectors too, in the place of tokens")
+    declare_lora(verb, "a LoRA adapter (folder, or Hub id with or without @REV), merged; may be repeated, in order")
     verb.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub id")
     verb.add_argument("--force", action="store_true", help="replace the package that is there")
     verb.add_argument(
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     from olmo2_export.package.weight_choice import Options
     from olmo2_export.peak_memory import peak_bytes
     from olmo2_export.summary.text import quantization_lines
-    from olmo2_export.weights.checkpoint import open_checkpoint
+    from olmo2_export.weights.merged import open_merged
 
     if args.out is None and not args.dry_run:
         raise UsageError("--out: missing; expected the package folder to write, or --dry-run")
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         return _plan(args, options)
     started = time.monotonic()
     manifest = export(
-        open_checkpoint(args.model, args.revision),
+        open_merged(args.model, args.revision, args.lora),
         args.out,
         variants=args.variant or ["fp32"],
         options=options,
@@ -122,10 +123,10 @@ def _plan(args: argparse.Namespace, options: Options) -> int:
     """Say what the export would do; exit code 1 where the disk has no room for it."""
     from olmo2_export.package.plan import plan_export
     from olmo2_export.summary.plan_text import plan_lines
-    from olmo2_export.weights.checkpoint import open_headers
+    from olmo2_export.weights.merged import open_merged
 
     plan = plan_export(
-        open_headers(args.model, args.revision),
+        open_merged(args.model, args.revision, args.lora, headers=True),
         variants=args.variant or ["fp32"],
         options=options,
         out=Path.cwd() if args.out is None else args.out,
