@@ -63,6 +63,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     verb.add_argument(
         "--variant", metavar="V", help="which variant of the package (default: the fastest verified one that runs here)"
     )
+    verb.add_argument("--adapter", metavar="NAME", help="a LoRA adapter of the package (default: none)")
     verb.add_argument(
         "--max-new-tokens",
         type=int,
@@ -289,6 +290,7 @@ def _generate(args: argparse.Namespace) -> None:
             on_text=_write,
             speculate=drafter,
             penalties=None if penalties == Penalties() else penalties,
+            adapter=args.adapter,
         )
     _write("\n")
     if args.stats:

@@ -26,6 +26,11 @@ def declare_lora(verb: argparse.ArgumentParser, help_text: str) -> None:
     verb.add_argument("--lora", action="append", default=[], metavar="DIR[=NAME]", help=help_text)
 
 
+def declare_lora_inputs(verb: argparse.ArgumentParser, help_text: str) -> None:
+    """Declare --lora-inputs, a LoRA adapter that runners may use or not; it may be repeated."""
+    verb.add_argument("--lora-inputs", action="append", default=[], metavar="DIR[=NAME]", help=help_text)
+
+
 def declare_variant(
     verb: argparse.ArgumentParser, help_text: str, *, many: bool = False, default: str | None = None
 ) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import olmo2_export.catalog as catalog
 from olmo2_export.catalog import BLOCK_SIZES, exported, listed, names
-from olmo2_export.verbs.arguments import declare_lora, declare_variant
+from olmo2_export.verbs.arguments import declare_lora, declare_lora_inputs, declare_variant
 from olmo2_export.verbs.words import megabytes
 from runtimes.errors import UsageError
 
@@ -53,6 +53,7 @@ def declare(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--inputs-embeds", action="store_true", help="take vectors too, in the place of tokens")
     declare_lora(verb, "a LoRA adapter (folder, or Hub id with or without @REV), merged; may be repeated, in order")
+    declare_lora_inputs(verb, "the same, not merged: runners choose for each sequence; of fp32, q4, q8")
     verb.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub id")
     verb.add_argument("--force", action="store_true", help="replace the package that is there")
     verb.add_argument(
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         return _plan(args, options)
     started = time.monotonic()
     manifest = export(
-        open_merged(args.model, args.revision, args.lora),
+        open_merged(args.model, args.revision, args.lora, switchable=args.lora_inputs),
         args.out,
         variants=args.variant or ["fp32"],
         options=options,
@@ -126,7 +127,7 @@ def _plan(args: argparse.Namespace, options: Options) -> int:
     from olmo2_export.weights.merged import open_merged
 
     plan = plan_export(
-        open_merged(args.model, args.revision, args.lora, headers=True),
+        open_merged(args.model, args.revision, args.lora, switchable=args.lora_inputs, headers=True),
         variants=args.variant or ["fp32"],
         options=options,
         out=Path.cwd() if args.out is None else args.out,

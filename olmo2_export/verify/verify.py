@@ -24,7 +24,7 @@ from olmo2_export.verify.feeds import MIN_CAPACITY
 from olmo2_export.verify.measure import LONGEST, ask_pytorch
 from olmo2_export.verify.variant import measure_variant
 from olmo2_export.weights.checkpoint import Checkpoint
-from olmo2_export.weights.merged import check_adapters
+from olmo2_export.weights.merged import check_adapters, check_switchable
 from runtimes import Backend, Device, Package, open_runner
 from runtimes.errors import IntegrityError, PackageError, UsageError, VariantNotFoundError
 from runtimes.manifest import PARITY_NAME, Variant, package_checksum
@@ -82,6 +82,7 @@ def verify(
     opened = open_package(package)
     opened.check()
     check_adapters(opened.manifest.source, checkpoint)
+    check_switchable(opened.manifest, checkpoint)
     path = _report_path(opened.folder, out)
     target = find_target(backend, device)
     if target.on_gpu and not target.needs_engine:

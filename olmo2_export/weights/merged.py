@@ -1,4 +1,4 @@
-"""A checkpoint with LoRA adapters merged: its tensors read as W + s B A, whoever asks for them.
+"""A checkpoint and LoRA adapters: merged ones, so that its tensors read as W + s B A, and those that stay apart.
 
 Nothing is written: a weight is changed when it is read, in parts of whole rows, in float64, and is float32 then; the
 others are read as they are stored. Several adapters are merged in the order in which they were given.
@@ -17,7 +17,7 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint, open_headers
 from olmo2_export.weights.lora import Adapter, Rows, open_adapter
 from runtimes.errors import CheckpointError, UsageError, first_names
-from runtimes.manifest import AdapterSource, Source
+from runtimes.manifest import AdapterSource, Manifest, Source
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class MergedCheckpoint(Checkpoint):
     """A checkpoint whose tensors are those of a merged model."""
 
     adapters: tuple[Adapter, ...] = field(default=(), kw_only=True)
+    switchable: tuple[Adapter, ...] = field(default=(), kw_only=True)
+    """not merged: a package has them beside its graphs"""
 
     @property
     def changed(self) -> frozenset[str]:
@@ -64,7 +66,7 @@ class MergedCheckpoint(Checkpoint):
             CheckpointError: naming every tensor that is wrong.
         """
         super().validate(expected, aliases)
-        for adapter in self.adapters:
+        for adapter in (*self.adapters, *self.switchable):
             problems = adapter.problems()
             for weight, name in adapter.unchanged.items():
                 if not torch.equal(super().tensor(weight).float(), adapter.stored.tensor(name).float()):
@@ -84,29 +86,41 @@ class MergedCheckpoint(Checkpoint):
 
 
 def open_merged(
-    model: str, revision: str | None = None, lora: Sequence[str] = (), *, headers: bool = False
+    model: str,
+    revision: str | None = None,
+    lora: Sequence[str] = (),
+    *,
+    switchable: Sequence[str] = (),
+    headers: bool = False,
 ) -> Checkpoint:
     """Open a checkpoint, and merge LoRA adapters into it, in order.
 
     Args:
         model, revision: as for `open_checkpoint`.
         lora: as for `lora.open_adapter`; none: the checkpoint as it is.
+        switchable: likewise, of adapters that are not merged.
         headers: leave the weights of one on the Hub there, as `open_headers` does.
 
     Raises:
         CheckpointNotFoundError, CheckpointError, ConfigError, UsageError: as `open_checkpoint` and `open_adapter`.
     """
     checkpoint = open_headers(model, revision) if headers else open_checkpoint(model, revision)
-    if not lora:
+    if not lora and not switchable:
         return checkpoint
     config = ModelConfig.from_json(checkpoint.folder / "config.json")
     rows = operations(config)
-    adapters = tuple(open_adapter(given, rows, tied=config.tie_word_embeddings) for given in lora)
-    names = [adapter.name for adapter in adapters]
+    tied = config.tie_word_embeddings
+    adapters, others = (tuple(open_adapter(given, rows, tied=tied) for given in some) for some in (lora, switchable))
+    names = [adapter.name for adapter in (*adapters, *others)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"--lora: {first_names(twice)} twice; give each a name of its own, as in DIR=NAME")
     given = {entry.name: getattr(checkpoint, entry.name) for entry in fields(checkpoint)}
-    return MergedCheckpoint(**given, adapters=adapters)
+    return MergedCheckpoint(**given, adapters=adapters, switchable=others)
+
+
+def switchable_adapters(checkpoint: Checkpoint) -> tuple[Adapter, ...]:
+    """Return the adapters that go with a checkpoint and are not merged."""
+    return checkpoint.switchable if isinstance(checkpoint, MergedCheckpoint) else ()
 
 
 def adapter_sources(checkpoint: Checkpoint) -> tuple[AdapterSource, ...]:
@@ -131,3 +145,21 @@ def check_adapters(source: Source, checkpoint: Checkpoint) -> None:
         raise UsageError(f"--lora: missing; the package has {names} merged: give --lora DIR for each, in this order")
     given = ", ".join(entry.name for entry in adapter_sources(checkpoint))
     raise UsageError(f"--lora: {given} has other files than were merged; the package has {names}, in this order")
+
+
+def check_switchable(manifest: Manifest, checkpoint: Checkpoint) -> None:
+    """Refuse a reference without the very adapters that a package takes at run time.
+
+    Raises:
+        UsageError: it lacks one, or has another.
+    """
+    wanted = {name: entry.source.files for name, entry in manifest.adapters.items()}
+    found = {adapter.name: adapter.source.files for adapter in switchable_adapters(checkpoint)}
+    if wanted == found:
+        return
+    if lost := sorted(wanted.keys() - found.keys()):
+        raise UsageError(f"--lora-inputs: the package takes {first_names(lost)}; give --lora-inputs DIR=NAME for each")
+    if extra := sorted(found.keys() - wanted.keys()):
+        raise UsageError(f"--lora-inputs: the package does not have {first_names(extra)}; leave it out")
+    other = sorted(name for name in wanted if wanted[name] != found[name])
+    raise UsageError(f"--lora-inputs: {first_names(other)} has other files than were exported")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from runtimes.errors import ContextLengthError, InputError
 from runtimes.generation.text_state import FinishReason, Piece, TextState
 from runtimes.integers import as_integer
-from runtimes.runners.runner import HeldText, Logits, Runner, check_rows, common_prefix
+from runtimes.runners.runner import HeldText, Logits, Runner, check_rows, chosen_adapters, common_prefix
 from runtimes.runners.scores import check_logits
 from runtimes.speculate.drafters import Drafter
 from runtimes.speculate.speculation import Speculation, speculate_tokens
@@ -170,6 +170,7 @@ def generate(
     speculate: Drafter | None = None,
     parse_special: bool = False,
     penalties: Penalties | None = None,
+    adapter: str | None = None,
 ) -> Generation:
     """Generate the continuation of one prompt.
 
@@ -188,6 +189,7 @@ def generate(
         speculate: guesses ids, which are checked several at a time; the text has the same distribution as without.
         parse_special: names of special tokens in the prompt are these tokens; see `Tokenizer.encode`.
         penalties: change the logits before the sampler; they count the prompt's ids and every id that is sampled.
+        adapter: LoRA adapter of the package; None: none. What the runner holds of another is forgotten.
 
     Raises:
         InputError, ContextLengthError, UsageError: as `encode_prompt`, `generate_tokens` and `stream_text`, or another
@@ -210,6 +212,7 @@ def generate(
         max_cache_length=runner.max_cache_length,
     )
     prompt_ids = checked.tolist()
+    chosen_adapters(adapter, 1, (), getattr(runner, "adapters", ()))
     speculation = _speculation(runner, speculate)
     ends = tokenizer.eos_token_ids if eos_token_ids is None else eos_token_ids
     sampled: list[int] = []
@@ -218,10 +221,11 @@ def generate(
 
     def recorded() -> Generator[int, None, None]:
         nonlocal reused
-        reused = _keep_common_prefix(runner, prompt_ids)
+        reused = _keep_common_prefix(runner, prompt_ids, adapter)
         if penalties is not None:
             penalties.begin(prompt_ids)
-        with closing(_sample(runner, prompt_ids[reused:], _Draw(sampler, penalties), limit, speculation, ends)) as ids:
+        draw, rest = _Draw(sampler, penalties), prompt_ids[reused:]
+        with closing(_sample(runner, rest, draw, limit, speculation, ends, adapter)) as ids:
             for token_id in ids:
                 times.append(time.perf_counter())
                 sampled.append(token_id)
@@ -269,13 +273,15 @@ def _speculation(runner: Runner, drafter: Drafter | None) -> Speculation | None:
     return Speculation(drafter)
 
 
-def _keep_common_prefix(runner: Runner, prompt_ids: Sequence[int]) -> int:
+def _keep_common_prefix(runner: Runner, prompt_ids: Sequence[int], adapter: str | None) -> int:
     """Forget what the runner holds from where the prompt differs; return how many tokens are left.
 
     One token of the prompt is always left to feed, since the cache has no logits. An exact runner computes everything
-    anew: what was generated, or fed in other pieces, would differ by rounding from the same prompt at once.
+    anew: what was generated, or fed in other pieces, would differ by rounding from the same prompt at once. Keys and
+    values that were made with another adapter are those of another model.
     """
-    held = () if getattr(runner, "exact", False) else runner.cached_tokens
+    other = getattr(runner, "cached_adapters", (None,)) != (adapter,)
+    held = () if getattr(runner, "exact", False) or other else runner.cached_tokens
     kept = common_prefix(held[0], prompt_ids[:-1]) if len(held) == 1 else 0
     if kept:
         runner.truncate([kept])
@@ -312,9 +318,10 @@ def _sample(
     limit: int,
     speculation: Speculation | None,
     eos_token_ids: Collection[int],
+    adapter: str | None = None,
 ) -> Generator[int, None, None]:
     """Return the iterator of ids; what the runner holds now, not when it is first advanced, is what they continue."""
-    return _continue(runner, HeldText(runner), prompt_ids, draw, limit, speculation, eos_token_ids)
+    return _continue(runner, HeldText(runner), prompt_ids, draw, limit, speculation, eos_token_ids, adapter)
 
 
 def _continue(
@@ -325,11 +332,13 @@ def _continue(
     limit: int,
     speculation: Speculation | None,
     eos_token_ids: Collection[int],
+    adapter: str | None,
 ) -> Generator[int, None, None]:
     if limit == 0:
         return
     with text.step():
-        token_id = draw(runner.prefill([prompt_ids])[0][-1])
+        logits = runner.prefill([prompt_ids]) if adapter is None else runner.prefill([prompt_ids], adapter=adapter)
+        token_id = draw(logits[0][-1])
     yield token_id
     if speculation is not None:
         yield from speculate_tokens(
