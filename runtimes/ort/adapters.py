@@ -47,7 +47,7 @@ class Adapters:
         self._arrays: dict[str | None, dict[str, npt.NDArray[np.float32]]] = {
             None: {name: np.zeros(shape, np.float32) for name, shape in nothing.items()}
         }
-        self._values = {None: _values(self._arrays[None])}
+        self._values: dict[str | None, dict[str, Any]] = {None: _values(self._arrays[None])}
 
     def values(self, name: str | None) -> Mapping[str, Any]:
         """Return an OrtValue for every such input of the graph; of rank 0 where the adapter changes nothing.
