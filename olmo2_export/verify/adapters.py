@@ -50,11 +50,9 @@ def adapter_checks(
     if not adapters or config.labels:
         return []
     ids = sequence[:TOKENS]
-    want = {None: _logits(checkpoint, config, view.replaced, ids)}
-    want |= {
-        adapter.name: _logits(checkpoint, config, _adapted(view, checkpoint, config, adapter), ids)
-        for adapter in adapters
-    }
+    want: dict[str | None, np.ndarray] = {None: _logits(checkpoint, config, view.replaced, ids)}
+    for adapter in adapters:
+        want[adapter.name] = _logits(checkpoint, config, _adapted(view, checkpoint, config, adapter), ids)
     rows = (None, *(adapter.name for adapter in adapters), None)
     found = _run(package, view.variant.name, ids, rows)
     own = max(_distance(logits, want[None]) for logits, name in zip(found, rows, strict=True) if name is None)

@@ -15,15 +15,17 @@ from support.packages import sequences
 
 from olmo2_export import cli
 from olmo2_export.config import ModelConfig
+from olmo2_export.graphs.lora_inputs import lora_tensors
 from olmo2_export.package.export import export
 from olmo2_export.package.weight_choice import Options
 from olmo2_export.truth.torch_layers import reference_logits
 from olmo2_export.verify.adapters import adapter_checks
 from olmo2_export.views.table import variant_views
-from olmo2_export.weights.merged import open_merged
+from olmo2_export.weights.merged import open_merged, switchable_adapters
 from runtimes import open_package, open_runner
 from runtimes.errors import CheckpointError, InputError, UsageError
 from runtimes.generation.generate import generate
+from runtimes.ort.adapters import write_adapter as write_file
 from runtimes.runners.slots import Slots
 from runtimes.targets import find_target
 
@@ -195,6 +197,14 @@ def test_plain_onnxruntime_loads_the_adapter_file(package: Path, want: dict[str 
             adapter.Load(str(package / manifest.adapters[name].file))
             options.add_active_adapter(adapter)
         assert off(session.run(["logits"], feeds, options)[0][0], want[name]) < LIMIT["fp32"]
+
+
+def test_an_adapter_file_has_the_same_bytes_each_time(
+    package: Path, tiny_checkpoint: Path, adapters: list[str], tmp_path: Path
+) -> None:
+    for adapter in switchable_adapters(open_merged(str(tiny_checkpoint), switchable=adapters)):
+        write_file(tmp_path / "again", lora_tensors(adapter))
+        assert (tmp_path / "again").read_bytes() == (package / f"adapters/{adapter.name}.onnx_adapter").read_bytes()
 
 
 def test_what_is_no_low_rank_change_of_a_linear_is_refused(
