@@ -135,6 +135,7 @@ def open_runner(
                 target.device,
                 max_slots=slots,
                 exact=exact,
+                adapters={name: entry.file for name, entry in opened.manifest.adapters.items()},
             )
         case "trt_rtx" | "trt":
             try:

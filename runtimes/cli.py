@@ -68,6 +68,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     verb.add_argument(
         "--variant", metavar="V", help="which variant of the package (default: the fastest verified one that runs here)"
     )
+    verb.add_argument("--adapter", metavar="NAME", help="a LoRA adapter of the package (default: none)")
     verb.add_argument(
         "--max-new-tokens",
         type=int,
@@ -338,6 +339,7 @@ def _generate(args: argparse.Namespace) -> None:
                 max_new_tokens=new,
                 stop=stop,
                 logprobs=args.logprobs,
+                adapter=args.adapter,
             )
         else:
             result = generate(
@@ -352,6 +354,7 @@ def _generate(args: argparse.Namespace) -> None:
                 rules=rules,
                 logprobs=args.logprobs,
                 prompt_logprobs=args.prompt_logprobs,
+                adapter=args.adapter,
             )
             results = [result]
     _write("".join(f"{json.dumps(_as_json(r))}\n" for r in results) if args.json else "\n")

@@ -25,6 +25,8 @@ TRT_FOLDER = "trt"
 PARITY_NAME = "parity.json"
 EMBEDDINGS = "inputs_embeds"
 """the name of the input of that role"""
+LORA_A, LORA_B = ".lora_A", ".lora_B"
+"""how the names of inputs of these roles end, behind that of the module"""
 HIDDEN_STATES = "hidden_states"
 """the name of an output of that role begins so, and ends in its number"""
 
@@ -65,6 +67,8 @@ Role: TypeAlias = Literal[
     "logit_index",
     "logit_count",
     "past",
+    "lora_a",
+    "lora_b",
     "logits",
     "candidate_ids",
     "candidate_logits",
@@ -74,6 +78,7 @@ Role: TypeAlias = Literal[
 ]
 """what an input or output is for; runners go by it and not by the name.
 `embeddings`: a vector for each new token, which takes the place of its embedding where its id is negative.
+`lora_a` and `lora_b`: an adapter's matrices for a linear, by default of rank 0.
 `logit_index`: which new token of a row gets logits; `logit_count`: how many of the last ones do.
 `candidate_ids` and `candidate_logits`: the likeliest next tokens, picked by the graph.
 `hidden_state`: vectors of the new tokens; the output hidden_states.N has those of number N, see `ModelSpec`.
@@ -323,6 +328,22 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
+class AdapterSource:
+    """A LoRA adapter, and where it came from."""
+
+    name: str
+    model: str
+    """Hub id, or the name (not the path) of a local folder"""
+    kind: SourceKind
+    revision: str | None
+    """the resolved commit, for kind hub"""
+    base: str | None
+    """the model that it says it was trained on"""
+    files: dict[str, FileEntry] = field(hash=False)
+    """its config and its tensors"""
+
+
+@dataclass(frozen=True)
 class Source:
     """Where the weights came from."""
 
@@ -333,6 +354,17 @@ class Source:
     """the resolved commit, for kind hub"""
     files: dict[str, FileEntry] = field(hash=False)
     """the safetensors files that were read"""
+    adapters: tuple[AdapterSource, ...] = ()
+    """merged into the weights, in this order"""
+
+
+@dataclass(frozen=True)
+class SwitchableAdapter:
+    """A LoRA adapter that runners may use or not, for each sequence."""
+
+    file: str
+    """path in the package: onnxruntime's own format"""
+    source: AdapterSource
 
 
 @dataclass(frozen=True)
@@ -348,6 +380,8 @@ class Manifest:
     """name -> version of what made the package, python among them"""
     files: dict[str, FileEntry] = field(hash=False)
     """path in the package -> what it must be; all files but this one, parity.json and trt/"""
+    adapters: dict[str, SwitchableAdapter] = field(default_factory=dict, hash=False)
+    """by name, in the order in which they were given"""
 
 
 @dataclass(frozen=True)
@@ -580,6 +614,10 @@ def _check(manifest: object) -> None:
     _check_names(manifest.files)
     if isinstance(manifest, Manifest):
         _check_names(manifest.source.files)
+        for adapter in (*manifest.source.adapters, *(entry.source for entry in manifest.adapters.values())):
+            _check_names(adapter.files)
+        if lost := [entry.file for entry in manifest.adapters.values() if entry.file not in manifest.files]:
+            raise ValueError(f"adapter {lost[0]!r} is not among its files")
     for variant in manifest.variants.values():
         windows = variant.kv_cache.windows
         if windows and len(windows) != variant.kv_cache.num_layers:

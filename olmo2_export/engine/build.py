@@ -218,6 +218,11 @@ def _refittable(package: Package, options: EngineOptions) -> tuple[Engine, TrtMa
 def _staged(package: Package, precision: Precision) -> Iterator[tuple[Path, TrtManifest]]:
     """Yield a folder that takes the place of trt/ after the body, with what stays of it, and the manifest of that."""
     folder = package.folder
+    if package.manifest.adapters:
+        names = ", ".join(package.manifest.adapters)
+        raise UsageError(
+            f"{folder}: takes {names} at run time, which no engine does; export it with --lora, which merges"
+        )
     if "fp32" not in package.manifest.variants:
         raise VariantNotFoundError(f"{folder}: no variant fp32, which engines are built from; export it again")
     # Nobody may replace the package while an engine is built from it.

@@ -51,6 +51,7 @@ from olmo2_export.dtypes import HALVES
 from olmo2_export.fuse.edit import is_op, name_of
 from olmo2_export.fuse.merge_projections import JOINT
 from runtimes.errors import PackageError
+from runtimes.manifest import LORA_A, LORA_B
 
 HIDDEN = "hidden"
 """the input of a segment that stands for what the segment before it gives"""
@@ -135,7 +136,7 @@ def cut(model: ir.Model, segment: Segment, hidden_shape: Sequence[int | str] | N
         graph.outputs.append(values[name])
     RemoveUnusedNodesPass()(part)
     for value in list(graph.inputs):
-        if not value.uses():
+        if not value.uses() or name_of(value).endswith((LORA_A, LORA_B)):  # of an adapter: its default stays
             graph.inputs.remove(value)
     _float32_interface(graph)
     return part
@@ -193,10 +194,10 @@ class _Values:
         """Return what an operation writes, as its readers see it."""
         row, readers = self._rows[name], self._readers[name]
         if row.kind == "linear" and row.weight is not None:
-            return _linear(self._graph, row.weight)[1]
+            return linear_values(self._graph, row.weight)[1]
         linear = next((reader for reader in readers if reader.kind == "linear"), None)
         if linear is not None and linear.weight is not None:
-            return _linear(self._graph, linear.weight)[0]
+            return linear_values(self._graph, linear.weight)[0]
         if row.kind in norms():
             return self._norm(row)
         if row.kind == "clip":
@@ -261,7 +262,7 @@ def _attention(graph: ir.Graph, row: Operation) -> tuple[ir.Node, ir.Value, ir.V
     return readers[0], key, value
 
 
-def _linear(graph: ir.Graph, weight: str) -> tuple[ir.Value, ir.Value]:
+def linear_values(graph: ir.Graph, weight: str) -> tuple[ir.Value, ir.Value]:
     """Return input and result of the product with a weight, the latter with its bias."""
     for name, initializer in graph.initializers.items():
         for suffix in _SUFFIXES:

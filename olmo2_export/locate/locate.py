@@ -55,6 +55,7 @@ from olmo2_export.truth.torch_layers import TorchModel
 from olmo2_export.views.openers import Arrays, Opener, view_opener
 from olmo2_export.views.table import FIRST_CALL, FLOAT32_FACTOR, View, variant_views
 from olmo2_export.weights.checkpoint import Checkpoint
+from olmo2_export.weights.merged import check_adapters
 from olmo2_export.weights.stored_names import weight_shapes
 from runtimes import Backend, Device, Package
 from runtimes.errors import ConfigError, PackageError, UsageError, VariantNotFoundError
@@ -121,6 +122,7 @@ def locate(
     opened = open_package(package)
     entry = opened.variant(variant)
     opened.check(entry.files)
+    check_adapters(opened.manifest.source, checkpoint)
     config = config_of(checkpoint.folder, opened.model)
     if opened.model != config.spec:
         raise ConfigError(

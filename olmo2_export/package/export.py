@@ -20,13 +20,16 @@ from pathlib import Path
 from olmo2_export.architecture import operations, tensor_shapes
 from olmo2_export.atomic import replace_folder
 from olmo2_export.config import ModelConfig
+from olmo2_export.graphs.lora_inputs import adapted_linears, lora_tensors
 from olmo2_export.package.plan import check_room
 from olmo2_export.package.texts import write_texts
-from olmo2_export.package.variants import SPOOL, VariantWriter, check_variants
+from olmo2_export.package.variants import SPOOL, VariantWriter, check_takes_adapters, check_variants
 from olmo2_export.package.weight_choice import Options
 from olmo2_export.weights.checkpoint import Checkpoint
+from olmo2_export.weights.merged import adapter_sources, switchable_adapters
 from olmo2_export.weights.stored_names import EMBEDDING, HEAD
-from runtimes.manifest import MANIFEST_NAME, Manifest, Source, to_document
+from runtimes.manifest import MANIFEST_NAME, Manifest, Source, SwitchableAdapter, to_document
+from runtimes.ort.adapters import write_adapter
 from runtimes.sealed import FORMAT_VERSION, hash_files, seal
 
 _LIBRARIES = (
@@ -48,7 +51,7 @@ def export(
     """Export a checkpoint to a package folder.
 
     Args:
-        checkpoint: what `open_checkpoint` found.
+        checkpoint: what `open_checkpoint` or `open_merged` found.
         out: the folder to write; it must not exist, or be empty, unless `force`.
         variants: names out of `VARIANTS`.
         options: how quantised variants are made; None: the defaults.
@@ -69,26 +72,45 @@ def export(
         options.hidden_states, inputs_embeds=options.inputs_embeds
     )
     check_variants(variants, config, options)
+    adapters = switchable_adapters(checkpoint)
+    if adapters:
+        check_takes_adapters(variants, config)
+    linears = adapted_linears(adapters, operations(config))
     with replace_folder(out, force=force) as staging, ThreadPoolExecutor(max_workers=1) as pool:
         check_room(checkpoint, config, out, variants, options)
         check_weights(checkpoint, config)
         sources = pool.submit(hash_files, checkpoint.folder, checkpoint.files)  # meanwhile, the trace
         write_texts(checkpoint.folder, config, staging, list(dict.fromkeys(variants)), default_variant)
-        writer = VariantWriter(checkpoint, config, staging, options, graphs_of)
+        writer = VariantWriter(checkpoint, config, staging, options, graphs_of, linears)
         written = {name: writer.write(name) for name in dict.fromkeys(variants)}
         shutil.rmtree(staging / SPOOL, ignore_errors=True)
+        for adapter in adapters:
+            write_adapter(staging / _adapter_file(adapter.name), lora_tensors(adapter))
         files = sorted(p.relative_to(staging).as_posix() for p in staging.rglob("*") if p.is_file())
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             exporter_version=importlib.metadata.version("olmo2-export"),
-            source=Source(checkpoint.model, checkpoint.kind, checkpoint.revision, sources.result()),
+            source=Source(
+                checkpoint.model,
+                checkpoint.kind,
+                checkpoint.revision,
+                sources.result(),
+                adapter_sources(checkpoint),
+            ),
             model=config.spec,
             variants=written,
             libraries=_libraries(),
             files=hash_files(staging, files),
+            adapters={
+                adapter.name: SwitchableAdapter(_adapter_file(adapter.name), adapter.source) for adapter in adapters
+            },
         )
         (staging / MANIFEST_NAME).write_bytes(seal(to_document(manifest)))
     return manifest
+
+
+def _adapter_file(name: str) -> str:
+    return f"adapters/{name}.onnx_adapter"
 
 
 def check_weights(checkpoint: Checkpoint, config: ModelConfig) -> None:

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from tqdm import tqdm
 
 import olmo2_export.catalog as catalog
-from olmo2_export.architecture import count, operations
+from olmo2_export.architecture import Operation, count, operations
 from olmo2_export.catalog import VariantRow
 from olmo2_export.config import ModelConfig
 from olmo2_export.dtypes import ir_dtype
@@ -31,6 +31,7 @@ from olmo2_export.fuse.quantized_kv_cache import quantized_kv_cache
 from olmo2_export.graphs.by_layer import Recorded, in_pieces, logits_by_layer
 from olmo2_export.graphs.device import device_graph, device_outputs
 from olmo2_export.graphs.files import attach_weights, save_beside, save_graph, save_weights
+from olmo2_export.graphs.lora_inputs import lora_specs, take_adapters_at
 from olmo2_export.graphs.shared import (
     decode_graph,
     padded_graph,
@@ -123,6 +124,21 @@ def check_variants(variants: Sequence[str], config: ModelConfig, options: Option
         )
 
 
+def check_takes_adapters(variants: Sequence[str], config: ModelConfig) -> None:
+    """Refuse what has no adapters as inputs.
+
+    Raises:
+        UsageError: a variant in 16 bits, or a classifier.
+    """
+    others = [name for name in variants if catalog.find(name).graph not in ("portable", "blocks")]
+    if others or config.labels:
+        able = catalog.listed(catalog.exported(lambda row: row.graph in ("portable", "blocks")))
+        what = f"variant {', '.join(others)}" if others else "a classifier"
+        raise UsageError(
+            f"--lora-inputs: {what} takes no adapters at run time, {able} of language models do; use --lora"
+        )
+
+
 def cache_spec(config: ModelConfig, form: CacheForm, dtype: Dtype) -> KVCacheSpec:
     """Return the KV cache of a model in a package, not quantised."""
     return KVCacheSpec(
@@ -146,6 +162,7 @@ class VariantWriter:
         staging: Path,
         options: Options,
         graphs_of: Path | None = None,
+        adapted: Sequence[Operation] = (),
     ) -> None:
         """Open nothing yet.
 
@@ -154,25 +171,36 @@ class VariantWriter:
             staging: the folder to write to.
             options: how quantised variants are made.
             graphs_of: a package of the same shape whose graph files are taken as they are; only weights are written.
+            adapted: linears that take LoRA adapters at run time.
         """
         self._checkpoint = checkpoint
         self._config, self._rows = config, operations(config)
         self._staging = staging
         self._options = options
         self._graphs_of = graphs_of
+        self._adapted = adapted
 
     def write(self, name: str) -> Variant:
         """Write one variant and return the manifest's entry."""
         row = catalog.find(name)
         match row.graph:
             case "portable":
-                return self._portable(row)
+                return self._adaptable(self._portable(row))
             case "blocks":
-                return self._quantized(row)
+                return self._adaptable(self._quantized(row))
             case "device":
                 return self._device(row)
             case "static":
                 raise UsageError(f"variant {name}: made from a package, by olmo2-export build")
+
+    def _adaptable(self, variant: Variant) -> Variant:
+        """Let a finished variant's graphs take adapters: all that was measured of them holds without one."""
+        if not self._adapted:
+            return variant
+        for graph in (variant, variant.prefill):
+            if graph is not None:
+                take_adapters_at(self._staging / graph.graph, self._adapted)
+        return dataclasses.replace(variant, inputs=(*variant.inputs, *lora_specs(self._adapted)))
 
     @cached_property
     def _traced(self) -> ir.Model:

@@ -18,6 +18,7 @@ from olmo2_export.report.logit_samples import LogitSample, sample_logits
 from olmo2_export.summary.package import PackageSummary, VariantSummary, describe
 from olmo2_export.truth.torch_layers import reference_logits
 from olmo2_export.weights.checkpoint import Checkpoint
+from olmo2_export.weights.merged import MergedCheckpoint, check_adapters
 from runtimes.errors import ConfigError, Olmo2ExportError, UsageError, VariantNotFoundError
 from runtimes.manifest import PARITY_NAME
 from runtimes.package import open_package
@@ -102,6 +103,7 @@ def gather(
         raise UsageError(f"--parity {parity}: expected the file that olmo2-export verify --out wrote")
     opened = open_package(package)
     opened.check_logits("report")
+    check_adapters(opened.manifest.source, checkpoint)
     summary = describe(opened, parity=parity)
     config = config_of(checkpoint.folder, summary.model)
     if summary.model != config.spec:
@@ -142,6 +144,8 @@ def gather(
     at = f"@{checkpoint.revision}" if checkpoint.revision else ""
     options = ["--reference", str(checkpoint.folder) if checkpoint.kind == "folder" else checkpoint.model]
     options += ["--revision", checkpoint.revision] if checkpoint.revision else []
+    if isinstance(checkpoint, MergedCheckpoint):
+        options += [word for adapter in checkpoint.adapters for word in ("--lora", adapter.given)]
     return ReportData(
         package=summary,
         reference=f"{checkpoint.model}{at}",

@@ -77,8 +77,9 @@ def _context(data: ReportData) -> dict[str, Any]:
     passed, failed, unknown = passed_all(data)
     source = manifest.source
     revision = f" @ {source.revision}" if source.revision else ""
+    merged = "".join(f" + {adapter.name}" for adapter in source.adapters)
     facts = (
-        ("model", f"{source.model}{revision}"),
+        ("model", f"{source.model}{revision}{merged}"),
         (
             "shape",
             f"{model.num_hidden_layers} layers, hidden {model.hidden_size:,}, {model.num_attention_heads} heads "

@@ -109,9 +109,10 @@ def _head(summary: PackageSummary) -> RenderableType:
     m, manifest = summary.model, summary.manifest
     source = manifest.source
     revision = f" @ {source.revision}" if source.revision else ""
+    merged = "".join(f" + {adapter.name}" for adapter in source.adapters)
     total = sum(entry.size for entry in summary.files.values())
     rows = [
-        ("source", f"{source.model}{revision} ({source.kind})"),
+        ("source", f"{source.model}{revision}{merged} ({source.kind})"),
         (
             "model",
             f"{m.model_type}: {m.num_hidden_layers} layers, hidden {m.hidden_size}, {m.num_attention_heads} heads "

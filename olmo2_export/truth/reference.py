@@ -279,7 +279,9 @@ def open_reference(
         model.config.pad_token_id = padding_id(raw)
     if precision == "fp64":
         use_float64_norms(model)
-    for name, weight in (weights or {}).items():
+    given = weights or {}
+    for name in (*(checkpoint.changed - given.keys()), *given):
+        weight = given[name] if name in given else checkpoint.tensor(name)
         parameter = nn.Parameter(weight.to(float_dtype(precision).torch), requires_grad=False)
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, parameter)

@@ -36,6 +36,16 @@ def declare_target(verb: argparse.ArgumentParser, *, variant: str, many: bool, w
     declare_device(verb, f"where ort runs {what}; default {devices('ort')[0]}")
 
 
+def declare_lora(verb: argparse.ArgumentParser, help_text: str) -> None:
+    """Declare --lora, a LoRA adapter that is merged; it may be repeated."""
+    verb.add_argument("--lora", action="append", default=[], metavar="DIR[=NAME]", help=help_text)
+
+
+def declare_lora_inputs(verb: argparse.ArgumentParser, help_text: str) -> None:
+    """Declare --lora-inputs, a LoRA adapter that runners may use or not; it may be repeated."""
+    verb.add_argument("--lora-inputs", action="append", default=[], metavar="DIR[=NAME]", help=help_text)
+
+
 def declare_variant(
     verb: argparse.ArgumentParser, help_text: str, *, many: bool = False, default: str | None = None
 ) -> None:

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from olmo2_export.verbs.arguments import declare_target
+from olmo2_export.verbs.arguments import declare_lora, declare_target
 
 if TYPE_CHECKING:
     from olmo2_export.evaluate.evaluate import Comparison, Evaluation
@@ -30,6 +30,7 @@ def declare(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--reference", metavar="MODEL", help="compare with this checkpoint in PyTorch, in float32")
     verb.add_argument("--revision", metavar="REV", help="of the checkpoint, if it is a Hub id")
+    declare_lora(verb, "LoRA adapters that are merged into the checkpoint, in order")
     verb.add_argument(
         "--text", type=Path, metavar="FILE", help="UTF-8, or token ids as .npy; default: the demo's held-out text"
     )
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from olmo2_export.evaluate.models import Evaluated, open_package_model, open_torch_model
     from olmo2_export.evaluate.text import HELDOUT
     from olmo2_export.peak_memory import peak_bytes
-    from olmo2_export.weights.checkpoint import open_checkpoint
+    from olmo2_export.weights.merged import open_merged
     from runtimes.command import expanded
     from runtimes.errors import UsageError
     from runtimes.manifest import MANIFEST_NAME
@@ -67,11 +68,11 @@ def run(args: argparse.Namespace) -> int:
     if package is None and given:
         why = "PyTorch runs a checkpoint by itself" if args.pytorch else f"{path} is no package"
         raise UsageError(f"{', '.join(given)}: {why}")
-    if package is not None and args.reference is None and (args.revision is not None or args.low_memory):
-        raise UsageError("--revision and --low-memory: of the checkpoint, so give one with --reference")
+    if package is not None and args.reference is None and (args.revision is not None or args.low_memory or args.lora):
+        raise UsageError("--revision, --lora and --low-memory: of the checkpoint, so give one with --reference")
 
     checkpoint = (
-        open_checkpoint(args.model if package is None else args.reference, args.revision)
+        open_merged(args.model if package is None else args.reference, args.revision, args.lora)
         if (args.reference or package is None)
         else None
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import olmo2_export.catalog as catalog
 from olmo2_export.catalog import BLOCK_SIZES, exported, listed, names
-from olmo2_export.verbs.arguments import declare_variant
+from olmo2_export.verbs.arguments import declare_lora, declare_lora_inputs, declare_variant
 from olmo2_export.verbs.words import megabytes
 from runtimes.errors import UsageError
 
@@ -57,6 +57,8 @@ def declare(verb: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="what onnxruntime-genai and transformers.js open where none is named; fp32, or the first",
     )
+    declare_lora(verb, "a LoRA adapter (folder, or Hub id with or without @REV), merged; may be repeated, in order")
+    declare_lora_inputs(verb, "the same, not merged: runners choose for each sequence; of fp32, q4, q8")
     verb.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub id")
     verb.add_argument("--force", action="store_true", help="replace the package that is there")
     verb.add_argument(
@@ -79,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     from olmo2_export.package.weight_choice import Options
     from olmo2_export.peak_memory import peak_bytes
     from olmo2_export.summary.text import quantization_lines
-    from olmo2_export.weights.checkpoint import open_checkpoint
+    from olmo2_export.weights.merged import open_merged
 
     if args.out is None and not args.dry_run:
         raise UsageError("--out: missing; expected the package folder to write, or --dry-run")
@@ -100,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         return _plan(args, options)
     started = time.monotonic()
     manifest = export(
-        open_checkpoint(args.model, args.revision),
+        open_merged(args.model, args.revision, args.lora, switchable=args.lora_inputs),
         args.out,
         variants=args.variant or ["fp32"],
         options=options,
@@ -128,10 +130,10 @@ def _plan(args: argparse.Namespace, options: Options) -> int:
     """Say what the export would do; exit code 1 where the disk has no room for it."""
     from olmo2_export.package.plan import plan_export
     from olmo2_export.summary.plan_text import plan_lines
-    from olmo2_export.weights.checkpoint import open_headers
+    from olmo2_export.weights.merged import open_merged
 
     plan = plan_export(
-        open_headers(args.model, args.revision),
+        open_merged(args.model, args.revision, args.lora, switchable=args.lora_inputs, headers=True),
         variants=args.variant or ["fp32"],
         options=options,
         out=Path.cwd() if args.out is None else args.out,

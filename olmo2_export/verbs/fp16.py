@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from olmo2_export.catalog import exported
+from olmo2_export.verbs.arguments import declare_lora
 
 HELP = "does a model fit float16; exit 1 if not, with the float32 islands that make it fit"
 
@@ -19,6 +20,7 @@ def declare(verb: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     verb.add_argument("model", metavar="MODEL", help="Hub id, folder, or 'demo'")
     verb.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub id")
+    declare_lora(verb, "a LoRA adapter (folder or Hub id), merged; may be repeated, in order")
     verb.add_argument("--text", type=Path, metavar="FILE", help=_TEXT)
     verb.add_argument("--tokens", type=int, metavar="N", help="tokens to measure on; default 1024")
     verb.add_argument("--margin", type=float, metavar="X", help="the largest number that is called safe; default 30000")
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from olmo2_export.fp16.safety import MARGIN, TOKENS, measure_safety
     from olmo2_export.package.export import check_weights, export
     from olmo2_export.package.weight_choice import Options
-    from olmo2_export.weights.checkpoint import open_checkpoint
+    from olmo2_export.weights.merged import open_merged
     from runtimes.errors import UsageError
 
     if args.apply != (args.out is not None):
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--variant and --force are of --apply, which is not given")
     if args.apply:
         check_replaceable(args.out, args.force)  # before it is measured
-    checkpoint = open_checkpoint(args.model, args.revision)
+    checkpoint = open_merged(args.model, args.revision, args.lora)
     config = ModelConfig.from_json(checkpoint.folder / "config.json")
     check_weights(checkpoint, config)
     found = measure_safety(
@@ -67,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
     if applied:
         options = Options(fp16_islands=True, fp16_safety=found)
         export(checkpoint, args.out, variants=args.variant or ["fp16"], options=options, force=args.force)
-        print(f"written: {args.out}; check it with: olmo2-export verify {args.out} --reference {args.model}")
+        lora = "".join(f" --lora {given}" for given in args.lora)
+        print(f"written: {args.out}; check it with: olmo2-export verify {args.out} --reference {args.model}{lora}")
     elif args.apply:
         print("nothing was written: no islands make this model finite in float16; export it with --variant bf16")
     print(json.dumps({"model": checkpoint.model, "applied": applied, **found.to_document()}))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from olmo2_export.verbs.arguments import declare_lora
+
 HELP = "package -> one HTML page, and markdown, with pictures"
 
 
@@ -13,6 +15,7 @@ def declare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("package", type=Path, metavar="PACKAGE")
     verb.add_argument("--reference", required=True, metavar="MODEL", help="the checkpoint it was exported from")
     verb.add_argument("--revision", metavar="REV", help="of the reference, if it is a Hub id")
+    declare_lora(verb, "the LoRA adapters that the package has merged, in the same order")
     verb.add_argument("--variant", action="append", metavar="V", help="default: all; may be repeated")
     verb.add_argument("--bench", type=Path, metavar="FILE", help="what olmo2-export bench printed: throughput, memory")
     verb.add_argument("--parity", type=Path, metavar="FILE", help="what verify --out wrote; default: the package's own")
@@ -26,10 +29,10 @@ def run(args: argparse.Namespace) -> int:
     """Run it; return the exit code."""
     from olmo2_export.report.data import gather
     from olmo2_export.report.page import HTML, check_out, write_report
-    from olmo2_export.weights.checkpoint import open_checkpoint
+    from olmo2_export.weights.merged import open_merged
 
     check_out(args.out)
-    checkpoint = open_checkpoint(args.reference, args.revision)
+    checkpoint = open_merged(args.reference, args.revision, args.lora)
     data = gather(
         args.package,
         checkpoint,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from olmo2_export.verbs.arguments import declare_target
+from olmo2_export.verbs.arguments import declare_lora, declare_lora_inputs, declare_target
 
 if TYPE_CHECKING:
     from olmo2_export.measure.parity import ParityReport
@@ -20,6 +20,8 @@ def declare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("package", type=Path, metavar="PACKAGE")
     verb.add_argument("--reference", required=True, metavar="MODEL", help="the checkpoint it was exported from")
     verb.add_argument("--revision", metavar="REV", help="of the reference, if it is a Hub id")
+    declare_lora(verb, "the LoRA adapters that the package has merged, in the same order")
+    declare_lora_inputs(verb, "the LoRA adapters that the package takes at run time")
     declare_target(verb, variant="default: all that the backend runs; may be repeated", many=True, what="the graphs")
     verb.add_argument(
         "--longest",
@@ -46,10 +48,10 @@ def run(args: argparse.Namespace) -> int:
     """Run it; return the exit code."""
     from olmo2_export.verify.measure import LONGEST
     from olmo2_export.verify.verify import REFERENCE, format_reports, verify
-    from olmo2_export.weights.checkpoint import open_checkpoint
+    from olmo2_export.weights.merged import open_merged
     from runtimes.errors import UsageError
 
-    checkpoint = open_checkpoint(args.reference, args.revision)
+    checkpoint = open_merged(args.reference, args.revision, args.lora, switchable=args.lora_inputs)
     if args.locate and args.out is not None:
         raise UsageError("--out: --locate writes no report")
     if args.locate:

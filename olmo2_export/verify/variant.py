@@ -34,6 +34,7 @@ from olmo2_export.fp16.values import islands_of
 from olmo2_export.measure.parity import CaseResult, ParityReport
 from olmo2_export.truth.layered import LayeredReference
 from olmo2_export.truth.reference import open_reference
+from olmo2_export.verify.adapters import adapter_checks
 from olmo2_export.verify.beside import HALVES, Mixed, ask_by_layer, ask_reference, pooled_states
 from olmo2_export.verify.by_layer import coverage, feed_by_layer, runs_by_layer
 from olmo2_export.verify.checks import calibration_checks, quality_checks
@@ -168,6 +169,9 @@ def measure_variant(
         by_layer=bool(by_layer) and runs_by_layer(as_run, target),
     )
     checks += quality
+    if not target.on_gpu:
+        decode = next(view for view in views if not view.label.startswith("int8"))
+        checks += adapter_checks(opened, decode, checkpoint, config, found.sequences[0])
     if entry.kv_cache.quantization is not None:
         checks.append(check_cache_scales(opened, entry))
     if entry.float32_islands:

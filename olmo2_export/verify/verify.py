@@ -24,6 +24,7 @@ from olmo2_export.verify.feeds import MIN_CAPACITY
 from olmo2_export.verify.measure import LONGEST, ask_pytorch
 from olmo2_export.verify.variant import measure_variant
 from olmo2_export.weights.checkpoint import Checkpoint
+from olmo2_export.weights.merged import check_adapters, check_switchable
 from runtimes import Backend, Device, Package, open_runner
 from runtimes.errors import IntegrityError, PackageError, UsageError, VariantNotFoundError
 from runtimes.manifest import PARITY_NAME, Variant, package_checksum
@@ -73,13 +74,15 @@ def verify(
     Raises:
         IntegrityError: a file of the package changed.
         ConfigError: package and reference are not of one shape.
-        UsageError: `out` cannot be written; said before anything is run.
+        UsageError: `out` cannot be written, or other adapters are merged; said before anything is run.
         ResourceError: the disk is full.
     """
     if longest < MIN_CAPACITY:
         raise UsageError(f"longest rows of {longest} tokens: verification needs {MIN_CAPACITY}")
     opened = open_package(package)
     opened.check()
+    check_adapters(opened.manifest.source, checkpoint)
+    check_switchable(opened.manifest, checkpoint)
     path = _report_path(opened, out)
     target = find_target(backend, device)
     if target.on_gpu and not target.needs_engine:

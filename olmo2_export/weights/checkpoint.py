@@ -74,7 +74,7 @@ class Checkpoint:
         Raises:
             CheckpointError: the file changed since its header was read.
         """
-        return stored_tensors.read_tensor(*self._place(name))
+        return stored_tensors.read_tensor(*self.place(name))
 
     def rows(self, name: str) -> Iterator[torch.Tensor]:
         """Read one tensor in blocks of whole rows, in its stored dtype; each block is overwritten by the next.
@@ -82,7 +82,7 @@ class Checkpoint:
         Raises:
             CheckpointError: the file changed since its header was read.
         """
-        return stored_tensors.read_rows(*self._place(name))
+        return stored_tensors.read_rows(*self.place(name))
 
     def picked(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Read some rows of one tensor, in its stored dtype: int64 [n] -> [n, ...]; only these are read, each once.
@@ -91,14 +91,24 @@ class Checkpoint:
             CheckpointError: the file changed since its header was read.
         """
         wanted, places = torch.unique(rows, return_inverse=True)
-        return stored_tensors.read_picked(*self._place(name), wanted.tolist())[places]
+        return stored_tensors.read_picked(*self.place(name), wanted.tolist())[places]
 
-    def _place(self, name: str) -> tuple[Path, TensorInfo]:
+    def place(self, name: str) -> tuple[Path, TensorInfo]:
+        """Return the file that a tensor is in, and where in it.
+
+        Raises:
+            CheckpointError: the file changed since its header was read.
+        """
         info = self.tensors[name]
         path = self.folder / info.file
-        if _stamp(path) != self._stamps[info.file]:
+        if file_stamp(path) != self._stamps[info.file]:
             raise CheckpointError(f"{path}: changed since its header was read; start again")
         return path, info
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """Tensors that are others than its files hold: `weights.merged` has such checkpoints."""
+        return frozenset()
 
     @property
     def nbytes(self) -> int:
@@ -116,7 +126,7 @@ class Checkpoint:
             if name == _HEAD and _SCORE in known:  # a classifier does not use it
                 continue
             if _ADAPTER.search(name):
-                found[name] = "of an adapter such as LoRA (merge it into the weights first)"
+                found[name] = "of an adapter such as LoRA (give it as --lora, or merge it into the weights first)"
             elif _QUANTIZED.search(name):
                 found[name] = "of quantised weights (give the checkpoint that they were made from, or dequantise)"
             elif not name.startswith(_OWN) or _COMPUTED.search(name):
@@ -124,7 +134,7 @@ class Checkpoint:
             elif name.endswith(".bias"):
                 info = self.tensors[name]
                 here = info.file in self._stamps
-                if info.dtype not in STORED or (here and not stored_tensors.all_zero(*self._place(name))):
+                if info.dtype not in STORED or (here and not stored_tensors.all_zero(*self.place(name))):
                     found[name] = "biases that config.json does not tell of (attention_bias?)"
             else:
                 found[name] = "not of this model"
@@ -143,7 +153,7 @@ class Checkpoint:
         aliases = aliases or {}
         problems, readable = self._header_problems(expected, aliases)
         with ThreadPoolExecutor(max_workers=default_threads()) as pool:
-            counts = pool.map(lambda name: stored_tensors.count_non_finite(*self._place(name)), readable)
+            counts = pool.map(lambda name: stored_tensors.count_non_finite(*self.place(name)), readable)
             bar = tqdm(counts, total=len(readable), desc="checking weights", unit="tensor", leave=False)
             for name, count in zip(readable, bar, strict=True):
                 if count:
@@ -203,7 +213,7 @@ class Checkpoint:
         return problems, readable
 
     def _equal(self, name: str, other: str) -> bool:
-        if stored_tensors.same_bytes(*self._place(name), *self._place(other)):
+        if stored_tensors.same_bytes(*self.place(name), *self.place(other)):
             return True
         return self.tensors[name].dtype in STORED and torch.equal(self.tensor(name).float(), self.tensor(other).float())
 
@@ -283,7 +293,7 @@ def _opened(folder: Path, name: str, kind: SourceKind) -> Checkpoint:
     files = (SINGLE,) if single else tuple(sorted(set(index.values())))
     for file in files:
         _check_is_file(folder / file)
-    stamps = {file: _stamp(folder / file) for file in files}
+    stamps = {file: file_stamp(folder / file) for file in files}
     holders: dict[str, list[TensorInfo]] = {}
     for file in files:
         for tensor, info in stored_tensors.read_header(folder / file, file).items():
@@ -329,7 +339,7 @@ def _model_names(folder: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, T
     if any(name.startswith(_PREFIX * 2) for name in tensors):
         renamed = {name.removeprefix(_PREFIX): info for name, info in tensors.items()}
     elif not any(name.startswith(_PREFIX) for name in tensors):
-        renamed = {f"{_PREFIX * bool(_UNPREFIXED.match(name))}{name}": info for name, info in tensors.items()}
+        renamed = {model_name(name): info for name, info in tensors.items()}
     else:
         return dict(tensors)
     if renamed.keys() != tensors.keys() and len(renamed) == len(tensors):
@@ -338,7 +348,12 @@ def _model_names(folder: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, T
     return dict(tensors)
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def model_name(name: str) -> str:
+    """Return the name that a tensor of the decoder alone has in the whole model: with `model.` before it."""
+    return f"{_PREFIX * bool(_UNPREFIXED.match(name))}{name}"
+
+
+def file_stamp(path: Path) -> tuple[int, int]:
     """Return what tells that a file was written to: size and time of the last change."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns

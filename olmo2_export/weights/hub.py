@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from olmo2_export.config import LFS_POINTER, read_json_object, refuse_other_forms
 from olmo2_export.weights.other_formats import (
     ADAPTER,
+    ADAPTER_WEIGHTS,
     INDEX,
     SINGLE,
     is_whole,
@@ -92,6 +93,35 @@ def locate(model: str, revision: str | None, *, weights: bool = True) -> tuple[P
     if not is_whole(folder) and (names := _file_names(model, at)):
         refuse_other_formats(listed_place(model, names, folder))
     return folder, model, "hub"
+
+
+def locate_adapter(model: str) -> tuple[Path, str, SourceKind]:
+    """Find a LoRA adapter, and download one that is on the Hub.
+
+    Args:
+        model: a local folder, or a Hub id, with or without @REVISION.
+
+    Returns:
+        As `locate`.
+
+    Raises:
+        CheckpointNotFoundError: no such folder, repository or revision; or something else is there.
+    """
+    path = expanded(model)
+    name, _, revision = model.partition("@")
+    kind: SourceKind = "folder"
+    if path.is_dir():
+        folder, name = path, path.resolve().name
+    elif path.exists() or not is_hub_id(name):
+        raise CheckpointNotFoundError(f"{model}: expected the folder of a LoRA adapter, or a Hub id (owner/name)")
+    else:
+        folder, kind = _download(name, revision or None, [ADAPTER, ADAPTER_WEIGHTS]), "hub"
+    for file in (ADAPTER, ADAPTER_WEIGHTS):
+        if not (folder / file).is_file():
+            pickled = file == ADAPTER_WEIGHTS and (folder / "adapter_model.bin").exists()
+            hint = "; adapter_model.bin is never read: convert it to safetensors" if pickled else ""
+            raise CheckpointNotFoundError(f"{model}: no {file}{hint}; expected a LoRA adapter as PEFT saves it")
+    return folder, name, kind
 
 
 def _file_names(model: str, revision: str | None) -> list[str]:

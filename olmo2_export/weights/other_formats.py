@@ -16,7 +16,7 @@ from olmo2_export.config import OLMO_CORE, is_olmo_core, read_json_object, refus
 from runtimes.errors import CheckpointNotFoundError, ConfigError, first_names
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-ADAPTER = "adapter_config.json"
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _GGUF_MAGIC = b"GGUF"
 
@@ -143,9 +143,8 @@ _CONVERT = "convert it to Hugging Face format first"
 _GGUF = "it is llama.cpp's, which runs it; give the checkpoint it was made from, in Hugging Face format"
 _OTHERS: tuple[tuple[Callable[[Place], bool], str], ...] = (
     (
-        _has(ADAPTER, "adapter_model.safetensors"),
-        "a LoRA adapter (PEFT), not a model; merge it into its base model first (PeftModel.merge_and_unload, then "
-        "save_pretrained) and give that folder",
+        _has(ADAPTER, ADAPTER_WEIGHTS),
+        "a LoRA adapter (PEFT), not a model; give its base model, and the adapter with --lora: it is merged",
     ),
     (
         lambda place: (

@@ -15,7 +15,7 @@ from runtimes.errors import ContextLengthError, InputError
 from runtimes.generation.draw import Draw
 from runtimes.generation.text_state import FinishReason, Piece, TextState
 from runtimes.integers import as_integer
-from runtimes.runners.runner import HeldText, Runner, check_rows, common_prefix
+from runtimes.runners.runner import HeldText, Runner, check_rows, chosen_adapters, common_prefix
 from runtimes.runners.scores import check_logits
 from runtimes.speculate.drafters import Drafter
 from runtimes.speculate.speculation import Speculation, speculate_tokens
@@ -180,6 +180,7 @@ def generate(
     rules: Sequence[LogitRule] = (),
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
+    adapter: str | None = None,
 ) -> Generation:
     """Generate the continuation of one prompt.
 
@@ -201,6 +202,7 @@ def generate(
             and every id that is sampled.
         logprobs: give each new token's log probability, and so many of the likeliest in its place.
         prompt_logprobs: the same of the prompt's tokens, which are all computed then, whatever the runner holds.
+        adapter: LoRA adapter of the package; None: none. What the runner holds of another is forgotten.
 
     Raises:
         InputError, ContextLengthError, UsageError: as `encode_prompt`, `generate_tokens` and `stream_text`, or another
@@ -225,6 +227,7 @@ def generate(
     prompt_ids = checked.tolist()
     draw = Draw(sampler, rules, check_top("logprobs", logprobs, runner.model.vocab_size))
     top_of_prompt = check_top("prompt_logprobs", prompt_logprobs, runner.model.vocab_size)
+    chosen_adapters(adapter, 1, (), getattr(runner, "adapters", ()))
     speculation = _speculation(runner, speculate)
     ends = tokenizer.eos_token_ids if eos_token_ids is None else eos_token_ids
     of_prompt: list[TokenLogprobs] = []
@@ -236,12 +239,12 @@ def generate(
         nonlocal reused
         fed = reused = 0
         if top_of_prompt is None:
-            fed = reused = _keep_common_prefix(runner, prompt_ids)
+            fed = reused = _keep_common_prefix(runner, prompt_ids, adapter)
         else:
-            of_prompt[:] = _prompt_logprobs(runner, prompt_ids, top_of_prompt)
+            of_prompt[:] = _prompt_logprobs(runner, prompt_ids, top_of_prompt, adapter)
             fed = len(prompt_ids) - 1
         draw.begin(prompt_ids)
-        with closing(_sample(runner, prompt_ids[fed:], draw, limit, speculation, ends)) as ids:
+        with closing(_sample(runner, prompt_ids[fed:], draw, limit, speculation, ends, adapter)) as ids:
             for token_id in ids:
                 times.append(time.perf_counter())
                 sampled.append(token_id)
@@ -271,13 +274,14 @@ def generate(
     )
 
 
-def _prompt_logprobs(runner: Runner, prompt_ids: Sequence[int], top: int) -> list[TokenLogprobs]:
+def _prompt_logprobs(runner: Runner, prompt_ids: Sequence[int], top: int, adapter: str | None) -> list[TokenLogprobs]:
     """Compute a prompt but its last token, some tokens at a time; return the log probabilities of those behind."""
     runner.reset()
     found: list[TokenLogprobs] = []
     for start in range(0, len(prompt_ids) - 1, _PIECE):
         piece = prompt_ids[start : min(start + _PIECE, len(prompt_ids) - 1)]
-        (logits,) = runner.prefill([piece], all_positions=True)
+        more = {} if adapter is None else {"adapter": adapter}
+        (logits,) = runner.prefill([piece], all_positions=True, **more)
         following = prompt_ids[start + 1 : start + 1 + len(piece)]
         found += [token_logprobs(row, token_id, top) for row, token_id in zip(logits, following, strict=True)]
     return found
@@ -309,13 +313,15 @@ def _speculation(runner: Runner, drafter: Drafter | None) -> Speculation | None:
     return Speculation(drafter)
 
 
-def _keep_common_prefix(runner: Runner, prompt_ids: Sequence[int]) -> int:
+def _keep_common_prefix(runner: Runner, prompt_ids: Sequence[int], adapter: str | None) -> int:
     """Forget what the runner holds from where the prompt differs; return how many tokens are left.
 
     One token of the prompt is always left to feed, since the cache has no logits. An exact runner computes everything
-    anew: what was generated, or fed in other pieces, would differ by rounding from the same prompt at once.
+    anew: what was generated, or fed in other pieces, would differ by rounding from the same prompt at once. Keys and
+    values that were made with another adapter are those of another model.
     """
-    held = () if getattr(runner, "exact", False) else runner.cached_tokens
+    other = getattr(runner, "cached_adapters", (None,)) != (adapter,)
+    held = () if getattr(runner, "exact", False) or other else runner.cached_tokens
     kept = common_prefix(held[0], prompt_ids[:-1]) if len(held) == 1 else 0
     if kept:
         runner.truncate([kept])
@@ -331,9 +337,10 @@ def _sample(
     limit: int,
     speculation: Speculation | None,
     eos_token_ids: Collection[int],
+    adapter: str | None = None,
 ) -> Generator[int, None, None]:
     """Return the iterator of ids; what the runner holds now, not when it is first advanced, is what they continue."""
-    return _continue(runner, HeldText(runner), prompt_ids, draw, limit, speculation, eos_token_ids)
+    return _continue(runner, HeldText(runner), prompt_ids, draw, limit, speculation, eos_token_ids, adapter)
 
 
 def _continue(
@@ -344,11 +351,13 @@ def _continue(
     limit: int,
     speculation: Speculation | None,
     eos_token_ids: Collection[int],
+    adapter: str | None,
 ) -> Generator[int, None, None]:
     if limit == 0:
         return
     with text.step():
-        token_id = draw(runner.prefill([prompt_ids])[0][-1])
+        logits = runner.prefill([prompt_ids]) if adapter is None else runner.prefill([prompt_ids], adapter=adapter)
+        token_id = draw(logits[0][-1])
     yield token_id
     if speculation is not None:
         yield from speculate_tokens(

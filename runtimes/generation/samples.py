@@ -10,7 +10,7 @@ from runtimes.generation.draw import Draw
 from runtimes.generation.generate import Generation, encode_prompt, new_token_limit
 from runtimes.generation.text_state import TextState
 from runtimes.integers import as_integer
-from runtimes.runners.runner import check_rows
+from runtimes.runners.runner import check_rows, chosen_adapters
 from runtimes.runners.scores import check_logits
 from runtimes.runners.slots import Slots
 from runtimes.text.logit_rules import LogitRule
@@ -71,6 +71,7 @@ def generate_samples(
     eos_token_ids: Collection[int] | None = None,
     parse_special: bool = False,
     logprobs: int | None = None,
+    adapter: str | None = None,
 ) -> list[Generation]:
     """Generate several continuations of one prompt.
 
@@ -84,7 +85,7 @@ def generate_samples(
         prompt: text, or ids.
         count: of texts, at least one.
         drawer: gives each sample's own sampler and rules; with the same seed in all, all are the same text.
-        max_new_tokens, stop, eos_token_ids, parse_special, logprobs: as of `generate`.
+        max_new_tokens, stop, eos_token_ids, parse_special, logprobs, adapter: as of `generate`.
 
     Returns:
         One for each sample, in their order. `reused_tokens` are those of the prompt that another sample has computed.
@@ -98,6 +99,7 @@ def generate_samples(
     if number is None or number < 1:
         raise InputError(f"samples {count!r}: expected an integer of at least 1")
     top = check_top("logprobs", logprobs, runner.model.vocab_size)
+    chosen_adapters(adapter, 1, (), getattr(runner, "adapters", ()))
     ids = encode_prompt(tokenizer, prompt, parse_special=parse_special) if isinstance(prompt, str) else list(prompt)
     if not ids:
         raise InputError("expected at least one prompt id, found none")
@@ -114,14 +116,14 @@ def generate_samples(
         samples.append(_Sample(draw, TextState(tokenizer, stop=stop, eos_token_ids=eos_token_ids), began))
     if limit:
         with runner.exclusive:
-            _run(runner, ids, samples, limit)
+            _run(runner, ids, samples, limit, adapter)
     return [sample.result(ids, len(ids) if i else 0) for i, sample in enumerate(samples)]
 
 
-def _run(runner: Slots, prompt_ids: Sequence[int], samples: Sequence[_Sample], limit: int) -> None:
+def _run(runner: Slots, prompt_ids: Sequence[int], samples: Sequence[_Sample], limit: int, adapter: str | None) -> None:
     """Generate all samples, each in a slot that holds the prompt."""
     runner.reset()
-    slot, logits = runner.admit(prompt_ids)
+    slot, logits = runner.admit(prompt_ids) if adapter is None else runner.admit(prompt_ids, adapter)
     taken = [slot]
     try:
         first = logits.copy()  # a rule may change what it is given

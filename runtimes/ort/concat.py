@@ -18,9 +18,11 @@ from runtimes.errors import BrokenSlotsError, FailedError, InputError, NumericEr
 from runtimes.integers import as_integer
 from runtimes.manifest import KVCacheSpec, ModelSpec, Variant
 from runtimes.one_thread import OneThread, one_thread
+from runtimes.ort.adapters import Adapters
 from runtimes.ort.session import one_line
 from runtimes.ort.versions import check_padded_rows
 from runtimes.runners.runner import (
+    AdapterChoice,
     HiddenStates,
     Ids,
     Logits,
@@ -31,6 +33,7 @@ from runtimes.runners.runner import (
     check_positions,
     check_rows,
     check_token_ids,
+    chosen_adapters,
     no_candidates,
 )
 from runtimes.runners.scores import score
@@ -63,6 +66,8 @@ class ConcatCache:
     values: Values
     mask: Ids
     """[B, P]: 1 where the position holds a token, 0 where padding was put or a token was dropped"""
+    adapters: tuple[str | None, ...]
+    """per row, the LoRA adapter that it was made with"""
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -122,9 +127,12 @@ class ConcatRunner:
         max_slots: int = DEFAULT_SLOTS,
         *,
         exact: bool = False,
+        adapters: Adapters | None = None,
     ) -> None:
         self.variant = variant
         self.model = model
+        self._lora = adapters
+        self.adapters = adapters.names if adapters is not None else ()
         self.max_slots = max_slots
         self.exact = exact
         self.max_cache_length = variant.kv_cache.max_cache_length
@@ -150,12 +158,24 @@ class ConcatRunner:
             return tuple(self._slots[n].tokens if n in self._slots else _NOTHING for n in range(max(self._slots) + 1))
         return () if self._cache is None else self._cache.tokens
 
+    @property
+    def cached_adapters(self) -> tuple[str | None, ...]:
+        """As `cached_tokens`."""
+        if self._slots:
+            caches = {slot: state.cache.adapters[0] for slot, state in self._slots.items()}
+            return tuple(map(caches.get, range(max(caches) + 1)))
+        return () if self._cache is None else self._cache.adapters
+
     @one_thread
-    def prefill(self, sequences: Sequence[TokenIds], *, all_positions: bool = False) -> list[Logits]:
+    def prefill(
+        self, sequences: Sequence[TokenIds], *, all_positions: bool = False, adapter: AdapterChoice = None
+    ) -> list[Logits]:
         self._refuse_slots()
         if all_positions:
             check_positions(self.variant)
-        return self._prefilled(*self._checked(sequences), all_positions)
+        rows, cache = self._checked(sequences)
+        chosen = chosen_adapters(adapter, len(rows), self.cached_adapters, self.adapters)
+        return self._prefilled(rows, replace(cache, adapters=chosen), all_positions)
 
     @one_thread
     def prefill_embeds(
@@ -243,9 +263,10 @@ class ConcatRunner:
         return self._slot(slot).tokens
 
     @one_thread
-    def begin(self, token_ids: TokenIds) -> int:
+    def begin(self, token_ids: TokenIds, adapter: str | None = None) -> int:
         (ids,) = self._check_new(token_ids, 0, "the prompt")
-        return self._new_slot(_Slot(self._empty_cache(1), ids, prompted=0))
+        chosen = chosen_adapters(adapter, 1, (), self.adapters)
+        return self._new_slot(_Slot(replace(self._empty_cache(1), adapters=chosen), ids, prompted=0))
 
     @one_thread
     def extend(self, slot: int, budget: int | None = None) -> Logits | None:
@@ -264,8 +285,8 @@ class ConcatRunner:
         return logits[0] if len(ids) == len(state.pending) else None
 
     @one_thread
-    def admit(self, token_ids: TokenIds) -> tuple[int, Logits]:
-        return admit(self, token_ids)
+    def admit(self, token_ids: TokenIds, adapter: str | None = None) -> tuple[int, Logits]:
+        return admit(self, token_ids, adapter)
 
     @one_thread
     def step(self, token_ids: Mapping[int, int]) -> dict[int, Logits]:
@@ -354,7 +375,8 @@ class ConcatRunner:
     def _first(self, state: _Slot, length: int) -> _Slot:
         """Return a slot with the first tokens of another; the values are shared, as nothing changes them."""
         if is_computed_again(length, state.prompted, self.exact):
-            logits, cache = self._extend(self._empty_cache(1), [state.tokens[:length]], all_positions=False)
+            empty = replace(self._empty_cache(1), adapters=state.cache.adapters)
+            logits, cache = self._extend(empty, [state.tokens[:length]], all_positions=False)
             check_finite(logits, cache.lengths)
         else:
             cache = state.cache if length == len(state.tokens) else self._shortened(state.cache, (length,))
@@ -393,6 +415,7 @@ class ConcatRunner:
             tokens=(_NOTHING,) * batch_size,
             values=dict.fromkeys(self._pasts, _zeros(self.variant.kv_cache, batch_size, length=0)),
             mask=np.zeros((batch_size, 0), np.int64),
+            adapters=(None,) * batch_size,
         )
 
     def _extend(
@@ -443,9 +466,9 @@ class ConcatRunner:
             vectors = self._vectors.of(feeds["input_ids"])
             if vectors is not None and self._vectors.name is not None:
                 feeds[self._vectors.name] = vectors
-            arrays, values = self._call(feeds, values, wanted)
+            arrays, values = self._call(feeds, values, wanted, cache.adapters)
             found.append(arrays)
-        return found, ConcatCache(_joined(cache.tokens, rows), values, mask)
+        return found, ConcatCache(_joined(cache.tokens, rows), values, mask, cache.adapters)
 
     def _shortened(self, cache: ConcatCache, lengths: tuple[int, ...]) -> ConcatCache:
         """Return the cache with only the first tokens of each row; `lengths` was checked."""
@@ -453,10 +476,35 @@ class ConcatRunner:
         mask = np.where(cache.mask.cumsum(axis=1) <= kept, cache.mask, 0)  # (B, P)
         width = int(np.flatnonzero(mask.any(axis=0)).max(initial=-1)) + 1  # all after are hidden in every row
         values = cache.values if width == mask.shape[1] else _first_positions(cache.values, width)
-        return ConcatCache(_cut(cache.tokens, lengths), values, mask[:, :width])
+        return ConcatCache(_cut(cache.tokens, lengths), values, mask[:, :width], cache.adapters)
 
     def _call(
-        self, feeds: Mapping[str, npt.NDArray[Any]], past: Values, wanted: Sequence[str]
+        self,
+        feeds: Mapping[str, npt.NDArray[Any]],
+        past: Values,
+        wanted: Sequence[str],
+        adapters: tuple[str | None, ...],
+    ) -> tuple[list[npt.NDArray[np.float32]], Values]:
+        """Run the graph once for each adapter; return what is wanted, copied out, and the past of the next call.
+
+        The past is copied only where rows have several adapters.
+        """
+        names = list(dict.fromkeys(adapters))
+        if len(names) == 1:
+            return self._call_one(feeds, past, wanted, names[0])
+        rows = [[row for row, name in enumerate(adapters) if name == chosen] for chosen in names]
+        parts = []
+        for chosen, some in zip(names, rows, strict=True):
+            taken = {name: array[some] if len(array.shape) > 1 else array for name, array in feeds.items()}
+            held = {name: _picked(value, some) for name, value in past.items()}
+            parts.append(self._call_one(taken, held, wanted, chosen))
+        back = np.argsort(np.concatenate(rows))
+        found = [np.concatenate(arrays)[back] for arrays in zip(*(arrays for arrays, _ in parts), strict=True)]
+        values = {name: np.concatenate([part[name].numpy() for _, part in parts])[back] for name in self._pasts}
+        return found, {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in values.items()}
+
+    def _call_one(
+        self, feeds: Mapping[str, npt.NDArray[Any]], past: Values, wanted: Sequence[str], adapter: str | None
     ) -> tuple[list[npt.NDArray[np.float32]], Values]:
         """Run the graph once; return what is wanted, copied out, and the past of the next call, not copied."""
         if self._session is None:
@@ -464,7 +512,8 @@ class ConcatRunner:
         binding = self._session.io_binding()
         for name, array in feeds.items():  # read in place, so `feeds` must live until the run is over; here it does
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-        for name, value in past.items():
+        lora = self._lora.values(adapter) if self._lora is not None else {}
+        for name, value in (*past.items(), *lora.items()):
             binding.bind_ortvalue_input(name, value)
         for name in (*wanted, *self._presents):
             binding.bind_output(name)
@@ -481,6 +530,11 @@ def _zeros(spec: KVCacheSpec, batch_size: int, length: int) -> ort.OrtValue:
     """Return an empty past of `length` positions; it serves as all of them, since nothing is written to inputs."""
     shape = (batch_size, spec.num_key_value_heads, length, spec.head_dim)
     return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.dtype(spec.dtype)))
+
+
+def _picked(value: Any, rows: Sequence[int]) -> Any:
+    """Return some rows of a past."""
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value.numpy()[list(rows)]))
 
 
 def _first_positions(values: Values, width: int) -> Values:

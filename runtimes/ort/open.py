@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeAlias
@@ -12,6 +12,7 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 
 from runtimes.errors import BackendError, PackageError, UsageError
 from runtimes.manifest import ModelSpec, Variant
+from runtimes.ort.adapters import Adapters
 from runtimes.ort.concat import ConcatRunner
 from runtimes.ort.device import MAX_COMPILED_ROWS, DeviceRunner, compiled_shapes
 from runtimes.ort.devices import find_device
@@ -72,6 +73,7 @@ def open_ort(
     *,
     max_slots: int | None = None,
     exact: bool = False,
+    adapters: Mapping[str, str] | None = None,
 ) -> ConcatRunner | StaticRunner | SharedRunner:
     """Load a variant's graph, or two, on one device.
 
@@ -88,6 +90,7 @@ def open_ort(
         device: cpu, cuda or nv-rtx.
         max_slots: sequences at once, for a server; None: `DEFAULT_SLOTS`, or what the device takes.
         exact: answers do not depend on each other; see `runtimes.runners.slots`.
+        adapters: LoRA adapters of the package, by name, and their files in it; None: none.
 
     Raises:
         UsageError: the device takes fewer slots.
@@ -128,10 +131,11 @@ def open_ort(
     slots = max_slots or min(DEFAULT_SLOTS, most or DEFAULT_SLOTS)
     if most is not None and slots > most:
         raise UsageError(f"max_slots {slots}: device {device} takes {most}")
+    lora = Adapters(package, adapters, variant, check) if adapters else None
     session = load(variant.graph, variant.data)
     match spec.form:
         case "concat":
-            return ConcatRunner(session, variant, model, slots, exact=exact)
+            return ConcatRunner(session, variant, model, slots, exact=exact, adapters=lora)
         case "static":
             static = OrtStaticSession(session, variant, memory=found.memory)
             return StaticRunner(static, variant, model, slots, exact=exact)
@@ -143,7 +147,7 @@ def open_ort(
                 pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefill-graph")
                 prefill = pool.submit(load, variant.prefill.graph, variant.prefill.data)
                 pool.shutdown(wait=False)
-            return SharedRunner(session, prefill, variant, model, slots, exact=exact)
+            return SharedRunner(session, prefill, variant, model, slots, exact=exact, adapters=lora)
 
 
 def _load_checked(

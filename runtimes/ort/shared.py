@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 from runtimes.errors import FailedError, UsageError
 from runtimes.manifest import ModelSpec, Variant
 from runtimes.one_thread import one_thread
+from runtimes.ort.adapters import Adapters
 from runtimes.ort.mapped_buffer import MappedBuffer
 from runtimes.ort.session import one_line
 from runtimes.runners.rows import RowRunner
@@ -73,6 +75,9 @@ class SharedRunner(RowRunner):
     Layers with a window keep their last tokens alone, `KEPT` more than the window and up to `FORGOTTEN` until they are
     given back; where a text is cut back further, what is left of it is computed again. An exact runner keeps all.
 
+    Where the graph takes LoRA adapters, each row has one or none; see `runtimes.ort.adapters`. An exact runner has
+    none: it would have to compute each of them with an even number of rows.
+
     An exact runner uses the prefill graph for prompts alone, row by row, and computes the rows of a step in pairs: the
     kernels of quantised weights take two rows at a time, and a last one that is left over has other bits.
     """
@@ -92,8 +97,11 @@ class SharedRunner(RowRunner):
         *,
         exact: bool = False,
         buffer: KVBuffer | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         super().__init__(variant, model, max_slots, exact=exact)
+        self._lora = adapters
+        self.adapters = adapters.names if adapters is not None and not exact else ()
         self._counts = any(spec.role == "logit_count" for spec in variant.inputs)  # a classifier has one answer a row
         self._padding = model.pad_token_id or 0  # a classifier looks for the last token that is none
         self._run_options: ort.RunOptions | None = None
@@ -283,9 +291,41 @@ class SharedRunner(RowRunner):
             decoding: use the decode graph whatever the number of tokens.
             wanted: outputs; None: the logits.
 
+        Rows that have one LoRA adapter and stand side by side are run together, the others after each other: a run
+        writes the keys and values of all its rows.
+
         Returns:
             Each output, [B, keep or S, ...], a score [B, labels], hidden states [B, S, hidden], an array of its own.
         """
+        width, parts = int(lengths.max()), self._by_adapter(start, stop)
+        if len(parts) == 1:
+            return self._run_rows(start, stop, input_ids, lengths, width, keep=keep, decoding=decoding, wanted=wanted)
+        found = []
+        for first, last in parts:
+            of_part = slice(first - start, last - start)
+            ids, held = input_ids[of_part], lengths[of_part]
+            found.append(self._run_rows(first, last, ids, held, width, keep=keep, decoding=decoding, wanted=wanted))
+        return [np.concatenate(arrays) for arrays in zip(*found, strict=True)]
+
+    def _by_adapter(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Return the rows start to stop in parts that have one adapter each."""
+        names = [self._adapters.get(row) for row in range(start, stop)]
+        ends = [row for row in range(1, len(names)) if names[row] != names[row - 1]]
+        return [(start + first, start + last) for first, last in pairwise([0, *ends, len(names)])]
+
+    def _run_rows(
+        self,
+        start: int,
+        stop: int,
+        input_ids: Ids,
+        lengths: Ids,
+        width: int,
+        *,
+        keep: int,
+        decoding: bool,
+        wanted: Sequence[str] | None,
+    ) -> list[npt.NDArray[Any]]:
+        """As `_run`, for rows that have one adapter; `width`: tokens that the mask is wide."""
         if self._decode_session is None:
             raise UsageError("the runner is closed; open another")
         session = self._decode_session
@@ -296,7 +336,7 @@ class SharedRunner(RowRunner):
         outputs = self._outputs(batch, tokens, keep or tokens, wanted)
         inputs: dict[str, npt.NDArray[Any]] = {
             "input_ids": np.ascontiguousarray(input_ids),
-            "attention_mask": attention_mask(lengths, int(lengths.max())),
+            "attention_mask": attention_mask(lengths, width),
         }
         if self._counts:
             inputs["num_logits_to_keep"] = np.array(keep, np.int64)
@@ -305,6 +345,9 @@ class SharedRunner(RowRunner):
         binding = self._buffer.binding(session, start, stop, wanted)
         for name, array in inputs.items():  # read in place, so they must live until the run is over; here they do
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        if self.adapters and self._lora is not None:  # always, likewise
+            for name, value in self._lora.values(self._adapters.get(start)).items():
+                binding.bind_ortvalue_input(name, value)
         for name, array in outputs.items():
             binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
         self._run_bound(session, binding, self._run_options)

@@ -23,6 +23,7 @@ from runtimes.integers import as_integer
 from runtimes.manifest import ModelSpec, Variant
 from runtimes.one_thread import OneThread, one_thread
 from runtimes.runners.runner import (
+    AdapterChoice,
     HiddenStates,
     Ids,
     Logits,
@@ -33,6 +34,7 @@ from runtimes.runners.runner import (
     check_positions,
     check_rows,
     check_token_ids,
+    chosen_adapters,
     no_candidates,
 )
 from runtimes.runners.scores import score
@@ -76,6 +78,7 @@ class RowRunner(ABC):
         self._pending: dict[int, Ids] = {}  # slot -> what is to be computed
         self._prompted: dict[int, int] = {}  # slot -> first tokens that `extend` computed
         self._closed = False
+        self._adapters: dict[int, str] = {}  # row -> the adapter of what it holds, if any
 
     @property
     def cache_lengths(self) -> tuple[int, ...]:
@@ -90,6 +93,14 @@ class RowRunner(ABC):
         return tuple(self._row_tokens(slots[n]) if n in slots else _NOTHING for n in range(max(slots) + 1))
 
     @property
+    def cached_adapters(self) -> tuple[str | None, ...]:
+        """As `cached_tokens`."""
+        if not self._rows:
+            return tuple(map(self._adapters.get, range(len(self._tokens))))
+        slots = {**{row: row for row in self._batch_rows()}, **self._rows}
+        return tuple(self._adapters.get(slots[n]) if n in slots else None for n in range(max(slots) + 1))
+
+    @property
     def slots(self) -> tuple[int, ...]:
         return tuple(sorted(self._rows))
 
@@ -98,10 +109,19 @@ class RowRunner(ABC):
         return self._row_tokens(self._row(slot))
 
     @one_thread
-    def prefill(self, sequences: Sequence[TokenIds], *, all_positions: bool = False) -> list[Logits]:
+    def prefill(
+        self, sequences: Sequence[TokenIds], *, all_positions: bool = False, adapter: AdapterChoice = None
+    ) -> list[Logits]:
         if all_positions:
             check_positions(self.variant)
-        return self._prefilled(self._checked(sequences), all_positions)
+        rows, before = self._checked(sequences), self._adapters
+        chosen = chosen_adapters(adapter, len(rows), self.cached_adapters, self.adapters)
+        self._adapters = {row: name for row, name in enumerate(chosen) if name is not None}
+        try:
+            return self._prefilled(rows, all_positions)
+        except BaseException:
+            self._adapters = before
+            raise
 
     @one_thread
     def prefill_embeds(
@@ -172,9 +192,12 @@ class RowRunner(ABC):
         self._vectors.clear()
 
     @one_thread
-    def begin(self, token_ids: TokenIds) -> int:
+    def begin(self, token_ids: TokenIds, adapter: str | None = None) -> int:
         (ids,) = self._check_new(token_ids, 0, "the prompt")
+        (chosen,) = chosen_adapters(adapter, 1, (), self.adapters)
         slot = self._new_slot(_NOTHING)
+        if chosen is not None:
+            self._adapters[self._rows[slot]] = chosen
         self._pending[slot] = ids
         return slot
 
@@ -202,8 +225,8 @@ class RowRunner(ABC):
         return last
 
     @one_thread
-    def admit(self, token_ids: TokenIds) -> tuple[int, Logits]:
-        return admit(self, token_ids)
+    def admit(self, token_ids: TokenIds, adapter: str | None = None) -> tuple[int, Logits]:
+        return admit(self, token_ids, adapter)
 
     @one_thread
     def step(self, token_ids: Mapping[int, int]) -> dict[int, Logits]:
@@ -251,6 +274,8 @@ class RowRunner(ABC):
         ids = self._row_tokens(row)
         ids = ids[: check_slot_length(length, len(ids), least=1)]
         copy = self._new_slot(ids)
+        if (adapter := self._adapters.get(row)) is not None:
+            self._adapters[self._rows[copy]] = adapter
         try:
             if is_computed_again(len(ids), self._prompted[number], self.exact):
                 self._compute_again(self._rows[copy], ids, f"slot {copy}")
@@ -282,6 +307,8 @@ class RowRunner(ABC):
             if len(ids):
                 self._copy(last, row, ids)
             self._tokens[row], self._tokens[last] = self._tokens[last], self._tokens[row]
+            adapters = {row: self._adapters.pop(last, None), last: self._adapters.pop(row, None)}
+            self._adapters |= {place: name for place, name in adapters.items() if name is not None}
             self._rows[moving], self._rows[int(slot)] = row, last
         self._free(int(slot))
 
@@ -343,6 +370,8 @@ class RowRunner(ABC):
             starts = np.append(starts, min(len(last), self.max_cache_length - 1))
         return [array[:count] for array in self._step(ids, starts, wanted)]
 
+    adapters: tuple[str, ...] = ()
+    """LoRA adapters that a row may have, by name"""
     _copies_rows = False
     """whether `_copy` costs less than a few steps of a dead row"""
 
@@ -395,6 +424,7 @@ class RowRunner(ABC):
         self._pending.pop(slot, None)
         del self._prompted[slot]
         self._tokens[row] = None
+        self._adapters.pop(row, None)
         while self._tokens and self._tokens[-1] is None:
             self._tokens.pop()
         self._give_back(row)
@@ -447,6 +477,7 @@ class RowRunner(ABC):
     def _take(self, tokens: Sequence[Ids]) -> None:
         """Hold a batch of these rows; none of them is a slot."""
         self._tokens = list(tokens)
+        self._adapters = {row: name for row, name in self._adapters.items() if row < len(tokens)}
         self._rows.clear()
         self._pending.clear()
         self._prompted.clear()

@@ -20,7 +20,7 @@ The graphs behind it are described where they are called: `ort/concat.py`, `ort/
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeAlias
@@ -35,6 +35,8 @@ from runtimes.manifest import ModelSpec, Variant
 Logits: TypeAlias = npt.NDArray[np.float32]
 TokenIds: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
 Ids: TypeAlias = npt.NDArray[np.int64]
+AdapterChoice: TypeAlias = str | Sequence[str | None] | None
+"""a LoRA adapter for all rows, or one for each; None: none"""
 HiddenStates: TypeAlias = dict[int, npt.NDArray[np.float32]]
 """of one row: the number of a hidden state -> float32 [n, hidden_size]"""
 
@@ -68,7 +70,14 @@ class Runner(Protocol):
         """Per row the ids, int64 [length], whose keys and values the cache holds; () when it is empty. Only to read."""
         ...
 
-    def prefill(self, sequences: Sequence[TokenIds], *, all_positions: bool = False) -> list[Logits]:
+    @property
+    def cached_adapters(self) -> tuple[str | None, ...]:
+        """Per row the LoRA adapter that its keys and values were made with; None: none. () when the cache is empty."""
+        ...
+
+    def prefill(
+        self, sequences: Sequence[TokenIds], *, all_positions: bool = False, adapter: AdapterChoice = None
+    ) -> list[Logits]:
         """Append tokens to every row of the cache.
 
         The first call sets the number of rows. A later one appends to what is there: a prompt may come in chunks, and
@@ -77,13 +86,15 @@ class Runner(Protocol):
         Args:
             sequences: one sequence of token ids per row; their lengths may differ.
             all_positions: return the logits of every given token, not only of each row's last.
+            adapter: of the package, for all rows, or one for each; None: none, or where the cache holds rows, theirs.
+                Later calls go on with it.
 
         Returns:
             Per row, float32 [1, vocab_size], or [n_row, vocab_size] for all positions.
 
         Raises:
             InputError: no row, an empty row, another number of rows than the cache has, or an id that is no integer or
-                not in the vocabulary.
+                not in the vocabulary; or an adapter that the package does not have, or other than the row's.
             ContextLengthError: more tokens than `max_cache_length` in a row.
             NumericError: a logit is NaN or infinite.
         """
@@ -236,6 +247,38 @@ class Runner(Protocol):
     ) -> None: ...
 
 
+def chosen_adapters(
+    given: AdapterChoice, rows: int, held: tuple[str | None, ...], known: Collection[str]
+) -> tuple[str | None, ...]:
+    """Check the adapters that a caller wants; return one for each row.
+
+    Args:
+        given: as of `Runner.prefill`.
+        rows: how many there are.
+        held: those of the rows in the cache; () when it is empty.
+        known: those that there are.
+
+    Raises:
+        InputError: see `Runner.prefill`.
+    """
+    each = (given,) * rows if given is None or isinstance(given, str) else tuple(given)
+    if len(each) != rows:
+        raise InputError(f"{len(each)} adapters for {rows} rows; give one per row, None for none, or one for all")
+    for name in each:
+        if name is not None and name not in known:
+            none = (
+                "none; export the package with --lora-inputs as fp32, q4 or q8, and leave exact out of the latter two"
+            )
+            raise InputError(f"adapter {name!r}: this runner has {', '.join(known) or none}")
+    if not held:
+        return each
+    for row, (name, before) in enumerate(zip(each, held, strict=True)):
+        if name is not None and name != before:
+            made = before or "no adapter"
+            raise InputError(f"row {row}: its tokens were computed with {made}, found adapter {name}; reset() first")
+    return held
+
+
 def is_sequence(value: object) -> bool:
     """Tell whether a caller gave several of something: a 0-d array is a single one."""
     return value.ndim > 0 if isinstance(value, np.ndarray) else isinstance(value, Sequence)
@@ -357,6 +400,7 @@ class HeldText:
         """Take what the cache holds now, be it nothing."""
         self._runner = runner
         self._held = runner.cached_tokens
+        self._adapters = getattr(runner, "cached_adapters", ())
 
     @property
     def length(self) -> int:
@@ -373,7 +417,8 @@ class HeldText:
         with self._runner.exclusive:
             held = self._runner.cached_tokens
             same = (a is b or np.array_equal(a, b) for a, b in zip(held, self._held, strict=False))
-            if len(held) != len(self._held) or not all(same):
+            other = self._held and getattr(self._runner, "cached_adapters", ()) != self._adapters
+            if len(held) != len(self._held) or not all(same) or other:
                 found = ", ".join(str(len(row)) for row in held) or "none"
                 raise UsageError(
                     f"the runner's cache was changed by somebody else (tokens: {found}, expected the {self.length} of "
@@ -381,6 +426,7 @@ class HeldText:
                 )
             yield
             self._held = self._runner.cached_tokens
+            self._adapters = getattr(self._runner, "cached_adapters", ())
 
 
 def common_prefix(held: Ids, token_ids: Sequence[int]) -> int:

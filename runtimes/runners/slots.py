@@ -2,7 +2,7 @@
 
 | call                           | takes                               | gives                                       |
 |--------------------------------|-------------------------------------|---------------------------------------------|
-| begin                          | token ids, any int                  | a slot; nothing is computed                 |
+| begin                          | token ids, any int; an adapter      | a slot; nothing is computed                 |
 | extend                         | a slot, tokens at most              | float32 [vocab_size], or None: there is more|
 | admit                          | token ids, any int                  | a slot, float32 [vocab_size]: begin, extend |
 | step                           | slot -> token id, any int           | slot -> float32 [vocab_size]                |
@@ -45,6 +45,8 @@ class Slots(Runner, Protocol):
     is free. The portable graph has slots or a batch: a call of one is refused (`UsageError`) while there are others.
     """
 
+    adapters: tuple[str, ...]
+    """LoRA adapters that a sequence may have, by name"""
     exact: bool
     """whether a sequence's logits do not depend on the others nor on the pieces of its prompt"""
     max_slots: int
@@ -63,11 +65,12 @@ class Slots(Runner, Protocol):
         """
         ...
 
-    def begin(self, token_ids: TokenIds) -> int:
+    def begin(self, token_ids: TokenIds, adapter: str | None = None) -> int:
         """Take the lowest free slot for a new sequence. Nothing is computed.
 
         Args:
             token_ids: of the prompt, at least one.
+            adapter: LoRA adapter of the package, which the slot keeps; None: none.
 
         Returns:
             The slot; `extend` it until there are logits.
@@ -96,7 +99,7 @@ class Slots(Runner, Protocol):
         """
         ...
 
-    def admit(self, token_ids: TokenIds) -> tuple[int, Logits]:
+    def admit(self, token_ids: TokenIds, adapter: str | None = None) -> tuple[int, Logits]:
         """`begin` a sequence and `extend` it to the end of its prompt while the others wait.
 
         Returns:
@@ -138,7 +141,8 @@ class Slots(Runner, Protocol):
     def copy_prefix(self, slot: int, length: int) -> int:
         """Take another slot, with the first tokens of one that holds them: a prompt's common beginning, or a fork.
 
-        An exact runner computes fewer than `EXACT_TOKENS` of a longer prompt again.
+        It has that one's adapter: keys and values that were made with one are of no use to another. An exact runner
+        computes fewer than `EXACT_TOKENS` of a longer prompt again.
 
         Args:
             slot: which holds them.
@@ -243,9 +247,9 @@ def check_slot_length(length: int, held: int, least: int = 0) -> int:
     return count
 
 
-def admit(runner: Slots, token_ids: TokenIds) -> tuple[int, Logits]:
+def admit(runner: Slots, token_ids: TokenIds, adapter: str | None = None) -> tuple[int, Logits]:
     """`Slots.admit` of any runner."""
-    slot = runner.begin(token_ids)
+    slot = runner.begin(token_ids) if adapter is None else runner.begin(token_ids, adapter)
     try:
         logits = runner.extend(slot)
     except BaseException:

@@ -28,6 +28,7 @@ OWNERS = {
         "olmo2_export/bench/workers/hugging_face.py",
     },
     "onnxruntime": {
+        "runtimes/ort/adapters.py",
         "runtimes/ort/device.py",
         "runtimes/ort/devices.py",
         "runtimes/ort/session.py",

@@ -515,6 +515,13 @@ def test_no_memory_is_exit_code_1(
     assert "out of memory" in refused(capsys, "generate", demo_package, "--prompt", "x", code=1)
 
 
+def test_an_adapter_that_is_not_there_is_refused_before_the_model_runs(
+    demo_package: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(capsys, "generate", demo_package, "--prompt", "x", "--adapter", "chat")
+    assert "adapter 'chat': this runner has none; export the package with --lora-inputs" in said
+
+
 def test_debug_shows_where_it_came_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", str(tmp_path), "--prompt", "x", "--debug"]) == 2
     err = capsys.readouterr().err

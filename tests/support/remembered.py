@@ -26,6 +26,7 @@ from olmo2_export.verify import checks, measure, variant
 from olmo2_export.verify.beside import NOTHING, Beside
 from olmo2_export.views import table
 from olmo2_export.weights.checkpoint import Checkpoint
+from olmo2_export.weights.merged import MergedCheckpoint
 
 MOST = 200 << 20
 """bytes of arrays that are held; the oldest go first"""
@@ -183,6 +184,8 @@ def _add(state: Any, part: Any) -> None:
             state.update(f"array {part.dtype} {part.shape} ".encode())
             state.update(np.ascontiguousarray(part).tobytes())
         case Checkpoint():
+            adapters = part.adapters if isinstance(part, MergedCheckpoint) else ()
+            _add(state, [adapter.stored for adapter in adapters])
             for path in sorted(p for p in part.folder.iterdir() if p.suffix in (".json", ".safetensors")):
                 _add(state, (path.name, _file(path, path.stat().st_mtime_ns, path.stat().st_size)))
         case _Rounding():
