@@ -128,9 +128,9 @@ def both_forms(raw: Mapping[str, Any], *, by_layer_type: bool) -> dict[str, Any]
     scaling, parameters = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
     if by_layer_type:
         full, sliding = (dict(parameters.get(kind) or {}) for kind in (FULL, SLIDING))
-        thetas = {table.pop("rope_theta", _OLMO3_THETA) for table in (full, sliding)}
+        given = {table.pop("rope_theta", _OLMO3_THETA) for table in (full, sliding)}
         plain = sliding.get("rope_type", "default") == "default"
-        if scaling or not full or thetas != {_OLMO3_THETA} or not plain:
+        if scaling or not full or given != {_OLMO3_THETA} or not plain:
             return {}
         return {
             "rope_theta": _OLMO3_THETA,

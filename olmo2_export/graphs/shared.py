@@ -88,9 +88,8 @@ def shared_graph(portable: ir.Model, rows: Sequence[Operation], passes: list[Pas
 def padded_graph(shared: ir.Model, rows: Sequence[Operation]) -> ir.Model:
     """Return a shared-cache graph, not quantised yet, that takes rows padded on either side; see `shared_graph`."""
     padded = shared.clone()
-    found, expected = apply(padded, OTHER_RUNTIMES)["either_padding"], count(rows, "attention")
-    if found != expected:
-        raise FusionError(f"graph {padded.graph.name}: either_padding: expected {expected}, applied {found} times")
+    expected = {"either_padding": count(rows, "attention")}
+    check_applied(padded, apply(padded, OTHER_RUNTIMES), expected, "padded_graph in graphs/shared.py")
     return padded
 
 

@@ -34,9 +34,10 @@ from olmo2_export.dtypes import STORED
 from olmo2_export.fields import Fields, short
 from olmo2_export.weights import stored_tensors
 from olmo2_export.weights.checkpoint import Checkpoint, file_stamp, model_name
-from olmo2_export.weights.hub import is_hub_id, locate_adapter
+from olmo2_export.weights.hub import locate_adapter
 from olmo2_export.weights.other_formats import ADAPTER, ADAPTER_WEIGHTS
 from runtimes.errors import CheckpointError, ConfigError, UsageError, broken_link, first_names
+from runtimes.hub import is_hub_id
 from runtimes.manifest import AdapterSource
 from runtimes.sealed import hash_files
 
