@@ -167,8 +167,15 @@ def portable_views(package: Package, entry: Variant, views: Sequence[View]) -> l
 def as_portable(entry: Variant, portable: PortableGraph) -> Variant:
     """Return the variant that its portable graph is: it takes and gives the cache as the portable graph of fp32."""
     cache = dataclasses.replace(entry.kv_cache, form="concat", dtype="float32", quantization=None)
-    tables = {"inputs": portable.inputs, "outputs": portable.outputs}
-    return dataclasses.replace(entry, graph=portable.graph, kv_cache=cache, prefill=None, portable=None, **tables)
+    return dataclasses.replace(
+        entry,
+        graph=portable.graph,
+        inputs=portable.inputs,
+        outputs=portable.outputs,
+        kv_cache=cache,
+        prefill=None,
+        portable=None,
+    )
 
 
 def in_float32(entry: Variant) -> Variant:
