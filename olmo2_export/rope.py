@@ -137,8 +137,8 @@ def both_forms(raw: Mapping[str, Any], *, by_layer_type: bool) -> dict[str, Any]
             "rope_scaling": None if full.get("rope_type", "default") == "default" else full,
         }
     table = dict(scaling or parameters)
-    thetas = [place["rope_theta"] for place in (table, raw) if place.get("rope_theta") is not None]
-    theta = float(thetas[0]) if thetas else _THETA
+    said = [place["rope_theta"] for place in (table, raw) if place.get("rope_theta") is not None]
+    theta = float(said[0]) if said else _THETA
     kind = table.pop("rope_type", table.pop("type", "default"))
     own = {"rope_type": kind} | {name: value for name, value in table.items() if name not in _COMMON}
     return {
