@@ -546,6 +546,7 @@ def test_defaults() -> None:
         "prompt": "x",
         "special_tokens": False,
         "variant": None,
+        "adapter": None,
         "max_new_tokens": None,
         "temperature": 0.0,
         "top_k": 0,
