@@ -56,14 +56,14 @@ export: $(STAMP) ## MODEL -> package, parity, TensorRT engine, and a sample of t
 	then printf '\n%s' "$$PROMPT"; $(BIN)/olmo2-run generate "$$OUT" --prompt "$$PROMPT" --max-new-tokens 80 --temperature 0.7 --seed 1 --stats; \
 	else printf '%s has no tokenizer.json: no sample of text\n' "$$MODEL"; fi
 
-# A process per CPU, each test file in one of them; then what asserts time, memory, locks, signals or kills, by itself.
+# A process per CPU, each test file in one of them, the longest first; then what asserts time, memory, locks, signals or kills, by itself.
 # Both read the packages that the first has made.
 support: SUPPORT := write
 support: test ## the tests, and the support matrix written anew from what they have seen
 
 test: $(STAMP) ## the tests
 	rm -rf build/shared
-	$(BIN)/python -m pytest --shared=build/shared --support=$(SUPPORT) --durations 25 -m 'not alone' -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest --shared=build/shared --support=$(SUPPORT) --durations 25 -m 'not alone' -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest --shared=build/shared --durations 25 -m alone
 
 check: $(VENV)/.installed-dev$(COMMA)docs ## format, lint, types, docs and tests: what CI runs

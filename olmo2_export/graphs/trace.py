@@ -24,6 +24,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 
 import onnx_ir as ir
@@ -37,6 +38,7 @@ from olmo2_export.fuse.pooled_row import NO_PADDING, pooled_row
 from olmo2_export.graphs.hidden_states import give_hidden_states, hidden_outputs
 from olmo2_export.graphs.inputs_embeds import embedding_input, take_embeddings
 from olmo2_export.model.olmo import OlmoForCausalLM
+from olmo2_export.rope import Rope
 from runtimes.errors import FusionError
 from runtimes.manifest import ModelSpec, TensorSpec
 
@@ -86,7 +88,7 @@ def expected_op_counts(rows: Sequence[Operation]) -> dict[str, int]:
 
 
 def trace(config: ModelConfig) -> ir.Model:
-    """Trace the model on the meta device, once for each shape in a process.
+    """Trace the model on the meta device, once in a process for all that have the same nodes and shapes.
 
     Args:
         config: the model's shape.
@@ -98,7 +100,26 @@ def trace(config: ModelConfig) -> ir.Model:
     Raises:
         FusionError: the exporter did not emit the expected operators, inputs or outputs.
     """
-    return _traced(config).clone()
+    model, rows = _traced(_as_traced(config)).clone(), operations(config)
+    pad = NO_PADDING if config.pad_token_id is None else config.pad_token_id
+    if config.labels and not pooled_row(model, pad):
+        raise FusionError(f"graph {config.model_type}: pooled_row: expected 1, applied 0 times")
+    if config.inputs_embeds:
+        take_embeddings(model)
+    give_hidden_states(model, rows, config.hidden_states)
+    check_op_counts(model, expected_op_counts(rows))
+    return model
+
+
+def _as_traced(config: ModelConfig) -> ModelConfig:
+    """Return the config without what tracing does not see: numbers of RoPEs, names, and what is added to the graph."""
+    sliding = _PLAIN if len(config.ropes) == 1 else _OTHER
+    labels = tuple(map(str, range(len(config.labels))))
+    plain = replace(config.giving(()), full_rope=_PLAIN, sliding_rope=sliding, labels=labels)
+    return replace(plain, pad_token_id=None, tie_word_embeddings=False)
+
+
+_PLAIN, _OTHER = Rope(), Rope("linear")
 
 
 # Many revisions of a model have one graph, and some sizes are exported in turns; without weights a layer is 0.1 MB.
@@ -107,9 +128,8 @@ def _traced(config: ModelConfig) -> ir.Model:
     with torch.device("meta"):
         model = OlmoForCausalLM(config).eval()
         arguments, dynamic_shapes = _example(config)
-    plain = config.giving(())
-    inputs, outputs = portable_inputs(plain), portable_outputs(plain)
-    if config.labels:  # the pass below pools; until then each position is scored
+    inputs, outputs = portable_inputs(config), portable_outputs(config)
+    if config.labels:  # a pass pools afterwards; until then each position is scored
         inputs = (*inputs, TensorSpec("num_logits_to_keep", "int64", (), "logit_count"))
         outputs = (
             TensorSpec("logits", "float32", ("batch_size", "num_logits", len(config.labels)), "logits"),
@@ -136,15 +156,6 @@ def _traced(config: ModelConfig) -> ir.Model:
     _name_dimensions(graph_model, inputs, outputs)
     _strip(graph_model, config.model_type)
     _give_default(graph_model.graph, "num_logits_to_keep", 0)
-    if config.labels and not pooled_row(
-        graph_model, NO_PADDING if config.pad_token_id is None else config.pad_token_id
-    ):
-        raise FusionError(f"graph {config.model_type}: pooled_row: expected 1, applied 0 times")
-    rows = operations(config)
-    if config.inputs_embeds:
-        take_embeddings(graph_model)
-    give_hidden_states(graph_model, rows, config.hidden_states)
-    check_op_counts(graph_model, expected_op_counts(rows))
     return graph_model
 
 

@@ -139,30 +139,33 @@ class Reference:
         return found
 
     @torch.inference_mode()
-    def embeddings(self, sequences: Sequence[np.ndarray], number: int, pooling: str) -> np.ndarray:
-        """Pool hidden states as a batch that is padded on the right, with its mask.
+    def embeddings(
+        self, sequences: Sequence[np.ndarray], numbers: Sequence[int], poolings: Sequence[str]
+    ) -> list[np.ndarray]:
+        """Pool hidden states of one batch, padded on the right, with its mask.
 
         Args:
             sequences: int64 token ids, each [length].
-            number: of the hidden state.
-            pooling: mean, over the tokens that the mask shows, or last, that of the last one.
+            numbers: of the hidden states.
+            poolings: mean, over the tokens that the mask shows, or last, that of the last one.
 
         Returns:
-            [B, hidden]; float64 for fp64, else float32.
+            Per number, and for each all poolings, [B, hidden]; float64 for fp64, else float32.
         """
         width = max(map(len, sequences))
         mask = torch.stack([(torch.arange(width) < len(ids)).long() for ids in sequences])
         ids = torch.zeros_like(mask)
         ids[mask == 1] = torch.from_numpy(np.concatenate(sequences))
         output = self._model.model(ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
-        states = output.hidden_states[number].to(self._result)  # (B, S, hidden)
-        shown = mask[..., None].to(states.dtype)
-        if pooling == "mean":
-            pooled = (states * shown).sum(1) / shown.sum(1)
-        else:
-            pooled = states[torch.arange(len(states)), mask.sum(1) - 1]
-        array: np.ndarray = pooled.numpy()
-        return array
+        shown, last = mask[..., None].to(self._result), mask.sum(1) - 1
+        found = []
+        for number in numbers:
+            states = output.hidden_states[number].to(self._result)  # (B, S, hidden)
+            for pooling in poolings:
+                mean = pooling == "mean"
+                pooled = (states * shown).sum(1) / shown.sum(1) if mean else states[torch.arange(len(states)), last]
+                found.append(pooled.numpy())
+        return found
 
     @torch.inference_mode()
     def mixed(self, before: np.ndarray, vectors: np.ndarray, behind: np.ndarray) -> np.ndarray:

@@ -130,11 +130,12 @@ def ask_reference(
     """Return PyTorch's answers: logits per sequence, [n, V], and behind them those to `beside`."""
     states = reference.hidden_states(beside.rows, beside.hidden) if beside.hidden else []
     of_mixed = [reference.mixed_states(*row.parts, beside.hidden) for row in beside.mixed] if beside.hidden else []
+    pooled = reference.embeddings(beside.rows, beside.hidden, POOLINGS) if beside.hidden else []
     return [
         *reference.logits(sequences, positions),
         *(reference.scores(batch.ids, batch.mask) for batch in beside.padded),
         *(row for of_number in states for row in of_number),
-        *(reference.embeddings(beside.rows, number, pooling) for number in beside.hidden for pooling in POOLINGS),
+        *pooled,
         *(reference.mixed(*row.parts) for row in beside.mixed),
         *pooled_states(list(zip(*of_mixed, strict=True)), HALVES),
     ]

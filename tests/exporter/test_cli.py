@@ -236,7 +236,7 @@ def test_one_flipped_bit_of_an_engine_is_refused_by_name(
     assert f"trt/{name}" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("little_text")
+@pytest.mark.usefixtures("little_text", "short_rows")
 def test_a_verdict_on_an_earlier_graph_is_not_shown(
     built: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -248,7 +248,7 @@ def test_a_verdict_on_an_earlier_graph_is_not_shown(
     assert "trt_fp32 of an earlier graph; verify it again" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("little_text")
+@pytest.mark.usefixtures("little_text", "short_rows")
 def test_bf16_is_verified_where_onnxruntime_has_none(
     built: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

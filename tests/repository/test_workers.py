@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.workers import Shared
+from support.workers import LONG, Shared
 
 TESTS = Path(__file__).parents[1]
 
 MAKER = """
 import sys, time
 from pathlib import Path
-from support.workers import Shared
+from support.workers import LONG, Shared
 def make(out):
     with open("makers", "a") as log:
         log.write("made ")
@@ -52,6 +52,16 @@ def test_what_could_not_be_made_is_made_by_the_next(tmp_path: Path) -> None:
     assert not (tmp_path / "kind" / "name").exists()
     made = shared.made("kind", "name", lambda out: out.mkdir())
     assert list(made.iterdir()) == []
+
+
+def test_the_files_that_begin_are_there(request: pytest.FixtureRequest) -> None:
+    assert [name for name in LONG if not (TESTS / name).is_file()] == []
+    order = [LONG.index(name) for name in dict.fromkeys(_files(request)) if name in LONG]
+    assert order == sorted(order)
+
+
+def _files(request: pytest.FixtureRequest) -> list[str]:
+    return [item.nodeid.partition("::")[0].removeprefix("tests/") for item in request.session.items]
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="asks Linux for it")

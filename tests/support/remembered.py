@@ -65,7 +65,7 @@ class _Remembered:
     """Stands for `reference.Reference`; opens it where it is asked something new."""
 
     def __init__(self, question: tuple[Any, ...], open_it: Callable[[], Any]) -> None:
-        self._question, self._open = question, cache(open_it)
+        self._question, self._open = (_digest(question).hex(),), cache(open_it)
 
     def logits(self, sequences: Sequence[np.ndarray], positions: Sequence[np.ndarray] | None = None) -> Any:
         asked = (*self._question, "logits", list(sequences), positions)
@@ -78,9 +78,9 @@ class _Remembered:
         asked = (*self._question, "hidden states", list(sequences), tuple(numbers))
         return _ANSWERS.to(asked, lambda: self._open().hidden_states(sequences, numbers))
 
-    def embeddings(self, sequences: Sequence[np.ndarray], number: int, pooling: str) -> Any:
-        asked = (*self._question, "embeddings", list(sequences), number, pooling)
-        return _ANSWERS.to(asked, lambda: self._open().embeddings(sequences, number, pooling))
+    def embeddings(self, sequences: Sequence[np.ndarray], numbers: Sequence[int], poolings: Sequence[str]) -> Any:
+        asked = (*self._question, "embeddings", list(sequences), tuple(numbers), tuple(poolings))
+        return _ANSWERS.to(asked, lambda: self._open().embeddings(sequences, numbers, poolings))
 
     def mixed(self, before: np.ndarray, vectors: np.ndarray, behind: np.ndarray) -> Any:
         asked = (*self._question, "mixed", before, vectors, behind)

@@ -28,6 +28,26 @@ def take_one_cpu() -> None:
         os.sched_setaffinity(0, {cpus[int(WORKER.removeprefix("gw")) % len(cpus)]})
 
 
+LONG = """
+exporter/family/test_family.py exporter/heads/test_hidden_states.py exporter/verify/test_verify_static.py
+exporter/family/test_family_bugs.py exporter/heads/test_classifiers.py exporter/verify/test_verify_quantized.py
+exporter/verify/test_verify.py exporter/graphs/test_trt_graph.py exporter/verify/test_injected_bugs.py
+exporter/heads/test_inputs_embeds.py exporter/package/test_variants.py exporter/package/test_cuda_variants.py
+exporter/package/test_plan.py exporter/package/test_family_quality.py exporter/bench/test_bench_compare.py
+exporter/evaluate/test_sweep_revisions.py repository/test_docs.py runner/test_telemetry.py
+exporter/verify/test_verify_by_layer.py exporter/heads/test_head_bugs.py exporter/fp16/test_fp16_safety.py
+exporter/test_made_up_norm.py exporter/evaluate/test_lm_eval.py exporter/verify/test_asked_again.py
+exporter/fp16/test_simulated_reference.py repository/test_platforms.py repository/test_demo.py
+""".split()
+"""the files that take longest, some of them with few tests: they begin, so that no process waits for another's last"""
+
+
+def long_first(items: list[pytest.Item]) -> None:
+    """Sort tests, each file's as they are."""
+    place = {name: n for n, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0].removeprefix("tests/"), len(LONG)))
+
+
 Make = Callable[[Path], object]
 """given a path that does not exist, in a folder that does, writes a file or a folder there"""
 

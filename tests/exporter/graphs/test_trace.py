@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from support.checkpoints import SHAPE
+from support.checkpoints import OLMO3, SHAPE
 
 from olmo2_export.config import ModelConfig
 from olmo2_export.fuse import check_op_counts, op_counts
@@ -88,6 +88,45 @@ def test_what_the_tests_share_is_what_is_traced(graph: ir.Model) -> None:
     assert ir.to_proto(graph) == ir.to_proto(fresh)
     for name, value in fresh.graph.initializers.items():
         assert graph.graph.initializers[name].meta.get("transposed") == value.meta.get("transposed")
+
+
+SAME = {
+    "rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    "tied": {"tie_word_embeddings": True},
+    "hidden states": {},
+}
+OTHER = {
+    "epsilon": {"rms_norm_eps": 1e-5},
+    "bias": {"attention_bias": True},
+    "two ropes": OLMO3 | {"num_hidden_layers": 3},
+}
+
+
+@pytest.mark.parametrize(("fields", "same"), [(f, f in SAME.values()) for f in (*SAME.values(), *OTHER.values())])
+def test_what_a_trace_does_not_see_is_traced_once(
+    fields: dict[str, object], same: bool, graph: ir.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[ModelConfig] = []
+    monkeypatch.setattr(trace_module, "_traced", lambda config: asked.append(config) or graph)
+    monkeypatch.setattr(trace_module, "check_op_counts", lambda *_: {})
+    other = ModelConfig.from_dict(SHAPE | {"model_type": "olmo2"} | fields)
+    found = [trace(CONFIG), trace(other if fields else other.giving((1,)))]
+    assert (asked[0] == asked[1]) == same
+    assert graph.graph.outputs[1].name == "present.0.key"  # what is added, is to a copy
+    assert (found[1].graph.outputs[1].name == "hidden_states.1") == (not fields)
+
+
+def test_classifiers_of_as_many_labels_are_traced_once() -> None:
+    fields = SHAPE | {"model_type": "olmo2", "architectures": ["Olmo2ForSequenceClassification"]}
+    named, padded, more = (
+        trace_module._as_traced(ModelConfig.from_dict(fields | changed))
+        for changed in (
+            {"id2label": {"0": "no", "1": "yes"}, "pad_token_id": None},
+            {"num_labels": 2},
+            {"num_labels": 3},
+        )
+    )
+    assert named == padded != more
 
 
 def test_graph_passes_the_checker(tiny_package: Path) -> None:

@@ -29,6 +29,8 @@ from runtimes.cli import main
 from runtimes.errors import InputError, UsageError
 from runtimes.runners.embeddings import embed, normalized
 
+pytestmark = pytest.mark.usefixtures("little_text")  # what few bits cost random weights is not asked here
+
 ROWS = [[5, 17, 99, 3, 42, 8, 77], [11, 2, 60], [1]]
 LAYERS = {"olmo": 3, "olmo2": 3, "olmo3": 4}
 
@@ -71,6 +73,7 @@ def test_the_cache_goes_on_behind_them(variant: str, hidden_package: Callable[[s
         np.testing.assert_allclose(runner.decode([9]), wanted, atol=1e-5)
 
 
+@pytest.mark.usefixtures("short_rows")
 @pytest.mark.parametrize("name", ["olmo", "olmo2", "olmo3"])
 def test_every_variant_passes_its_gates(
     request: pytest.FixtureRequest,
@@ -100,6 +103,7 @@ def test_every_variant_passes_its_gates(
     assert "nan" not in format_reports(reports)
 
 
+@pytest.mark.usefixtures("short_rows")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_graphs_for_tensorrt_give_them(
     request: pytest.FixtureRequest,
@@ -131,6 +135,7 @@ def test_every_bug_is_located() -> None:
     assert [row[0] for row in NAMED] == hidden.HIDDEN_BUGS
 
 
+@pytest.mark.usefixtures("short_rows")
 @pytest.mark.parametrize("row", NAMED, ids=lambda row: row[0].__name__)
 @pytest.mark.parametrize("variant", GRAPHS)
 def test_another_hidden_state_is_red_and_named(

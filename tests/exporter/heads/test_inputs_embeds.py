@@ -27,6 +27,8 @@ from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes import open_package, open_runner
 from runtimes.errors import ContextLengthError, InputError, UsageError
 
+pytestmark = pytest.mark.usefixtures("little_text")  # what few bits cost random weights is not asked here
+
 BEFORE = [[5, 17], [11, 2, 60], [1]]
 GRAPHS = {"fp32": "onnx/model.onnx", "q4": "onnx/model_q4_shared.onnx", "trt_fp32": ""}
 
@@ -71,6 +73,7 @@ def test_tokens_vectors_and_tokens_give_what_transformers_does(
         np.testing.assert_array_equal(np.stack(tokens), np.stack(other.prefill(BEFORE)))
 
 
+@pytest.mark.usefixtures("short_rows")
 @pytest.mark.parametrize("name", ["olmo", "olmo2", "olmo3"])
 def test_every_variant_passes_its_gates(
     request: pytest.FixtureRequest,
@@ -88,6 +91,7 @@ def test_every_variant_passes_its_gates(
         seen(request, f"{name} vectors", "onnxruntime", report.variant, "verified")
 
 
+@pytest.mark.usefixtures("short_rows")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int4"])
 def test_graphs_for_tensorrt_take_them(
     request: pytest.FixtureRequest,
@@ -123,6 +127,7 @@ def test_tensorrt_compiles_it_with_hidden_states(
         seen(request, f"olmo2 {what}", "TensorRT for RTX", "bf16", "compiled")
 
 
+@pytest.mark.usefixtures("short_rows")
 @pytest.mark.parametrize("variant", GRAPHS)
 def test_vectors_that_are_ignored_are_red_and_named(
     variant: str,

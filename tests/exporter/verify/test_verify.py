@@ -104,7 +104,7 @@ def test_the_demo_verifies_on_text_and_the_report_says_how(demo_package: Path, t
     assert "FAIL" not in table
 
 
-@pytest.mark.usefixtures("little_text")
+@pytest.mark.usefixtures("little_text", "short_rows")
 def test_parity_json_is_sealed_and_bound_to_its_export(copy: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     verify(copy, open_checkpoint(str(tiny_checkpoint)), longest=SHORT)
     raw = (copy / "parity.json").read_bytes()
@@ -120,7 +120,7 @@ def test_parity_json_is_sealed_and_bound_to_its_export(copy: Path, tiny_checkpoi
     assert "passed" in plain(describe(tmp_path / "new"))
 
 
-@pytest.mark.usefixtures("little_text")
+@pytest.mark.usefixtures("little_text", "short_rows")
 def test_other_weights_fail(copy: Path, tmp_path: Path) -> None:
     (report,) = verify(copy, open_checkpoint(str(make_checkpoint(tmp_path / "other", seed=1))), longest=SHORT)
     assert not report.passed
@@ -164,7 +164,7 @@ def test_rows_can_be_shorter_than_the_cache(copy: Path, tiny_checkpoint: Path) -
         verify(copy, checkpoint, longest=15)
 
 
-@pytest.mark.usefixtures("little_text")
+@pytest.mark.usefixtures("little_text", "short_rows")
 def test_a_package_replaced_meanwhile_gets_no_verdict(
     copy: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,7 +238,7 @@ def read_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atomic.os, "access", denied)
 
 
-@pytest.mark.usefixtures("little_text")
+@pytest.mark.usefixtures("little_text", "short_rows")
 def test_a_read_only_package_gets_its_verdict(
     copy: Path,
     tiny_checkpoint: Path,
@@ -259,7 +259,7 @@ def test_a_read_only_package_gets_its_verdict(
     assert sorted(p.name for p in copy.iterdir()) == before
 
 
-@pytest.mark.usefixtures("little_text")
+@pytest.mark.usefixtures("little_text", "short_rows")
 def test_the_report_of_a_read_only_package_goes_elsewhere(
     copy: Path,
     tiny_checkpoint: Path,
@@ -296,7 +296,7 @@ def test_locate_writes_no_report(copy: Path, tiny_checkpoint: Path, capsys: pyte
     assert "--out: --locate writes no report" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("little_text")
+@pytest.mark.usefixtures("little_text", "short_rows")
 def test_a_full_disk_does_not_take_the_verdict(
     copy: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,6 +57,7 @@ def by_case(report: ParityReport) -> dict[tuple[str, int], tuple[float, ...]]:
     }
 
 
+@pytest.mark.usefixtures("remembered", "little_text")
 @pytest.mark.parametrize("variant", ["fp32", "q4", "bf16"])
 def test_both_ways_give_the_same_numbers(
     package_of: Callable[[str], Path], tiny_checkpoint: Path, variant: str
@@ -83,6 +84,7 @@ def test_both_ways_give_the_same_numbers(
         assert said == expected[name] or variant == "bf16", name
 
 
+@pytest.mark.usefixtures("little_text", "short_rows")
 def test_another_model_fails(tiny_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = make_checkpoint(tmp_path / "other", seed=1)
     copy = shutil.copytree(tiny_package, tmp_path / "copy")
@@ -93,6 +95,7 @@ def test_another_model_fails(tiny_package: Path, tmp_path: Path, capsys: pytest.
     assert "greedy:" not in printed
 
 
+@pytest.mark.usefixtures("little_text")
 def test_free_memory_decides(tiny_package: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = open_package(tiny_package)
     config = ModelConfig.from_json(tiny_checkpoint / "config.json")
