@@ -8,11 +8,14 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TypedDict
 
-from runtimes import Backend, Device, Package, Slots, UsageError, open_package, open_runner
+from runtimes import Backend, Device, Package, Runner, Slots, UsageError, open_package, open_runner
+from runtimes.chat.conversation import Conversation
+from runtimes.chat.template import ChatTemplate
+from runtimes.chat.terminal import Screen, Session, Terminal, streams_are_terminals
 from runtimes.command import Parser, run_command
 from runtimes.documents import in_groups, read_documents, written
 from runtimes.generation.generate import Generation, encode_prompt, generate
@@ -60,6 +63,31 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="names of special tokens in the prompt, as <|endoftext|>, are these tokens: for a prompt that a chat "
         "template has rendered (default: they are text)",
     )
+    _declare_generation(verb, f"must fit in the context (default: {_DEFAULT_NEW_TOKENS}, or as many as fit)")
+    verb.set_defaults(run=_generate)
+    verb = verbs.add_parser(
+        "chat",
+        help="talk to a model that has a chat template",
+        description="Talk to a model that has a chat template. In a pipe each line of stdin is a turn.",
+        allow_abbrev=False,
+    )
+    verb.add_argument("package", type=Path, metavar="PACKAGE", help="the package folder")
+    verb.add_argument("--system", metavar="TEXT", help="the system prompt (default: the template's own, if any)")
+    verb.add_argument("--template", metavar="NAME", help="which chat template, where the package has several")
+    verb.add_argument("--json", action="store_true", help="write messages, a line of JSON each, instead of answers")
+    verb.add_argument("--history", type=Path, metavar="FILE", help="keep what is typed there (default: nowhere)")
+    _declare_generation(verb, "of an answer (default: as many as fit)")
+    verb.set_defaults(run=_chat)
+    for name, (words, function) in _OF_DOCUMENTS.items():
+        of_documents = verbs.add_parser(name, help=words, description=f"{words}.", allow_abbrev=False)
+        _declare_documents(of_documents, function)
+        if function is _embed:
+            _declare_pooling(of_documents)
+    return parser.parse_args(argv)
+
+
+def _declare_generation(verb: argparse.ArgumentParser, new_tokens: str) -> None:
+    """Declare how text is generated, and on what."""
     verb.add_argument(
         "--variant", metavar="V", help="which variant of the package (default: the fastest verified one that runs here)"
     )
@@ -67,7 +95,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help=f"must fit in the context (default: {_DEFAULT_NEW_TOKENS}, or as many as fit)",
+        help=new_tokens,
     )
     verb.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
     verb.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest (default: 0, off)")
@@ -126,13 +154,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     verb.add_argument("--skip-hash-check", action="store_true", help="trust the files; check only their sizes")
     verb.add_argument("--stats", action="store_true", help="end with a line of tokens and times on stderr")
     verb.add_argument("--debug", action="store_true", help="show where an error came from")
-    verb.set_defaults(run=_generate)
-    for name, (words, function) in _OF_DOCUMENTS.items():
-        of_documents = verbs.add_parser(name, help=words, description=f"{words}.", allow_abbrev=False)
-        _declare_documents(of_documents, function)
-        if function is _embed:
-            _declare_pooling(of_documents)
-    return parser.parse_args(argv)
 
 
 def _declare_documents(verb: argparse.ArgumentParser, function: Callable[[argparse.Namespace], None]) -> None:
@@ -253,6 +274,24 @@ def _read_file(path: Path) -> str:
     return plain_lines("".join(read_text(path)))
 
 
+def _opened(args: argparse.Namespace, package: Package, stack: ExitStack) -> tuple[Runner, Drafter | None]:
+    """Open the package, and what guesses for it; the stack closes both."""
+    options: _Options = {
+        "backend": args.backend,
+        "device": args.device,
+        "check_hashes": not args.skip_hash_check,
+        "threads": args.threads,
+    }
+    runner = stack.enter_context(open_runner(package, variant=args.variant, **options))
+    if args.draft is not None:
+        return runner, DraftModel(stack.enter_context(open_runner(args.draft, **options)))
+    return runner, PromptLookup() if args.speculate == "lookup" else None
+
+
+def _stops(args: argparse.Namespace) -> list[str]:
+    return [form for stop in args.stop for form in dict.fromkeys((stop, plain_lines(stop)))]  # as CR LF, too
+
+
 def _generate(args: argparse.Namespace) -> None:
     sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed, args.min_p)
     penalties = Penalties(args.repetition_penalty, args.presence_penalty, args.frequency_penalty)
@@ -266,17 +305,8 @@ def _generate(args: argparse.Namespace) -> None:
         logger.warning(
             "the prompt holds %s, taken as text; with --special-tokens it is the special token", ", ".join(found[:5])
         )
-    options: _Options = {
-        "backend": args.backend,
-        "device": args.device,
-        "check_hashes": check_hashes,
-        "threads": args.threads,
-    }
     with ExitStack() as stack:
-        runner = stack.enter_context(open_runner(package, variant=args.variant, **options))
-        drafter: Drafter | None = PromptLookup() if args.speculate == "lookup" else None
-        if args.draft is not None:
-            drafter = DraftModel(stack.enter_context(open_runner(args.draft, **options)))
+        runner, drafter = _opened(args, package, stack)
         room = max(0, runner.max_cache_length - len(prompt_ids))
         new = min(_DEFAULT_NEW_TOKENS, room) if args.max_new_tokens is None else args.max_new_tokens
         result = generate(
@@ -285,7 +315,7 @@ def _generate(args: argparse.Namespace) -> None:
             prompt_ids,
             sampler=sampler,
             max_new_tokens=new,
-            stop=[form for stop in args.stop for form in dict.fromkeys((stop, plain_lines(stop)))],  # as CR LF, too
+            stop=_stops(args),
             on_text=_write,
             speculate=drafter,
             penalties=None if penalties == Penalties() else penalties,
@@ -293,6 +323,42 @@ def _generate(args: argparse.Namespace) -> None:
     _write("\n")
     if args.stats:
         sys.stderr.write(f"{_stats(result)}, variant {runner.variant.name}\n")
+
+
+def _chat(args: argparse.Namespace) -> None:
+    sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed, args.min_p)
+    penalties = Penalties(args.repetition_penalty, args.presence_penalty, args.frequency_penalty)
+    check_hashes = not args.skip_hash_check
+    package = open_package(args.package)
+    package.check_logits("chat")
+    with ExitStack() as stack:
+        template = stack.enter_context(ChatTemplate.from_package(package, check_hashes=check_hashes))
+        tokenizer = Tokenizer.from_package(package, check_hashes=check_hashes)
+        template.begins_thinking(name=args.template)  # one that does not work is refused before the model is opened
+        terminal = streams_are_terminals()
+        runner, drafter = _opened(args, package, stack)
+        chat = Conversation(runner, tokenizer, template, system=args.system, name=args.template)
+        ask = partial(
+            chat.ask,
+            sampler=sampler,
+            max_new_tokens=args.max_new_tokens,
+            stop=_stops(args),
+            speculate=drafter,
+            penalties=None if penalties == Penalties() else penalties,
+        )
+        notes = sys.stdout if terminal else sys.stderr
+        screen = Screen(sys.stdout, notes, terminal=terminal, messages=args.json)
+        session = Session(chat, ask, screen, stats=args.stats)
+        if not terminal:
+            session.run_pipe(sys.stdin.buffer)
+            return
+        screen.note(
+            f"{package.folder.resolve().name}, variant {runner.variant.name}, a context of {runner.max_cache_length} "
+            "tokens; /help lists commands, Ctrl-D ends"
+        )
+        keyboard = Terminal(args.history)
+        stack.callback(keyboard.close)
+        session.run_terminal(keyboard.read_line)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

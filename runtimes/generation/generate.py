@@ -170,6 +170,7 @@ def generate(
     speculate: Drafter | None = None,
     parse_special: bool = False,
     penalties: Penalties | None = None,
+    cancelled: Callable[[], bool] | None = None,
 ) -> Generation:
     """Generate the continuation of one prompt.
 
@@ -188,6 +189,7 @@ def generate(
         speculate: guesses ids, which are checked several at a time; the text has the same distribution as without.
         parse_special: names of special tokens in the prompt are these tokens; see `Tokenizer.encode`.
         penalties: change the logits before the sampler; they count the prompt's ids and every id that is sampled.
+        cancelled: asked after each id; True ends the text there, and what there is of it is returned.
 
     Raises:
         InputError, ContextLengthError, UsageError: as `encode_prompt`, `generate_tokens` and `stream_text`, or another
@@ -214,10 +216,10 @@ def generate(
     ends = tokenizer.eos_token_ids if eos_token_ids is None else eos_token_ids
     sampled: list[int] = []
     times: list[float] = []
-    reused = 0
+    reused, cut = 0, False
 
     def recorded() -> Generator[int, None, None]:
-        nonlocal reused
+        nonlocal reused, cut
         reused = _keep_common_prefix(runner, prompt_ids)
         if penalties is not None:
             penalties.begin(prompt_ids)
@@ -226,6 +228,9 @@ def generate(
                 times.append(time.perf_counter())
                 sampled.append(token_id)
                 yield token_id
+                cut = cancelled is not None and cancelled()
+                if cut:
+                    return
 
     text: list[str] = []
     reason: FinishReason = "length"
@@ -240,7 +245,7 @@ def generate(
         text="".join(text),
         token_ids=tuple(sampled),
         prompt_token_ids=tuple(prompt_ids),
-        finish_reason=reason,
+        finish_reason="cancelled" if cut else reason,
         time_to_first_token=times[0] - started if times else None,
         decode_seconds=times[-1] - times[0] if times else 0.0,
         reused_tokens=reused,
