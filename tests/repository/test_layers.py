@@ -39,6 +39,7 @@ OWNERS = {
         "olmo2_export/bench/workers/profile.py",
         "olmo2_export/bench/workers/hugging_face.py",
     },
+    "jinja2": {"runtimes/chat/jinja_child.py", "olmo2_export/report/page.py"},
     "lm_eval": {"olmo2_export/evaluate/lm_eval_adapter.py"},
     "huggingface_hub": {"olmo2_export/weights/hub.py"},
     "safetensors": set(),
