@@ -187,16 +187,20 @@ class Screen:
         self._terminal = terminal
         self._messages = messages
         self._last: type[Event] | None = None
+        self._space = ""  # at the end of a thought; what begins and ends it is not shown
 
     def event(self, event: Event) -> None:
         """Show a piece of an answer."""
         if self._messages or not isinstance(event, Text | Thought):
             return
         if isinstance(event, Thought):
-            if self._terminal:
-                text = event.text if self._last is Thought else event.text.lstrip()
-                self._write(f"{_DIM}{_safe(text)}{_PLAIN}" if text else "")
-                self._last = Thought
+            text = self._space + event.text if self._last is Thought else event.text.lstrip()
+            shown = text.rstrip()
+            if self._terminal and shown:
+                self._write(f"{_DIM}{_safe(shown)}{_PLAIN}")
+                self._last, self._space = Thought, text[len(shown) :]
+            elif self._last is Thought:
+                self._space = text
             return
         self._write("\n\n" if self._last is Thought else "")
         self._write(_safe(event.text) if self._terminal else event.text)
@@ -407,14 +411,14 @@ def _json_line(message: Mapping[str, Any]) -> str:
 
 
 def _described(made: Generation) -> str:
-    prompt, first, rate = len(made.prompt_token_ids), made.time_to_first_token, made.decode_tokens_per_second
+    first, rate = made.time_to_first_token, made.decode_tokens_per_second
     return ", ".join(
         [
-            f"{prompt} prompt tokens ({made.reused_tokens} reused, {prompt - made.reused_tokens} computed)",
-            f"{len(made.token_ids)} new tokens",
-            f"time to first token {'-' if first is None else f'{first * 1000:.1f}'} ms",
+            f"prompt {len(made.prompt_token_ids)} tokens ({made.reused_tokens} reused)",
+            f"answer {len(made.token_ids)}",
+            f"first after {'-' if first is None else f'{first * 1000:.1f}'} ms",
             f"{'-' if rate is None else f'{rate:.1f}'} tokens/s",
-            f"finish reason {made.finish_reason}",
+            f"end: {made.finish_reason}",
         ]
     )
 
