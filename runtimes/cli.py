@@ -331,11 +331,13 @@ def _chat(args: argparse.Namespace) -> None:
     check_hashes = not args.skip_hash_check
     package = open_package(args.package)
     package.check_logits("chat")
+    terminal = streams_are_terminals()
+    if args.history is not None and not terminal:
+        raise UsageError(f"--history {args.history}: stdin and stdout are no terminal, where something is typed")
     with ExitStack() as stack:
         template = stack.enter_context(ChatTemplate.from_package(package, check_hashes=check_hashes))
         tokenizer = Tokenizer.from_package(package, check_hashes=check_hashes)
         template.begins_thinking(name=args.template)  # one that does not work is refused before the model is opened
-        terminal = streams_are_terminals()
         runner, drafter = _opened(args, package, stack)
         chat = Conversation(runner, tokenizer, template, system=args.system, name=args.template)
         ask = partial(

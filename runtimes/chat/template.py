@@ -295,12 +295,13 @@ def _given(
 
 
 def _without(given: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Return the same without tools, and without what tools gave, where there are any."""
+    """Return the same without tools, without what tools gave, and without system prompts, where there are any."""
     if given["tools"]:
         yield "tools", {**given, "tools": None}
-    others = [message for message in given["messages"] if message["role"] not in RESULTS]
-    if len(others) < len(given["messages"]):
-        yield "messages of the roles tool and environment", {**given, "messages": others}
+    for what, roles in (("messages of the roles tool and environment", RESULTS), ("system prompts", ("system",))):
+        others = [message for message in given["messages"] if message["role"] not in roles]
+        if 0 < len(others) < len(given["messages"]):
+            yield what, {**given, "messages": others}
 
 
 # What a user wrote

@@ -139,6 +139,9 @@ class Terminal:
 
         Args:
             history: a file that keeps what was typed for the next time; None: nothing is kept.
+
+        Raises:
+            UsageError: this Python has no readline, so that nothing can be kept.
         """
         self._history = history
         self._readline: Any = None
@@ -151,6 +154,8 @@ class Terminal:
             readline.parse_and_bind("tab: complete")
             if history is not None and history.is_file():
                 readline.read_history_file(history)
+        if history is not None and self._readline is None:
+            raise UsageError(f"--history {history}: this Python has no readline; leave it out")
 
     def read_line(self, begun: bool) -> str | None:
         """Read a line; None where the user has ended the input."""
@@ -364,7 +369,9 @@ class Session:
         path = expanded(name)
         if path.exists() and path.resolve() not in self._own_files:
             raise InputError(f"{name}: there is such a file already; name another")
-        path.write_text("".join(map(_json_line, self._chat.messages)), encoding="utf-8")
+        part = path.with_name(f"{path.name}.part")  # an interruption leaves what was saved before
+        part.write_text("".join(map(_json_line, self._chat.messages)), encoding="utf-8")
+        part.replace(path)
         self._own_files.add(path.resolve())
         return f"{len(self._chat.messages)} messages in {name}"
 

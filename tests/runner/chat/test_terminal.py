@@ -296,6 +296,7 @@ def test_the_command_uses_its_flags(
         (["--template", "rag"], "no chat template 'rag'; there are default"),
         (["--variant", "q9"], "no variant 'q9'"),
         (["--temperature", "-1"], "temperature -1.0"),
+        (["--history", "typed"], "--history typed: stdin and stdout are no terminal"),
     ],
 )
 def test_what_the_command_refuses(
