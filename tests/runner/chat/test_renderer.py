@@ -17,7 +17,7 @@ from runtimes.errors import BackendError, InputError
 
 @pytest.fixture(scope="module")
 def renderer() -> Iterator[Renderer]:
-    with Renderer() as found:
+    with Renderer(seconds=60) as found:  # another test is about time
         found.render("warm", {})
         yield found
 
@@ -69,19 +69,20 @@ def test_a_template_finds_what_transformers_gives_it(renderer: Renderer, templat
     ],
 )
 def test_hostile_and_broken_templates_are_errors(renderer: Renderer, template: str, kind: str, words: str) -> None:
-    started = time.perf_counter()
     error = failure(renderer, template, messages=[])
     assert (error.kind, words in str(error)) == (kind, True), error
-    assert time.perf_counter() - started < 2
 
 
+@pytest.mark.alone
 def test_an_endless_loop_is_ended_in_time() -> None:
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    with Renderer(seconds=0.2) as renderer:
+    with Renderer() as renderer:
         renderer.render("warm", {})
         started = time.perf_counter()
-        assert failure(renderer, loop).kind == "time"
+        with pytest.raises(TemplateError, match=r"takes longer than 1.5 s"):
+            renderer.render(loop, {})
         assert time.perf_counter() - started < 2
+        assert failure(renderer, loop).kind == "time"  # and the next one is rendered
 
 
 def test_a_template_that_kills_its_process_is_an_error_too(renderer: Renderer) -> None:

@@ -120,9 +120,10 @@ def test_what_a_template_would_drop_is_refused(olmo2: Any, olmo3: Any) -> None:
         olmo2.template.render([USER], tools=TOOLS)
     with pytest.raises(InputError, match="ignores messages of the roles tool and environment"):
         olmo2.template.render([USER, {"role": "environment", "content": "12"}])
-    with Renderer() as renderer, pytest.raises(InputError, match="ignores system prompts"):
-        source = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
-        ChatTemplate({"default": source}, renderer=renderer).render([{"role": "system", "content": "S"}, USER])
+    source = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    users_alone = ChatTemplate({"default": source}, renderer=olmo2.template.renderer)
+    with pytest.raises(InputError, match="ignores system prompts"):
+        users_alone.render([{"role": "system", "content": "S"}, USER])
     assert (olmo2.template.takes_tools(), olmo3.template.takes_tools()) == (False, True)
     assert (olmo2.template.result_role(), olmo3.template.result_role()) == ("tool", "environment")
 

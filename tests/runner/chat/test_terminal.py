@@ -30,6 +30,7 @@ from runtimes.chat.terminal import (
     Interrupts,
     Screen,
     Session,
+    Terminal,
     _completed,
     pipe_lines,
     read_messages,
@@ -246,6 +247,13 @@ def test_ctrl_c_stops_an_answer_and_twice_the_program() -> None:
 def test_tab_completes_commands_alone() -> None:
     assert [_completed("/s", n) for n in range(4)] == ["/system", "/save", "/stats", None]
     assert _completed("s", 0) is None
+
+
+def test_a_history_that_cannot_be_kept_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "readline", None)
+    Terminal()
+    with pytest.raises(UsageError, match="this Python has no readline"):
+        Terminal(tmp_path / "typed")
 
 
 # With a model
