@@ -10,11 +10,14 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TypedDict
 
-from runtimes import Backend, Device, Package, Slots, UsageError, open_package, open_runner
+from runtimes import Backend, Device, Package, Runner, Slots, UsageError, open_package, open_runner
+from runtimes.chat.conversation import Conversation
+from runtimes.chat.template import ChatTemplate
+from runtimes.chat.terminal import Screen, Session, Terminal, streams_are_terminals
 from runtimes.command import Parser, run_command
 from runtimes.documents import in_groups, read_documents, written
 from runtimes.generation.generate import Generation, encode_prompt, generate
@@ -66,6 +69,45 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "template has rendered (default: they are text)",
     )
     verb.add_argument(
+        "--samples",
+        type=int,
+        default=1,
+        metavar="N",
+        help="so many texts of one prompt, with the seeds S, S+1, ...; needs --json (default: 1)",
+    )
+    verb.add_argument(
+        "--json", action="store_true", help="write a line of JSON for each text, with its tokens, where it has ended"
+    )
+    verb.add_argument(
+        "--logprobs", type=int, metavar="N", help="with --json: log probabilities, and those of the N likeliest tokens"
+    )
+    verb.add_argument("--prompt-logprobs", type=int, metavar="N", help="with --json: the same of the prompt's tokens")
+    _declare_generation(verb, f"must fit in the context (default: {_DEFAULT_NEW_TOKENS}, or as many as fit)")
+    verb.set_defaults(run=_generate)
+    verb = verbs.add_parser(
+        "chat",
+        help="talk to a model that has a chat template",
+        description="Talk to a model that has a chat template. In a pipe each line of stdin is a turn.",
+        allow_abbrev=False,
+    )
+    verb.add_argument("package", type=Path, metavar="PACKAGE", help="its folder, or hf:OWNER/NAME[@REV] on the Hub")
+    verb.add_argument("--system", metavar="TEXT", help="the system prompt (default: the template's own, if any)")
+    verb.add_argument("--template", metavar="NAME", help="which chat template, where the package has several")
+    verb.add_argument("--json", action="store_true", help="write messages, a line of JSON each, instead of answers")
+    verb.add_argument("--history", type=Path, metavar="FILE", help="keep what is typed there (default: nowhere)")
+    _declare_generation(verb, "of an answer (default: as many as fit)")
+    verb.set_defaults(run=_chat)
+    for name, (words, function) in _OF_DOCUMENTS.items():
+        of_documents = verbs.add_parser(name, help=words, description=f"{words}.", allow_abbrev=False)
+        _declare_documents(of_documents, function)
+        if function is _embed:
+            _declare_pooling(of_documents)
+    return parser.parse_args(argv)
+
+
+def _declare_generation(verb: argparse.ArgumentParser, new_tokens: str) -> None:
+    """Declare how text is generated, and on what."""
+    verb.add_argument(
         "--variant", metavar="V", help="which variant of the package (default: the fastest verified one that runs here)"
     )
     verb.add_argument("--adapter", metavar="NAME", help="a LoRA adapter of the package (default: none)")
@@ -73,7 +115,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help=f"must fit in the context (default: {_DEFAULT_NEW_TOKENS}, or as many as fit)",
+        help=new_tokens,
     )
     verb.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
     verb.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest (default: 0, off)")
@@ -114,20 +156,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     verb.add_argument("--seed", type=int, metavar="S", help="draw the same tokens every time")
     _declare_structured(verb)
-    verb.add_argument(
-        "--samples",
-        type=int,
-        default=1,
-        metavar="N",
-        help="so many texts of one prompt, with the seeds S, S+1, ...; needs --json (default: 1)",
-    )
-    verb.add_argument(
-        "--json", action="store_true", help="write a line of JSON for each text, with its tokens, where it has ended"
-    )
-    verb.add_argument(
-        "--logprobs", type=int, metavar="N", help="with --json: log probabilities, and those of the N likeliest tokens"
-    )
-    verb.add_argument("--prompt-logprobs", type=int, metavar="N", help="with --json: the same of the prompt's tokens")
     verb.add_argument("--stop", action="append", default=[], metavar="S", help="end before this text; may be repeated")
     verb.add_argument(
         "--backend",
@@ -155,13 +183,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     verb.add_argument("--skip-hash-check", action="store_true", help="trust the files; check only their sizes")
     verb.add_argument("--stats", action="store_true", help="end with a line of tokens and times on stderr")
     verb.add_argument("--debug", action="store_true", help="show where an error came from")
-    verb.set_defaults(run=_generate)
-    for name, (words, function) in _OF_DOCUMENTS.items():
-        of_documents = verbs.add_parser(name, help=words, description=f"{words}.", allow_abbrev=False)
-        _declare_documents(of_documents, function)
-        if function is _embed:
-            _declare_pooling(of_documents)
-    return parser.parse_args(argv)
 
 
 def _declare_structured(verb: argparse.ArgumentParser) -> None:
@@ -300,6 +321,24 @@ def _read_file(path: Path) -> str:
     return plain_lines("".join(read_text(path)))
 
 
+def _opened(args: argparse.Namespace, package: Package, stack: ExitStack) -> tuple[Runner, Drafter | None]:
+    """Open the package, and what guesses for it; the stack closes both."""
+    options: _Options = {
+        "backend": args.backend,
+        "device": args.device,
+        "check_hashes": not args.skip_hash_check,
+        "threads": args.threads,
+    }
+    runner = stack.enter_context(open_runner(package, variant=args.variant, **options))
+    if args.draft is not None:
+        return runner, DraftModel(stack.enter_context(open_runner(args.draft, **options)))
+    return runner, PromptLookup() if args.speculate == "lookup" else None
+
+
+def _stops(args: argparse.Namespace) -> list[str]:
+    return [form for stop in args.stop for form in dict.fromkeys((stop, plain_lines(stop)))]  # as CR LF, too
+
+
 def _generate(args: argparse.Namespace) -> None:
     _check_generate(args)
     sampler = _sampler(args, 0)
@@ -315,20 +354,10 @@ def _generate(args: argparse.Namespace) -> None:
         )
     grammar = _grammar(args, tokenizer, package.model.vocab_size)
     rules = _rules(args, package.model.vocab_size, grammar)
-    options: _Options = {
-        "backend": args.backend,
-        "device": args.device,
-        "check_hashes": check_hashes,
-        "threads": args.threads,
-    }
     with ExitStack() as stack:
-        runner = stack.enter_context(open_runner(package, variant=args.variant, **options))
-        drafter: Drafter | None = PromptLookup() if args.speculate == "lookup" else None
-        if args.draft is not None:
-            drafter = DraftModel(stack.enter_context(open_runner(args.draft, **options)))
+        runner, drafter = _opened(args, package, stack)
         room = max(0, runner.max_cache_length - len(prompt_ids))
         new = min(_DEFAULT_NEW_TOKENS, room) if args.max_new_tokens is None else args.max_new_tokens
-        stop = [form for stop in args.stop for form in dict.fromkeys((stop, plain_lines(stop)))]  # as CR LF, too
         if args.samples > 1:
             results = generate_samples(
                 runner,
@@ -337,7 +366,7 @@ def _generate(args: argparse.Namespace) -> None:
                 args.samples,
                 drawer=lambda i: (_sampler(args, i), _rules(args, package.model.vocab_size, grammar)),
                 max_new_tokens=new,
-                stop=stop,
+                stop=_stops(args),
                 logprobs=args.logprobs,
                 adapter=args.adapter,
             )
@@ -348,7 +377,7 @@ def _generate(args: argparse.Namespace) -> None:
                 prompt_ids,
                 sampler=sampler,
                 max_new_tokens=new,
-                stop=stop,
+                stop=_stops(args),
                 on_text=None if args.json else _write,
                 speculate=drafter,
                 rules=rules,
@@ -436,6 +465,45 @@ def _logprobs_as_json(token: TokenLogprobs) -> dict[str, object]:
 
     top = [{"token_id": token_id, "logprob": finite(logprob)} for token_id, logprob in token.top]
     return {"token_id": token.token_id, "logprob": finite(token.logprob), "rank": token.rank, "top": top}
+
+
+def _chat(args: argparse.Namespace) -> None:
+    sampler = _sampler(args, 0)
+    check_hashes = not args.skip_hash_check
+    package = open_package(args.package)
+    package.check_logits("chat")
+    terminal = streams_are_terminals()
+    if args.history is not None and not terminal:
+        raise UsageError(f"--history {args.history}: stdin and stdout are no terminal, where something is typed")
+    with ExitStack() as stack:
+        template = stack.enter_context(ChatTemplate.from_package(package, check_hashes=check_hashes))
+        tokenizer = Tokenizer.from_package(package, check_hashes=check_hashes)
+        rules = _rules(args, package.model.vocab_size, _grammar(args, tokenizer, package.model.vocab_size))
+        template.begins_thinking(name=args.template)  # one that does not work is refused before the model is opened
+        runner, drafter = _opened(args, package, stack)
+        chat = Conversation(runner, tokenizer, template, system=args.system, name=args.template)
+        ask = partial(
+            chat.ask,
+            sampler=sampler,
+            max_new_tokens=args.max_new_tokens,
+            stop=_stops(args),
+            speculate=drafter,
+            rules=rules,
+            adapter=args.adapter,
+        )
+        notes = sys.stdout if terminal else sys.stderr
+        screen = Screen(sys.stdout, notes, terminal=terminal, messages=args.json)
+        session = Session(chat, ask, screen, stats=args.stats)
+        if not terminal:
+            session.run_pipe(sys.stdin.buffer)
+            return
+        screen.note(
+            f"{package.folder.resolve().name}, variant {runner.variant.name}, a context of {runner.max_cache_length} "
+            "tokens; /help lists commands, Ctrl-D ends"
+        )
+        keyboard = Terminal(args.history)
+        stack.callback(keyboard.close)
+        session.run_terminal(keyboard.read_line)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

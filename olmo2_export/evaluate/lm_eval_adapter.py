@@ -130,9 +130,12 @@ class PackageLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
         return self._name
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Refuse: the runners have no chat templates yet."""
+        """Refuse: lm-eval gives the text back to be encoded, in which special tokens would be text."""
         del chat_history, add_generation_prompt
-        raise UsageError("--apply_chat_template: packages have no chat yet; run the task without it")
+        raise UsageError(
+            "--apply_chat_template: lm-eval has chats encoded as plain text, in which special tokens are text; "
+            "run the task without it"
+        )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Return the ids of a text, with what tokenizer.json itself adds unless told not to."""

@@ -181,6 +181,7 @@ def generate(
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
     adapter: str | None = None,
+    cancelled: Callable[[], bool] | None = None,
 ) -> Generation:
     """Generate the continuation of one prompt.
 
@@ -203,6 +204,7 @@ def generate(
         logprobs: give each new token's log probability, and so many of the likeliest in its place.
         prompt_logprobs: the same of the prompt's tokens, which are all computed then, whatever the runner holds.
         adapter: LoRA adapter of the package; None: none. What the runner holds of another is forgotten.
+        cancelled: asked after each id; True ends the text there, and what there is of it is returned.
 
     Raises:
         InputError, ContextLengthError, UsageError: as `encode_prompt`, `generate_tokens` and `stream_text`, or another
@@ -233,10 +235,10 @@ def generate(
     of_prompt: list[TokenLogprobs] = []
     sampled: list[int] = []
     times: list[float] = []
-    reused = 0
+    reused, cut = 0, False
 
     def recorded() -> Generator[int, None, None]:
-        nonlocal reused
+        nonlocal reused, cut
         fed = reused = 0
         if top_of_prompt is None:
             fed = reused = _keep_common_prefix(runner, prompt_ids, adapter)
@@ -249,6 +251,9 @@ def generate(
                 times.append(time.perf_counter())
                 sampled.append(token_id)
                 yield token_id
+                cut = cancelled is not None and cancelled()
+                if cut:
+                    return
 
     text: list[str] = []
     reason: FinishReason = "length"
@@ -263,7 +268,7 @@ def generate(
         text="".join(text),
         token_ids=tuple(sampled),
         prompt_token_ids=tuple(prompt_ids),
-        finish_reason=reason,
+        finish_reason="cancelled" if cut else reason,
         time_to_first_token=times[0] - started if times else None,
         decode_seconds=times[-1] - times[0] if times else 0.0,
         reused_tokens=reused,

@@ -9,8 +9,8 @@ from runtimes.errors import InputError, UsageError
 from runtimes.integers import as_integer
 from runtimes.text.tokenizer import Tokenizer
 
-FinishReason: TypeAlias = Literal["eos", "stop", "length"]
-"""an end-of-sequence token, a stop string, or as many tokens as were asked for or fit"""
+FinishReason: TypeAlias = Literal["eos", "stop", "length", "cancelled"]
+"""an end-of-sequence token, a stop string, as many tokens as were asked for or fit, or the caller wanted no more"""
 
 
 class Piece(NamedTuple):

@@ -88,6 +88,12 @@ class Tokenizer:
         return {token_id: token.content for token_id, token in added.items() if token.special and token.content}
 
     @cached_property
+    def added_tokens(self) -> Mapping[int, str]:
+        """The tokens that are found in a text before it is split into words, special or not, by id."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token_id: token.content for token_id, token in added.items() if token.content}
+
+    @cached_property
     def _parsing_backend(self) -> tokenizers.Tokenizer:
         """The same tokenizer, for which special tokens in a text are special; made when it is first asked for."""
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())

@@ -40,6 +40,7 @@ OWNERS = {
         "olmo2_export/bench/workers/profile.py",
         "olmo2_export/bench/workers/hugging_face.py",
     },
+    "jinja2": {"runtimes/chat/jinja_child.py", "olmo2_export/report/page.py"},
     "lm_eval": {"olmo2_export/evaluate/lm_eval_adapter.py"},
     "huggingface_hub": {"runtimes/hub.py", "olmo2_export/weights/hub.py", "olmo2_export/publish/push.py"},
     "safetensors": set(),

@@ -468,6 +468,20 @@ def test_empty_prompt_begins_with_bos_if_there_is_one(tokenizer: Tokenizer) -> N
         generate(runner, tokenizer, [], sampler=GREEDY)
 
 
+def test_a_text_that_is_cancelled_ends_there_and_feeds_no_more(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("one two three four")
+    runner, asked = ScriptedRunner(ids), iter([False, True])
+    result = generate(runner, tokenizer, [1, 2], sampler=GREEDY, cancelled=lambda: next(asked))
+    assert (result.token_ids, result.finish_reason) == (tuple(ids[:2]), "cancelled")
+    assert result.text == tokenizer.decode(ids[:2])
+    assert runner.fed == [[1, 2], ids[:1]]
+
+
+def test_an_end_counts_before_a_cancellation(tokenizer: Tokenizer) -> None:
+    runner = ScriptedRunner([*tokenizer.eos_token_ids, 9])
+    assert generate(runner, tokenizer, [1, 2], sampler=GREEDY, cancelled=lambda: True).finish_reason == "eos"
+
+
 def test_times_are_measured(tokenizer: Tokenizer) -> None:
     result = generate(ScriptedRunner([7, 8, 9]), tokenizer, "x", sampler=GREEDY, max_new_tokens=3)
     assert result.time_to_first_token is not None

@@ -1,0 +1,1 @@
+"""Messages in, an answer out: the model's own chat template, conversations, thoughts and calls of tools."""

@@ -1,0 +1,222 @@
+"""What a model says, piece by piece -> thoughts, text and calls of tools: events, as soon as each is certain.
+
+Markers are matched in text, not in ids, since `</think>` and `<function_calls>` are several tokens each.
+
+    begin ----<think>----> think --</think>--> behind --any text--> text --<function_calls>--> calls
+      |                      ^  (a prompt may end in <think>)         ^                          |
+      +------- any text -------------------------------------------- + <---</function_calls>----+
+
+However the text is cut into pieces, the events are the same, but that texts come in pieces, which `merged` puts
+together.
+
+Source: the form of calls is Olmo 3's, docs/olmo3.md of open-instruct.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from runtimes.chat.literals import LiteralError, parse_calls
+from runtimes.errors import UsageError
+
+THINK, THOUGHT = "<think>", "</think>"
+CALLS, CALLED = "<function_calls>", "</function_calls>"
+
+
+@dataclass(frozen=True)
+class Thought:
+    """A piece of what the model thinks before it answers."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a tool; complete."""
+
+    name: str
+    arguments: dict[str, Any]
+    """as JSON has them"""
+
+
+@dataclass(frozen=True)
+class BrokenCall:
+    """What stands where a call should, and is none: cut off, or written otherwise."""
+
+    text: str
+    reason: str
+
+
+Event: TypeAlias = Thought | Text | Call | BrokenCall
+_State: TypeAlias = Literal["begin", "think", "behind", "text", "calls", "ended"]
+
+
+class AnswerParser:
+    """Takes an answer in pieces and gives its events.
+
+    White space between thoughts and answer belongs to neither. A marker in the string of a call is part of the string;
+    `<think>` counts at the beginning alone.
+    """
+
+    def __init__(self, *, thinking: bool = False, tools: bool = False) -> None:
+        """Begin an answer.
+
+        Args:
+            thinking: the prompt ended in `<think>`.
+            tools: calls are looked for; without tools `<function_calls>` is text.
+        """
+        self._state: _State = "think" if thinking else "begin"
+        self._tools = tools
+        self._held = ""  # undecided
+        self._line = _CallLine()
+        self.calls_text = ""
+        """what stood between the markers of calls, as the model wrote it"""
+
+    def push(self, piece: str) -> list[Event]:
+        """Take the next piece; return the events that are certain now.
+
+        Raises:
+            UsageError: the answer has ended.
+        """
+        if self._state == "ended":
+            raise UsageError("the answer has ended; begin another parser")
+        self._held += piece
+        return self._advance(final=False)
+
+    def finish(self) -> list[Event]:
+        """End the answer; return what was left of it."""
+        events = self._advance(final=True)
+        if self._state == "calls":
+            events += self._line.finish()
+        self._state = "ended"
+        return events
+
+    def _advance(self, *, final: bool) -> list[Event]:
+        events: list[Event] = []
+        while True:
+            before = self._state, len(self._held)
+            step = {"begin": self._begin, "think": self._think, "behind": self._behind, "text": self._text}
+            events += self._calls(final) if self._state == "calls" else step[self._state](final)
+            if before == (self._state, len(self._held)):
+                return events
+
+    def _begin(self, final: bool) -> list[Event]:
+        rest = self._held.lstrip()
+        if rest.startswith(THINK):
+            self._state, self._held = "think", rest.removeprefix(THINK)
+        elif final or not THINK.startswith(rest):
+            self._state = "text"
+        return []
+
+    def _think(self, final: bool) -> list[Event]:
+        thought, found = self._until(THOUGHT, final)
+        if found:
+            self._state = "behind"
+        return [Thought(thought)] if thought else []
+
+    def _behind(self, _final: bool) -> list[Event]:
+        self._held = self._held.lstrip()
+        if self._held:
+            self._state = "text"
+        return []
+
+    def _text(self, final: bool) -> list[Event]:
+        if not self._tools:
+            text, self._held = self._held, ""
+            return [Text(text)] if text else []
+        text, found = self._until(CALLS, final)
+        if found:
+            self._state = "calls"
+        return [Text(text)] if text else []
+
+    def _calls(self, final: bool) -> list[Event]:
+        events: list[Event] = []
+        while self._held:
+            if self._held[0] == "<" and not self._line.in_string:
+                if self._held.startswith(CALLED):
+                    self._held = self._held.removeprefix(CALLED)
+                    self._state = "text"
+                    return events + self._line.finish(cut_off=False)
+                if CALLED.startswith(self._held) and not final:
+                    break
+            self.calls_text += self._held[0]
+            events += self._line.push(self._held[0])
+            self._held = self._held[1:]
+        return events
+
+    def _until(self, marker: str, final: bool) -> tuple[str, bool]:
+        """Take what stands in front of a marker, and the marker; what may be the beginning of one is left."""
+        text, found, rest = self._held.partition(marker)
+        if found:
+            self._held = rest
+            return text, True
+        kept = 0 if final else _beginning(text, marker)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept], False
+
+
+class _CallLine:
+    """A line of calls, character by character: it ends where one does that is in no string and no bracket."""
+
+    def __init__(self) -> None:
+        self._chars: list[str] = []
+        self._depth = 0
+        self._quote = ""
+        self._escaped = False
+
+    @property
+    def in_string(self) -> bool:
+        return bool(self._quote)
+
+    def push(self, char: str) -> list[Event]:
+        if char == "\n" and not self._quote and self._depth <= 0:
+            return self.finish(cut_off=False)
+        self._chars.append(char)
+        if self._escaped:
+            self._escaped = False
+        elif self._quote:
+            self._escaped = char == "\\"
+            self._quote = "" if char == self._quote else self._quote
+        elif char in "'\"":
+            self._quote = char
+        else:
+            self._depth += (char in "([{") - (char in ")]}")
+        return []
+
+    def finish(self, *, cut_off: bool = True) -> list[Event]:
+        """End the line; return its calls."""
+        text, open_ended = "".join(self._chars), bool(self._quote) or self._depth > 0
+        self._chars, self._depth, self._quote, self._escaped = [], 0, "", False
+        try:
+            return [Call(*call) for call in parse_calls(text)]
+        except LiteralError as error:
+            return [BrokenCall(text.strip(), "cut off" if cut_off and open_ended else str(error))]
+
+
+def _beginning(text: str, marker: str) -> int:
+    """Return the length of the longest end of a text that a marker may begin with."""
+    sizes = range(min(len(marker) - 1, len(text)), 0, -1)
+    return next((n for n in sizes if marker.startswith(text[-n:])), 0)
+
+
+def merged(events: Iterable[Event]) -> list[Event]:
+    """Return events with texts that follow each other put together."""
+    found: list[Event] = []
+    for event in events:
+        last = found[-1] if found else None
+        if isinstance(event, Text) and isinstance(last, Text):
+            found[-1] = Text(last.text + event.text)
+        elif isinstance(event, Thought) and isinstance(last, Thought):
+            found[-1] = Thought(last.text + event.text)
+        else:
+            found.append(event)
+    return found
