@@ -321,7 +321,7 @@ def _read_file(path: Path) -> str:
     return plain_lines("".join(read_text(path)))
 
 
-def _opened(args: argparse.Namespace, package: Package, stack: ExitStack) -> tuple[Runner, Drafter | None]:
+def _opened(args: argparse.Namespace, package: Package, stack: ExitStack) -> tuple[Slots, Drafter | None]:
     """Open the package, and what guesses for it; the stack closes both."""
     options: _Options = {
         "backend": args.backend,
