@@ -305,6 +305,8 @@ class Source:
     """the resolved commit, for kind hub"""
     files: dict[str, FileEntry] = field(hash=False)
     """the safetensors files that were read"""
+    quantised: str | None = None
+    """the format in which its linears were stored in few bits, in words; None: they were plain numbers"""
 
 
 @dataclass(frozen=True)

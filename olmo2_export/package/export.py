@@ -20,6 +20,7 @@ from pathlib import Path
 from olmo2_export.architecture import operations, tensor_shapes
 from olmo2_export.atomic import replace_folder
 from olmo2_export.config import ModelConfig
+from olmo2_export.package.imported import check_import
 from olmo2_export.package.plan import check_room
 from olmo2_export.package.texts import write_texts
 from olmo2_export.package.variants import SPOOL, VariantWriter, check_variants
@@ -67,6 +68,8 @@ def export(
         options.hidden_states, inputs_embeds=options.inputs_embeds
     )
     check_variants(variants, config, options)
+    check_import(checkpoint, variants, options)
+    quantised = checkpoint.quantised.title if checkpoint.quantised else None
     with replace_folder(out, force=force) as staging, ThreadPoolExecutor(max_workers=1) as pool:
         check_room(checkpoint, config, out, variants, options)
         check_weights(checkpoint, config)
@@ -79,7 +82,7 @@ def export(
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             exporter_version=importlib.metadata.version("olmo2-export"),
-            source=Source(checkpoint.model, checkpoint.kind, checkpoint.revision, sources.result()),
+            source=Source(checkpoint.model, checkpoint.kind, checkpoint.revision, sources.result(), quantised),
             model=config.spec,
             variants=written,
             libraries=_libraries(),

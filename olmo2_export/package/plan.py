@@ -20,6 +20,7 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.free_memory import available_memory
 from olmo2_export.package.costs import Costs, estimate_costs
 from olmo2_export.package.graph_sizes import VariantSizes, engine_graph_bytes, variant_sizes
+from olmo2_export.package.imported import check_import
 from olmo2_export.package.texts import write_texts
 from olmo2_export.package.variants import check_variants
 from olmo2_export.package.weight_choice import Options, choose_weights
@@ -50,6 +51,8 @@ class ExportPlan:
 
     model: str
     revision: str | None
+    quantised: str | None
+    """the format of a quantised checkpoint, in words"""
     weights: int
     """numbers in the model"""
     source_bytes: int
@@ -111,6 +114,7 @@ def plan_export(
         options.hidden_states, inputs_embeds=options.inputs_embeds
     )
     check_variants(variants, config, options)
+    check_import(checkpoint, variants, options)
     if checkpoint.tensors:
         check_headers(checkpoint, config)
     names = list(dict.fromkeys(variants))
@@ -120,6 +124,7 @@ def plan_export(
     return ExportPlan(
         model=checkpoint.model,
         revision=checkpoint.revision,
+        quantised=checkpoint.quantised.title if checkpoint.quantised else None,
         weights=weights,
         source_bytes=checkpoint.nbytes,
         variants=sizes,

@@ -33,8 +33,10 @@ from olmo2_export.graphs.files import attach_weights, save_graph, save_weights
 from olmo2_export.graphs.shared import decode_graph, prefill_graph, shared_graph, shared_inputs, shared_outputs
 from olmo2_export.graphs.trace import OPSET, expected_op_counts, portable_inputs, portable_outputs, trace
 from olmo2_export.measure.quality import PIECE, broken_limits, gate_of, measure_quality, quality_tokens
+from olmo2_export.package.imported import imported_weights, is_imported
 from olmo2_export.package.weight_choice import Options, choose_weights, defaults_of
 from olmo2_export.quantize.calibration import calibration_tokens
+from olmo2_export.quantize.imported import IMPORTED
 from olmo2_export.quantize.kv_cache import kv_cache_scales
 from olmo2_export.quantize.recipes import CALIBRATED, RECIPES, QuantizedWeights
 from olmo2_export.weights.checkpoint import Checkpoint
@@ -225,7 +227,7 @@ class VariantWriter:
         if self._config.labels:  # there are no logits to judge int8 by
             return variant
         variant, quality = self._judged(variant)
-        if not (row.prefill_graph and options.prefill_graph):
+        if not (row.prefill_graph and options.prefill_graph) or is_imported(self._checkpoint, row, options):
             return variant
         return dataclasses.replace(variant, prefill=self._prefill(shared, weights, row, variant, quality))
 
@@ -332,6 +334,8 @@ class VariantWriter:
     def _weights(self, row: VariantRow, wide: Float32Islands | None = None) -> QuantizedWeights:
         """Quantise, but for what is to be multiplied in float32: MatMulNBits has no kernel for it on GPUs."""
         choice, options = choose_weights(row, self._options, self._rows, wide), self._options
+        if is_imported(self._checkpoint, row, options):
+            return imported_weights(self._checkpoint, self._config, row, options, choice)
         return choice.quantize(
             self._checkpoint,
             self._config,
@@ -342,6 +346,8 @@ class VariantWriter:
     def _describe(self, row: VariantRow, weights: QuantizedWeights, scale_bytes: int = 4) -> Quantization:
         """Return the manifest's entry of the weights, which have been written and so measured."""
         recipe, calibration = self._options.recipe or defaults_of(row).recipe, self._options.calibration
+        if is_imported(self._checkpoint, row, self._options):
+            recipe = IMPORTED
         shapes = weight_shapes(self._config)
         size = sum(
             form.nbytes(*shapes[tensor]) - (4 - scale_bytes) * shapes[tensor][0] * form.blocks(shapes[tensor][1])

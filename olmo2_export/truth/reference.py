@@ -29,8 +29,10 @@ Rounding = Callable[[torch.Tensor], torch.Tensor]
 """float32 or float64 [..., K] -> the same, rounded"""
 
 
-def int8_blocks(block_size: int) -> Rounding:
+def int8_blocks(block_size: int, order: np.ndarray | None = None) -> Rounding:
     """Return what rounds to 8 bits, with a scale for each `block_size` columns of a row; 0: for a whole row.
+
+    `order` is that in which the columns are cut into blocks, int64 [K]; None: as they are.
 
     In the kernels' own float32 arithmetic: those in blocks multiply by 127 / size, for a whole row the graph divides by
     the scale. Inputs that come from codes, as a quantised embedding's do, lie halfway between two codes as often as one
@@ -52,7 +54,10 @@ def int8_blocks(block_size: int) -> Rounding:
         rounded: torch.Tensor = (codes.round().to(x.dtype) * scale.to(x.dtype)).flatten(-2)[..., :columns]
         return rounded
 
-    return rounding
+    if order is None:
+        return rounding
+    into, back = torch.from_numpy(order), torch.from_numpy(np.argsort(order))
+    return lambda x: rounding(x[..., into])[..., back]
 
 
 def int8_scaled(scale: float) -> Rounding:
@@ -250,9 +255,11 @@ def open_reference(
     raw = read_json_object(checkpoint.folder / "config.json")
     classes = CLASSES[config.model_type]
     kind = classes.classifier if is_classifier(raw) else classes.causal_lm
+    packed = checkpoint.quantised is not None  # transformers would want the library that made it, and round as it does
     model, info = kind.from_pretrained(  # type: ignore[misc]  # a pair, with loading info
-        checkpoint.folder,
+        None if packed else checkpoint.folder,
         config=config,
+        state_dict={name: checkpoint.tensor(name) for name in checkpoint.tensors} if packed else None,
         dtype=float_dtype(precision).torch,
         use_safetensors=True,
         local_files_only=True,

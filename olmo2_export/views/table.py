@@ -305,7 +305,8 @@ def _static_views(graph: _Graph) -> list[View]:
 
 
 def _quantised_views(graph: _Graph, package: Package, checkpoint: Checkpoint, config: ModelConfig) -> list[View]:
-    rounding = {name: int8_blocks(size) for name, size in shared_forms.block_sizes(graph.model).items()}
+    inputs = shared_forms.block_inputs(graph.model)
+    rounding = {name: int8_blocks(size, order) for name, (size, order) in inputs.items()}
     views = [_exact(graph, shared_forms.exact_form(graph.model)), _kernels(graph, "kernels", rounding)]
     if graph.variant.prefill is None:
         return views

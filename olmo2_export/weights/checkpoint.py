@@ -117,6 +117,11 @@ class Checkpoint:
         found = self._decoded(name) if self._is_quantised(name) else None
         return found if isinstance(found, Codes) else None
 
+    @property
+    def is_here(self) -> bool:
+        """Whether its tensors can be read, not their headers alone."""
+        return bool(self._stamps)
+
     def _is_quantised(self, name: str) -> bool:
         return self.quantised is not None and name in self.quantised.linears
 
@@ -240,7 +245,9 @@ class Checkpoint:
 
     def _non_finite(self, name: str) -> int:
         """Count NaN and Inf of a tensor, or of the floats that a quantised one is made of."""
-        stored = self.quantised.linears[name].tensors.values() if self.quantised and self._is_quantised(name) else [name]
+        stored = (
+            self.quantised.linears[name].tensors.values() if self.quantised and self._is_quantised(name) else [name]
+        )
         places = map(self._place, stored)
         return sum(stored_tensors.count_non_finite(*place) for place in places if place[1].dtype in STORED)
 
@@ -350,7 +357,7 @@ def _opened(folder: Path, name: str, kind: SourceKind) -> Checkpoint:
 
 def _with_linears(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
     """Return a checkpoint whose quantised linears are tensors of it, in the place of what they are stored as."""
-    folder, here = checkpoint.folder, bool(checkpoint._stamps)
+    folder, here = checkpoint.folder, checkpoint.is_here
 
     def read(name: str) -> np.ndarray:
         return stored_tensors.read_array(*checkpoint._place(name))

@@ -68,9 +68,7 @@ def _decode_int8(arrays: Arrays) -> Codes:
     return Codes(8, unsigned(arrays["weight"], 8), scales, zeros, np.zeros(columns, np.int64))
 
 
-def _book(
-    name: str, tensors: Mapping[str, TensorInfo], read: Callable[[str], np.ndarray] | None
-) -> StoredLinear:
+def _book(name: str, tensors: Mapping[str, TensorInfo], read: Callable[[str], np.ndarray] | None) -> StoredLinear:
     states = [tensor for tensor in tensors if tensor.startswith(name + _STATE)]
     if len(states) != 1 or states[0].removeprefix(name + _STATE) not in _KINDS:
         shown = states[0].removeprefix(name) if states else "no quant_state"

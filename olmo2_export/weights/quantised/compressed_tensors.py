@@ -102,7 +102,9 @@ def _of_module(groups: Mapping[str, Mapping[str, Any]], module: str) -> Mapping[
     found = [group for group, names in targets if any(map(named, names))]
     found += [group for group, names in targets if "Linear" in names]
     if not found:
-        raise ConfigError(f"compressed-tensors: {module} is quantised, and no group of config_groups names it; {REMEDY}")
+        raise ConfigError(
+            f"compressed-tensors: {module} is quantised, and no group of config_groups names it; {REMEDY}"
+        )
     weights: Mapping[str, Any] = found[0]["weights"]
     return weights
 
@@ -110,7 +112,13 @@ def _of_module(groups: Mapping[str, Mapping[str, Any]], module: str) -> Mapping[
 def _linear(stem: str, tensors: Mapping[str, TensorInfo], weights: Mapping[str, Any], *, packed: bool) -> StoredLinear:
     bits = weights["num_bits"]
     size = weights.get("group_size") if weights["strategy"] == "group" else None
-    names = ("weight_packed" if packed else "weight", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape")
+    names = (
+        "weight_packed" if packed else "weight",
+        "weight_scale",
+        "weight_zero_point",
+        "weight_g_idx",
+        "weight_shape",
+    )
     parts = {part: stem + part for part in names if stem + part in tensors}
     codes, scale = tensors[parts[names[0]]], tensors.get(f"{stem}weight_scale")
     rows, width = codes.shape if len(codes.shape) == 2 else (0, 0)

@@ -86,7 +86,9 @@ def _linear(
         case "Int4Tensor":
             return StoredLinear((rows, columns * 2), None, parts, _decode_floats)
         case _:
-            raise ConfigError(f"torchao as {kind}, read are Int8Tensor, IntxUnpackedToInt8Tensor and Int4Tensor; {REMEDY}")
+            raise ConfigError(
+                f"torchao as {kind}, read are Int8Tensor, IntxUnpackedToInt8Tensor and Int4Tensor; {REMEDY}"
+            )
     if bits not in _BITS:
         raise ConfigError(f"torchao: {weight} of {bits} bits, read are 4 and 8; {REMEDY}")
     if scale[0] != rows or any(shape != scale for shape in shapes[2:]):
