@@ -267,7 +267,9 @@ class VariantWriter:
         """Measure a variant and return it with what it costs; warn where that misses its gate."""
         quality = self._measure(variant)
         if broken := broken_limits(quality, gate_of(variant, self._config)):
-            logger.warning("%s misses its quality gate: %s; try another recipe", variant.name, "; ".join(broken))
+            known = variant.quantization is not None and variant.quantization.recipe == IMPORTED
+            why = "its weights are the checkpoint's, its kernels round inputs" if known else "try another recipe"
+            logger.warning("%s misses its quality gate: %s; %s", variant.name, "; ".join(broken), why)
         return dataclasses.replace(variant, quality=quality), quality
 
     def _prefill(

@@ -245,10 +245,8 @@ class Checkpoint:
 
     def _non_finite(self, name: str) -> int:
         """Count NaN and Inf of a tensor, or of the floats that a quantised one is made of."""
-        stored = (
-            self.quantised.linears[name].tensors.values() if self.quantised and self._is_quantised(name) else [name]
-        )
-        places = map(self._place, stored)
+        linear = self.quantised.linears.get(name) if self.quantised is not None else None
+        places = map(self._place, [name] if linear is None else linear.tensors.values())
         return sum(stored_tensors.count_non_finite(*place) for place in places if place[1].dtype in STORED)
 
     def _equal(self, name: str, other: str) -> bool:

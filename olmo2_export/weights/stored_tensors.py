@@ -28,7 +28,12 @@ _MAX_TENSORS = 100_000
 _PIECE = 1 << 18  # bytes looked at at a time: they stay in the processor's cache
 _ROWS = 16 << 20  # bytes of whole rows that are read at a time
 _TILE = 64  # rows: a product with a part has the bits of one with all if it begins at a multiple of this
-_INTEGERS = {"U8": np.dtype("u1"), "I8": np.dtype("i1"), "I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
+_INTEGERS: dict[str, np.dtype[Any]] = {
+    "U8": np.dtype("u1"),
+    "I8": np.dtype("i1"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+}
 """of quantised weights: safetensors' name -> numpy's"""
 _FOREIGN = {
     b"version ": "a Git LFS pointer: run 'git lfs pull', or download the file itself",
@@ -162,15 +167,16 @@ def read_array(path: Path, info: TensorInfo) -> np.ndarray:
         CheckpointError: another dtype, or the file is shorter than its header said.
     """
     if stored_dtype(info.dtype) is not None:
-        array: np.ndarray = read_tensor(path, info).float().numpy()
-        return array
+        floats: np.ndarray = read_tensor(path, info).float().numpy()
+        return floats
     dtype = _INTEGERS.get(info.dtype)
     if dtype is None or math.prod(info.shape) * dtype.itemsize != info.size:
         raise CheckpointError(f"{info.file}: a tensor of {info.size} bytes as {info.dtype} {list(info.shape)}")
     array = np.empty(info.size, np.uint8)
     with _opened(path) as file:
         _read_range(file, info.start, array)
-    return array.view(dtype).reshape(info.shape)
+    integers: np.ndarray = array.view(dtype).reshape(info.shape)
+    return integers
 
 
 def integer_size(dtype: str) -> int:

@@ -1,15 +1,15 @@
 """bitsandbytes: int8 with a scale per row, and the code books nf4 and fp4.
 
-| form     | tensor                          | dtype, shape        | holds                                            |
-|----------|---------------------------------|---------------------|--------------------------------------------------|
-| int8     | weight                          | int8 [N, K]         | codes; weight = code * SCB / 127                 |
-|          | SCB                             | float32 [N]         | the largest magnitude of a row                   |
-|          | weight_format                   | uint8 []            | 0: row after row                                 |
-| nf4, fp4 | weight                          | uint8 [N * K / 2, 1] | places in quant_map, the higher 4 bits first    |
-|          | weight.absmax                   | float32, or uint8, of each block                                       ||
-|          | weight.quant_map                | float32 [16]        |                                                  |
-|          | weight.nested_absmax, .nested_quant_map | float32     | of absmax, where that is quantised too           |
-|          | weight.quant_state.bitsandbytes__* | uint8            | JSON: shape, blocksize, nested_blocksize, nested_offset |
+| form     | tensor                   | dtype, shape         | holds                                         |
+|----------|--------------------------|----------------------|-----------------------------------------------|
+| int8     | weight                   | int8 [N, K]          | codes; weight = code * SCB / 127              |
+|          | SCB                      | float32 [N]          | the largest magnitude of a row                |
+|          | weight_format            | uint8 []             | 0: row after row                              |
+| nf4, fp4 | weight                   | uint8 [N * K / 2, 1] | places in quant_map, the higher 4 bits first  |
+|          | weight.absmax            | float32, or uint8    | of each block of 64, which may cross rows     |
+|          | weight.quant_map         | float32 [16]         |                                               |
+|          | weight.nested_absmax     | float32              | of absmax in uint8, and nested_quant_map      |
+|          | weight.quant_state.*     | uint8                | JSON: shape, blocksize, nested_offset, ...    |
 
 int8: the library multiplies code * SCB * 0.00787401571, in that order, with a rounding after each; here the scale is
 rounded first, as blocks need it. The two differ by one unit in the last place of float32, 1.2e-7 of the weight.

@@ -1,13 +1,13 @@
 """Tell which library quantised a checkpoint, and find its linears; what cannot be read is refused by name.
 
-| quant_method       | file                    | what is read                                                               |
-|--------------------|-------------------------|----------------------------------------------------------------------------|
-| gptq               | `gptq.py`               | 4 and 8 bits, both formats, symmetric or not, act-order, any group         |
-| awq                | `awq.py`                | 4 bits, layout gemm                                                        |
-| auto-round         | the two above           | packing_format auto_round:auto_gptq, auto_round:auto_awq                   |
-| compressed-tensors | `compressed_tensors.py` | pack-quantized and int-quantized, 4 and 8 bits                             |
-| torchao            | `torchao.py`            | Int8Tensor, IntxUnpackedToInt8Tensor; Int4Tensor as floats                 |
-| bitsandbytes       | `bitsandbytes.py`       | int8; nf4 and fp4 as floats                                                |
+| quant_method       | file                    | what is read                                                       |
+|--------------------|-------------------------|--------------------------------------------------------------------|
+| gptq               | `gptq.py`               | 4 and 8 bits, both formats, symmetric or not, act-order, any group |
+| awq                | `awq.py`                | 4 bits, layout gemm                                                |
+| auto-round         | the two above           | packing_format auto_round:auto_gptq, auto_round:auto_awq           |
+| compressed-tensors | `compressed_tensors.py` | pack-quantized and int-quantized, 4 and 8 bits                     |
+| torchao            | `torchao.py`            | Int8Tensor, IntxUnpackedToInt8Tensor; Int4Tensor as floats         |
+| bitsandbytes       | `bitsandbytes.py`       | int8; nf4 and fp4 as floats                                        |
 
 A quantization_config beside weights that are plain numbers is left over, and means nothing.
 """

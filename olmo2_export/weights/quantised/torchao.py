@@ -63,8 +63,8 @@ def _described(weight: str, metadata: Mapping[str, str]) -> Mapping[str, Any]:
         described = json.loads(metadata[weight])
     except (KeyError, ValueError) as error:
         raise CheckpointError(
-            f"torchao: {weight}: the file's header does not say its type; download the files, or save them with torchao "
-            "0.15 or later"
+            f"torchao: {weight}: the file's header does not say its type; download the files, or save them "
+            "with torchao 0.15 or later"
         ) from error
     if not isinstance(described, dict) or not isinstance(described.get("_data"), dict):
         raise CheckpointError(f"torchao: {weight}: the file's header says {str(described)[:60]}; {REMEDY}")
