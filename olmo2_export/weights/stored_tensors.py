@@ -28,12 +28,8 @@ _MAX_TENSORS = 100_000
 _PIECE = 1 << 18  # bytes looked at at a time: they stay in the processor's cache
 _ROWS = 16 << 20  # bytes of whole rows that are read at a time
 _TILE = 64  # rows: a product with a part has the bits of one with all if it begins at a multiple of this
-_INTEGERS: dict[str, np.dtype[Any]] = {
-    "U8": np.dtype("u1"),
-    "I8": np.dtype("i1"),
-    "I32": np.dtype("<i4"),
-    "I64": np.dtype("<i8"),
-}
+_CODES = (("U8", "u1"), ("I8", "i1"), ("I32", "<i4"), ("I64", "<i8"))
+_INTEGERS: dict[str, np.dtype[Any]] = {name: np.dtype(code) for name, code in _CODES}
 """of quantised weights: safetensors' name -> numpy's"""
 _FOREIGN = {
     b"version ": "a Git LFS pointer: run 'git lfs pull', or download the file itself",
