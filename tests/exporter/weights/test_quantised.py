@@ -1,4 +1,4 @@
-"""Quantised checkpoints: the weights that each library's format means, number by number, and what is refused by name."""
+"""Quantised checkpoints: the weights that each format means, number by number, and what is refused by name."""
 
 from __future__ import annotations
 
@@ -108,6 +108,7 @@ def test_weights_are_what_the_integers_say_in_every_bit(base: Path, tmp_path: Pa
 
 
 def swapped_nibbles(words: np.ndarray, bits: int) -> np.ndarray:
+    assert bits == 4
     octets = np.ascontiguousarray(words).view(np.uint8)
     return np.stack([octets >> 4, octets & 15], axis=-1).reshape(len(octets), -1)
 
@@ -175,9 +176,7 @@ def test_weights_are_what_the_library_itself_dequantises(name: str) -> None:
     assert checkpoint.quantised.linears.keys() == wanted.keys()
     for weight, digest in wanted.items():
         found = checkpoint.tensor(weight).numpy()
-        if (
-            name == "bnb_int8"
-        ):  # it rounds twice: our scale is what blocks need, the difference one unit in the last place
+        if name == "bnb_int8":  # it rounds twice: the difference is one unit in the last place
             stored = load_file(MADE / name / "model.safetensors")
             scale = stored[weight.replace("weight", "SCB")].numpy()[:, None]
             theirs = stored[weight].numpy() * scale * np.float32(7.874015718698502e-3)
@@ -297,7 +296,7 @@ def test_a_g_idx_of_uneven_or_unknown_groups_is_refused(one: Path, tmp_path: Pat
         tensors[f"{Q}g_idx"] = torch.tensor(index, dtype=torch.int32)
 
     checkpoint = changed(one, tmp_path / "a", wrong)
-    with pytest.raises(CheckpointError, match="q_proj.weight: g_idx: expected 2 groups of one size"):
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight: g_idx: expected 2 groups of one size"):
         checkpoint.tensor(f"{Q}weight")
 
 
@@ -307,7 +306,7 @@ def test_a_scale_that_is_no_number_is_found_before_anything_is_written(one: Path
 
     checkpoint = changed(one, tmp_path / "a", wrong)
     expected = {f"{Q}weight": (64, 64)}
-    with pytest.raises(CheckpointError, match="q_proj.weight: 1 NaN or Inf"):
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight: 1 NaN or Inf"):
         checkpoint.validate(expected | {n: i.shape for n, i in checkpoint.tensors.items() if n != f"{Q}weight"})
 
 
@@ -327,7 +326,7 @@ def test_int8_that_is_not_row_by_row_is_refused(tmp_path: Path) -> None:
         checkpoint.tensor(f"{Q}weight")
 
 
-def test_the_packing_of_compressed_tensors_itself_is_read(base: Path, tmp_path: Path) -> None:
+def test_the_packing_of_compressed_tensors_itself_is_read() -> None:
     """Its own functions, where it is installed, in the place of the writer that the other tests have."""
     pack = pytest.importorskip("compressed_tensors.compressors").pack_to_int32
     for rows, columns, bits in ((64, 128, 4), (32, 64, 8)):
