@@ -29,10 +29,8 @@ Rounding = Callable[[torch.Tensor], torch.Tensor]
 """float32 or float64 [..., K] -> the same, rounded"""
 
 
-def int8_blocks(block_size: int, order: np.ndarray | None = None) -> Rounding:
+def int8_blocks(block_size: int) -> Rounding:
     """Return what rounds to 8 bits, with a scale for each `block_size` columns of a row; 0: for a whole row.
-
-    `order` is that in which the columns are cut into blocks, int64 [K]; None: as they are.
 
     In the kernels' own float32 arithmetic: those in blocks multiply by 127 / size, for a whole row the graph divides by
     the scale. Inputs that come from codes, as a quantised embedding's do, lie halfway between two codes as often as one
@@ -54,8 +52,11 @@ def int8_blocks(block_size: int, order: np.ndarray | None = None) -> Rounding:
         rounded: torch.Tensor = (codes.round().to(x.dtype) * scale.to(x.dtype)).flatten(-2)[..., :columns]
         return rounded
 
-    if order is None:
-        return rounding
+    return rounding
+
+
+def in_order(rounding: Rounding, order: np.ndarray) -> Rounding:
+    """Return what rounds columns in an order, int64 [K], in which they are cut into blocks."""
     into, back = torch.from_numpy(order), torch.from_numpy(np.argsort(order))
     return lambda x: rounding(x[..., into])[..., back]
 
