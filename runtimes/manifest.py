@@ -305,7 +305,7 @@ class Source:
     """the resolved commit, for kind hub"""
     files: dict[str, FileEntry] = field(hash=False)
     """the safetensors files that were read"""
-    quantised: str | None = None
+    quantized: str | None = None
     """the format in which its linears were stored in few bits, in words; None: they were plain numbers"""
 
 

@@ -69,7 +69,7 @@ def export(
     )
     check_variants(variants, config, options)
     check_import(checkpoint, variants, options)
-    quantised = checkpoint.quantised.title if checkpoint.quantised else None
+    quantized = checkpoint.quantized.title if checkpoint.quantized else None
     with replace_folder(out, force=force) as staging, ThreadPoolExecutor(max_workers=1) as pool:
         check_room(checkpoint, config, out, variants, options)
         check_weights(checkpoint, config)
@@ -82,7 +82,7 @@ def export(
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             exporter_version=importlib.metadata.version("olmo2-export"),
-            source=Source(checkpoint.model, checkpoint.kind, checkpoint.revision, sources.result(), quantised),
+            source=Source(checkpoint.model, checkpoint.kind, checkpoint.revision, sources.result(), quantized),
             model=config.spec,
             variants=written,
             libraries=_libraries(),

@@ -31,7 +31,7 @@ from runtimes.errors import UsageError
 
 def is_imported(checkpoint: Checkpoint, row: VariantRow, options: Options) -> bool:
     """Tell whether a variant takes over the codes of a checkpoint; `check_import` has seen them."""
-    return checkpoint.quantised is not None and row.defaults is not None and not options.requantize
+    return checkpoint.quantized is not None and row.defaults is not None and not options.requantize
 
 
 def check_import(checkpoint: Checkpoint, variants: Sequence[str], options: Options) -> None:
@@ -40,7 +40,7 @@ def check_import(checkpoint: Checkpoint, variants: Sequence[str], options: Optio
     Raises:
         UsageError: saying what holds them, and what `requantize` does.
     """
-    found = checkpoint.quantised
+    found = checkpoint.quantized
     if found is None:
         if options.requantize:
             raise UsageError(f"--requantize: {checkpoint.model} is not quantised; leave it out")
@@ -84,12 +84,12 @@ def imported_weights(
         UsageError: groups that blocks do not divide.
         CheckpointError: a linear that is not what its format says.
     """
-    assert checkpoint.quantised is not None  # the caller has asked
+    assert checkpoint.quantized is not None  # the caller has asked
     assert row.defaults is not None
     formats: dict[str, BlockFormat] = {}
     orders: dict[str, np.ndarray] = {}
     for name in weight_shapes(config):
-        if name == EMBEDDING or name not in checkpoint.quantised.linears:
+        if name == EMBEDDING or name not in checkpoint.quantized.linears:
             continue
         if not checkpoint.is_here:
             formats[name] = row.defaults.form

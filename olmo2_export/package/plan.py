@@ -51,7 +51,7 @@ class ExportPlan:
 
     model: str
     revision: str | None
-    quantised: str | None
+    quantized: str | None
     """the format of a quantised checkpoint, in words"""
     weights: int
     """numbers in the model"""
@@ -124,7 +124,7 @@ def plan_export(
     return ExportPlan(
         model=checkpoint.model,
         revision=checkpoint.revision,
-        quantised=checkpoint.quantised.title if checkpoint.quantised else None,
+        quantized=checkpoint.quantized.title if checkpoint.quantized else None,
         weights=weights,
         source_bytes=checkpoint.nbytes,
         variants=sizes,

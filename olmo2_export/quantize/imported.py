@@ -14,7 +14,7 @@ import torch
 
 from olmo2_export.catalog import HELD_BLOCKS, BlockFormat
 from olmo2_export.quantize.blocks import QuantizedMatrix, pack
-from olmo2_export.weights.quantised.codes import Codes
+from olmo2_export.weights.quantized.codes import Codes
 from runtimes.errors import UsageError
 
 IMPORTED = "imported"

@@ -256,7 +256,7 @@ def open_reference(
     raw = read_json_object(checkpoint.folder / "config.json")
     classes = CLASSES[config.model_type]
     kind = classes.classifier if is_classifier(raw) else classes.causal_lm
-    packed = checkpoint.quantised is not None  # transformers would want the library that made it, and round as it does
+    packed = checkpoint.quantized is not None  # transformers would want the library that made it, and round as it does
     model, info = kind.from_pretrained(  # type: ignore[misc]  # a pair, with loading info
         None if packed else checkpoint.folder,
         config=config,

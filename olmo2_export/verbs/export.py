@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     seconds = time.monotonic() - started
     size = sum(entry.size for entry in manifest.files.values())
     at = f"@{manifest.source.revision[:12]}" if manifest.source.revision else ""
-    quantised = f" ({manifest.source.quantised})" if manifest.source.quantised else ""
+    quantised = f" ({manifest.source.quantized})" if manifest.source.quantized else ""
     for variant in manifest.variants.values():
         counts = ", ".join(f"{n} {op}" for op, n in variant.op_counts.items() if n)
         print(f"{variant.name}: opset {variant.opset}, {counts}")

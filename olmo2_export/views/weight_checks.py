@@ -53,8 +53,8 @@ def check_matrices(matrices: Mapping[str, QuantizedMatrix], checkpoint: Checkpoi
 
 def check_imported(matrices: Mapping[str, QuantizedMatrix], checkpoint: Checkpoint) -> Check:
     """Compare weights that were taken over with the checkpoint's dequantised ones: equal in every number."""
-    assert checkpoint.quantised is not None  # the caller has seen to it
-    names = [name for name in matrices if name in checkpoint.quantised.linears]
+    assert checkpoint.quantized is not None  # the caller has seen to it
+    names = [name for name in matrices if name in checkpoint.quantized.linears]
     different = [name for name in names if not torch.equal(matrices[name].dequantize(), checkpoint.tensor(name))]
     failures = (f"not what the checkpoint's codes say: {first_names(different)}",) if different else ()
     return Check("imported weights", f"{len(names)} tensors, {len(different)} differ from the checkpoint's", failures)
@@ -160,7 +160,7 @@ def weight_checks(package: Package, entry: Variant, checkpoint: Checkpoint, conf
         return []
     matrices = stored_matrices(graph)
     checks = [check_matrices(matrices, checkpoint, config)]
-    if entry.quantization.recipe == IMPORTED and checkpoint.quantised is not None:
+    if entry.quantization.recipe == IMPORTED and checkpoint.quantized is not None:
         checks.append(check_imported(matrices, checkpoint))
     if entry.prefill is not None:
         int8 = stored_int8(load_graph(package.folder / entry.prefill.graph))

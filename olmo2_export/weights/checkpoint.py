@@ -28,8 +28,8 @@ from olmo2_export.dtypes import STORED, stored_dtype
 from olmo2_export.weights import stored_tensors
 from olmo2_export.weights.hub import locate, read_index, remote_headers
 from olmo2_export.weights.other_formats import INDEX, SINGLE, folder_place, is_whole, refuse_other_formats
-from olmo2_export.weights.quantised.codes import Codes
-from olmo2_export.weights.quantised.recognise import Quantised, find_quantised
+from olmo2_export.weights.quantized.codes import Codes
+from olmo2_export.weights.quantized.recognise import Quantized, find_quantized
 from olmo2_export.weights.stored_tensors import TensorInfo
 from runtimes.errors import CheckpointError, CheckpointNotFoundError, UsageError, broken_link, first_names
 from runtimes.manifest import SourceKind
@@ -71,7 +71,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo] = field(hash=False)
     """by the model's names; of a quantised linear its weight, as float32"""
     _stamps: Mapping[str, tuple[int, int]] = field(hash=False, repr=False)
-    quantised: Quantised | None = None
+    quantized: Quantized | None = None
     """the linears that are stored in few bits; None: all are plain numbers"""
     _packed: Mapping[str, TensorInfo] = field(default_factory=dict, hash=False, repr=False)
     """the tensors of these"""
@@ -82,7 +82,7 @@ class Checkpoint:
         Raises:
             CheckpointError: the file changed since its header was read, or holds what its format cannot mean.
         """
-        if self._is_quantised(name):
+        if self._is_quantized(name):
             found = self._decoded(name)
             return torch.from_numpy(found.dequantize() if isinstance(found, Codes) else found)
         return stored_tensors.read_tensor(*self._place(name))
@@ -93,7 +93,7 @@ class Checkpoint:
         Raises:
             CheckpointError: the file changed since its header was read.
         """
-        if self._is_quantised(name):
+        if self._is_quantized(name):
             return iter([self.tensor(name)])
         return stored_tensors.read_rows(*self._place(name))
 
@@ -103,7 +103,7 @@ class Checkpoint:
         Raises:
             CheckpointError: the file changed since its header was read.
         """
-        if self._is_quantised(name):
+        if self._is_quantized(name):
             return self.tensor(name)[rows]
         wanted, places = torch.unique(rows, return_inverse=True)
         return stored_tensors.read_picked(*self._place(name), wanted.tolist())[places]
@@ -114,7 +114,7 @@ class Checkpoint:
         Raises:
             CheckpointError: as `tensor`.
         """
-        found = self._decoded(name) if self._is_quantised(name) else None
+        found = self._decoded(name) if self._is_quantized(name) else None
         return found if isinstance(found, Codes) else None
 
     @property
@@ -122,12 +122,12 @@ class Checkpoint:
         """Whether its tensors can be read, not their headers alone."""
         return bool(self._stamps)
 
-    def _is_quantised(self, name: str) -> bool:
-        return self.quantised is not None and name in self.quantised.linears
+    def _is_quantized(self, name: str) -> bool:
+        return self.quantized is not None and name in self.quantized.linears
 
     def _decoded(self, name: str) -> Codes | np.ndarray:
-        assert self.quantised is not None  # the caller has asked
-        linear = self.quantised.linears[name]
+        assert self.quantized is not None  # the caller has asked
+        linear = self.quantized.linears[name]
         try:
             parts = {part: stored_tensors.read_array(*self._place(stored)) for part, stored in linear.tensors.items()}
             return linear.decode(parts)
@@ -245,12 +245,12 @@ class Checkpoint:
 
     def _non_finite(self, name: str) -> int:
         """Count NaN and Inf of a tensor, or of the floats that a quantised one is made of."""
-        linear = self.quantised.linears.get(name) if self.quantised is not None else None
+        linear = self.quantized.linears.get(name) if self.quantized is not None else None
         places = map(self._place, [name] if linear is None else linear.tensors.values())
         return sum(stored_tensors.count_non_finite(*place) for place in places if place[1].dtype in STORED)
 
     def _equal(self, name: str, other: str) -> bool:
-        if self._is_quantised(name) or self._is_quantised(other):
+        if self._is_quantized(name) or self._is_quantized(other):
             return torch.equal(self.tensor(name).float(), self.tensor(other).float())
         if stored_tensors.same_bytes(*self._place(name), *self._place(other)):
             return True
@@ -364,7 +364,7 @@ def _with_linears(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoi
         files = checkpoint.files if here else ()
         return {name: text for file in files for name, text in stored_tensors.read_metadata(folder / file).items()}
 
-    found = find_quantised(folder, config, checkpoint.tensors, read if here else None, metadata)
+    found = find_quantized(folder, config, checkpoint.tensors, read if here else None, metadata)
     if found is None:
         return checkpoint
     logger.info("%s: %s", folder, found.title)
@@ -376,7 +376,7 @@ def _with_linears(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoi
     for name, linear in found.linears.items():
         parts = [packed[part] for part in linear.tensors.values()]
         tensors[name] = TensorInfo(parts[0].file, "F32", linear.shape, 0, sum(part.size for part in parts))
-    return replace(checkpoint, tensors=tensors, quantised=found, _packed=packed)
+    return replace(checkpoint, tensors=tensors, quantized=found, _packed=packed)
 
 
 def _check_is_file(path: Path) -> None:

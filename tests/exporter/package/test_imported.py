@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from functools import partial
@@ -13,14 +14,14 @@ import onnx_ir as ir
 import pytest
 import torch
 from support.bugs.edits import change
-from support.quantised import (
+from support.quantized import (
     Writer,
     awq,
     compressed,
     gptq,
     int_quantized,
     make_base,
-    make_quantised,
+    make_quantized,
     pack_quantized,
 )
 
@@ -46,7 +47,7 @@ from runtimes.package import open_package
 
 pytestmark = pytest.mark.usefixtures("remembered", "little")
 
-MADE = Path(__file__).parents[2] / "data" / "quantised"
+MADE = Path(__file__).parents[2] / "data" / "quantized"
 GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}
 ORDERED = {"act_order": True, "symmetric": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
@@ -76,7 +77,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ordered(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A GPTQ checkpoint with act-order, and its q4. Do not change them."""
     folder = tmp_path_factory.mktemp("ordered")
-    make_quantised(folder / "c", base, GPTQ, gptq, act_order=True, symmetric=False)
+    make_quantized(folder / "c", base, GPTQ, gptq, act_order=True, symmetric=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(variants, "quality_tokens", partial(variants.quality_tokens, most=256))
         export(open_checkpoint(str(folder / "c")), folder / "p", variants=["fp32", "q4"])
@@ -86,7 +87,7 @@ def ordered(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 @pytest.mark.parametrize("case", CASES)
 def test_the_graph_holds_the_integers_and_computes_what_they_say(base: Path, tmp_path: Path, case: str) -> None:
     variant, config, write, fields = CASES[case]
-    wanted = make_quantised(tmp_path / "c", base, config, write, **fields)
+    wanted = make_quantized(tmp_path / "c", base, config, write, **fields)
     checkpoint = open_checkpoint(str(tmp_path / "c"))
     manifest = export(checkpoint, tmp_path / "p", variants=[variant])
     entry = manifest.variants[variant]
@@ -211,7 +212,7 @@ def test_logits_are_those_of_transformers_running_that_very_checkpoint(
 
 
 def test_q4_of_8_bits_is_refused_and_made_when_asked_for(base: Path, tmp_path: Path) -> None:
-    make_quantised(tmp_path / "c", base, BYTES, int_quantized, bits=8, group=-1)
+    make_quantized(tmp_path / "c", base, BYTES, int_quantized, bits=8, group=-1)
     checkpoint = open_checkpoint(str(tmp_path / "c"))
     with pytest.raises(UsageError) as caught:
         export(checkpoint, tmp_path / "p", variants=["q4"])
@@ -245,7 +246,7 @@ def test_what_goes_with_no_import_is_refused(name: str, options: Options, varian
 
 def test_groups_that_no_block_divides_are_refused_with_a_remedy(base: Path, tmp_path: Path) -> None:
     config = compressed("pack-quantized", 4, group=8, symmetric=True)
-    make_quantised(tmp_path / "c", base, config, pack_quantized, group=8, only=["self_attn.q_proj"])
+    make_quantized(tmp_path / "c", base, config, pack_quantized, group=8, only=["self_attn.q_proj"])
     with pytest.raises(UsageError, match=r"q_proj\.weight: groups of 8 columns: blocks of 16, .*use --variant fp32"):
         plan_export(open_checkpoint(str(tmp_path / "c")), variants=["q4"])
 
@@ -260,8 +261,16 @@ def test_a_plan_names_the_format_and_says_the_bytes(ordered: tuple[Path, Path]) 
     assert "gptq, 4 bits, groups of 32, act-order" in text
 
 
+def test_a_plan_from_headers_alone_says_what_it_guesses(ordered: tuple[Path, Path]) -> None:
+    there = dataclasses.replace(open_checkpoint(str(ordered[0])), _stamps={})
+    (variant,) = plan_export(there, variants=["q4"]).variants
+    assert variant.notes == (
+        "its codes are taken over: their groups are in the files, and taken to be the variant's own blocks",
+    )
+
+
 def test_a_recipe_is_for_embedding_and_head(base: Path, tmp_path: Path) -> None:
-    wanted = make_quantised(tmp_path / "c", base, AWQ, awq, symmetric=False)
+    wanted = make_quantized(tmp_path / "c", base, AWQ, awq, symmetric=False)
     export(open_checkpoint(str(tmp_path / "c")), tmp_path / "p", variants=["q4"], options=Options(recipe="rtn"))
     entry = open_package(tmp_path / "p").variant("q4")
     assert entry.quantization is not None
@@ -272,7 +281,7 @@ def test_a_recipe_is_for_embedding_and_head(base: Path, tmp_path: Path) -> None:
 
 def test_one_linear_that_is_not_quantised_stays_float(base: Path, tmp_path: Path) -> None:
     only = ["self_attn.q_proj", "mlp.down_proj"]
-    make_quantised(tmp_path / "c", base, AWQ, awq, symmetric=False, only=only)
+    make_quantized(tmp_path / "c", base, AWQ, awq, symmetric=False, only=only)
     manifest = export(open_checkpoint(str(tmp_path / "c")), tmp_path / "p", variants=["q4"])
     assert manifest.variants["q4"].op_counts["com.microsoft::MatMulNBits"] == 2
     assert manifest.variants["q4"].op_counts["MatMul"] == 6
@@ -280,7 +289,7 @@ def test_one_linear_that_is_not_quantised_stays_float(base: Path, tmp_path: Path
 
 def test_codes_of_4_bits_in_8_keep_their_zero_points_and_their_symmetry() -> None:
     from olmo2_export.catalog import Q8
-    from olmo2_export.weights.quantised.codes import Codes
+    from olmo2_export.weights.quantized.codes import Codes
 
     codes = np.array([[0, 8, 15, 7] * 8], np.uint8)
     stored = Codes(4, codes, np.array([[0.5]], np.float32), np.array([[8]], np.uint8), np.zeros(32, np.int64))

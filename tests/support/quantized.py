@@ -1,7 +1,7 @@
 """Checkpoints of few bits: integers chosen here, and packed as each library packs them, a bit at a time.
 
 What a weight must be is computed from the integers themselves. torchao and bitsandbytes are not written here: what
-they wrote is in `tests/data/quantised`.
+they wrote is in `tests/data/quantized`.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def make_base(out: Path, **fields: Any) -> Path:
     return make_checkpoint(out, **(SHAPE | fields))
 
 
-def make_quantised(
+def make_quantized(
     out: Path,
     base: Path,
     config: Mapping[str, Any],

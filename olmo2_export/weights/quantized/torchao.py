@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from olmo2_export.weights.quantised.codes import (
+from olmo2_export.weights.quantized.codes import (
     REMEDY,
     Arrays,
     Codes,
@@ -60,7 +60,7 @@ def find_torchao(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str])
 
 def _described(weight: str, metadata: Mapping[str, str]) -> Mapping[str, Any]:
     try:
-        described = json.loads(metadata[weight])
+        described = json.loads(metadata.get(weight) or metadata[weight.removeprefix("model.")])
     except (KeyError, ValueError) as error:
         raise CheckpointError(
             f"torchao: {weight}: the file's header does not say its type; download the files, or save them "

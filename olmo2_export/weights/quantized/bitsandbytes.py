@@ -25,7 +25,7 @@ from functools import partial
 
 import numpy as np
 
-from olmo2_export.weights.quantised.codes import REMEDY, Arrays, Codes, StoredLinear, unsigned
+from olmo2_export.weights.quantized.codes import REMEDY, Arrays, Codes, StoredLinear, unsigned
 from olmo2_export.weights.stored_tensors import TensorInfo
 from runtimes.errors import CheckpointError, ConfigError
 

@@ -1,6 +1,6 @@
 """How the checkpoints in this folder were made, by the libraries themselves, in an environment that has them.
 
-    PYTHONPATH=tests python tests/data/quantised/make.py DIR
+    PYTHONPATH=tests python tests/data/quantized/make.py DIR
 
 torch 2.13.0, transformers 5.23.0, torchao 0.18.0, bitsandbytes 0.50.2, accelerate 1.15.0, on a CPU. `expected.json` has
 the sha256 of each weight as the library dequantises it, in float32, and the logits of `IDS` by transformers running
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.quantised import SHAPE, make_base
+from support.quantized import SHAPE, make_base
 
 IDS = (3, 8, 13, 18, 2, 7, 12, 17, 1, 6, 11)
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from olmo2_export.weights.quantised.codes import (
+from olmo2_export.weights.quantized.codes import (
     REMEDY,
     Arrays,
     Codes,

@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 
 from olmo2_export.config import read_json_object
-from olmo2_export.weights.quantised.awq import find_awq
-from olmo2_export.weights.quantised.bitsandbytes import find_bitsandbytes
-from olmo2_export.weights.quantised.codes import REMEDY, StoredLinear
-from olmo2_export.weights.quantised.compressed_tensors import find_compressed, rounded_inputs
-from olmo2_export.weights.quantised.gptq import find_gptq
-from olmo2_export.weights.quantised.torchao import find_torchao
+from olmo2_export.weights.quantized.awq import find_awq
+from olmo2_export.weights.quantized.bitsandbytes import find_bitsandbytes
+from olmo2_export.weights.quantized.codes import REMEDY, StoredLinear
+from olmo2_export.weights.quantized.compressed_tensors import find_compressed, rounded_inputs
+from olmo2_export.weights.quantized.gptq import find_gptq
+from olmo2_export.weights.quantized.torchao import find_torchao
 from olmo2_export.weights.stored_tensors import TensorInfo
 from runtimes.errors import CheckpointError, ConfigError
 
@@ -46,11 +46,13 @@ _OTHERS = {
     "bitnet": "BitNet",
 }
 _PACKINGS = {"auto_round:auto_gptq": find_gptq, "auto_round:auto_awq": find_awq}
+_FORMS = ("checkpoint_format", "packing_format", "format", "version")
+"""fields that name a layout"""
 _OLD_FILE = "quantize_config.json"
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Quantized:
     """What quantised a checkpoint, and its linears."""
 
     title: str
@@ -67,13 +69,13 @@ class Quantised:
         return None if None in widths else max(bits for bits in widths if bits is not None)
 
 
-def find_quantised(
+def find_quantized(
     folder: Path,
     config: Mapping[str, Any],
     tensors: Mapping[str, TensorInfo],
     read: Callable[[str], np.ndarray] | None,
     metadata: Callable[[], Mapping[str, str]],
-) -> Quantised | None:
+) -> Quantized | None:
     """Return what a checkpoint's linears are; None where its weights are plain numbers, or nothing says what they are.
 
     Args:
@@ -99,7 +101,7 @@ def find_quantised(
     rounds = "inputs of products are rounded by the library, and in no graph of 16 or 32 bits: verify compares with "
     rounds += "the dequantised weights"
     active = rounded_inputs(table) or "Dynamic" in str(table.get("quant_type")) or table.get("load_in_8bit")
-    return Quantised(_title(method, table, linears), linears, rounds if active else "")
+    return Quantized(_title(method, table, linears), linears, rounds if active else "")
 
 
 def _table(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -149,7 +151,9 @@ def _linears(
 
 def _title(method: str, table: Mapping[str, Any], linears: Mapping[str, StoredLinear]) -> str:
     """Return the format in words: what the most linears have."""
-    form = table.get("checkpoint_format") or table.get("packing_format") or table.get("format") or table.get("version")
+    form = next((table[name] for name in _FORMS if isinstance(table.get(name), str)), None)
+    if method == "bitsandbytes":
+        form = table.get("bnb_4bit_quant_type") if table.get("load_in_4bit") else "int8"
     words = [f"{method} ({form})" if form and form != method else method]
     bits = Counter(linear.bits for linear in linears.values())
     words += [" and ".join(f"{n} bits" if n else "floats" for n in sorted(bits, key=lambda n: n or 0))]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.quantised import (
+from support.quantized import (
     LINEARS,
     Writer,
     awq,
@@ -23,20 +23,21 @@ from support.quantised import (
     int_quantized,
     integers,
     make_base,
-    make_quantised,
+    make_quantized,
     pack_quantized,
 )
 
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
-from olmo2_export.weights.quantised import awq as awq_file
-from olmo2_export.weights.quantised import codes as codes_file
-from olmo2_export.weights.quantised import gptq as gptq_file
-from olmo2_export.weights.quantised.codes import Codes
-from olmo2_export.weights.quantised.torchao import find_torchao
+from olmo2_export.weights.quantized import awq as awq_file
+from olmo2_export.weights.quantized import codes as codes_file
+from olmo2_export.weights.quantized import gptq as gptq_file
+from olmo2_export.weights.quantized.bitsandbytes import find_bitsandbytes
+from olmo2_export.weights.quantized.codes import Codes
+from olmo2_export.weights.quantized.torchao import find_torchao
 from olmo2_export.weights.stored_tensors import TensorInfo
 from runtimes.errors import CheckpointError, ConfigError
 
-MADE = Path(__file__).parents[2] / "data" / "quantised"
+MADE = Path(__file__).parents[2] / "data" / "quantized"
 GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 AWQ: dict[str, Any] = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
 ROUND: dict[str, Any] = {"quant_method": "auto-round", "bits": 4, "group_size": 32}
@@ -94,11 +95,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("case", CASES)
 def test_weights_are_what_the_integers_say_in_every_bit(base: Path, tmp_path: Path, case: str) -> None:
     config, write, fields = CASES[case]
-    wanted = make_quantised(tmp_path / "q", base, config, write, **fields)
+    wanted = make_quantized(tmp_path / "q", base, config, write, **fields)
     checkpoint = open_checkpoint(str(tmp_path / "q"))
-    assert checkpoint.quantised is not None
-    assert checkpoint.quantised.linears.keys() == wanted.keys()
-    assert checkpoint.quantised.bits == fields.get("bits", 4)
+    assert checkpoint.quantized is not None
+    assert checkpoint.quantized.linears.keys() == wanted.keys()
+    assert checkpoint.quantized.bits == fields.get("bits", 4)
     for name, weight in wanted.items():
         assert checkpoint.tensors[name].shape == weight.shape
         assert np.array_equal(checkpoint.tensor(name).numpy(), weight), name
@@ -131,7 +132,7 @@ BUGS: dict[str, tuple[str, Any, str, Any]] = {
 def test_a_reader_with_a_bug_is_seen(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
     case, file, name, wrong = BUGS[bug]
     config, write, fields = CASES[case]
-    wanted = make_quantised(tmp_path / "q", base, config, write, **fields)
+    wanted = make_quantized(tmp_path / "q", base, config, write, **fields)
     if wrong is None:
         path = tmp_path / "q" / "config.json"
         path.write_text(path.read_text().replace("gptq_v2", "gptq"))
@@ -143,7 +144,7 @@ def test_a_reader_with_a_bug_is_seen(base: Path, tmp_path: Path, monkeypatch: py
 
 def test_a_zero_point_of_0_borrows_from_its_neighbour_and_gets_it_back(base: Path, tmp_path: Path) -> None:
     """1 added to each integer instead of the word is wrong by a whole scale where a zero point is 0."""
-    make_quantised(tmp_path / "q", base, GPTQ | {"sym": False}, gptq, symmetric=False, only=["self_attn.q_proj"])
+    make_quantized(tmp_path / "q", base, GPTQ | {"sym": False}, gptq, symmetric=False, only=["self_attn.q_proj"])
     codes = open_checkpoint(str(tmp_path / "q")).codes("model.layers.0.self_attn.q_proj.weight")
     assert codes is not None
     drawn = integers(64, 64, 0, bits=4, group=32, symmetric=False, order=None)
@@ -155,7 +156,7 @@ def test_a_zero_point_of_0_borrows_from_its_neighbour_and_gets_it_back(base: Pat
 
 
 def test_integers_are_handed_out_as_they_are(base: Path, tmp_path: Path) -> None:
-    make_quantised(tmp_path / "q", base, GPTQ, gptq, act_order=True)
+    make_quantized(tmp_path / "q", base, GPTQ, gptq, act_order=True)
     checkpoint = open_checkpoint(str(tmp_path / "q"))
     codes = checkpoint.codes("model.layers.0.mlp.down_proj.weight")
     assert isinstance(codes, Codes)
@@ -169,11 +170,11 @@ def test_integers_are_handed_out_as_they_are(base: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["torchao_int8", "torchao_intx4", "bnb_int8", "bnb_nf4"])
 def test_weights_are_what_the_library_itself_dequantises(name: str) -> None:
-    """Written by the libraries; see `tests/data/quantised/make.py`."""
+    """Written by the libraries; see `tests/data/quantized/make.py`."""
     checkpoint = open_checkpoint(str(MADE / name))
     wanted = json.loads((MADE / name / "expected.json").read_text())["weights"]
-    assert checkpoint.quantised is not None
-    assert checkpoint.quantised.linears.keys() == wanted.keys()
+    assert checkpoint.quantized is not None
+    assert checkpoint.quantized.linears.keys() == wanted.keys()
     for weight, digest in wanted.items():
         found = checkpoint.tensor(weight).numpy()
         if name == "bnb_int8":  # it rounds twice: the difference is one unit in the last place
@@ -233,7 +234,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.fixture(scope="module")
 def one(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("one") / "q"
-    make_quantised(out, base, GPTQ, gptq)
+    make_quantized(out, base, GPTQ, gptq)
     return out
 
 
@@ -260,15 +261,15 @@ def test_old_autogptq_has_a_file_of_its_own(one: Path, tmp_path: Path) -> None:
     folder = with_config(one, tmp_path, None)
     (folder / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 32, "sym": True}))
     checkpoint = open_checkpoint(str(folder))
-    assert checkpoint.quantised is not None
-    assert checkpoint.quantised.title == "gptq, 4 bits, groups of 32"
+    assert checkpoint.quantized is not None
+    assert checkpoint.quantized.title == "gptq, 4 bits, groups of 32"
 
 
 def test_a_quantization_config_beside_plain_numbers_is_left_over(base: Path, tmp_path: Path) -> None:
     raw = json.loads((base / "config.json").read_text())
     (tmp_path / "model.safetensors").symlink_to(base / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(raw | {"quantization_config": {"quant_method": "hqq"}}))
-    assert open_checkpoint(str(tmp_path)).quantised is None
+    assert open_checkpoint(str(tmp_path)).quantized is None
 
 
 def changed(folder: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Checkpoint:
@@ -315,6 +316,16 @@ def test_torchao_without_a_word_of_its_types_is_refused(tmp_path: Path) -> None:
     save_file(load_file(tmp_path / "q" / "model.safetensors"), tmp_path / "q" / "model.safetensors")
     with pytest.raises(CheckpointError, match="the file's header does not say its type"):
         open_checkpoint(str(tmp_path / "q"))
+
+
+def test_4_bits_of_bitsandbytes_whose_files_are_not_here_are_refused() -> None:
+    """Their shapes are in the files, not in the headers."""
+    tensors = {
+        f"{Q}weight": TensorInfo("f", "U8", (2048, 1)),
+        f"{Q}weight.quant_state.bitsandbytes__nf4": TensorInfo("f", "U8", (80,)),
+    }
+    with pytest.raises(CheckpointError, match="its shape is in the files, not in their headers; download them"):
+        find_bitsandbytes(tensors, None)
 
 
 def test_int8_that_is_not_row_by_row_is_refused(tmp_path: Path) -> None:

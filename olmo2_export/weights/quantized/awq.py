@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from olmo2_export.weights.quantised.codes import REMEDY, Arrays, Codes, StoredLinear, even_groups, unpack
+from olmo2_export.weights.quantized.codes import REMEDY, Arrays, Codes, StoredLinear, even_groups, unpack
 from olmo2_export.weights.stored_tensors import TensorInfo
 from runtimes.errors import CheckpointError, ConfigError
 
