@@ -29,6 +29,9 @@ Graph: TypeAlias = Literal["portable", "blocks", "device", "static"]
 all of it in 16 bits. static: what TensorRT compiles"""
 
 BLOCK_SIZES = (32, 64, 128)
+"""that can be asked for"""
+HELD_BLOCKS = (16, 32, 64, 128, 256)
+"""that the kernels of MatMulNBits read; a quantised checkpoint is imported into these"""
 
 
 @dataclass(frozen=True)
@@ -38,17 +41,17 @@ class BlockFormat:
     bits: int
     """4 | 8"""
     block_size: int
-    """columns that share a scale: 32 | 64 | 128"""
+    """columns that share a scale: one of `HELD_BLOCKS`"""
     symmetric: bool
     """no stored zero points: each is 2^(bits - 1)"""
     positive: bool = False
     """no scale is negative, as TensorRT demands; symmetric formats alone have a choice"""
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8) or self.block_size not in BLOCK_SIZES:
+        if self.bits not in (4, 8) or self.block_size not in HELD_BLOCKS:
             raise UsageError(
                 f"{self.bits} bits in blocks of {self.block_size}: a format has 4 or 8 bits "
-                f"and blocks of {', '.join(map(str, BLOCK_SIZES))}"
+                f"and blocks of {', '.join(map(str, HELD_BLOCKS))}"
             )
 
     @property

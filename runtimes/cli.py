@@ -14,7 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TypedDict
 
-from runtimes import Backend, Device, Package, Runner, Slots, UsageError, open_package, open_runner
+from runtimes import Backend, Device, Package, Slots, UsageError, open_package, open_runner
 from runtimes.chat.conversation import Conversation
 from runtimes.chat.template import ChatTemplate
 from runtimes.chat.terminal import Screen, Session, Terminal, streams_are_terminals

@@ -356,6 +356,8 @@ class Source:
     """the safetensors files that were read"""
     adapters: tuple[AdapterSource, ...] = ()
     """merged into the weights, in this order"""
+    quantized: str | None = None
+    """the format in which its linears were stored in few bits, in words; None: they were plain numbers"""
 
 
 @dataclass(frozen=True)

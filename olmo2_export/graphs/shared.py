@@ -100,7 +100,7 @@ def decode_graph(
 
     Args:
         shared: as `shared_graph` returns it; left as it is.
-        weights: all products and the embedding; read when the graph is written.
+        weights: products and embedding, those that stay floats left out; read when the graph is written.
         rows: of the model.
 
     Returns:
@@ -108,10 +108,14 @@ def decode_graph(
     """
     graph = shared.clone()
     gather_block_quantized(graph, weights.formats)
-    matmul_nbits(graph, weights.formats)
+    matmul_nbits(graph, weights.formats, orders=weights.orders)
     attach_blocks(graph, weights)
-    linears = count(quantizable(rows), "linear")
-    expected = {"com.microsoft::MatMulNBits": linears, "MatMul": count(rows, "linear") - linears}
+    linears = sum(row.weight in weights.formats for row in quantizable(rows) if row.kind == "linear")
+    expected = {
+        "com.microsoft::MatMulNBits": linears,
+        "MatMul": count(rows, "linear") - linears,
+        "com.microsoft::GatherBlockQuantized": int(EMBEDDING in weights.formats),
+    }
     return graph, check_op_counts(graph, expected_op_counts(rows) | expected)
 
 

@@ -49,6 +49,7 @@ from olmo2_export.architecture import (
 )
 from olmo2_export.dtypes import HALVES
 from olmo2_export.fuse.edit import is_op, name_of
+from olmo2_export.fuse.matmul_nbits import unordered
 from olmo2_export.fuse.merge_projections import JOINT
 from runtimes.errors import PackageError
 from runtimes.manifest import LORA_A, LORA_B
@@ -298,6 +299,7 @@ def _product(value: ir.Value) -> ir.Node | None:
 def _unquantized(value: ir.Value | None, product: ir.Node) -> ir.Value:
     """Return the input of a product before it was quantised."""
     assert value is not None  # a product has two inputs
+    value, _ = unordered(value)
     if is_op(product, "MatMulInteger"):
         return _back(value, "Reshape", "QuantizeLinear")
     node = _back(value, "Cast").producer()

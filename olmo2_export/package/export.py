@@ -21,6 +21,7 @@ from olmo2_export.architecture import operations, tensor_shapes
 from olmo2_export.atomic import replace_folder
 from olmo2_export.config import ModelConfig
 from olmo2_export.graphs.lora_inputs import adapted_linears, lora_tensors
+from olmo2_export.package.imported import check_import
 from olmo2_export.package.plan import check_room
 from olmo2_export.package.texts import write_texts
 from olmo2_export.package.variants import SPOOL, VariantWriter, check_takes_adapters, check_variants
@@ -76,6 +77,7 @@ def export(
     if adapters:
         check_takes_adapters(variants, config)
     linears = adapted_linears(adapters, operations(config))
+    check_import(checkpoint, variants, options)
     with replace_folder(out, force=force) as staging, ThreadPoolExecutor(max_workers=1) as pool:
         check_room(checkpoint, config, out, variants, options)
         check_weights(checkpoint, config)
@@ -96,6 +98,7 @@ def export(
                 checkpoint.revision,
                 sources.result(),
                 adapter_sources(checkpoint),
+                checkpoint.quantized.title if checkpoint.quantized else None,
             ),
             model=config.spec,
             variants=written,

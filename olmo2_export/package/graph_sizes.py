@@ -26,6 +26,7 @@ from olmo2_export.graphs.predicted import GraphBytes, cache_bytes_per_token, pre
 from olmo2_export.graphs.shared import decode_graph, padded_graph, prefill_graph, shared_graph
 from olmo2_export.graphs.static import static_graph
 from olmo2_export.graphs.trace import trace
+from olmo2_export.package.imported import imported_weights, is_imported
 from olmo2_export.package.variants import cache_spec
 from olmo2_export.package.weight_choice import Options, choose_weights, defaults_of
 from olmo2_export.quantize.blocks import QuantizedMatrix
@@ -40,6 +41,9 @@ STATIC_CACHE = 4096
 """tokens: the capacity of an engine's cache where the context is longer; its graph has rotary tables of that length"""
 
 
+_GUESSED = "its codes are taken over: their groups are in the files, and taken to be the variant's own blocks"
+
+
 @dataclass(frozen=True)
 class VariantSizes:
     """What one variant would be."""
@@ -52,7 +56,7 @@ class VariantSizes:
     cache_bytes_per_token: int
     """of one row, over all layers"""
     bits_per_weight: float
-    """over embedding, layers and head, as the decode graph stores them"""
+    """over embedding, layers and head, as the decode graph stores them; of codes taken over, over those"""
     at_most: bool
     """the recipe chooses formats within a budget, which is taken to be spent"""
     notes: tuple[str, ...] = ()
@@ -89,7 +93,12 @@ def variant_sizes(name: str, checkpoint: Checkpoint, config: ModelConfig, option
     if row.defaults is not None:
         choice = choose_weights(row, options, operations(config))
         mixed = choice.recipe in MIXED
-        bits, extra = _bits_per_weight(config, choice.formats(config), choice.size_budget)
+        if is_imported(checkpoint, row, options):
+            small = shortened(config)
+            bits, _ = _bits_per_weight(small, imported_weights(checkpoint, small, row, options, choice).formats, None)
+            notes = () if checkpoint.is_here else (_GUESSED,)
+        else:
+            bits, extra = _bits_per_weight(config, choice.formats(config), choice.size_budget)
     if row.dtype == "float16" and options.fp16_islands:
         notes = ("float32 islands are found by running the model: what they add is not counted",)
     if extra:  # the tensors that the budget pays for have the format of 8 bits
@@ -122,7 +131,10 @@ def _graphs(
     rows, traced = operations(small), trace(small)
     weights: QuantizedWeights | None = None
     if row.defaults is not None:
-        weights = QuantizedWeights(choose_weights(row, options, rows).formats(small), _never, _never_read)
+        choice = choose_weights(row, options, rows)
+        weights = QuantizedWeights(choice.formats(small), _never, _never_read)
+        if is_imported(checkpoint, row, options):
+            weights = imported_weights(checkpoint, small, row, options, choice)
     match row.graph:
         case "portable":
             graph = traced.clone()
@@ -137,7 +149,8 @@ def _graphs(
             graph, _ = decode_graph(shared, weights, rows)
             attach_weights(graph, checkpoint, small)
             yield row.path, predicted_bytes(graph, layers)
-            if row.prefill_graph and options.prefill_graph and not config.labels:
+            imported = is_imported(checkpoint, row, options)
+            if row.prefill_graph and not imported and options.prefill_graph and not config.labels:
                 graph, _ = prefill_graph(shared, weights, rows, defaults_of(row).rounded_blocks)
                 attach_weights(graph, checkpoint, small)
                 yield row.prefill_path, predicted_bytes(graph, layers)

@@ -20,6 +20,7 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.free_memory import available_memory
 from olmo2_export.package.costs import Costs, estimate_costs
 from olmo2_export.package.graph_sizes import VariantSizes, engine_graph_bytes, variant_sizes
+from olmo2_export.package.imported import check_import
 from olmo2_export.package.texts import write_texts
 from olmo2_export.package.variants import check_variants
 from olmo2_export.package.weight_choice import Options, choose_weights
@@ -50,6 +51,8 @@ class ExportPlan:
 
     model: str
     revision: str | None
+    quantized: str | None
+    """the format of a quantised checkpoint, in words"""
     weights: int
     """numbers in the model"""
     source_bytes: int
@@ -113,6 +116,7 @@ def plan_export(
         options.hidden_states, inputs_embeds=options.inputs_embeds
     )
     check_variants(variants, config, options)
+    check_import(checkpoint, variants, options)
     if checkpoint.tensors:
         check_headers(checkpoint, config)
     names = list(dict.fromkeys(variants))
@@ -122,6 +126,7 @@ def plan_export(
     return ExportPlan(
         model=checkpoint.model,
         revision=checkpoint.revision,
+        quantized=checkpoint.quantized.title if checkpoint.quantized else None,
         weights=weights,
         source_bytes=checkpoint.nbytes,
         variants=sizes,

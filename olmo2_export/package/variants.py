@@ -42,8 +42,10 @@ from olmo2_export.graphs.shared import (
 )
 from olmo2_export.graphs.trace import OPSET, expected_op_counts, portable_inputs, portable_outputs, trace
 from olmo2_export.measure.quality import PIECE, broken_limits, gate_of, measure_quality, quality_tokens
+from olmo2_export.package.imported import imported_weights, is_imported
 from olmo2_export.package.weight_choice import Options, choose_weights, defaults_of
 from olmo2_export.quantize.calibration import calibration_tokens
+from olmo2_export.quantize.imported import IMPORTED
 from olmo2_export.quantize.kv_cache import kv_cache_scales
 from olmo2_export.quantize.recipes import CALIBRATED, RECIPES, QuantizedWeights
 from olmo2_export.weights.checkpoint import Checkpoint
@@ -264,7 +266,7 @@ class VariantWriter:
         if self._config.labels:  # there are no logits to judge int8 by
             return variant
         variant, quality = self._judged(variant)
-        if not (row.prefill_graph and options.prefill_graph):
+        if not (row.prefill_graph and options.prefill_graph) or is_imported(self._checkpoint, row, options):
             return variant
         return dataclasses.replace(variant, prefill=self._prefill(shared, weights, row, variant, quality))
 
@@ -312,7 +314,9 @@ class VariantWriter:
         """Measure a variant and return it with what it costs; warn where that misses its gate."""
         quality = self._measure(variant)
         if broken := broken_limits(quality, gate_of(variant, self._config)):
-            logger.warning("%s misses its quality gate: %s; try another recipe", variant.name, "; ".join(broken))
+            known = variant.quantization is not None and variant.quantization.recipe == IMPORTED
+            why = "its weights are the checkpoint's, its kernels round inputs" if known else "try another recipe"
+            logger.warning("%s misses its quality gate: %s; %s", variant.name, "; ".join(broken), why)
         return dataclasses.replace(variant, quality=quality), quality
 
     def _prefill(
@@ -380,6 +384,8 @@ class VariantWriter:
     def _weights(self, row: VariantRow, wide: Float32Islands | None = None) -> QuantizedWeights:
         """Quantise, but for what is to be multiplied in float32: MatMulNBits has no kernel for it on GPUs."""
         choice, options = choose_weights(row, self._options, self._rows, wide), self._options
+        if is_imported(self._checkpoint, row, options):
+            return imported_weights(self._checkpoint, self._config, row, options, choice)
         return choice.quantize(
             self._checkpoint,
             self._config,
@@ -390,6 +396,8 @@ class VariantWriter:
     def _describe(self, row: VariantRow, weights: QuantizedWeights, scale_bytes: int = 4) -> Quantization:
         """Return the manifest's entry of the weights, which have been written and so measured."""
         recipe, calibration = self._options.recipe or defaults_of(row).recipe, self._options.calibration
+        if is_imported(self._checkpoint, row, self._options):
+            recipe = IMPORTED
         shapes = weight_shapes(self._config)
         size = sum(
             form.nbytes(*shapes[tensor]) - (4 - scale_bytes) * shapes[tensor][0] * form.blocks(shapes[tensor][1])

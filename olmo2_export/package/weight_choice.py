@@ -34,6 +34,8 @@ class Options:
     """a name out of `catalog.KV_CACHES`"""
     prefill_graph: bool = True
     """write a prefill graph if it passes its gate"""
+    requantize: bool = False
+    """make weights in blocks of a quantised checkpoint's dequantised weights, instead of taking its codes over"""
     fp16_islands: bool = False
     """keep what overflows float16 in float32, instead of refusing the model"""
     hidden_states: tuple[int, ...] = ()

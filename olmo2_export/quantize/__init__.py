@@ -13,6 +13,7 @@ sensitivity.py       which tensors deserve 8 bits
 kv_cache.py          scales of keys and values, from calibration
 int8.py              int8 weights with a scale per output channel
 spool.py             finished tensors on disk
+imported.py          the integers of a quantised checkpoint, in blocks as they are
 recipes.py           name -> quantised weights of a whole checkpoint
 linear.py            the stored form for TensorRT: int4, int8 and fp8
 static.py            precision -> quantised linears of a TensorRT graph

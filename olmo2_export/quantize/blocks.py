@@ -34,6 +34,8 @@ class QuantizedMatrix:
     """float32 [N, blocks]"""
     zero_points: np.ndarray | None
     """uint8 [N, ceil(blocks * bits / 8)], packed like the codes; None: symmetric"""
+    order: np.ndarray | None = None
+    """int64 [K]: the column of the weight that each stored one is, and the input's; None: they are in order"""
 
     @property
     def nbytes(self) -> int:
@@ -55,7 +57,12 @@ class QuantizedMatrix:
         """Return the weights of some rows, of all by default: float32 [rows, K]."""
         codes, zeros = self.codes(start, stop).float(), self.zeros(start, stop).float()
         weight = (codes - zeros[..., None]) * torch.from_numpy(self.scales[start:stop])[..., None]
-        return weight.flatten(1)[:, : self.columns].contiguous()
+        stored = weight.flatten(1)[:, : self.columns].contiguous()
+        if self.order is None:
+            return stored
+        ordered = torch.empty_like(stored)
+        ordered[:, torch.from_numpy(self.order)] = stored
+        return ordered
 
     def gather_layout(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Return the arrays for GatherBlockQuantized: gather_axis 0, quantize_axis 1, and the same bits and block_size.

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,8 +67,11 @@ class QuantizedWeights:
         formats: Mapping[str, BlockFormat],
         make: Callable[[str, BlockFormat], QuantizedMatrix],
         source: Callable[[str], Tensor],
+        orders: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         self.formats = dict(formats)
+        self.orders = dict(orders or {})
+        """int64 [K]: the order in which a linear wants its input, where that is another; see `QuantizedMatrix`"""
         self.source = source
         """name -> the weight as the checkpoint has it, [N, K]"""
         self._make = make

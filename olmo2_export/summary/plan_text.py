@@ -15,6 +15,8 @@ def plan_lines(plan: ExportPlan) -> Iterator[str]:
     at = f"@{plan.revision[:12]}" if plan.revision else ""
     read = f"{size(plan.source_bytes)} of weights" if plan.source_bytes else "headers not read"
     yield f"{plan.model}{at}: {plan.weights:,} weights, {read}"
+    if plan.quantized is not None:
+        yield f"quantised: {plan.quantized}"
     for variant in plan.variants:
         bits = f"{'at most ' if variant.at_most else ''}{variant.bits_per_weight:.2f} bits per weight"
         yield (

@@ -113,6 +113,7 @@ def _head(summary: PackageSummary) -> RenderableType:
     total = sum(entry.size for entry in summary.files.values())
     rows = [
         ("source", f"{source.model}{revision}{merged} ({source.kind})"),
+        *([("quantised", source.quantized)] if source.quantized else []),
         (
             "model",
             f"{m.model_type}: {m.num_hidden_layers} layers, hidden {m.hidden_size}, {m.num_attention_heads} heads "

@@ -55,6 +55,12 @@ def int8_blocks(block_size: int) -> Rounding:
     return rounding
 
 
+def in_order(rounding: Rounding, order: np.ndarray) -> Rounding:
+    """Return what rounds columns in an order, int64 [K], in which they are cut into blocks."""
+    into, back = torch.from_numpy(order), torch.from_numpy(np.argsort(order))
+    return lambda x: rounding(x[..., into])[..., back]
+
+
 def int8_scaled(scale: float) -> Rounding:
     """Return what rounds to int8 with a fixed scale."""
     return lambda x: (x / scale).round().clamp(-128, 127) * scale
@@ -265,9 +271,11 @@ def open_reference(
     raw = read_json_object(checkpoint.folder / "config.json")
     classes = CLASSES[config.model_type]
     kind = classes.classifier if is_classifier(raw) else classes.causal_lm
+    packed = checkpoint.quantized is not None  # transformers would want the library that made it, and round as it does
     model, info = kind.from_pretrained(  # type: ignore[misc]  # a pair, with loading info
-        checkpoint.folder,
+        None if packed else checkpoint.folder,
         config=config,
+        state_dict={name: checkpoint.tensor(name) for name in checkpoint.tensors} if packed else None,
         dtype=float_dtype(precision).torch,
         use_safetensors=True,
         local_files_only=True,

@@ -40,6 +40,9 @@ def declare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--kv-cache", choices=caches, default=caches[0], help=f"of {cached}; default {caches[0]}")
     verb.add_argument("--no-prefill-graph", action="store_true", help=f"{prefilled}: leave the int8 prefill graph out")
     verb.add_argument(
+        "--requantize", action="store_true", help="of a quantised checkpoint: make q4 or q8 of its dequantised weights"
+    )
+    verb.add_argument(
         "--fp16-islands",
         action="store_true",
         help=f"{halves}: keep what overflows in float32, as the verb fp16 proposes, instead of refusing",
@@ -94,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         block_size=args.block_size,
         kv_cache=args.kv_cache,
         prefill_graph=not args.no_prefill_graph,
+        requantize=args.requantize,
         fp16_islands=args.fp16_islands,
         hidden_states=args.hidden_states,
         inputs_embeds=args.inputs_embeds,
@@ -112,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
     seconds = time.monotonic() - started
     size = sum(entry.size for entry in manifest.files.values())
     at = f"@{manifest.source.revision[:12]}" if manifest.source.revision else ""
+    quantised = f" ({manifest.source.quantized})" if manifest.source.quantized else ""
     for variant in manifest.variants.values():
         counts = ", ".join(f"{n} {op}" for op, n in variant.op_counts.items() if n)
         print(f"{variant.name}: opset {variant.opset}, {counts}")
@@ -120,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
         for island, reason in variant.float32_islands.items():
             print(f"  float32 {island}: {reason}")
     print(
-        f"exported {manifest.source.model}{at} to {args.out}: {megabytes(size)} in {seconds:.1f} s, "
+        f"exported {manifest.source.model}{at}{quantised} to {args.out}: {megabytes(size)} in {seconds:.1f} s, "
         f"peak memory {megabytes(peak_bytes())}"
     )
     return 0

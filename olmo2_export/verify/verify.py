@@ -124,6 +124,9 @@ def _measure(
         found = ", ".join(sorted(unknown))
         raise PackageError(f"{package.folder}: precision {found}; there are gates for {', '.join(GATES)}")
     config = config_of(checkpoint.folder, package.model)
+    if checkpoint.quantized is not None:
+        said = "PyTorch computes with the dequantised weights, in float32 and without the library's own rounding"
+        logger.warning("%s (%s): %s", checkpoint.model, checkpoint.quantized.title, said)
     why = why_by_layer(package, entries.values(), config, low_memory=low_memory)
     if why:
         logger.warning("%s: layers run one at a time: %s", package.folder, why)
@@ -290,6 +293,7 @@ def _write(path: Path, checksum: str, checkpoint: Checkpoint, reports: Sequence[
             "revision": checkpoint.revision,
             "kernel_parity": f"{REFERENCE}, its whole model",
             "quality": f"{REFERENCE}, its layers one at a time",
+            **({"weights": f"dequantised: {found.title}"} if (found := checkpoint.quantized) is not None else {}),
         },
         "variants": kept | {report.variant: report.to_document() for report in reports},
     }

@@ -19,6 +19,7 @@ import torch
 
 from olmo2_export.catalog import BlockFormat
 from olmo2_export.fuse.matmul_integer import multiply_floats
+from olmo2_export.fuse.matmul_nbits import unordered
 from olmo2_export.quantize.blocks import QuantizedMatrix
 from olmo2_export.views.lazy_tensors import LazyTensors
 
@@ -74,7 +75,15 @@ def _stored_matrix(graph: ir.Model, node: ir.Node, packed: str) -> QuantizedMatr
         width = form.blocks(columns) * block * bits // 8
         codes = np.pad(codes, ((0, 0), (0, width - codes.shape[1])))
     rows, blocks = len(codes), form.blocks(columns)
-    return QuantizedMatrix(form, rows, columns, codes.reshape(rows, blocks, -1), scales, zeros)
+    order = None if gather else _order(node)
+    return QuantizedMatrix(form, rows, columns, codes.reshape(rows, blocks, -1), scales, zeros, order)
+
+
+def _order(node: ir.Node) -> np.ndarray | None:
+    """Return the order in which a product in blocks wants the columns of its input; None: as they are."""
+    assert node.inputs[0] is not None  # a product has two inputs
+    _, order = unordered(node.inputs[0])
+    return None if order is None or order.const_value is None else _read(order.const_value).astype(np.int64)
 
 
 def _read(tensor: ir.TensorProtocol) -> np.ndarray:
@@ -85,10 +94,14 @@ def _read(tensor: ir.TensorProtocol) -> np.ndarray:
     return array
 
 
-def block_sizes(graph: ir.Model) -> dict[str, int]:
-    """Return the weights per scale of each linear in blocks, by the checkpoint's names, without reading weights."""
+def block_inputs(graph: ir.Model) -> dict[str, tuple[int, np.ndarray | None]]:
+    """Return how the input of each linear in blocks is cut, by the checkpoint's names, without reading weights.
+
+    Returns:
+        Columns of a block, and the order in which they are taken, int64 [K]; None: as they are.
+    """
     return {
-        str(node.inputs[1].name).removesuffix(".packed"): node.attributes["block_size"].as_int()
+        str(node.inputs[1].name).removesuffix(".packed"): (node.attributes["block_size"].as_int(), _order(node))
         for node in graph.graph
         if node.op_type == "MatMulNBits" and node.inputs[1] is not None
     }

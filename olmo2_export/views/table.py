@@ -46,7 +46,7 @@ from olmo2_export.model.rotary import TABLES
 from olmo2_export.quantize.blocks import QuantizedMatrix
 from olmo2_export.quantize.linear import QuantizedLinear
 from olmo2_export.stored_graph import load_graph
-from olmo2_export.truth.reference import SCALED, Rounding, int8_blocks
+from olmo2_export.truth.reference import SCALED, Rounding, in_order, int8_blocks
 from olmo2_export.truth.torch_layers import Weights
 from olmo2_export.views import shared_forms, static_forms
 from olmo2_export.views.first_call import at_first_call
@@ -345,7 +345,9 @@ def _static_views(graph: _Graph) -> list[View]:
 
 
 def _quantised_views(graph: _Graph, package: Package, checkpoint: Checkpoint, config: ModelConfig) -> list[View]:
-    rounding = {name: int8_blocks(size) for name, size in shared_forms.block_sizes(graph.model).items()}
+    inputs = shared_forms.block_inputs(graph.model)
+    rounding = {name: int8_blocks(size) for name, (size, _) in inputs.items()}
+    rounding |= {n: in_order(rounding[n], order) for n, (_, order) in inputs.items() if order is not None}
     views = [_exact(graph, shared_forms.exact_form(graph.model)), _kernels(graph, "kernels", rounding)]
     if graph.variant.prefill is None:
         return views

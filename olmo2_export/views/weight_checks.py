@@ -11,6 +11,7 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.measure.parity import Check
 from olmo2_export.quantize.blocks import QuantizedMatrix
 from olmo2_export.quantize.encode import cut
+from olmo2_export.quantize.imported import IMPORTED
 from olmo2_export.quantize.linear import QuantizedLinear
 from olmo2_export.stored_graph import load_graph
 from olmo2_export.views.shared_forms import stored_int8, stored_matrices
@@ -48,6 +49,15 @@ def check_matrices(matrices: Mapping[str, QuantizedMatrix], checkpoint: Checkpoi
                 )
                 break
     return Check("weights", f"{len(matrices)} tensors, scales within {worst:.1%} of the best", tuple(failures[:5]))
+
+
+def check_imported(matrices: Mapping[str, QuantizedMatrix], checkpoint: Checkpoint) -> Check:
+    """Compare weights that were taken over with the checkpoint's dequantised ones: equal in every number."""
+    assert checkpoint.quantized is not None  # the caller has seen to it
+    names = [name for name in matrices if name in checkpoint.quantized.linears]
+    different = [name for name in names if not torch.equal(matrices[name].dequantize(), checkpoint.tensor(name))]
+    failures = (f"not what the checkpoint's codes say: {first_names(different)}",) if different else ()
+    return Check("imported weights", f"{len(names)} tensors, {len(different)} differ from the checkpoint's", failures)
 
 
 def check_int8(weights: Mapping[str, torch.Tensor], checkpoint: Checkpoint, config: ModelConfig) -> Check:
@@ -148,7 +158,10 @@ def weight_checks(package: Package, entry: Variant, checkpoint: Checkpoint, conf
         return [rounded, check_linears(stored_linears(graph, config), checkpoint, config), scales]
     if entry.quantization is None:
         return []
-    checks = [check_matrices(stored_matrices(graph), checkpoint, config)]
+    matrices = stored_matrices(graph)
+    checks = [check_matrices(matrices, checkpoint, config)]
+    if entry.quantization.recipe == IMPORTED and checkpoint.quantized is not None:
+        checks.append(check_imported(matrices, checkpoint))
     if entry.prefill is not None:
         int8 = stored_int8(load_graph(package.folder / entry.prefill.graph))
         checks.append(check_int8(int8, checkpoint, config))

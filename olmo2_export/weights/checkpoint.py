@@ -15,9 +15,11 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -26,6 +28,8 @@ from olmo2_export.dtypes import STORED, stored_dtype
 from olmo2_export.weights import stored_tensors
 from olmo2_export.weights.hub import locate, read_index, remote_headers
 from olmo2_export.weights.other_formats import INDEX, SINGLE, folder_place, is_whole, refuse_other_formats
+from olmo2_export.weights.quantized.codes import Codes
+from olmo2_export.weights.quantized.recognise import Quantized, find_quantized
 from olmo2_export.weights.stored_tensors import TensorInfo
 from runtimes.errors import CheckpointError, CheckpointNotFoundError, UsageError, broken_link, first_names
 from runtimes.manifest import SourceKind
@@ -65,15 +69,22 @@ class Checkpoint:
     files: tuple[str, ...]
     """the safetensors files"""
     tensors: Mapping[str, TensorInfo] = field(hash=False)
-    """by the model's names"""
+    """by the model's names; of a quantised linear its weight, as float32"""
     _stamps: Mapping[str, tuple[int, int]] = field(hash=False, repr=False)
+    quantized: Quantized | None = None
+    """the linears that are stored in few bits; None: all are plain numbers"""
+    _packed: Mapping[str, TensorInfo] = field(default_factory=dict, hash=False, repr=False)
+    """the tensors of these"""
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor, in its stored dtype and shape, into memory that the caller owns.
+        """Read one tensor, in its stored dtype and shape, into memory that the caller owns; float32 where quantised.
 
         Raises:
-            CheckpointError: the file changed since its header was read.
+            CheckpointError: the file changed since its header was read, or holds what its format cannot mean.
         """
+        if self._is_quantized(name):
+            found = self._decoded(name)
+            return torch.from_numpy(found.dequantize() if isinstance(found, Codes) else found)
         return stored_tensors.read_tensor(*self.place(name))
 
     def rows(self, name: str) -> Iterator[torch.Tensor]:
@@ -82,6 +93,8 @@ class Checkpoint:
         Raises:
             CheckpointError: the file changed since its header was read.
         """
+        if self._is_quantized(name):
+            return iter([self.tensor(name)])
         return stored_tensors.read_rows(*self.place(name))
 
     def picked(self, name: str, rows: torch.Tensor) -> torch.Tensor:
@@ -90,16 +103,44 @@ class Checkpoint:
         Raises:
             CheckpointError: the file changed since its header was read.
         """
+        if self._is_quantized(name):
+            return self.tensor(name)[rows]
         wanted, places = torch.unique(rows, return_inverse=True)
         return stored_tensors.read_picked(*self.place(name), wanted.tolist())[places]
 
+    def codes(self, name: str) -> Codes | None:
+        """Read the integers of a quantised linear; None: it has none.
+
+        Raises:
+            CheckpointError: as `tensor`.
+        """
+        found = self._decoded(name) if self._is_quantized(name) else None
+        return found if isinstance(found, Codes) else None
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its tensors can be read, not their headers alone."""
+        return bool(self._stamps)
+
+    def _is_quantized(self, name: str) -> bool:
+        return self.quantized is not None and name in self.quantized.linears
+
+    def _decoded(self, name: str) -> Codes | np.ndarray:
+        assert self.quantized is not None  # the caller has asked
+        linear = self.quantized.linears[name]
+        try:
+            parts = {part: stored_tensors.read_array(*self.place(stored)) for part, stored in linear.tensors.items()}
+            return linear.decode(parts)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.folder}: {name}: {error}") from error
+
     def place(self, name: str) -> tuple[Path, TensorInfo]:
-        """Return the file that a tensor is in, and where in it.
+        """Return the file that a stored tensor is in, and where in it.
 
         Raises:
             CheckpointError: the file changed since its header was read.
         """
-        info = self.tensors[name]
+        info = self._packed[name] if name in self._packed else self.tensors[name]
         path = self.folder / info.file
         if file_stamp(path) != self._stamps[info.file]:
             raise CheckpointError(f"{path}: changed since its header was read; start again")
@@ -153,7 +194,7 @@ class Checkpoint:
         aliases = aliases or {}
         problems, readable = self._header_problems(expected, aliases)
         with ThreadPoolExecutor(max_workers=default_threads()) as pool:
-            counts = pool.map(lambda name: stored_tensors.count_non_finite(*self.place(name)), readable)
+            counts = pool.map(self._non_finite, readable)
             bar = tqdm(counts, total=len(readable), desc="checking weights", unit="tensor", leave=False)
             for name, count in zip(readable, bar, strict=True):
                 if count:
@@ -212,7 +253,15 @@ class Checkpoint:
             )
         return problems, readable
 
+    def _non_finite(self, name: str) -> int:
+        """Count NaN and Inf of a tensor, or of the floats that a quantised one is made of."""
+        linear = self.quantized.linears.get(name) if self.quantized is not None else None
+        places = map(self.place, [name] if linear is None else linear.tensors.values())
+        return sum(stored_tensors.count_non_finite(*place) for place in places if place[1].dtype in STORED)
+
     def _equal(self, name: str, other: str) -> bool:
+        if self._is_quantized(name) or self._is_quantized(other):
+            return torch.equal(self.tensor(name).float(), self.tensor(other).float())
         if stored_tensors.same_bytes(*self.place(name), *self.place(other)):
             return True
         return self.tensors[name].dtype in STORED and torch.equal(self.tensor(name).float(), self.tensor(other).float())
@@ -277,8 +326,10 @@ def open_headers(model: str, revision: str | None = None) -> Checkpoint:
         for tensor, (dtype, shape) in header.items():
             if index.get(tensor, file) == file:
                 row = stored_dtype(dtype)
-                tensors[tensor] = TensorInfo(file, dtype, tuple(shape), 0, math.prod(shape) * (row.size if row else 0))
-    return Checkpoint(folder, name, kind, commit, files, _model_names(folder, tensors), {})
+                size = row.size if row else stored_tensors.integer_size(dtype)
+                tensors[tensor] = TensorInfo(file, dtype, tuple(shape), 0, math.prod(shape) * size)
+    found = Checkpoint(folder, name, kind, commit, files, _model_names(folder, tensors), {})
+    return _with_linears(found, folder_place(folder).config)
 
 
 def _opened(folder: Path, name: str, kind: SourceKind) -> Checkpoint:
@@ -298,7 +349,7 @@ def _opened(folder: Path, name: str, kind: SourceKind) -> Checkpoint:
     for file in files:
         for tensor, info in stored_tensors.read_header(folder / file, file).items():
             holders.setdefault(tensor, []).append(info)
-    return Checkpoint(
+    found = Checkpoint(
         folder=folder,
         model=name,
         kind=kind,
@@ -309,6 +360,33 @@ def _opened(folder: Path, name: str, kind: SourceKind) -> Checkpoint:
         ),
         _stamps=stamps,
     )
+    return _with_linears(found, place.config)
+
+
+def _with_linears(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
+    """Return a checkpoint whose quantised linears are tensors of it, in the place of what they are stored as."""
+    folder, here = checkpoint.folder, checkpoint.is_here
+
+    def read(name: str) -> np.ndarray:
+        return stored_tensors.read_array(*checkpoint.place(name))
+
+    def metadata() -> dict[str, str]:
+        files = checkpoint.files if here else ()
+        return {name: text for file in files for name, text in stored_tensors.read_metadata(folder / file).items()}
+
+    found = find_quantized(folder, config, checkpoint.tensors, read if here else None, metadata)
+    if found is None:
+        return checkpoint
+    logger.info("%s: %s", folder, found.title)
+    if found.said:
+        logger.warning("%s: %s: %s", folder, found.title, found.said)
+    stored = {name for linear in found.linears.values() for name in (*linear.tensors.values(), *linear.unread)}
+    packed = {name: info for name, info in checkpoint.tensors.items() if name in stored}
+    tensors = {name: info for name, info in checkpoint.tensors.items() if name not in stored}
+    for name, linear in found.linears.items():
+        parts = [packed[part] for part in linear.tensors.values()]
+        tensors[name] = TensorInfo(parts[0].file, "F32", linear.shape, 0, sum(part.size for part in parts))
+    return replace(checkpoint, tensors=tensors, quantized=found, _packed=packed)
 
 
 def _check_is_file(path: Path) -> None:

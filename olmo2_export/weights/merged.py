@@ -107,6 +107,11 @@ def open_merged(
     checkpoint = open_headers(model, revision) if headers else open_checkpoint(model, revision)
     if not lora and not switchable:
         return checkpoint
+    if lora and checkpoint.quantized is not None:
+        raise UsageError(
+            f"--lora: the weights of {model} are {checkpoint.quantized.title}, which take over none; keep it apart "
+            "with --lora-inputs, or merge it into the model as it was before"
+        )
     config = ModelConfig.from_json(checkpoint.folder / "config.json")
     rows = operations(config)
     tied = config.tie_word_embeddings

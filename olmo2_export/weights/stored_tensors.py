@@ -28,6 +28,9 @@ _MAX_TENSORS = 100_000
 _PIECE = 1 << 18  # bytes looked at at a time: they stay in the processor's cache
 _ROWS = 16 << 20  # bytes of whole rows that are read at a time
 _TILE = 64  # rows: a product with a part has the bits of one with all if it begins at a multiple of this
+_CODES = (("U8", "u1"), ("I8", "i1"), ("I32", "<i4"), ("I64", "<i8"))
+_INTEGERS: dict[str, np.dtype[Any]] = {name: np.dtype(code) for name, code in _CODES}
+"""of quantised weights: safetensors' name -> numpy's"""
 _FOREIGN = {
     b"version ": "a Git LFS pointer: run 'git lfs pull', or download the file itself",
     b"<!DOCTYP": "a web page: download the file itself",
@@ -108,6 +111,14 @@ def read_header(path: Path, name: str) -> dict[str, TensorInfo]:
     return tensors
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return what a header says beside its tensors, of a file that `read_header` has accepted."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        found = json.loads(file.read(length)).get("__metadata__")
+    return {str(name): str(text) for name, text in found.items()} if isinstance(found, dict) else {}
+
+
 def _tensor_info(entry: Any, file: str, data: int) -> TensorInfo:
     shape, (begin, end), dtype = tuple(entry["shape"]), entry["data_offsets"], str(entry["dtype"])
     if any(type(number) is not int or number < 0 for number in (*shape, begin, end)) or end < begin:
@@ -143,6 +154,30 @@ def read_tensor(path: Path, info: TensorInfo) -> torch.Tensor:
     with _opened(path) as file:
         _read_range(file, info.start, tensor.view(-1).view(torch.uint8).numpy() if info.size else np.empty(0, np.uint8))
     return tensor
+
+
+def read_array(path: Path, info: TensorInfo) -> np.ndarray:
+    """Read one tensor of integers, or of floats: those as they are, these in float32.
+
+    Raises:
+        CheckpointError: another dtype, or the file is shorter than its header said.
+    """
+    if stored_dtype(info.dtype) is not None:
+        floats: np.ndarray = read_tensor(path, info).float().numpy()
+        return floats
+    dtype = _INTEGERS.get(info.dtype)
+    if dtype is None or math.prod(info.shape) * dtype.itemsize != info.size:
+        raise CheckpointError(f"{info.file}: a tensor of {info.size} bytes as {info.dtype} {list(info.shape)}")
+    array = np.empty(info.size, np.uint8)
+    with _opened(path) as file:
+        _read_range(file, info.start, array)
+    integers: np.ndarray = array.view(dtype).reshape(info.shape)
+    return integers
+
+
+def integer_size(dtype: str) -> int:
+    """Return the bytes of an integer by safetensors' name of its dtype; 0: quantised weights have none of it."""
+    return _INTEGERS[dtype].itemsize if dtype in _INTEGERS else 0
 
 
 def read_rows(path: Path, info: TensorInfo) -> Iterator[torch.Tensor]:

@@ -1,0 +1,61 @@
+"""The integers of a quantised checkpoint in blocks, as the kernels want them, with nothing rounded.
+
+Columns of one group must be neighbours: where the checkpoint has them in another order (act-order), the matrix has
+`order`, and its input is gathered in that order. A group that is no block of the kernels is several of them with one
+scale. Codes of fewer bits than asked for are moved to the middle of the wider range, and stay the same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from olmo2_export.catalog import HELD_BLOCKS, BlockFormat
+from olmo2_export.quantize.blocks import QuantizedMatrix, pack
+from olmo2_export.weights.quantized.codes import Codes
+from runtimes.errors import UsageError
+
+IMPORTED = "imported"
+"""what the manifest says in the place of a recipe"""
+
+
+def held_form(codes: Codes, default: BlockFormat) -> BlockFormat:
+    """Return the format that holds a linear's codes exactly.
+
+    Args:
+        codes: of the linear.
+        default: its bits, and its block size where a scale is a whole row's.
+
+    Raises:
+        UsageError: codes of more bits, or groups that blocks do not divide.
+    """
+    if codes.bits > default.bits:
+        raise UsageError(f"codes of {codes.bits} bits, {default.bits} hold {default.bits}")
+    size = default.block_size
+    if codes.scales.shape[1] > 1:
+        columns = int((codes.groups == 0).sum())
+        size = next((block for block in reversed(HELD_BLOCKS) if columns % block == 0), 0)
+        if not size:
+            sizes = ", ".join(map(str, HELD_BLOCKS))
+            raise UsageError(f"groups of {columns} columns: blocks of {sizes} do not divide them; use --variant fp32")
+    return replace(default, block_size=size, symmetric=codes.symmetric, positive=False)
+
+
+def in_blocks(codes: Codes, form: BlockFormat) -> QuantizedMatrix:
+    """Lay codes out in blocks; `form` is what `held_form` gave."""
+    order = codes.order
+    integers, groups = codes.codes, codes.groups
+    if order is not None:
+        integers, groups = integers[:, order], groups[order]
+    of_block = groups[:: form.block_size]
+    moved = form.middle - (1 << (codes.bits - 1))
+    zeros = np.ascontiguousarray(codes.zero_points[:, of_block]) + np.uint8(moved)
+    matrix = pack(
+        torch.from_numpy(integers + np.uint8(moved)),
+        torch.from_numpy(np.ascontiguousarray(codes.scales[:, of_block])),
+        None if form.symmetric else torch.from_numpy(zeros),
+        form,
+    )
+    return replace(matrix, order=order)
