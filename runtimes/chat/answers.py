@@ -78,8 +78,12 @@ class AnswerParser:
         self._tools = tools
         self._held = ""  # undecided
         self._line = _CallLine()
-        self.calls_text = ""
-        """what stood between the markers of calls, as the model wrote it"""
+        self._called: list[str] = []
+
+    @property
+    def calls_text(self) -> str:
+        """What stood between the markers of calls, as the model wrote it."""
+        return "".join(self._called)
 
     def push(self, piece: str) -> list[Event]:
         """Take the next piece; return the events that are certain now.
@@ -140,17 +144,19 @@ class AnswerParser:
 
     def _calls(self, final: bool) -> list[Event]:
         events: list[Event] = []
-        while self._held:
-            if self._held[0] == "<" and not self._line.in_string:
-                if self._held.startswith(CALLED):
-                    self._held = self._held.removeprefix(CALLED)
+        for at, char in enumerate(self._held):
+            if char == "<" and not self._line.in_string:
+                found = self._held[at : at + len(CALLED)]
+                if found == CALLED:
+                    self._held = self._held[at + len(CALLED) :]
                     self._state = "text"
                     return events + self._line.finish(cut_off=False)
-                if CALLED.startswith(self._held) and not final:
-                    break
-            self.calls_text += self._held[0]
-            events += self._line.push(self._held[0])
-            self._held = self._held[1:]
+                if CALLED.startswith(found) and not final:  # the rest of it may come
+                    self._held = self._held[at:]
+                    return events
+            self._called.append(char)
+            events += self._line.push(char)
+        self._held = ""
         return events
 
     def _until(self, marker: str, final: bool) -> tuple[str, bool]:
