@@ -105,14 +105,15 @@ class _Values:
 
     def _make_bias(self, window: int, suffix: str) -> ir.Value:
         rows, slots = self._all
-        whole, of_slots = [rows, 1, "sequence_length", slots], [rows, 1, 1, slots]
+        whole: list[int | str] = [rows, 1, "sequence_length", slots]
+        of_slots: list[int | str] = [rows, 1, 1, slots]
         axes = self._constant("axes_1_2", [1, 2])
         seen = self._add("Unsqueeze", [self._seen, axes], f"seen{suffix}", BOOL, of_slots)
         if window:
             own = self._of_new_tokens(self._counts, f"own_counts{suffix}")
             size = self._constant(f"window{suffix}", window)
             left = self._add("Sub", [own, size], f"counts_left{suffix}", INT64, [rows, "sequence_length"])
-            of_tokens = [rows, 1, "sequence_length", 1]
+            of_tokens: list[int | str] = [rows, 1, "sequence_length", 1]
             left = self._add("Unsqueeze", [left, self._constant("axes_1_3", [1, 3])], f"left{suffix}", INT64, of_tokens)
             counts = self._add("Unsqueeze", [self._counts, axes], f"counts{suffix}", INT64, of_slots)
             recent = self._add("Greater", [counts, left], f"recent{suffix}", BOOL, whole)
