@@ -97,8 +97,10 @@ def check(found: dict[str, Any], asked: Job, checkpoint: Path) -> None:
 def greedy_of_pytorch(checkpoint: Path, prompt: list[int]) -> np.ndarray:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     ids = torch.tensor([prompt])
+    seen = torch.ones_like(ids)  # else tokens of the padding's id are taken for padding
+    options = {"max_new_tokens": COUNT, "min_new_tokens": COUNT, "do_sample": False, "pad_token_id": PAD}
     with torch.no_grad():
-        found = model.generate(ids, max_new_tokens=COUNT, min_new_tokens=COUNT, do_sample=False, pad_token_id=PAD)
+        found = model.generate(ids, attention_mask=seen, **options)
     return np.asarray(found[0, len(prompt) :])
 
 
