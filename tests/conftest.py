@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from support.workers import Shared, shared_by, take_one_cpu
+from support.workers import Shared, long_first, shared_by, take_one_cpu
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +31,17 @@ def pytest_configure(config: pytest.Config) -> None:
         from support.matrix import Matrix
 
         config.pluginmanager.register(Matrix(mode, config.rootpath))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Where the tests marked alone are asked for, import no file that has none."""
+    if config.option.markexpr != "alone" or collection_path.suffix != ".py":
+        return None
+    return None if "pytest.mark.alone" in collection_path.read_text(encoding="utf-8") else True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    long_first(items)
 
 
 def pytest_collection_finish() -> None:
@@ -142,6 +153,15 @@ def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
     from olmo2_export.verify import checks
 
     monkeypatch.setattr(checks, "quality_tokens", partial(checks.quality_tokens, most=1))
+
+
+@pytest.fixture
+def hardly_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """export measures quality on 64 tokens instead of 4096: for tests that look at something else."""
+    from olmo2_export.measure import quality
+
+    monkeypatch.setattr(quality, "_MOST_TOKENS", 64)
+    monkeypatch.setattr(quality, "_LENGTH", 64)
 
 
 @pytest.fixture

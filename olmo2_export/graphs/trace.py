@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -101,6 +101,7 @@ def trace(config: ModelConfig) -> ir.Model:
         FusionError: the exporter did not emit the expected operators, inputs or outputs.
     """
     model, rows = _traced(_as_traced(config)).clone(), operations(config)
+    _resize(model.graph, {_VOCABULARY: config.vocab_size, _POSITIONS: config.max_position_embeddings})
     pad = NO_PADDING if config.pad_token_id is None else config.pad_token_id
     if config.labels and not pooled_row(model, pad):
         raise FusionError(f"graph {config.model_type}: pooled_row: expected 1, applied 0 times")
@@ -112,14 +113,25 @@ def trace(config: ModelConfig) -> ir.Model:
 
 
 def _as_traced(config: ModelConfig) -> ModelConfig:
-    """Return the config without what tracing does not see: numbers of RoPEs, names, and what is added to the graph."""
+    """Return the config without what tracing does not see: numbers of RoPEs, names, and what is added to the graph.
+
+    Vocabulary and positions are only dimensions of tables, and of logits; their sizes are set afterwards.
+    """
     sliding = _PLAIN if len(config.ropes) == 1 else _OTHER
     labels = tuple(map(str, range(len(config.labels))))
     plain = replace(config.giving(()), full_rope=_PLAIN, sliding_rope=sliding, labels=labels)
+    plain = replace(plain, vocab_size=_VOCABULARY, max_position_embeddings=_POSITIONS)
     return replace(plain, pad_token_id=None, tie_word_embeddings=False)
 
 
+def _resize(graph: ir.Graph, sizes: Mapping[int, int]) -> None:
+    for value in [*_all_values(graph), *graph.initializers.values()]:
+        if value.shape is not None:
+            value.shape = ir.Shape([sizes.get(d, d) if isinstance(d, int) else d for d in value.shape])
+
+
 _PLAIN, _OTHER = Rope(), Rope("linear")
+_VOCABULARY, _POSITIONS = (1 << 24) - 3, (1 << 22) - 3  # wider than any layer; nothing of this size is made
 
 
 # Many revisions of a model have one graph, and some sizes are exported in turns; without weights a layer is 0.1 MB.

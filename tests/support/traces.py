@@ -13,6 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 from support.workers import Shared
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from olmo2_export.config import ModelConfig
 from olmo2_export.graphs import trace
@@ -32,6 +33,9 @@ def share(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
         return model
 
     monkeypatch.setattr(trace, "_traced", lru_cache(maxsize=8)(traced))
+    # PyTorch reads the sources of 497 translations anew for each trace, a second in ten.
+    read_once = staticmethod(lru_cache(ONNXRegistry.from_torchlib))
+    monkeypatch.setattr(ONNXRegistry, "from_torchlib", read_once)
 
 
 @contextmanager

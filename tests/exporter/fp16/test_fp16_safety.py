@@ -292,7 +292,7 @@ def test_apply_writes_a_package_that_verifies(
     assert [*open_package(out).manifest.variants] == ["fp16"]
 
 
-@pytest.mark.usefixtures("little_text")
+@pytest.mark.usefixtures("little_text", "short_rows")
 def test_verify_sees_an_island_that_is_missing(folders: Folders, tmp_path: Path) -> None:
     """The CPU's kernels round to float16 between operators, so that an unprotected residual stream shows even there."""
     folder, out = folders("residual"), tmp_path / "out"

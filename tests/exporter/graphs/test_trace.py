@@ -83,6 +83,7 @@ def test_the_traced_program_is_not_kept_in_memory(graph: ir.Model) -> None:
 
 
 def test_what_the_tests_share_is_what_is_traced(graph: ir.Model) -> None:
+    """Traced in other sizes of vocabulary and context, too."""
     assert trace_module._traced is not TRACED
     fresh = TRACED(CONFIG)
     assert ir.to_proto(graph) == ir.to_proto(fresh)
@@ -93,6 +94,8 @@ def test_what_the_tests_share_is_what_is_traced(graph: ir.Model) -> None:
 SAME = {
     "rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     "tied": {"tie_word_embeddings": True},
+    "context": {"max_position_embeddings": 64},
+    "vocabulary": {"vocab_size": 257},
     "hidden states": {},
 }
 OTHER = {
@@ -104,16 +107,23 @@ OTHER = {
 
 @pytest.mark.parametrize(("fields", "same"), [(f, f in SAME.values()) for f in (*SAME.values(), *OTHER.values())])
 def test_what_a_trace_does_not_see_is_traced_once(
-    fields: dict[str, object], same: bool, graph: ir.Model, monkeypatch: pytest.MonkeyPatch
+    fields: dict[str, object], same: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[ModelConfig] = []
-    monkeypatch.setattr(trace_module, "_traced", lambda config: asked.append(config) or graph)
+    traced = trace_module._traced(trace_module._as_traced(CONFIG))
+    monkeypatch.setattr(trace_module, "_traced", lambda config: asked.append(config) or traced)
     monkeypatch.setattr(trace_module, "check_op_counts", lambda *_: {})
     other = ModelConfig.from_dict(SHAPE | {"model_type": "olmo2"} | fields)
     found = [trace(CONFIG), trace(other if fields else other.giving((1,)))]
     assert (asked[0] == asked[1]) == same
-    assert graph.graph.outputs[1].name == "present.0.key"  # what is added, is to a copy
+    assert traced.graph.outputs[1].name == "present.0.key"  # what is added, is to a copy
     assert (found[1].graph.outputs[1].name == "hidden_states.1") == (not fields)
+    if same:
+        context, vocabulary = other.max_position_embeddings, other.vocab_size
+        sizes = {"rotary_sin": [context, 8], "model.embed_tokens.weight": [vocabulary, 96]}
+        assert {name: found[1].graph.initializers[name].shape for name in sizes} == sizes
+        assert found[1].graph.initializers["lm_head.weight"].shape == [96, vocabulary]
+        assert found[1].graph.outputs[0].shape == ["batch_size", "num_logits", vocabulary]
 
 
 def test_classifiers_of_as_many_labels_are_traced_once() -> None:

@@ -49,7 +49,7 @@ FP16_RATIO = 1.0
 SHAPES: dict[str, dict[str, Any]] = {
     "gqa": {},
     "mha": {"num_key_value_heads": 6},
-    "mqa": {"num_key_value_heads": 1},
+    "mqa": {"num_key_value_heads": 1, "num_hidden_layers": 1},
     "bias": {"attention_bias": True},
     "odd": {"hidden_size": 70, "num_attention_heads": 5, "num_key_value_heads": 5, "intermediate_size": 33,
             "vocab_size": 37, "num_hidden_layers": 2, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0},

@@ -150,7 +150,7 @@ def shift_the_lengths(model: ir.Model) -> None:
     cast.replace_input_with(0, node.inputs[0])
 
 
-@pytest.mark.usefixtures("little_text")
+@pytest.mark.usefixtures("little_text", "short_rows")
 @pytest.mark.parametrize(
     ("name", "bug"),
     [("bf16", ignore_a_q_norm), ("bf16", swap_gate_and_up), ("bf16", shift_the_lengths), ("fp16", ignore_a_q_norm)],

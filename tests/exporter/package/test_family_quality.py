@@ -48,6 +48,7 @@ def trained(request: pytest.FixtureRequest) -> Path:
     return OLMO1 if request.param == "olmo" else request.getfixturevalue("olmo3")
 
 
+@pytest.mark.usefixtures("remembered", "short_rows")
 def test_quantised_it_holds_the_gates_of_quality(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

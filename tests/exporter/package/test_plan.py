@@ -18,7 +18,6 @@ from olmo2_export.catalog import exported
 from olmo2_export.engine.options import MAX_CACHE_LENGTH
 from olmo2_export.free_memory import available_memory
 from olmo2_export.graphs.predicted import cache_bytes_per_token
-from olmo2_export.measure import quality
 from olmo2_export.package import graph_sizes, plan
 from olmo2_export.package.export import export
 from olmo2_export.package.plan import plan_export
@@ -32,9 +31,9 @@ GRAPH, TEXTS = 0.04, 0.06
 """how far a predicted ONNX file, and texts with a manifest, may be from the real ones, relative"""
 
 SHAPES = {
-    "padded": {"num_hidden_layers": 5, "hidden_size": 272, "intermediate_size": 1060, "vocab_size": 1031},
+    "padded": {"num_hidden_layers": 4, "hidden_size": 272, "intermediate_size": 1060, "vocab_size": 1031},
     "tied": {"num_hidden_layers": 1, "tie_word_embeddings": True},
-    "biased": {"num_hidden_layers": 4, "attention_bias": True, "vocab_size": 997},
+    "biased": {"num_hidden_layers": 3, "attention_bias": True, "vocab_size": 997},
 }
 """tensors beyond a page, whose padding depends on the order; one layer; more tensors in a layer"""
 
@@ -47,11 +46,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return make_checkpoint(folder, **{**fields, **sizes})
 
 
-@pytest.fixture(autouse=True)
-def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Quality is not what is asked here."""
-    monkeypatch.setattr(quality, "_MOST_TOKENS", 64)
-    monkeypatch.setattr(quality, "_LENGTH", 64)
+pytestmark = pytest.mark.usefixtures("hardly_judged")
 
 
 def close(predicted: int, real: int, within: float) -> bool:
@@ -112,7 +107,7 @@ def test_a_budget_is_an_upper_bound(tiny_checkpoint: Path, tmp_path: Path) -> No
 def test_graphs_for_engines_are_predicted_to_the_byte(tmp_path: Path) -> None:
     assert graph_sizes.STATIC_CACHE == MAX_CACHE_LENGTH
     sizes = {"hidden_size": 96, "intermediate_size": 160, "vocab_size": 512}
-    opened = open_checkpoint(str(make_checkpoint(tmp_path / "model", num_hidden_layers=4, **sizes)))
+    opened = open_checkpoint(str(make_checkpoint(tmp_path / "model", num_hidden_layers=3, **sizes)))
     engines = {engine.precision: engine for engine in plan_export(opened).engines}
     assert engines.keys() == {"bf16", "fp16", "fp32", "int4", "int8", "fp8"}
     manifest = export(opened, tmp_path / "out")

@@ -64,6 +64,7 @@ def test_one_command_makes_both_variants_of_the_demo(tmp_path: Path, capsys: pyt
         assert runner.variant.name == "q4"  # the first by name
 
 
+@pytest.mark.usefixtures("hardly_judged")
 @pytest.mark.parametrize(
     ("flags", "bits", "dtype", "last_axis"),
     [(["--kv-cache", "int8"], 8, "int8", HEAD_DIM), (["--kv-cache", "int4"], 4, "uint8", HEAD_DIM // 2)],
@@ -92,6 +93,7 @@ def test_a_quantised_cache_has_its_scales_in_the_manifest(
         assert array == last_axis
 
 
+@pytest.mark.usefixtures("hardly_judged")
 def test_a_quantised_cache_costs_little(tiny_checkpoint: Path, tmp_path: Path) -> None:
     ids = np.random.default_rng(3).integers(0, 131, 200)
     logits = {}
@@ -105,6 +107,7 @@ def test_a_quantised_cache_costs_little(tiny_checkpoint: Path, tmp_path: Path) -
     assert errors["int8"] < errors["int4"] < 0.3
 
 
+@pytest.mark.usefixtures("hardly_judged")
 @pytest.mark.parametrize("recipe", ["rtn", "gptq", "mixed", "gptq-mixed"])
 def test_every_recipe_by_its_flag(
     tiny_checkpoint: Path, tmp_path: Path, recipe: str, capsys: pytest.CaptureFixture[str]
@@ -139,6 +142,7 @@ def test_gptq_takes_a_text(tmp_path: Path) -> None:
     assert variant.quality.kl_mean < 0.006  # search alone: 0.0085
 
 
+@pytest.mark.usefixtures("hardly_judged")
 def test_the_block_size_by_its_flag(tiny_checkpoint: Path, tmp_path: Path) -> None:
     flags = ["--variant", "q4", "--block-size", "64", "--no-prefill-graph"]
     assert run(tiny_checkpoint, "--out", tmp_path / "p", *flags) == 0
@@ -191,13 +195,14 @@ ODD: dict[str, dict[str, Any]] = {
         "num_attention_heads": 5,
         "num_key_value_heads": 5,
         "intermediate_size": 112,
+        "num_hidden_layers": 1,
     },
     "tied and biased": {"tie_word_embeddings": True, "attention_bias": True},
-    "short context": {"max_position_embeddings": 16},
+    "short context": {"max_position_embeddings": 16, "num_hidden_layers": 1},
 }
 
 
-@pytest.mark.usefixtures("little_text")
+@pytest.mark.usefixtures("little_text", "hardly_judged")
 @pytest.mark.parametrize("fields", ODD.values(), ids=ODD.keys())
 def test_odd_shapes_export_and_verify_exactly(tmp_path: Path, fields: dict[str, Any]) -> None:
     from olmo2_export.verify.variant import measure_variant

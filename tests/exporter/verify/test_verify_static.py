@@ -148,7 +148,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "find_device", lambda _: FakeCuda("cuda", GpuMemory(kind="cpu")))
 
 
-@pytest.mark.usefixtures("fake_cuda", "little_text")
+@pytest.mark.usefixtures("fake_cuda", "little_text", "short_rows")
 def test_on_a_device_the_graph_is_verified_as_itself(
     trt_package: Callable[[Precision], Path], tiny_checkpoint: Path
 ) -> None:
@@ -161,7 +161,7 @@ def test_on_a_device_the_graph_is_verified_as_itself(
         verify(trt_package("fp16"), checkpoint, variants=["trt_fp16"], device="nv-rtx")
 
 
-@pytest.mark.usefixtures("fake_cuda")
+@pytest.mark.usefixtures("fake_cuda", "short_rows")
 def test_on_a_device_quantised_weights_are_dequantised_as_they_are(
     trt_package: Callable[[Precision], Path], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,7 +208,7 @@ def test_quantised_graphs_are_refused_as_they_are(trt_package: Callable[[Precisi
             open_runner(trt_package("int8"), variant="trt_int8", device=device)
 
 
-@pytest.mark.usefixtures("little_text")
+@pytest.mark.usefixtures("little_text", "short_rows")
 def test_without_names_every_graph_is_verified(trt_package: Callable[[Precision], Path], tiny_checkpoint: Path) -> None:
     checkpoint = open_checkpoint(str(tiny_checkpoint))
     assert [r.variant for r in verify(trt_package("fp32"), checkpoint)] == ["fp32", "trt_fp32"]
