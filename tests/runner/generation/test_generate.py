@@ -598,12 +598,12 @@ class CandidateRunner:
 def test_candidates_of_the_graph_give_the_same_text(
     demo_runner: Runner, tokenizer: Tokenizer, options: dict[str, Any], top_k: int, used: bool
 ) -> None:
-    """Over seeds, with logits rounded to halves, so that some steps have to be computed again for all of them."""
+    """Over seeds, with logits rounded to whole numbers, so that some steps have to be computed again for all of them."""
     recomputed = 0
     for seed in range(4):
         texts = []
         for k in (0, top_k):
-            runner: Any = CandidateRunner(demo_runner, k, 0.5)
+            runner: Any = CandidateRunner(demo_runner, k, 1.0)
             sampler = Sampler(**options, seed=seed)
             texts.append(fresh(runner, tokenizer, "And God saw", sampler=sampler, max_new_tokens=20).token_ids)
         assert texts[0] == texts[1]
