@@ -161,7 +161,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Scratch:
 RUNNABLE = [page for page in pages() if any(block.reason is None for block in code() if block.page == name(page))]
 
 
-@pytest.mark.usefixtures("traces", "remembered", "little_text")
+@pytest.mark.usefixtures("traces", "remembered", "little_text", "short_rows")
 @pytest.mark.parametrize("page", RUNNABLE, ids=name)
 def test_the_commands_and_the_python_of_a_page_run(
     page: Path, scratch: Scratch, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -65,10 +65,11 @@ def test_what_goes_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     )
 
 
-def test_stages(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(SIZES, "demo", SIZES["demo"] | {"num_hidden_layers": 1})
     assert main(["stages", "--size", "demo", "--work", str(tmp_path), "--precision", "fp16"]) == 0
     result = last_line(capfd.readouterr().out)
-    assert result["checkpoint_mb"] == 13
+    assert result["checkpoint_mb"] == 6
     assert [stage["stage"] for stage in result["stages"]] == ["export fp32", "build fp16"]
     assert all(0 < stage["seconds"] < 300 for stage in result["stages"])
     assert all(100 < stage["peak_memory_mb"] < 2500 for stage in result["stages"])
