@@ -119,7 +119,7 @@ def exact_logits(package: Path, graph: str, ids: np.ndarray) -> np.ndarray:
     views = variant_views(opened, entry, source, config, find_target("ort"))
     assert [view.label for view in views] == ["exact", "kernels"]
     with open_view(opened, views[0], find_target("ort")) as runner:
-        found: np.ndarray = runner.prefill([ids[0]])[0]
+        found: np.ndarray = runner.prefill([ids[0]])[0][-1]
     return found
 
 
@@ -209,6 +209,30 @@ def test_logits_are_those_of_transformers_running_that_very_checkpoint(
     truth = reference(MADE / name, ids[None])
     if name != "bnb_int8":
         assert np.abs(truth - wanted).max() < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("library", "name", "error"),
+    [
+        ("torchao", "torchao_int8", 2e-5),
+        ("torchao", "torchao_intx4", 2e-5),
+        ("bitsandbytes", "bnb_nf4", 2e-5),
+        ("bitsandbytes", "bnb_int8", 0.2),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # of the libraries, about themselves
+def test_the_library_of_today_gives_the_logits_of_our_dequantised_weights(
+    library: str, name: str, error: float
+) -> None:
+    """Where it is installed: transformers runs the quantised checkpoint; bitsandbytes rounds inputs to int8."""
+    pytest.importorskip(library)
+    from transformers import AutoModelForCausalLM
+
+    ids = np.array([3, 8, 13, 18, 2, 7, 12, 17, 1, 6, 11])
+    model: Any = AutoModelForCausalLM.from_pretrained(MADE / name, dtype=torch.float32)
+    with torch.inference_mode():
+        wanted = model(torch.from_numpy(ids)[None]).logits[0].float().numpy()
+    assert np.abs(reference(MADE / name, ids[None]) - wanted).max() < error
 
 
 def test_q4_of_8_bits_is_refused_and_made_when_asked_for(base: Path, tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def test_bits_per_weight() -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     for bits, size in ((3, 32), (4, 48)):
-        with pytest.raises(UsageError, match="a format has 4 or 8 bits and blocks of 32, 64, 128"):
+        with pytest.raises(UsageError, match="a format has 4 or 8 bits and blocks of 16, 32, 64, 128, 256"):
             BlockFormat(bits, size, True)
     with pytest.raises(UsageError, match="no whole number of bytes"):
         round_to_nearest(skewed(3, 97), BlockFormat(4, 32, True)).gather_layout()
