@@ -66,7 +66,10 @@ class ChatTemplate:
         """
         opened = open_package(package)
         files = [name for name in opened.manifest.files if name in (_MAIN, _CONFIG, _OLD_MAP) or _is_more(name)]
-        opened.check(files, hashes=check_hashes)
+        if check_hashes:
+            opened.check(files)
+        else:
+            opened.provide(files)
         return cls.from_folder(opened.folder)
 
     @classmethod

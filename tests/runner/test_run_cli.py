@@ -472,7 +472,7 @@ def test_bad_usage_is_one_line(
 
 def test_missing_arguments_are_one_line(demo_package: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "VERB" in refused(capsys)
-    assert "invalid choice: 'chat'" in refused(capsys, "chat")
+    assert "invalid choice: 'dance'" in refused(capsys, "dance")
     assert "--prompt" in refused(capsys, "generate", demo_package)
 
 

@@ -18,6 +18,7 @@ FORBIDDEN = {"torch", "transformers", "onnx", "olmo2_export"}
 # The files that may import a library, at their top; whoever needs one of them imports it in a `match` case.
 OWNERS = {
     "onnxruntime": {
+        "ort.adapters",
         "ort.devices",
         "ort.session",
         "ort.shared",
