@@ -598,7 +598,7 @@ class CandidateRunner:
 def test_candidates_of_the_graph_give_the_same_text(
     demo_runner: Runner, tokenizer: Tokenizer, options: dict[str, Any], top_k: int, used: bool
 ) -> None:
-    """Over seeds, with logits rounded to whole numbers, so that some steps have to be computed again for all of them."""
+    """With logits rounded to whole numbers, so that some steps have to be computed again for all of them."""
     recomputed = 0
     for seed in range(4):
         texts = []
