@@ -24,7 +24,7 @@ from runtimes.text.tokenizer import Tokenizer
 
 NAME = f"hf:{REPOSITORY}"
 TEXTS = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
-Q4 = sorted(["manifest.json", "model_q4.onnx", "model_q4.onnx_data", *TEXTS])
+Q4 = sorted(["manifest.json", "model_q4.onnx_data", "model_q4_shared.onnx", *TEXTS])
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_published_package_runs_with_the_files_of_its_variant_alone(
     assert fetched(hub) == []
     drafted = run(NAME, "--variant", "fp32", "--draft", f"{NAME}@v1.0")
     assert drafted[2] == [f"{NAME}: commit {COMMIT}", f"{NAME}@v1.0: commit {commit_of('v1.0')}"]
-    graphs = ["model.onnx", "model.onnx_data", "model_q4.onnx", "model_q4.onnx_data"]
+    graphs = ["model.onnx", "model.onnx_data", "model_q4.onnx_data", "model_q4_shared.onnx"]
     assert fetched(hub) in (
         ["config.json", "manifest.json", *graphs],
         ["model.onnx", "model.onnx_data"],

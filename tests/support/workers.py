@@ -29,8 +29,11 @@ def take_one_cpu() -> None:
 
 
 LONG = """
-exporter/family/test_family.py exporter/heads/test_hidden_states.py exporter/verify/test_verify_static.py
-exporter/family/test_family_bugs.py exporter/heads/test_classifiers.py exporter/verify/test_verify_quantized.py
+exporter/verify/test_verify_quantized.py exporter/family/test_family.py exporter/verify/test_verify_static.py
+exporter/locate/test_locate.py exporter/package/test_imported.py exporter/weights/test_lora_inputs.py
+runner/speculate/test_speculate.py exporter/heads/test_hidden_states.py exporter/bench/test_bench.py
+exporter/weights/test_revisions.py exporter/test_cli.py exporter/engine/test_engine.py
+exporter/family/test_family_bugs.py exporter/heads/test_classifiers.py
 exporter/verify/test_verify.py exporter/graphs/test_trt_graph.py exporter/verify/test_injected_bugs.py
 exporter/heads/test_inputs_embeds.py exporter/package/test_variants.py exporter/package/test_cuda_variants.py
 exporter/package/test_plan.py exporter/package/test_family_quality.py exporter/bench/test_bench_compare.py

@@ -168,8 +168,8 @@ def test_the_files_are_predicted_to_the_byte(
     options = Options(hidden_states=(0, 1, 2, -1))
     said = plan_export(open_checkpoint(str(hidden_checkpoint(name))), variants=list(manifest.variants), options=options)
     for variant in said.variants:
-        path = manifest.variants[variant.name].graph
-        assert variant.graphs[path].data == manifest.files[f"{path}_data"].size, path
+        entry = manifest.variants[variant.name]
+        assert variant.graphs[entry.graph].data == manifest.files[entry.data[0]].size, entry.graph
 
 
 def test_embeddings_are_pooled_over_the_tokens_alone(

@@ -20,7 +20,7 @@ from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes import open_package, open_runner
 from runtimes.errors import InputError, UsageError
 
-GRAPHS = {"fp32": "onnx/model.onnx", "q4": "onnx/model_q4.onnx", "trt_fp32": ""}
+GRAPHS = {"fp32": "onnx/model.onnx", "q4": "onnx/model_q4_shared.onnx", "trt_fp32": ""}
 BEFORE = [[5, 17], [11, 2, 60], [1]]
 
 pytestmark = pytest.mark.usefixtures("short_rows", "little_text")

@@ -80,7 +80,7 @@ def test_what_is_pushed_runs_from_there_with_the_same_text(
     repository = hub.repositories[NAME]
     head = repository.branches["main"]
     assert out.splitlines()[-2:] == [
-        f"published 13 files, 30.5 MB: {hub.url}/{NAME}/commit/{head}",
+        f"published 14 files, 30.6 MB: {hub.url}/{NAME}/commit/{head}",
         f"run it with: hf:{NAME}, or for good: hf:{NAME}@{head}",
     ]
     assert repository.messages == ["the demo"]

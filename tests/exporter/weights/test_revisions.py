@@ -246,6 +246,7 @@ def test_an_answer_that_is_no_list_is_one_line(served: str, monkeypatch: pytest.
             list_revisions(REPOSITORY)
 
 
+@pytest.mark.usefixtures("traces", "hardly_judged")
 def test_export_takes_a_branch_a_tag_and_a_commit(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     branch = make_checkpoint(tmp_path / "branch", seed=1)
     tag = make_checkpoint(tmp_path / "tag", seed=2)
