@@ -384,6 +384,8 @@ def _with_linears(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoi
     packed = {name: info for name, info in checkpoint.tensors.items() if name in stored}
     tensors = {name: info for name, info in checkpoint.tensors.items() if name not in stored}
     for name, linear in found.linears.items():
+        if name in tensors:
+            raise CheckpointError(f"{folder}: {name} is there as numbers and in few bits; remove what is not meant")
         parts = [packed[part] for part in linear.tensors.values()]
         tensors[name] = TensorInfo(parts[0].file, "F32", linear.shape, 0, sum(part.size for part in parts))
     return replace(checkpoint, tensors=tensors, quantized=found, _packed=packed)

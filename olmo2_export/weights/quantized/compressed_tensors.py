@@ -125,6 +125,12 @@ def _linear(stem: str, tensors: Mapping[str, TensorInfo], weights: Mapping[str, 
     columns = width * 32 // bits if packed else width
     if scale is None or len(scale.shape) != 2 or scale.shape[0] != rows or not 1 <= scale.shape[1] <= columns:
         raise CheckpointError(f"{stem}{names[0]}: expected a matrix, and weight_scale [N, groups] beside it; {REMEDY}")
+    needed = {
+        "weight_g_idx": weights.get("actorder") == "group",
+        "weight_zero_point": weights.get("symmetric") is False,
+    }
+    if lost := [stem + part for part, is_needed in needed.items() if is_needed and part not in parts]:
+        raise CheckpointError(f"{lost[0]} is missing, which config.json asks for: download the checkpoint again")
     unused = tuple(stem + part for part in _UNUSED if stem + part in tensors)
     return StoredLinear((rows, columns), bits, parts, partial(_decode, bits=bits, size=size), unused)
 

@@ -50,7 +50,7 @@ def find_gptq(table: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> di
         shown = "marlin" if table.get("is_marlin_format") else form
         raise ConfigError(f"GPTQ in the layout {shown}, read are {' and '.join(_FORMATS)}; {REMEDY}")
     if bits not in BITS:
-        raise ConfigError(f"GPTQ of {bits} bits, read are 4 and 8; {REMEDY}")
+        raise ConfigError(f"GPTQ of {bits!r} bits, read are 4 and 8; {REMEDY}")
     if words != "int32":
         raise ConfigError(f"GPTQ with pack_dtype {words}, read is int32; {REMEDY}")
     found = {}
@@ -68,6 +68,11 @@ def find_gptq(table: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> di
         same = index is None or index.shape == (columns,)
         if scales.shape != (groups, rows) or tensors[parts["qzeros"]].shape != (groups, rows * bits // 32) or not same:
             raise CheckpointError(f"{stem}*: shapes that are not of one linear of {bits} bits: mixed bits? {REMEDY}")
+        if table.get("desc_act") and index is None:
+            raise CheckpointError(f"{stem}g_idx is missing, which desc_act needs: download the checkpoint again")
+        size = table.get("group_size")
+        if type(size) is int and size > 0 and groups != -(-columns // size):
+            raise CheckpointError(f"{stem}scales: {groups} groups of {columns} inputs, config.json says {size} each")
         decode = partial(_decode, bits=bits, size=table.get("group_size"), first_format=form == "gptq")
         found[f"{stem}weight"] = StoredLinear((rows, columns), bits, parts, decode)
     return found

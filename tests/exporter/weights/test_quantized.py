@@ -348,3 +348,51 @@ def test_the_packing_of_compressed_tensors_itself_is_read() -> None:
         ours = pack_quantized(drawn)
         assert np.array_equal(pack(signed, bits).numpy(), ours["weight_packed"])
         assert np.array_equal(pack(zeros, bits, packed_dim=0).numpy(), ours["weight_zero_point"])
+
+
+@pytest.fixture
+def ordered(base: Path, tmp_path: Path) -> Path:
+    make_quantized(tmp_path / "ordered", base, GPTQ | {"desc_act": True}, gptq, act_order=True)
+    return tmp_path / "ordered"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensors: tensors.pop(f"{Q}g_idx"), r"q_proj\.g_idx is missing, which desc_act needs"),
+        (
+            lambda tensors: tensors.update({f"{Q}weight": torch.zeros(64, 64)}),
+            r"q_proj\.weight is there as numbers and in few bits",
+        ),
+    ],
+    ids=["no g_idx", "numbers beside"],
+)
+def test_what_would_give_other_weights_without_a_word_is_refused(
+    ordered: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None], said: str
+) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        changed(ordered, tmp_path / "a", change)
+
+
+def test_a_group_size_that_is_not_of_the_scales_is_refused(ordered: Path) -> None:
+    raw = json.loads((ordered / "config.json").read_text())
+    raw["quantization_config"]["group_size"] = 16
+    (ordered / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=r"down_proj\.scales: 4 groups of 128 inputs, config\.json says 16"):
+        open_checkpoint(str(ordered))
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "part"),
+    [
+        ({"symmetric": True, "actorder": "group"}, {"act_order": True}, "weight_g_idx"),
+        ({"symmetric": False}, {"symmetric": False}, "weight_zero_point"),
+    ],
+    ids=["act-order", "asymmetric"],
+)
+def test_compressed_tensors_lack_nothing_that_their_config_asks_for(
+    base: Path, tmp_path: Path, config: dict[str, Any], fields: dict[str, Any], part: str
+) -> None:
+    make_quantized(tmp_path / "c", base, compressed(PACKED, 4, group=32, **config), pack_quantized, **fields)
+    with pytest.raises(CheckpointError, match=rf"q_proj\.{part} is missing, which config\.json asks for"):
+        changed(tmp_path / "c", tmp_path / "a", lambda tensors: tensors.pop(f"{Q}{part}"))
