@@ -387,6 +387,9 @@ def _generate(args: argparse.Namespace) -> None:
             )
             results = [result]
     _write("".join(f"{json.dumps(_as_json(r))}\n" for r in results) if args.json else "\n")
+    cut = [result for result in results if grammar is not None and result.finish_reason != "eos"]
+    if cut:
+        logger.warning("cut off before it was what it has to look like: raise --max-new-tokens, or take --stop away")
     if args.stats:
         for result in results:
             sys.stderr.write(f"{_stats(result)}, variant {runner.variant.name}\n")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+from runtimes.errors import NumericError
 from runtimes.runners.runner import Logits
 from runtimes.text.logit_rules import LogitRule
 from runtimes.text.logprobs import TokenLogprobs, token_logprobs
@@ -53,6 +55,10 @@ class Draw:
         model = logits.copy() if self._rules and self._top is not None else logits
         for rule in self._rules:
             rule.apply(logits)
+        if self._rules and logits.max() == -math.inf:
+            raise NumericError(
+                "penalties, biases and what the text must look like leave no token; ask for less of them"
+            )
         token_id = self.sampler(logits)
         for rule in self._rules:
             rule.push(token_id)

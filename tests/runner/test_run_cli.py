@@ -174,6 +174,19 @@ def test_structured_output_flags_are_used(
     assert re.fullmatch(pattern, capsys.readouterr().out.removesuffix("\n"))
 
 
+def test_a_text_that_is_cut_off_before_its_form_is_complete_is_said(
+    demo_package: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("llguidance")
+    assert (
+        main(["generate", str(demo_package), "--prompt", PROMPT, "--regex", "[ab]{9}x", "--max-new-tokens", "2"]) == 0
+    )
+    assert "cut off before it was what it has to look like: raise --max-new-tokens" in caplog.text
+    caplog.clear()
+    assert main(["generate", str(demo_package), "--prompt", PROMPT, "--regex", "[ab]{2}"]) == 0
+    assert "cut off" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -404,7 +404,7 @@ def test_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_int64_bindings_are_not_worth_a_warning(caplog: Any) -> None:
     library = nvidia.load_tensorrt("trt_rtx")
-    with library.collected() as messages, caplog.at_level(logging.DEBUG):
+    with library.collected() as messages, caplog.at_level(logging.DEBUG, logger="runtimes"):
         library.log.log(library.module.ILogger.WARNING, "Make sure input x has Int64 binding.")
         library.log.log(library.module.ILogger.WARNING, "something else")
         library.log.log(library.module.ILogger.VERBOSE, "chatter")

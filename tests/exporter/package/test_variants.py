@@ -56,7 +56,7 @@ def test_one_command_makes_both_variants_of_the_demo(tmp_path: Path, capsys: pyt
         assert variant.quantization is not None
         assert len(variant.quantization.tensors) == 6 * 7 + 2
         assert all(0 < t.nmse < 0.02 for t in variant.quantization.tensors.values())
-    parts = ("_shared.onnx", ".onnx", ".onnx_data", "_prefill.onnx", "_prefill.onnx_data")
+    parts = ("_shared.onnx", ".onnx_data", "_prefill.onnx", "_prefill.onnx_data")  # what runners open
     assert sorted(q4.files) == sorted(f"onnx/model_q4{part}" for part in parts)
     assert "quantised search: 4.60 bits per weight" in plain(describe(tmp_path / "p"))
     with open_runner(tmp_path / "p") as runner:
