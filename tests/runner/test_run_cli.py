@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import runtimes
-from runtimes import Package, cli, open_package, open_runner
+from runtimes import Package, open_package, open_runner
 from runtimes.cli import main, parse_args
 from runtimes.generation.generate import generate, stream_text
 from runtimes.manifest import package_checksum
@@ -24,6 +24,8 @@ from runtimes.sealed import FORMAT_VERSION, seal
 from runtimes.text.logit_rules import Penalties
 from runtimes.text.sampling import Sampler
 from runtimes.text.tokenizer import Tokenizer
+from runtimes.verbs import generate as generate_verb
+from runtimes.verbs import generation
 
 ROOT = Path(runtimes.__file__).parent.parent
 PROMPT = "And it came to pass"
@@ -261,7 +263,7 @@ def test_a_stop_string_of_windows_ends_at_a_line_of_any(demo_package: Path, monk
     def spy(*_: object, stop: list[str], **__: object) -> None:
         seen.extend(stop)
 
-    monkeypatch.setattr(cli, "generate", spy)
+    monkeypatch.setattr(generate_verb, "generate", spy)
     assert main(["generate", str(demo_package), "--prompt", "x", "--stop", "\r\nUser:", "--stop", "\r"]) == 0
     assert seen == ["\r\nUser:", "\nUser:", "\r", "\n"]
 
@@ -279,7 +281,7 @@ def test_no_half_of_a_line_end_is_given_out(
         for piece in stream_text(tokenizer, tokenizer.encode(text), stop=stop):
             on_text(piece.text)
 
-    monkeypatch.setattr(cli, "generate", scripted)
+    monkeypatch.setattr(generate_verb, "generate", scripted)
     assert main(["generate", str(demo_package), "--prompt", "x", "--stop", stop]) == 0
     assert capsys.readouterr().out == "Yes\n"
 
@@ -353,7 +355,7 @@ def test_variant_backend_and_threads_are_used(
         seen.update(options)
         return open_runner(package, **options)
 
-    monkeypatch.setattr(cli, "open_runner", spy)
+    monkeypatch.setattr(generation, "open_runner", spy)
     flags = [
         "--variant",
         "fp32",
@@ -420,7 +422,7 @@ def test_draft_model_is_opened_like_the_model(demo_package: Path, monkeypatch: p
         seen.append((open_package(package).folder, options))
         return open_runner(package, **options)
 
-    monkeypatch.setattr(cli, "open_runner", spy)
+    monkeypatch.setattr(generation, "open_runner", spy)
     flags = ["--variant", "fp32", "--threads", "1", "--skip-hash-check", "--max-new-tokens", "3"]
     assert main(["generate", str(demo_package), "--prompt", "x", "--draft", f"{demo_package}/", *flags]) == 0
     same = {"backend": "ort", "device": None, "threads": 1, "check_hashes": False}
@@ -504,7 +506,7 @@ def test_unreadable_file_is_one_line(
     def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", "manifest.json")
 
-    monkeypatch.setattr(cli, "open_runner", denied)
+    monkeypatch.setattr(generation, "open_runner", denied)
     assert "Permission denied: 'manifest.json'" in refused(capsys, "generate", demo_package, "--prompt", "x")
 
 
@@ -514,7 +516,7 @@ def test_failure_of_the_model_is_exit_code_1(
     def broken(*_: object, **__: object) -> None:
         raise runtimes.NumericError("row 0, position 3: NaN")
 
-    monkeypatch.setattr(cli, "generate", broken)
+    monkeypatch.setattr(generate_verb, "generate", broken)
     assert "position 3" in refused(capsys, "generate", demo_package, "--prompt", "x", code=1)
 
 
@@ -524,7 +526,7 @@ def test_no_memory_is_exit_code_1(
     def greedy(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(cli, "open_runner", greedy)
+    monkeypatch.setattr(generation, "open_runner", greedy)
     assert "out of memory" in refused(capsys, "generate", demo_package, "--prompt", "x", code=1)
 
 
@@ -638,7 +640,7 @@ def test_terminal_that_cannot_show_a_character_does_not_end_the_text(
     def emoji(*_: object, on_text: object, **__: object) -> None:
         on_text("a👍b")
 
-    monkeypatch.setattr(cli, "generate", emoji)
+    monkeypatch.setattr(generate_verb, "generate", emoji)
     assert main(["generate", str(demo_package), "--prompt", "x"]) == 0
     assert raw.getvalue() == b"a?b\n"
 

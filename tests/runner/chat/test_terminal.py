@@ -337,7 +337,7 @@ def test_a_template_that_does_not_work_is_refused_before_the_model_is_opened(
 
     broken = ChatTemplate({"default": "{% if %}"})
     monkeypatch.setattr(ChatTemplate, "from_package", lambda *_, **__: broken)
-    monkeypatch.setattr("runtimes.cli.open_runner", opened)
+    monkeypatch.setattr("runtimes.verbs.generation.open_runner", opened)
     assert run(monkeypatch, "Hi\n", package) == 2
     assert "chat template, line 1: " in capsys.readouterr().err
 

@@ -1,0 +1,47 @@
+"""Where a package runs, and what it is opened with."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TypedDict
+
+from runtimes import Backend, Device
+from runtimes.targets import describe_backends, describe_devices
+
+PACKAGE_HELP = "its folder, or hf:OWNER/NAME[@REV] on the Hub"
+
+
+class Opening(TypedDict):
+    """What `open_runner` takes of a command line, for the package and for a draft model's."""
+
+    backend: Backend
+    device: Device | None
+    check_hashes: bool
+    threads: int | None
+
+
+def declare_target(verb: argparse.ArgumentParser, threads: str) -> None:
+    """Declare --backend, --device and --threads; `threads`: how many there are by default, for the help."""
+    verb.add_argument("--backend", default="ort", metavar="B", help=f"{describe_backends()} (default: ort)")
+    verb.add_argument("--device", metavar="D", help=f"where onnxruntime runs: {describe_devices()} (default: cpu)")
+    verb.add_argument("--threads", type=int, metavar="N", help=f"CPU threads (default: {threads})")
+
+
+def declare_trust(verb: argparse.ArgumentParser) -> None:
+    """Declare --skip-hash-check."""
+    verb.add_argument("--skip-hash-check", action="store_true", help="trust the files; check only their sizes")
+
+
+def declare_debug(verb: argparse.ArgumentParser) -> None:
+    """Declare --debug, which `runtimes.cli` looks for."""
+    verb.add_argument("--debug", action="store_true", help="show where an error came from")
+
+
+def opening(args: argparse.Namespace) -> Opening:
+    """Return what the command line says of opening a package."""
+    return {
+        "backend": args.backend,
+        "device": args.device,
+        "check_hashes": not args.skip_hash_check,
+        "threads": args.threads,
+    }
