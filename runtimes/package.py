@@ -16,18 +16,8 @@ from pathlib import Path, PurePath
 from typing import TypeAlias
 
 from runtimes.errors import BackendError, UsageError, VariantNotFoundError
-from runtimes.manifest import (
-    MANIFEST_NAME,
-    PARITY_NAME,
-    TRT_FOLDER,
-    Manifest,
-    ModelSpec,
-    TrtManifest,
-    Variant,
-    read_manifest,
-    read_trt_manifest,
-    read_verdicts,
-)
+from runtimes.manifest import MANIFEST_NAME, PARITY_NAME, TRT_FOLDER, Manifest, ModelSpec, TrtManifest, Variant
+from runtimes.manifest_file import read_manifest, read_trt_manifest, read_verdicts
 from runtimes.sealed import FileEntry, check_files, hash_files
 
 HUB = "hf:"

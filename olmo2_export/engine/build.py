@@ -53,8 +53,8 @@ from runtimes.manifest import (
     ProfileRange,
     TrtManifest,
     Variant,
-    to_document,
 )
+from runtimes.manifest_file import to_document
 from runtimes.package import Package, open_package
 from runtimes.sealed import FORMAT_VERSION, FileEntry, hash_file, hash_files, seal
 from runtimes.trt.nvidia import check_installed

@@ -29,7 +29,8 @@ from olmo2_export.package.weight_choice import Options
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.merged import adapter_sources, switchable_adapters
 from olmo2_export.weights.stored_names import EMBEDDING, HEAD
-from runtimes.manifest import MANIFEST_NAME, Manifest, Source, SwitchableAdapter, to_document
+from runtimes.manifest import MANIFEST_NAME, Manifest, Source, SwitchableAdapter
+from runtimes.manifest_file import to_document
 from runtimes.ort.adapters import write_adapter
 from runtimes.sealed import FORMAT_VERSION, hash_files, seal
 

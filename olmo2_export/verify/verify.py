@@ -27,7 +27,8 @@ from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.merged import check_adapters, check_switchable
 from runtimes import Backend, Device, Package, open_runner
 from runtimes.errors import IntegrityError, PackageError, UsageError, VariantNotFoundError
-from runtimes.manifest import PARITY_NAME, Variant, package_checksum
+from runtimes.manifest import PARITY_NAME, Variant
+from runtimes.manifest_file import package_checksum
 from runtimes.ort.devices import find_device
 from runtimes.package import AnyPackage, open_package
 from runtimes.sealed import FORMAT_VERSION, read_sealed, seal

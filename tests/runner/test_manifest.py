@@ -12,7 +12,8 @@ import pytest
 from support.static_model import write_package
 
 from runtimes.errors import PackageError
-from runtimes.manifest import MANIFEST_NAME, TRT_FOLDER, Manifest, to_document
+from runtimes.manifest import MANIFEST_NAME, TRT_FOLDER, Manifest
+from runtimes.manifest_file import to_document
 from runtimes.package import open_package
 from runtimes.sealed import read_sealed, seal
 

@@ -19,7 +19,7 @@ import runtimes
 from runtimes import Package, open_package, open_runner
 from runtimes.cli import main, parse_args
 from runtimes.generation.generate import generate, stream_text
-from runtimes.manifest import package_checksum
+from runtimes.manifest_file import package_checksum
 from runtimes.sealed import FORMAT_VERSION, seal
 from runtimes.text.logit_rules import Penalties
 from runtimes.text.sampling import Sampler

@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from olmo2_export.graphs.files import save_graph
 from olmo2_export.package.trt_variants import TrtOptions, write_trt_variant
-from runtimes.manifest import MANIFEST_NAME, TRT_FOLDER, Precision, TrtManifest, package_checksum, to_document
+from runtimes.manifest import MANIFEST_NAME, TRT_FOLDER, Precision, TrtManifest
+from runtimes.manifest_file import package_checksum, to_document
 from runtimes.package import open_package
 from runtimes.sealed import FORMAT_VERSION, hash_files, read_sealed, seal
 

@@ -22,10 +22,9 @@ from runtimes.manifest import (
     TensorSpec,
     TrtManifest,
     Variant,
-    package_checksum,
     role_of,
-    to_document,
 )
+from runtimes.manifest_file import package_checksum, to_document
 from runtimes.package import open_package
 from runtimes.sealed import FORMAT_VERSION, hash_files, seal
 

@@ -23,7 +23,8 @@ from olmo2_export.summary.package import describe
 from olmo2_export.summary.text import plain
 from runtimes import open_runner
 from runtimes.errors import UsageError
-from runtimes.manifest import Variant, read_manifest, to_document
+from runtimes.manifest import Variant
+from runtimes.manifest_file import read_manifest, to_document
 from runtimes.package import open_package
 from runtimes.sealed import seal
 

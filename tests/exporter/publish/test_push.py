@@ -13,7 +13,8 @@ from support.hub import COMMIT, TOKEN, Hub, Repository, fetched, local_hub, poin
 
 import runtimes.cli
 from olmo2_export import cli
-from runtimes.manifest import PARITY_NAME, read_manifest
+from runtimes.manifest import PARITY_NAME
+from runtimes.manifest_file import read_manifest
 from runtimes.package import open_package
 from runtimes.sealed import hash_file, seal
 

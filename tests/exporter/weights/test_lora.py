@@ -19,7 +19,7 @@ from olmo2_export.views.weight_checks import weight_checks
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
 from olmo2_export.weights.merged import open_merged
 from runtimes.errors import CheckpointError, CheckpointNotFoundError, ConfigError, Olmo2ExportError, UsageError
-from runtimes.manifest import read_manifest
+from runtimes.manifest_file import read_manifest
 from runtimes.package import open_package
 
 Q0 = "model.layers.0.self_attn.q_proj"
