@@ -1,7 +1,7 @@
 """The runner of the shared-cache graph on a GPU, through onnxruntime; see `SharedRunner` for the graph's tensors.
 
 The KV buffer lies in device memory and has the whole context of every row from the start, so that it never moves while
-rows come and go: it is reallocated only where there are more rows than ever before, and then copied through the host.
+rows come and go: it is reallocated only where there are more rows than ever before, and then copied on the device.
 
 A decode step moves token ids, a mask and the logits (or the candidates) and nothing else: its inputs and outputs are
 tensors on the device, at fixed addresses, updated in place. On CUDA each number of rows is captured as a CUDA graph of
@@ -83,7 +83,7 @@ class DeviceRunner(SharedRunner):
 
     prefill_chunk = PREFILL_CHUNK
     batched_logits = _BATCHED_LOGITS
-    _copies_rows = False  # onnxruntime copies no part of a tensor on a device; a row's prefix is computed once more
+    _copies_rows = False  # onnxruntime copies no part of a row on a device; a row's prefix is computed once more
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class DeviceRunner(SharedRunner):
         max_rows: for which the session was compiled; None: any number.
         max_slots: sequences at once.
         """
-        self._device = DeviceBuffer(variant.kv_cache, memory, max_rows)
+        self._device = DeviceBuffer(variant.kv_cache, memory, session, max_rows)
         super().__init__(session, None, variant, model, max_slots, buffer=self._device)
         self._memory = memory
         self._graph_ids = itertools.count(1) if capture else None
@@ -167,9 +167,18 @@ class DeviceBuffer:
     same size, since numpy has no bfloat16, and binds them by address with the type they have.
     """
 
-    def __init__(self, spec: KVCacheSpec, memory: GpuMemory, max_rows: int | None = None) -> None:
+    def __init__(
+        self, spec: KVCacheSpec, memory: GpuMemory, session: ort.InferenceSession, max_rows: int | None = None
+    ) -> None:
+        """Args:
+        spec: the KV cache.
+        memory: of the device.
+        session: any whose outputs are the caches.
+        max_rows: for which it was compiled; None: any number.
+        """
         self._spec = spec
         self._memory = memory
+        self._session: ort.InferenceSession | None = session
         self._max_rows = max_rows
         self._names = [f"{layer}.{kind}" for layer in range(spec.num_layers) for kind in ("key", "value")]
         self._values: dict[str, Any] = {}
@@ -182,38 +191,52 @@ class DeviceBuffer:
     def _row_shape(self) -> tuple[int, int, int]:
         return (self._spec.num_key_value_heads, self._spec.max_cache_length, self._spec.stored_head_dim)
 
-    def reserve(self, rows: int, held: Sequence[int]) -> None:
+    def reserve(self, rows: int, held: Sequence[int]) -> None:  # noqa: ARG002  # all of it is kept
         """Make room for so many rows, keeping what the rows have.
 
         Raises:
             InputError: more than the session was compiled for.
             ContextLengthError: the device's memory does not hold them.
+            UsageError: it is closed.
         """
         if rows <= self.rows:
             return
+        if self._session is None:
+            raise UsageError("the runner is closed; open another")
         if self._max_rows is not None and rows > self._max_rows:
             raise InputError(f"{rows} rows; this device takes {self._max_rows}, device cuda any number")
         self._bindings.clear()
         stored = find_dtype(self._spec.dtype)
         dtype = stored.raw  # the host does not compute with it
-        grown: dict[str, Any] = {}
         try:
-            for name in self._names:
-                value = self._memory.allocate((rows, *self._row_shape), dtype)
-                content = np.zeros((rows, *self._row_shape), dtype)
-                if self.rows and any(held):
-                    content[: self.rows] = self._values[name].numpy()
-                value.update_inplace(content)
-                grown[name] = value
+            grown = {name: self._memory.allocate((rows, *self._row_shape), dtype) for name in self._names}
         except RuntimeError as error:
             size = len(self._names) * rows * int(np.prod(self._row_shape)) * stored.size
             raise ContextLengthError(
                 f"a KV cache of {rows} rows of {self._spec.max_cache_length} tokens needs {size:,} bytes of the GPU's "
                 "memory; use fewer rows"
             ) from error
+        zeros = np.zeros((rows - self.rows, *self._row_shape), dtype)
+        for name, value in grown.items():
+            self._part(self._session, value, self.rows, rows).update_inplace(zeros)
+            if self.rows:
+                self._part(self._session, value, 0, self.rows).update_inplace(self._values[name])
         self._values = grown
         self.rows = rows
         self.version += 1
+
+    def _part(self, session: ort.InferenceSession, value: Any, start: int, stop: int) -> Any:
+        """Return rows start to stop of a tensor as an OrtValue of their own, in the same memory.
+
+        onnxruntime makes one of an address only where it binds it, to an output of any name.
+        """
+        dtype = find_dtype(self._spec.dtype).raw
+        shape = [stop - start, *self._row_shape]
+        address = value.data_ptr() + start * int(np.prod(self._row_shape)) * dtype.itemsize
+        binding = session.io_binding()
+        name = f"present.{self._names[0]}"
+        binding.bind_output(name, self._memory.kind, self._memory.index, dtype, shape, address)
+        return binding.get_outputs()[0]
 
     def binding(self, session: ort.InferenceSession, start: int, stop: int, outputs: Sequence[str]) -> Any:
         """Return the binding of rows start to stop as past and present; kept."""
@@ -252,6 +275,7 @@ class DeviceBuffer:
 
     def close(self) -> None:
         """Free the memory."""
+        self._session = None
         self._bindings.clear()
         self._values.clear()
         self.rows = 0

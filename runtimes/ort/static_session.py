@@ -53,7 +53,7 @@ class OrtStaticSession:
         self._variant = variant
         self._max_batch_size = max_batch_size
         spec = variant.kv_cache
-        self._buffer = _HostBuffer(spec) if memory is None else DeviceBuffer(spec, memory)
+        self._buffer = _HostBuffer(spec) if memory is None else DeviceBuffer(spec, memory, session)
 
     def reserve(self, rows: int) -> None:
         if self._max_batch_size is not None and rows > self._max_batch_size:

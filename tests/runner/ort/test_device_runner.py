@@ -22,7 +22,7 @@ from runtimes import open_runner
 from runtimes.errors import BackendError, ContextLengthError, InputError, UsageError
 from runtimes.manifest import KVCacheSpec, Manifest, Variant
 from runtimes.ort import open as ort_runner
-from runtimes.ort.device import DeviceRunner, compiled_shapes
+from runtimes.ort.device import DeviceBuffer, DeviceRunner, compiled_shapes
 from runtimes.ort.devices import PROVIDERS, Device, GpuMemory, find_device
 from runtimes.ort.open import default_variant
 from runtimes.ort.session import open_session
@@ -107,6 +107,37 @@ def test_slots_come_and_go_and_the_memory_grows_by_rows(package: Path, runner: D
             assert np.allclose(logits[slot], wanted[slot][round], atol=2e-2)
     runner.release(1)
     assert runner.admit(tokens(4))[0] == 1
+
+
+def test_rows_that_come_are_zero_and_the_others_never_leave_the_device(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Growing read all keys and values to the host, and wrote them back."""
+
+    class Used(GpuMemory):
+        def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+            value = super().allocate(shape, dtype)
+            value.update_inplace(np.full(shape, 0x7C01, dtype))  # a NaN, as memory that was used before may hold
+            return value
+
+    variant = open_package(package).manifest.variants["fp16"]
+    session = open_session(package / variant.graph, variant, 1)
+    buffer = DeviceBuffer(variant.kv_cache, Used(kind="cpu"), session)
+    buffer.reserve(2, [])
+    written = {name: RNG.integers(0, 99, value.shape()).astype(np.uint16) for name, value in buffer._values.items()}
+    for name, value in buffer._values.items():
+        assert not value.numpy().any()
+        value.update_inplace(written[name])
+    with monkeypatch.context() as patch:
+        patch.setattr(ort.OrtValue, "numpy", lambda _: pytest.fail("to the host"))
+        buffer.reserve(5, [CONTEXT, 0])
+    assert (buffer.rows, buffer.version) == (5, 2)
+    for name, value in buffer._values.items():
+        assert np.array_equal(value.numpy()[:2], written[name])
+        assert not value.numpy()[2:].any()
+    buffer.close()
+    with pytest.raises(UsageError, match="closed"):
+        buffer.reserve(1, [])
 
 
 def test_a_prefix_is_computed_once_more_where_no_row_can_be_copied(package: Path, runner: DeviceRunner) -> None:
