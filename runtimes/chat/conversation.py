@@ -8,7 +8,7 @@
     answer = chat.ask("How warm is it in Oslo?", sampler=Sampler())
     while answer.calls:
         chat.add_results([call_it(call.name, call.arguments) for call in answer.calls])
-        answer = chat.answer(sampler=Sampler())
+        answer = chat.ask(sampler=Sampler())
 
 Each turn is rendered from the first message on, and its ids are those of transformers, but that the last answer stays
 the ids that the model gave, where the template shows it as it was given: encoded anew, they may be others. So the
@@ -17,7 +17,8 @@ runner computes only what is new. Thoughts are not shown again, unless the templ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +127,7 @@ class Conversation:
 
     def ask(
         self,
-        text: str,
+        text: str | None = None,
         *,
         sampler: Sampler,
         max_new_tokens: int | None = None,
@@ -137,48 +138,12 @@ class Conversation:
         adapter: str | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> Answer:
-        """Add what a user says, and the model's answer.
-
-        Args:
-            text: what the user says; special text in it is text.
-            sampler, max_new_tokens, stop, on_event, speculate, rules, adapter, cancelled: as `answer`.
-
-        Raises:
-            Olmo2ExportError: as `answer`.
-        """
-        self.messages.append({"role": "user", "content": text})
-        try:
-            return self.answer(
-                sampler=sampler,
-                max_new_tokens=max_new_tokens,
-                stop=stop,
-                on_event=on_event,
-                speculate=speculate,
-                rules=rules,
-                adapter=adapter,
-                cancelled=cancelled,
-            )
-        except BaseException:
-            self.messages.pop()
-            raise
-
-    def answer(
-        self,
-        *,
-        sampler: Sampler,
-        max_new_tokens: int | None = None,
-        stop: Sequence[str] = (),
-        on_event: Callable[[Event], object] | None = None,
-        speculate: Drafter | None = None,
-        rules: Sequence[LogitRule] = (),
-        adapter: str | None = None,
-        cancelled: Callable[[], bool] | None = None,
-    ) -> Answer:
-        """Add the model's answer to the messages.
+        """Add what a user says, and the model's answer, to the messages.
 
         It ends at the ids that end a text, and at those that the template writes behind an answer.
 
         Args:
+            text: what the user says; special text in it is text. None: nothing, as behind the results of calls.
             sampler: picks each next id.
             max_new_tokens: fewer where no more fit; None means as many as fit.
             stop: the answer ends before the first of them to be complete.
@@ -193,8 +158,6 @@ class Conversation:
             UsageError: calls wait for their results, or as `generate`.
             NumericError: the model broke down.
         """
-        if self._waiting and self.messages and self.messages[-1]["role"] == "assistant":
-            raise UsageError(f"{len(self._waiting)} calls wait for their results; add_results first")
         parser = self._parser()
         events: list[Event] = []
 
@@ -204,33 +167,34 @@ class Conversation:
                 if on_event is not None:
                     on_event(event)
 
-        prompt = self._prompt()
-        prompt_ids = self._encoded(prompt)
-        asked, room = as_integer(max_new_tokens), self._runner.max_cache_length - len(prompt_ids)
-        generation = generate(
-            self._runner,
-            self._tokenizer,
-            prompt_ids,
-            sampler=sampler,
-            max_new_tokens=room if asked is not None and 0 <= room < asked else max_new_tokens,
-            stop=stop,
-            eos_token_ids=self._ends,
-            on_text=lambda piece: take(parser.push(piece)),
-            speculate=speculate,
-            rules=rules,
-            adapter=adapter,
-            cancelled=cancelled,
-        )
-        take(parser.finish())
+        with self._asked(text):
+            prompt = self._prompt()
+            prompt_ids = self._encoded(prompt)
+            asked, room = as_integer(max_new_tokens), self._runner.max_cache_length - len(prompt_ids)
+            generation = generate(
+                self._runner,
+                self._tokenizer,
+                prompt_ids,
+                sampler=sampler,
+                max_new_tokens=room if asked is not None and 0 <= room < asked else max_new_tokens,
+                stop=stop,
+                eos_token_ids=self._ends,
+                on_text=lambda piece: take(parser.push(piece)),
+                speculate=speculate,
+                rules=rules,
+                adapter=adapter,
+                cancelled=cancelled,
+            )
+            take(parser.finish())
         self._remember(prompt, generation)
-        text = "".join(event.text for event in events if isinstance(event, Text))
+        said = "".join(event.text for event in events if isinstance(event, Text))
         thought = "".join(event.text for event in events if isinstance(event, Thought))
         calls = tuple(event for event in events if isinstance(event, Call))
-        message = self._message(text, thought, calls, parser.calls_text)
+        message = self._message(said, thought, calls, parser.calls_text)
         self.messages.append(message)
         self._waiting = calls
         broken = tuple(event for event in events if isinstance(event, BrokenCall))
-        return Answer(text, thought, calls, broken, message, generation)
+        return Answer(said, thought, calls, broken, message, generation)
 
     def add_results(self, results: Sequence[str]) -> None:
         """Add what the tools gave that the last answer called.
@@ -274,6 +238,19 @@ class Conversation:
         system = self.system
         self.messages, self._waiting = [], ()
         self.system = system
+
+    @contextmanager
+    def _asked(self, text: str | None) -> Iterator[None]:
+        """Let the body answer what a user says; where it raises, nothing was said."""
+        if text is None and self._waiting and self.messages and self.messages[-1]["role"] == "assistant":
+            raise UsageError(f"{len(self._waiting)} calls wait for their results; add_results first")
+        turn = [] if text is None else [{"role": "user", "content": text}]
+        self.messages += turn
+        try:
+            yield
+        except BaseException:
+            del self.messages[len(self.messages) - len(turn) :]
+            raise
 
     def _prompt(self) -> str:
         messages: Sequence[Message] = self.messages

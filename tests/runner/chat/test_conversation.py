@@ -100,13 +100,13 @@ def test_calls_go_round(olmo3: Any) -> None:
     )
     assert (answer.text, answer.broken_calls) == ("Let me see.\n", ())
     with pytest.raises(UsageError, match="2 calls wait for their results"):
-        chat.answer(sampler=GREEDY)
+        chat.ask(sampler=GREEDY)
     with pytest.raises(InputError, match="1 results of 2 calls"):
         chat.add_results(["12"])
     with pytest.raises(InputError, match="expected a list of strings"):
         chat.add_results([12, 7])  # type: ignore[list-item]
     chat.add_results(["12", "7"])
-    assert chat.answer(sampler=GREEDY).text == "12 and 7 degrees."
+    assert chat.ask(sampler=GREEDY).text == "12 and 7 degrees."
     fed = olmo3.tokenizer.decode(runner.prompts[1])
     assert fed == "\nenvironment\n12\nenvironment\n7\nassistant\n"  # and nothing of the call, which it holds
     text = olmo3.template.render(chat.messages[:2], tools=TOOLS, add_generation_prompt=False)
@@ -129,7 +129,7 @@ def test_a_model_whose_template_has_no_tools_is_asked_for_json(olmo2: Any) -> No
     prompt = olmo2.tokenizer.decode(runner.prompts[0])
     assert prompt.startswith("<|system|>\nBe brief.\n\nYou can call functions.")
     chat.add_results(["7"])
-    assert chat.answer(sampler=GREEDY).text == "It is 7 degrees."
+    assert chat.ask(sampler=GREEDY).text == "It is 7 degrees."
     assert chat.messages[0] == {"role": "system", "content": "Be brief."}
     assert [message["role"] for message in chat.messages] == ["system", "user", "assistant", "user", "assistant"]
     assert chat.messages[2]["content"] == call
