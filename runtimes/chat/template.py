@@ -11,7 +11,6 @@ pieces are encoded apart.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from runtimes.chat.messages import RESULTS, Message, checked_messages, checked_t
 from runtimes.chat.renderer import Renderer, TemplateError
 from runtimes.errors import InputError, PackageError
 from runtimes.package import AnyPackage, open_package
+from runtimes.text.config_file import read_config, token_text
 from runtimes.text.tokenizer import Tokenizer
 
 _MAIN = "chat_template.jinja"
@@ -81,7 +81,7 @@ class ChatTemplate:
         Raises:
             PackageError: there is none, or a file cannot be read.
         """
-        config = _read_object(folder / _CONFIG)
+        config = read_config(folder / _CONFIG)
         templates = {path.stem: _read_text(path) for path in sorted((folder / _MORE).glob("*.jinja"))}
         if (folder / _MAIN).is_file():
             templates[_DEFAULT] = _read_text(folder / _MAIN)
@@ -91,8 +91,8 @@ class ChatTemplate:
                 f"{folder}: no chat template; olmo2-run generate continues a text without one. For a chat model, put "
                 f"{_MAIN} beside the checkpoint's tokenizer.json and export the package again"
             )
-        old = _read_object(folder / _OLD_MAP)
-        said = {name: _content({**old, **config}.get(name)) for name in _SPECIAL}
+        old = read_config(folder / _OLD_MAP)
+        said = {name: token_text({**old, **config}.get(name)) for name in _SPECIAL}
         return cls(templates, {name: text for name, text in said.items() if text is not None})
 
     def source(self, name: str | None = None, *, with_tools: bool = False) -> str:
@@ -380,25 +380,8 @@ def _is_named(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("name"), str) and "template" in value
 
 
-def _content(token: Any) -> str | None:
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
-
-
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise PackageError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8 and export again") from error
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise PackageError(f"{path}: not valid JSON ({type(error).__name__}); export the package again") from error
-    if not isinstance(found, dict):
-        raise PackageError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found

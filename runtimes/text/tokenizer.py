@@ -7,7 +7,6 @@ the ids lack is named in a warning, and so is an id of config.json.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from tokenizers.decoders import DecodeStream
 
 from runtimes.errors import InputError, PackageError
 from runtimes.package import AnyPackage, open_package
+from runtimes.text.config_file import read_config, token_text
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Tokenizer:
         """
         if not (folder / _TOKENIZER).is_file():
             raise PackageError(f"{folder}: no {_TOKENIZER}; text cannot be turned into tokens without it")
-        configs = [_read_object(folder / name) for name in _CONFIGS]
+        configs = [read_config(folder / name) for name in _CONFIGS]
         bos, eos, pad = (_special_ids(folder, configs, f"{kind}_token_id") for kind in ("bos", "eos", "pad"))
         return cls(_load(folder / _TOKENIZER), eos, bos[0] if bos else None, pad[0] if pad else None)
 
@@ -171,7 +171,7 @@ class Tokenizer:
 
     def _name_other_ends(self, folder: Path) -> None:
         """Warn of ids that end a text by one file, and do not by the file that counts."""
-        own = _special_ids(folder, [_read_object(folder / _CONFIGS[-1])], "eos_token_id")
+        own = _special_ids(folder, [read_config(folder / _CONFIGS[-1])], "eos_token_id")
         others = dict.fromkeys(own, _CONFIGS[-1])
         token = _eos_token(folder / _TOKENIZER_CONFIG)
         token_id = None if token is None else self._backend.token_to_id(token)
@@ -251,20 +251,6 @@ def _special_ids(folder: Path, configs: Sequence[dict[str, Any]], name: str) -> 
 def _eos_token(path: Path) -> str | None:
     """Return the eos_token of tokenizer_config.json; None too where that cannot be read, since it ends nothing."""
     try:
-        token = _read_object(path).get("eos_token")
+        return token_text(read_config(path).get("eos_token"))
     except PackageError:
         return None
-    content = token.get("content") if isinstance(token, dict) else token
-    return content if isinstance(content, str) else None
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        document = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise PackageError(f"{path}: not valid JSON ({type(error).__name__}); export the package again") from error
-    if not isinstance(document, dict):
-        raise PackageError(f"{path}: expected a JSON object, found {type(document).__name__}")
-    return document
