@@ -1,4 +1,4 @@
-"""Checkpoints and packages of classifiers, in the sizes of `checkpoints.SHAPE`."""
+"""Checkpoints and packages of classifiers and of models that give or take vectors, in `checkpoints.SHAPE`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ CLASSIFIERS: dict[str, dict[str, Any]] = {
 }
 VARIANTS = {"olmo": ["fp32"], "olmo2": ["fp32", "q4", "q8", "bf16", "fp16", "q4f16"], "olmo3": ["fp32", "q4"]}
 TRT_CAPACITY = 64
+HIDDEN: dict[str, dict[str, Any]] = {"olmo": OLMO1, "olmo2": {}, "olmo3": OLMO3}
 
 
 @pytest.fixture(autouse=True)
@@ -37,102 +38,85 @@ def asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     remember(monkeypatch)
 
 
-@pytest.fixture(scope="session")
-def classifier(shared: Shared) -> Callable[[str], Path]:
-    """A checkpoint of `CLASSIFIERS`. Do not change it."""
-    return lambda name: shared.made(
-        "checkpoint", f"heads_{name}", lambda out: make_checkpoint(out, **CLASSIFIERS[name])
-    )
+Named = Callable[[str], Path]
+"""a fixture that makes what a name says, once; do not change it"""
 
 
-@pytest.fixture(scope="session")
-def classifier_package(classifier: Callable[[str], Path], shared: Shared) -> Callable[[str], Path]:
-    """Its package. Do not change it."""
-
-    def of(name: str) -> Path:
-        def make(out: Path) -> None:
-            export(open_checkpoint(str(classifier(name))), out, variants=VARIANTS.get(name, ["fp32"]))
-
-        return shared.made("package", f"heads_{name}", make)
-
-    return of
+def checkpoints(shared: Shared, kind: str, shapes: dict[str, dict[str, Any]]) -> Named:
+    """Return a checkpoint of each shape."""
+    return lambda name: shared.made("checkpoint", f"{kind}_{name}", lambda out: make_checkpoint(out, **shapes[name]))
 
 
-@pytest.fixture(scope="session")
-def classifier_trt(classifier_package: Callable[[str], Path], shared: Shared) -> Callable[[str], Path]:
-    """olmo2 with one graph for TensorRT, no engine. Do not change it."""
-
-    def of(precision: str) -> Path:
-        options = TrtOptions(precision, TRT_CAPACITY)  # type: ignore[arg-type]  # a name out of the catalog
-        package = classifier_package("olmo2")
-        return shared.made("trt", f"heads_{precision}", lambda out: with_trt_graph(package, out, options))
-
-    return of
-
-
-HIDDEN: dict[str, dict[str, Any]] = {"olmo": OLMO1, "olmo2": {}, "olmo3": OLMO3}
-
-
-@pytest.fixture(scope="session")
-def hidden_checkpoint(shared: Shared) -> Callable[[str], Path]:
-    """A language model of a generation. Do not change it."""
-    return lambda name: shared.made("checkpoint", f"hidden_{name}", lambda out: make_checkpoint(out, **HIDDEN[name]))
-
-
-@pytest.fixture(scope="session")
-def hidden_package(hidden_checkpoint: Callable[[str], Path], shared: Shared) -> Callable[[str], Path]:
-    """Its package, whose graphs give hidden states. Do not change it."""
+def packages(shared: Shared, kind: str, checkpoint: Named, options: Options | None = None) -> Named:
+    """Return the package of each checkpoint."""
 
     def of(name: str) -> Path:
         def make(out: Path) -> None:
-            options = Options(hidden_states=(0, 1, 2, -1))
-            export(open_checkpoint(str(hidden_checkpoint(name))), out, variants=VARIANTS[name], options=options)
+            variants = VARIANTS.get(name, ["fp32"])
+            export(open_checkpoint(str(checkpoint(name))), out, variants=variants, options=options)
 
-        return shared.made("package", f"hidden_{name}", make)
+        return shared.made("package", f"{kind}_{name}", make)
 
     return of
 
 
-@pytest.fixture(scope="session")
-def hidden_trt(hidden_package: Callable[[str], Path], shared: Shared) -> Callable[[str], Path]:
-    """olmo2 with one graph for TensorRT, no engine. Do not change it."""
+def trt_graphs(shared: Shared, kind: str, package: Named) -> Named:
+    """Return olmo2's package with one graph for TensorRT, of a precision, and no engine."""
 
     def of(precision: str) -> Path:
         options = TrtOptions(precision, TRT_CAPACITY)  # type: ignore[arg-type]  # a name out of the catalog
-        package = hidden_package("olmo2")
-        return shared.made("trt", f"hidden_{precision}", lambda out: with_trt_graph(package, out, options))
+        plain = package("olmo2")
+        return shared.made("trt", f"{kind}_{precision}", lambda out: with_trt_graph(plain, out, options))
 
     return of
 
 
 @pytest.fixture(scope="session")
-def vector_package(hidden_checkpoint: Callable[[str], Path], shared: Shared) -> Callable[[str], Path]:
-    """A package whose graphs take vectors in the place of tokens. Do not change it."""
-
-    def of(name: str) -> Path:
-        def make(out: Path) -> None:
-            options = Options(inputs_embeds=True)
-            export(open_checkpoint(str(hidden_checkpoint(name))), out, variants=VARIANTS[name], options=options)
-
-        return shared.made("package", f"vectors_{name}", make)
-
-    return of
+def classifier(shared: Shared) -> Named:
+    """A checkpoint of `CLASSIFIERS`."""
+    return checkpoints(shared, "heads", CLASSIFIERS)
 
 
 @pytest.fixture(scope="session")
-def vector_trt(vector_package: Callable[[str], Path], shared: Shared) -> Callable[[str], Path]:
-    """olmo2 with one graph for TensorRT, no engine. Do not change it."""
-
-    def of(precision: str) -> Path:
-        options = TrtOptions(precision, TRT_CAPACITY)  # type: ignore[arg-type]  # a name out of the catalog
-        package = vector_package("olmo2")
-        return shared.made("trt", f"vectors_{precision}", lambda out: with_trt_graph(package, out, options))
-
-    return of
+def classifier_package(classifier: Named, shared: Shared) -> Named:
+    return packages(shared, "heads", classifier)
 
 
 @pytest.fixture(scope="session")
-def both_package(hidden_checkpoint: Callable[[str], Path], shared: Shared) -> Path:
+def classifier_trt(classifier_package: Named, shared: Shared) -> Named:
+    return trt_graphs(shared, "heads", classifier_package)
+
+
+@pytest.fixture(scope="session")
+def hidden_checkpoint(shared: Shared) -> Named:
+    """A language model of a generation, of `HIDDEN`."""
+    return checkpoints(shared, "hidden", HIDDEN)
+
+
+@pytest.fixture(scope="session")
+def hidden_package(hidden_checkpoint: Named, shared: Shared) -> Named:
+    """Its graphs give hidden states."""
+    return packages(shared, "hidden", hidden_checkpoint, Options(hidden_states=(0, 1, 2, -1)))
+
+
+@pytest.fixture(scope="session")
+def hidden_trt(hidden_package: Named, shared: Shared) -> Named:
+    return trt_graphs(shared, "hidden", hidden_package)
+
+
+@pytest.fixture(scope="session")
+def vector_package(hidden_checkpoint: Named, shared: Shared) -> Named:
+    """Its graphs take vectors in the place of tokens."""
+    return packages(shared, "vectors", hidden_checkpoint, Options(inputs_embeds=True))
+
+
+@pytest.fixture(scope="session")
+def vector_trt(vector_package: Named, shared: Shared) -> Named:
+    return trt_graphs(shared, "vectors", vector_package)
+
+
+@pytest.fixture(scope="session")
+def both_package(hidden_checkpoint: Named, shared: Shared) -> Path:
     """An olmo2 whose graphs take vectors and give hidden states, with one for TensorRT. Do not change it."""
 
     def make(out: Path) -> None:
