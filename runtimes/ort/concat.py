@@ -15,7 +15,6 @@ import numpy.typing as npt
 import onnxruntime as ort  # type: ignore[import-untyped]
 
 from runtimes.errors import BrokenSlotsError, FailedError, InputError, NumericError, UsageError
-from runtimes.integers import as_integer
 from runtimes.manifest import KVCacheSpec, ModelSpec, Variant
 from runtimes.one_thread import OneThread, one_thread
 from runtimes.ort.adapters import Adapters
@@ -41,8 +40,11 @@ from runtimes.runners.slots import (
     DEFAULT_SLOTS,
     admit,
     check_exact_append,
+    check_slot_ids,
     check_slot_length,
+    check_slots_left,
     check_step,
+    find_slot,
     is_computed_again,
     piece_length,
 )
@@ -264,7 +266,7 @@ class ConcatRunner:
 
     @one_thread
     def begin(self, token_ids: TokenIds, adapter: str | None = None) -> int:
-        (ids,) = self._check_new(token_ids, 0, "the prompt")
+        ids = check_slot_ids(token_ids, 0, "the prompt", self)
         chosen = chosen_adapters(adapter, 1, (), self.adapters)
         return self._new_slot(_Slot(replace(self._empty_cache(1), adapters=chosen), ids, prompted=0))
 
@@ -290,18 +292,11 @@ class ConcatRunner:
 
     @one_thread
     def step(self, token_ids: Mapping[int, int]) -> dict[int, Logits]:
-        slots = check_step(token_ids, self._slots, {n for n, state in self._slots.items() if len(state.pending)})
-        given = check_rows(
-            [[token] for token in token_ids.values()],
-            vocab_size=self.model.vocab_size,
-            cache_lengths=tuple(len(self._slots[slot].tokens) for slot in slots),
-            max_cache_length=self.max_cache_length,
-            names=[f"slot {slot}" for slot in slots],
-        )
+        new = check_step(token_ids, {n for n, state in self._slots.items() if len(state.pending)}, self)
         found: dict[int, Logits] = {}
         stepped: dict[int, _Slot] = {}
         broken: dict[int, str] = {}
-        for slot, ids in zip(slots, given, strict=True):
+        for slot, ids in new.items():
             state = self._slots[slot]
             (logits,), cache = self._extend(state.cache, [ids], all_positions=False)
             try:
@@ -319,7 +314,7 @@ class ConcatRunner:
     def append(self, slot: int, token_ids: TokenIds) -> None:
         state, number = self._slot(slot), int(slot)
         held = len(state.tokens)
-        (ids,) = self._check_new(token_ids, held + len(state.pending), f"slot {number}")
+        ids = check_slot_ids(token_ids, held + len(state.pending), f"slot {number}", self)
         if self.exact and not len(state.pending):
             check_exact_append(held, state.prompted, len(ids))
         self._slots[number] = replace(state, pending=np.concatenate([state.pending, ids]))
@@ -353,21 +348,14 @@ class ConcatRunner:
         self.close()
 
     def _slot(self, slot: int) -> _Slot:
-        state = self._slots.get(as_integer(slot))  # type: ignore[arg-type]  # None is no slot
-        if state is None:
-            raise InputError(f"slot {slot!r}: not admitted")
-        return state
+        return find_slot(slot, self._slots)
 
     def _new_slot(self, state: _Slot) -> int:
         if self._session is None:
             raise UsageError("the runner is closed; open another")
         if self._cache is not None:
             raise UsageError("the runner holds a batch; reset it first, or open another for slots")
-        if len(self._slots) >= self.max_slots:
-            raise InputError(
-                f"{len(self._slots) + 1} rows, this runner has {self.max_slots} slots; release one, or open it with "
-                "more max_slots"
-            )
+        check_slots_left(len(self._slots), self)
         slot = next(n for n in range(self.max_slots) if n not in self._slots)
         self._slots[slot] = state
         return slot
@@ -381,15 +369,6 @@ class ConcatRunner:
         else:
             cache = state.cache if length == len(state.tokens) else self._shortened(state.cache, (length,))
         return _Slot(cache, _NOTHING, min(state.prompted, length))
-
-    def _check_new(self, token_ids: TokenIds, held: int, name: str) -> list[Ids]:
-        return check_rows(
-            [token_ids],
-            vocab_size=self.model.vocab_size,
-            cache_lengths=(held,),
-            max_cache_length=self.max_cache_length,
-            names=(name,),
-        )
 
     def _refuse_slots(self) -> None:
         if self._slots:

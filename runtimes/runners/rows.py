@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 
 from runtimes.errors import BrokenSlotsError, InputError, NumericError, UsageError
-from runtimes.integers import as_integer
 from runtimes.manifest import ModelSpec, Variant
 from runtimes.one_thread import OneThread, one_thread
 from runtimes.runners.runner import (
@@ -42,8 +41,11 @@ from runtimes.runners.slots import (
     DEFAULT_SLOTS,
     admit,
     check_exact_append,
+    check_slot_ids,
     check_slot_length,
+    check_slots_left,
     check_step,
+    find_slot,
     is_computed_again,
     piece_length,
 )
@@ -193,7 +195,7 @@ class RowRunner(ABC):
 
     @one_thread
     def begin(self, token_ids: TokenIds, adapter: str | None = None) -> int:
-        (ids,) = self._check_new(token_ids, 0, "the prompt")
+        ids = check_slot_ids(token_ids, 0, "the prompt", self)
         (chosen,) = chosen_adapters(adapter, 1, (), self.adapters)
         slot = self._new_slot(_NOTHING)
         if chosen is not None:
@@ -230,17 +232,9 @@ class RowRunner(ABC):
 
     @one_thread
     def step(self, token_ids: Mapping[int, int]) -> dict[int, Logits]:
-        slots = check_step(token_ids, self._rows, self._pending)
-        held = {slot: self.slot_tokens(slot) for slot in slots}
-        given = check_rows(
-            [[token] for token in token_ids.values()],
-            vocab_size=self.model.vocab_size,
-            cache_lengths=tuple(map(len, held.values())),
-            max_cache_length=self.max_cache_length,
-            names=[f"slot {slot}" for slot in slots],
-        )
-        new = dict(zip(slots, given, strict=True))
-        count = max(self._rows[slot] for slot in slots) + 1
+        new = check_step(token_ids, self._pending, self)
+        held = {slot: self.slot_tokens(slot) for slot in new}
+        count = max(self._rows[slot] for slot in new) + 1
         rows = [self._row_tokens(row) for row in range(count)]
         # A row that waits is computed too; what it writes lies behind its tokens, or repeats its last one.
         starts = np.array([min(len(row), self.max_cache_length - 1) for row in rows])
@@ -248,7 +242,7 @@ class RowRunner(ABC):
         for slot, token in new.items():
             ids[self._rows[slot]] = token
         logits = self._append(ids, starts)
-        found = {slot: logits[self._rows[slot]] for slot in slots}
+        found = {slot: logits[self._rows[slot]] for slot in new}
         broken = self._broken(found, held)
         for slot, token in new.items():
             if slot not in broken:
@@ -263,7 +257,7 @@ class RowRunner(ABC):
     def append(self, slot: int, token_ids: TokenIds) -> None:
         row, number = self._row(slot), int(slot)
         held, pending = len(self._row_tokens(row)), self._pending.get(number, _NOTHING)
-        (ids,) = self._check_new(token_ids, held + len(pending), f"slot {number}")
+        ids = check_slot_ids(token_ids, held + len(pending), f"slot {number}", self)
         if self.exact and not len(pending):
             check_exact_append(held, self._prompted[number], len(ids))
         self._pending[number] = np.concatenate([pending, ids])
@@ -399,20 +393,14 @@ class RowRunner(ABC):
         return [row for row, ids in enumerate(self._tokens) if ids is not None and row not in taken]
 
     def _row(self, slot: int) -> int:
-        row = self._rows.get(as_integer(slot))  # type: ignore[arg-type]  # None is no slot
-        if row is None:
-            raise InputError(f"slot {slot!r}: not admitted")
-        return row
+        return find_slot(slot, self._rows)
 
     def _new_slot(self, ids: Ids) -> int:
         """Take the lowest free slot, and the lowest free row for it; only its tokens are set."""
         if self._closed:
             raise UsageError("the runner is closed; open another")
         row = next((n for n, held in enumerate(self._tokens) if held is None), len(self._tokens))
-        if row >= self.max_slots:  # before there is memory for one more, which moves all others
-            raise InputError(
-                f"{row + 1} rows, this runner has {self.max_slots} slots; release one, or open it with more max_slots"
-            )
+        check_slots_left(row, self)  # before there is memory for one more, which moves all others
         self._reserve(max(row + 1, len(self._tokens)))
         slot = next(n for n in range(len(self._batch_rows()), self.max_slots + 1) if n not in self._rows)
         self._tokens[row : row + 1] = [ids]
@@ -428,15 +416,6 @@ class RowRunner(ABC):
         while self._tokens and self._tokens[-1] is None:
             self._tokens.pop()
         self._give_back(row)
-
-    def _check_new(self, token_ids: TokenIds, held: int, name: str) -> list[Ids]:
-        return check_rows(
-            [token_ids],
-            vocab_size=self.model.vocab_size,
-            cache_lengths=(held,),
-            max_cache_length=self.max_cache_length,
-            names=(name,),
-        )
 
     def _broken(self, logits: Mapping[int, Logits], held: Mapping[int, Ids]) -> dict[int, str]:
         """Return what is wrong with the logits of a step, by slot."""

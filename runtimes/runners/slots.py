@@ -23,11 +23,13 @@ at multiples of `EXACT_TOKENS`, and always before the last 8 to 15 tokens.
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from runtimes.errors import InputError, UsageError
 from runtimes.integers import as_integer
-from runtimes.runners.runner import Ids, Logits, Runner, TokenIds
+from runtimes.runners.runner import Ids, Logits, Runner, TokenIds, check_rows
+
+_T = TypeVar("_T")
 
 DEFAULT_SLOTS = 8
 """slots of a runner whose graph takes any number of rows"""
@@ -259,29 +261,84 @@ def admit(runner: Slots, token_ids: TokenIds, adapter: str | None = None) -> tup
     return slot, logits
 
 
-def check_step(token_ids: Mapping[int, int], taken: Container[int], waiting: Container[int]) -> list[int]:
-    """Check the slots that `step` is given.
+def find_slot(slot: int, taken: Mapping[int, _T]) -> _T:
+    """Return what a runner has of a slot.
+
+    Raises:
+        InputError: it is free.
+    """
+    number = as_integer(slot)
+    if number is None or number not in taken:
+        raise InputError(f"slot {slot!r}: not admitted")
+    return taken[number]
+
+
+def check_slots_left(taken: int, runner: Slots) -> None:
+    """Refuse one sequence more than a runner has slots.
+
+    Raises:
+        InputError: see `Slots.begin`.
+    """
+    if taken >= runner.max_slots:
+        raise InputError(
+            f"{taken + 1} rows, this runner has {runner.max_slots} slots; release one, or open it with more max_slots"
+        )
+
+
+def check_slot_ids(token_ids: TokenIds, held: int, name: str, runner: Slots) -> Ids:
+    """Return tokens that come behind those that a slot holds.
+
+    Args:
+        token_ids: at least one.
+        held: tokens, or to be computed.
+        name: of what they are, for the message.
+        runner: whose slot it is.
+
+    Raises:
+        InputError, ContextLengthError: see `Slots.begin`.
+    """
+    (ids,) = check_rows(
+        [token_ids],
+        vocab_size=runner.model.vocab_size,
+        cache_lengths=(held,),
+        max_cache_length=runner.max_cache_length,
+        names=(name,),
+    )
+    return ids
+
+
+def check_step(token_ids: Mapping[int, int], waiting: Container[int], runner: Slots) -> dict[int, Ids]:
+    """Check what `step` is given.
 
     Args:
         token_ids: slot -> id.
-        taken: slots that are not free.
         waiting: slots whose prompt is not complete.
+        runner: whose slots they are.
 
     Returns:
-        The slots, in the mapping's order; at least one.
+        slot -> its id, int64 [1], in the mapping's order; at least one.
 
     Raises:
         InputError: see `Slots.step`; or no mapping, or one whose keys are no integers or twice the same.
+        ContextLengthError: a slot is full.
     """
     if not isinstance(token_ids, Mapping):
         raise InputError(f"expected a mapping from slots, integers, to token ids, found {type(token_ids).__name__}")
     slots = [slot for slot in map(as_integer, token_ids) if slot is not None]
     if len(set(slots)) < len(token_ids):
         raise InputError("expected a mapping from slots, integers, each once, to token ids")
+    taken = runner.slots
     free = [slot for slot in slots if slot not in taken]
     if free or not slots:
         raise InputError(f"slot {free[0] if free else '(none)'}: not admitted; admit a sequence first")
     incomplete = [slot for slot in slots if slot in waiting]
     if incomplete:
         raise InputError(f"slot {incomplete[0]}: its prompt is not complete; extend it first")
-    return slots
+    given = check_rows(
+        [[token] for token in token_ids.values()],
+        vocab_size=runner.model.vocab_size,
+        cache_lengths=tuple(len(runner.slot_tokens(slot)) for slot in slots),
+        max_cache_length=runner.max_cache_length,
+        names=[f"slot {slot}" for slot in slots],
+    )
+    return dict(zip(slots, given, strict=True))
