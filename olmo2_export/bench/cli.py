@@ -28,6 +28,7 @@ from olmo2_export.bench.processes import ROOT, check_system
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes.command import Parser, run_command
 from runtimes.errors import UsageError
+from runtimes.package import Package
 from runtimes.targets import find_target
 
 
@@ -102,10 +103,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     """Run one verb; return 0, or 1 if a contender failed."""
     check_system()
-    failed, out = False, getattr(args, "out", None)
+    failed, out, packages = False, getattr(args, "out", None), list[Package]()
     check_out(out)
     if args.verb == "gpu":
-        gpu.check(
+        packages = gpu.check(
             args.size,
             wanted=args.wanted or ["ort:bf16"],
             rounds=args.rounds,
@@ -167,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
                     steps=args.steps,
                     only=args.only or gpu.TASKS,
                     baseline=not args.no_baseline,
-                    packages=args.package or (),
+                    packages=packages,
                     reference=args.reference,
                     minutes=args.minutes,
                 )

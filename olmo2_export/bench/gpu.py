@@ -98,8 +98,11 @@ def check(
     reference: Path | None = None,
     keep: Path | None = None,
     minutes: float | None = None,
-) -> None:
+) -> list[Package]:
     """Refuse what cannot be measured, or would be measured of something else, before anything is made.
+
+    Returns:
+        The packages, opened.
 
     Raises:
         UsageError: a contender of no backend, a number too small, a folder of another shape, or one that nothing uses.
@@ -135,6 +138,7 @@ def check(
         raise UsageError(
             f"--keep {keep}: nothing is made, with --package and {'--reference' if baseline else '--no-baseline'}"
         )
+    return list(opened.values())
 
 
 def _backend_and_variant(text: str) -> tuple[str, str]:
@@ -159,7 +163,7 @@ def _has(package: Package, variant: str) -> bool:
 
 
 def contenders(
-    workshop: Workshop, wanted: Sequence[str], device: str, baseline: bool, packages: Sequence[Path] = ()
+    workshop: Workshop, wanted: Sequence[str], device: str, baseline: bool, packages: Sequence[Package] = ()
 ) -> list[Contender]:
     """Return ours, made where they are not there, and the baseline, second.
 
@@ -173,11 +177,11 @@ def contenders(
     Raises:
         UsageError: not of that form.
     """
-    found, opened = [], [open_package(folder) for folder in packages]
+    found = []
     for number, text in enumerate(wanted):
         backend, variant = _backend_and_variant(text)
         key = "ours" if number == 0 else f"{backend}_{text.partition(':')[2]}"
-        package, made = next((given.folder for given in opened if _has(given, variant)), None), dict[str, float]()
+        package, made = next((given.folder for given in packages if _has(given, variant)), None), dict[str, float]()
         target = find_target(backend, device if backend in backends(engines=False) else None)
         if package is None and not target.needs_engine:
             package, made = workshop.package("gpu", workshop.checkpoint("olmo2"), variant)
@@ -208,7 +212,7 @@ def run(
     steps: int,
     only: Sequence[str] = TASKS,
     baseline: bool = True,
-    packages: Sequence[Path] = (),
+    packages: Sequence[Package] = (),
     reference: Path | None = None,
     minutes: float | None = None,
 ) -> tuple[dict[str, Any], str]:

@@ -60,10 +60,10 @@ def test_a_package_that_is_there_is_measured_and_nothing_is_made(
 def test_the_baseline_is_measured_beside_the_first_variant(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of two packages the one that has the variant is taken; a run that is cut off has both sides of its claims."""
     a, b = tmp_path / "a", tmp_path / "b"
-    monkeypatch.setattr(gpu, "open_package", lambda folder: SimpleNamespace(folder=folder))
+    packages: list[Any] = [SimpleNamespace(folder=folder) for folder in (a, b)]
     monkeypatch.setattr(gpu, "_has", lambda given, variant: (given.folder, variant) in {(a, "q4f16"), (b, "bf16")})
     workshop = contenders.Workshop(tmp_path, "demo", contenders.DEMO)
-    found = gpu.contenders(workshop, ["ort:bf16", "ort:q4f16"], "cpu", baseline=True, packages=[a, b])
+    found = gpu.contenders(workshop, ["ort:bf16", "ort:q4f16"], "cpu", baseline=True, packages=packages)
     assert [contender.key for contender in found] == ["ours", "static_cache", "ort_q4f16"]
     assert [contender.arguments[0] for contender in found] == [str(b), str(contenders.DEMO), str(a)]
     assert gpu.TASKS == ("decode_128", "decode_2048", "prefill_2048", "streams_8")
