@@ -39,17 +39,17 @@ ONNXRUNTIME: list[Pass] = [
 ]
 """portable graph -> the shared-cache graph, whose weights are then quantised"""
 
-OTHER_RUNTIMES: list[Pass] = [
-    either_padding,
-    drop_unused,
-]
-"""the shared-cache graph -> the one of the same weights that other runtimes load"""
-
 DEVICE: list[Pass] = [
     group_query_attention,
     drop_unused,
 ]
 """the same for GPUs: onnxruntime finds QuickGelu itself for CUDA, and TensorRT for RTX has no such operator"""
+
+OTHER_RUNTIMES: list[Pass] = [
+    either_padding,
+    drop_unused,
+]
+"""the shared-cache graph -> the one of the same weights that other runtimes load"""
 
 TENSORRT: list[Pass] = [
     gather_logit_row,

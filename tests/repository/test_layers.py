@@ -89,6 +89,15 @@ def test_rooms_of_the_import_order_exist(tree: str) -> None:
     assert set(order(tree)) == there
 
 
+@pytest.mark.parametrize("tree", ["olmo2_export", "runtimes"])
+def test_every_room_has_its_job_in_the_guide(tree: str) -> None:
+    """Six files had none."""
+    guide = GUIDE.read_text(encoding="utf-8")
+    (table,) = re.findall(rf"^\| `{tree}/` \|.*?\n\n", guide, re.M | re.S)
+    rooms = {word.rstrip("/").removesuffix(".py") for line in table.splitlines() for word in line.split("`")[1::2]}
+    assert set(order(tree)) - {"__init__", "__main__"} - rooms == set()
+
+
 def test_a_room_that_lists_its_files_lists_those_that_are_there() -> None:
     for path in (path for path in sources() if path.name == "__init__.py"):
         listed = re.findall(r"^(\w+\.py)", path.read_text(encoding="utf-8"), re.M)
