@@ -31,8 +31,11 @@ export MODEL REVISION OUT PROMPT ROW
 DEFAULT_OUT   := : "$${OUT:=packages/$$(basename "$$MODEL")}";
 REVISION_FLAG := $${REVISION:+--revision "$$REVISION"}
 
+# Compiled once for all the processes that tests start, whatever the user has said: an import of all takes a second more each time else.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
-.PHONY: help setup export test support test-interop test-pythons test-oldest check format lint types docs docs-links bench targets gpu-test peers clean
+.PHONY: help setup export test test-all support test-interop test-pythons test-oldest check format lint types docs docs-links bench targets gpu-test peers clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -57,14 +60,19 @@ export: $(STAMP) ## MODEL -> package, parity, TensorRT engine, and a sample of t
 	else printf '%s has no tokenizer.json: no sample of text\n' "$$MODEL"; fi
 
 # A process per CPU, each test file in one of them, the longest first; then what asserts time, memory, locks, signals or kills, by itself.
-# Both read the packages that the first has made.
+# Both read the packages that the first has made. What repeats another test for another row is slow: tests/support/slow.py lists it.
+FAST := and not slow
+
 support: SUPPORT := write
-support: test ## the tests, and the support matrix written anew from what they have seen
+support: test-all ## all tests, and the support matrix written anew from what they have seen
+
+test-all: FAST :=
+test-all: test ## the tests, and those that repeat them for another model, precision, shape or page; half an hour
 
 test: $(STAMP) ## the tests
 	rm -rf build/shared
-	$(BIN)/python -m pytest --shared=build/shared --support=$(SUPPORT) --durations 25 -m 'not alone' -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
-	$(BIN)/python -m pytest --shared=build/shared --durations 25 -m alone
+	$(BIN)/python -m pytest --shared=build/shared --support=$(SUPPORT) --durations 25 -m 'not alone $(FAST)' -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --shared=build/shared --durations 25 -m 'alone $(FAST)'
 
 check: $(VENV)/.installed-dev$(COMMA)docs ## format, lint, types, docs and tests: what CI runs
 	$(MAKE) --jobs 2 format lint types docs

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from support.slow import mark_slow
 from support.workers import Shared, long_first, shared_by, take_one_cpu
 
 if TYPE_CHECKING:
@@ -35,12 +36,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Where the tests marked alone are asked for, import no file that has none."""
-    if config.option.markexpr != "alone" or collection_path.suffix != ".py":
+    if config.option.markexpr.split()[:1] != ["alone"] or collection_path.suffix != ".py":
         return None
     return None if "pytest.mark.alone" in collection_path.read_text(encoding="utf-8") else True
 
 
+@pytest.hookimpl(tryfirst=True)  # before marks are looked at
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_slow(items)
     long_first(items)
 
 

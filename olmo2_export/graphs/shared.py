@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -40,6 +41,7 @@ from olmo2_export.graphs.inputs_embeds import embedding_input
 from olmo2_export.graphs.trace import answer, logit_count
 from olmo2_export.quantize.int8 import quantize_int8
 from olmo2_export.quantize.recipes import QuantizedWeights
+from olmo2_export.stored_graph import load_graph
 from olmo2_export.weights.stored_names import EMBEDDING, HEAD
 from runtimes.manifest import KVCacheSpec, ModelSpec, Role, TensorSpec
 
@@ -120,10 +122,14 @@ def decode_graph(
 
 
 def prefill_graph(
-    shared: ir.Model, weights: QuantizedWeights, rows: Sequence[Operation], in_blocks: Collection[str] = ()
+    shared: ir.Model,
+    weights: QuantizedWeights,
+    rows: Sequence[Operation],
+    in_blocks: Collection[str] = (),
+    decode: Path | None = None,
 ) -> tuple[ir.Model, dict[str, int]]:
     """Quantise the products of the layers to int8 by int8; head, embedding and the linears `in_blocks` as they are in
-    `decode_graph`; see there."""
+    `decode_graph`; see there. Where that is stored, at `decode`, they are read from its file, not made again."""
     graph = shared.clone()
     kept = {
         name: form
@@ -133,7 +139,7 @@ def prefill_graph(
     gather_block_quantized(graph, weights.formats)
     matmul_nbits(graph, kept)
     matmul_integer(graph, weights.formats.keys() - kept.keys() - {EMBEDDING})
-    attach_blocks(graph, weights)
+    attach_blocks(graph, weights, decode)
     linears = count(quantizable(rows), "linear")
     counts = {"MatMulInteger": linears - len(kept), "MatMul": count(rows, "linear") - linears}
     expected = {"com.microsoft::MatMulNBits": len(kept), **counts}
@@ -150,8 +156,14 @@ def expected_op_counts(rows: Sequence[Operation]) -> dict[str, int]:
     }
 
 
-def attach_blocks(model: ir.Model, weights: QuantizedWeights) -> None:
-    """Give the quantised initializers lazy tensors; the parts of a weight are written in a row: it is made once."""
+def attach_blocks(model: ir.Model, weights: QuantizedWeights, stored: Path | None = None) -> None:
+    """Give the quantised initializers lazy tensors; the parts of a weight are written in a row: it is made once.
+
+    Args:
+        model: whose.
+        weights: makes them.
+        stored: a graph with some of the blocks, which are read from its file.
+    """
 
     @lru_cache(maxsize=1)
     def blocks(weight: str) -> dict[str, np.ndarray | None]:
@@ -165,9 +177,13 @@ def attach_blocks(model: ir.Model, weights: QuantizedWeights) -> None:
         return {"int8": codes, "channel_scales": scales}
 
     makers = {"packed": blocks, "scales": blocks, "zero_points": blocks, "int8": int8, "channel_scales": int8}
+    written = {} if stored is None else load_graph(stored).graph.initializers
     for name, value in model.graph.initializers.items():
         weight, _, part = name.rpartition(".")
         if value.const_value is not None or part not in makers:
+            continue
+        if name in written:
+            value.const_value = written[name].const_value
             continue
         assert value.dtype is not None  # the pass gave both
         assert value.shape is not None

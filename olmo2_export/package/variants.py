@@ -324,7 +324,8 @@ class VariantWriter:
     ) -> PrefillGraph | None:
         """Write the int8 graph, measure it, and keep it if it passes the variant's gate or is no worse than it."""
         graph = row.prefill_path
-        model, _ = prefill_graph(shared, weights, self._rows, defaults_of(row).rounded_blocks)
+        in_blocks, decode = defaults_of(row).rounded_blocks, self._staging / variant.graph
+        model, _ = prefill_graph(shared, weights, self._rows, in_blocks, decode)
         data = self._save(model, graph)
         measured = self._measure(dataclasses.replace(variant, graph=graph, data=data))
         broken = broken_limits(measured, gate_of(variant, self._config))

@@ -55,8 +55,8 @@ class QuantizedMatrix:
 
     def dequantize(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Return the weights of some rows, of all by default: float32 [rows, K]."""
-        codes, zeros = self.codes(start, stop).float(), self.zeros(start, stop).float()
-        weight = (codes - zeros[..., None]) * torch.from_numpy(self.scales[start:stop])[..., None]
+        weight, zeros = self.codes(start, stop).float(), self.zeros(start, stop).float()
+        weight.sub_(zeros[..., None]).mul_(torch.from_numpy(self.scales[start:stop])[..., None])
         stored = weight.flatten(1)[:, : self.columns].contiguous()
         if self.order is None:
             return stored

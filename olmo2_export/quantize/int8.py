@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from olmo2_export.quantize.encode import extremes, over_rows, usable
+from olmo2_export.quantize.encode import dots, extremes, over_rows, usable
 
 LARGEST_CODE = 63
 """of the graphs for CPUs"""
@@ -53,12 +53,13 @@ def _quantize_channels(weight: Tensor, largest: int, scale_dtype: torch.dtype) -
     x = weight / size
     gain = torch.full_like(size, -1.0)
     best = torch.zeros_like(size)
+    q = torch.empty_like(x)
     for stretch in _STRETCH:
-        q = (x * (largest * stretch)).round_().clamp_(-largest, largest)
-        along = (q * x).sum(1, keepdim=True)
-        scale = along / q.square_().sum(1, keepdim=True).clamp_(min=1e-30)
+        torch.mul(x, largest * stretch, out=q).round_().clamp_(-largest, largest)
+        along = dots(q, x)
+        scale = along / dots(q, q).clamp_(min=1e-30)
         better = along * scale > gain
         gain, best = torch.where(better, along * scale, gain), torch.where(better, scale, best)
     scale = usable(best * size).to(scale_dtype).float()
-    codes = (weight / scale).round_().clamp_(-largest, largest)
+    codes = torch.div(weight, scale, out=q).round_().clamp_(-largest, largest)
     return codes.to(torch.int8), scale[:, 0]

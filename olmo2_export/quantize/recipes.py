@@ -25,7 +25,7 @@ from olmo2_export.catalog import BlockFormat
 from olmo2_export.config import ModelConfig
 from olmo2_export.quantize.blocks import QuantizedMatrix
 from olmo2_export.quantize.calibration import calibration_tokens
-from olmo2_export.quantize.encode import cut, over_rows
+from olmo2_export.quantize.encode import dots, over_rows
 from olmo2_export.quantize.gptq_walk import gptq_checkpoint
 from olmo2_export.quantize.round_to_nearest import round_to_nearest
 from olmo2_export.quantize.search import search
@@ -188,10 +188,11 @@ def measure_error(name: str, matrix: QuantizedMatrix, weight: Tensor) -> TensorE
     sums: list[tuple[float, float]] = []
 
     def work(start: int, stop: int) -> None:
-        truth = cut(weight[start:stop], form)
-        squares = (cut(matrix.dequantize(start, stop), form) - truth).square_().sum(dtype=torch.float64)
-        energy = truth.square_().sum(dtype=torch.float64)
-        sums.append((float(squares), float(energy)))
+        truth, found = weight[start:stop].float(), matrix.dequantize(start, stop)
+        error = found.sub_(truth)
+        sums.append(
+            (float(dots(error, error).sum(dtype=torch.float64)), float(dots(truth, truth).sum(dtype=torch.float64)))
+        )
 
     over_rows(work, matrix.rows, matrix.columns)
     errors, energies = zip(*sums, strict=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from olmo2_export.catalog import BlockFormat
 from olmo2_export.quantize.blocks import QuantizedMatrix
-from olmo2_export.quantize.encode import extremes, quantize_rows, usable
+from olmo2_export.quantize.encode import dots, extremes, quantize_rows, usable
 
 # Codes that the whole range of a block is stretched over, as a multiple of those there are: above 1 clips.
 _STRETCH_SYMMETRIC = {4: (0.9, 0.95, 1.0, 1.06, 1.12, 1.19, 1.27, 1.36, 1.46), 8: (0.99, 1.0, 1.03, 1.06)}
@@ -83,18 +83,19 @@ class _Best:
         self.gain = x.new_full((len(x), 1), -1.0)  # <w, q>^2 / <q, q>
         self.scale = torch.zeros_like(self.gain)
         self.zero = torch.zeros_like(self.gain)
-        self._q, self._product = torch.empty_like(x), torch.empty_like(x)
+        self._q = torch.empty_like(x)
+        self._product = self._q if importance is None else torch.empty_like(x)
 
     def offer(self, inverse: Tensor, zero: Tensor | int, form: BlockFormat) -> None:
         """Round with the scale 1 / inverse, fit the scale to the codes, keep it where it is the best."""
         q = torch.mul(self.x, inverse, out=self._q).round_()
         q = q.clamp_(-zero, form.top - zero) if isinstance(zero, int) else q.add_(zero).clamp_(0, form.top).sub_(zero)
-        along = torch.mul(q, self.y, out=self._product).sum(1, keepdim=True)
-        if self.importance is None:
-            length = torch.mul(q, q, out=self._product).sum(1, keepdim=True)
-        else:
-            q.square_().view(-1, *self.importance.shape).mul_(self.importance)
-            length = q.sum(1, keepdim=True)
+        along = dots(q, self.y)
+        weighted = q
+        if self.importance is not None:
+            weighted = self._product.copy_(q)
+            weighted.view(-1, *self.importance.shape).mul_(self.importance)
+        length = dots(q, weighted)
         scale = along / length.clamp_(min=1e-30)
         gain = along * scale
         better = gain > self.gain
