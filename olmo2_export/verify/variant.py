@@ -137,9 +137,9 @@ def measure_variant(
                 cases += _labelled(view, more)
             continue
         if view in portable:
-            fed = partial(feed_portable, open_step(view), found.sequences, found.capacity)
-            more = [] if config.labels else compare_fed(fed, found, found.exact, own, view.gate, draws)
-            cases += _labelled(view, more)
+            pad = config.pad_token_id if config.labels else None
+            fed = partial(feed_portable, open_step(view), found.sequences, found.capacity, found.beside, pad)
+            cases += _labelled(view, compare_fed(fed, found, found.exact, own, view.gate, draws))
         else:
             with open_view(opened, view, target) as runner:
                 if report is None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support.bugs import vectors
+from support.bugs import hidden, vectors
+from support.bugs.edits import Bug
 from support.rebuilt_packages import rebuilt, rebuilt_trt
 from transformers import AutoModel
 
@@ -74,6 +76,12 @@ def test_every_form_is_compared_on_vectors(
             for number in (0, 1, 3):
                 assert f"hidden state {number}, {fed}" in modes
                 assert {f"embedding {number}, {pooling}, {fed}" for pooling in ("mean", "last")} <= modes
+        if report.variant != "q4":
+            continue
+        for view, side in product(("portable exact", "portable"), ("left padded", "right padded")):
+            assert {f"{view} vectors, {side}", f"{view} vectors among tokens, {side}"} <= modes
+            for fed in ("", "vectors, ", "vectors among tokens, "):
+                assert {f"{view} hidden state {number}, {fed}{side}" for number in (0, 1, 3)} <= modes
 
 
 @pytest.mark.parametrize("variant", GRAPHS)
@@ -94,6 +102,44 @@ def test_a_state_that_ignores_vectors_is_red_and_named(
     location = locate(bad, checkpoint, variant)
     assert location.first is not None
     assert (location.first.name, location.first.operation) == ("hidden_states.0", STATE), format_location(location)
+
+
+@pytest.mark.parametrize(
+    ("bug", "red", "name"),
+    [
+        (vectors.state_ignores_vectors, {"hidden state 0, vectors, left padded"}, "hidden_states.0"),
+        (
+            vectors.vectors_ignored,
+            {"vectors, left padded", "hidden state 1, vectors, right padded"},
+            "model.embed_tokens",
+        ),
+        (
+            hidden.last_state_without_its_norm,
+            {"hidden state 3, alone", "hidden state 3, left padded"},
+            "hidden_states.3",
+        ),
+    ],
+)
+def test_a_portable_graph_that_is_wrong_is_red_and_named(
+    bug: Bug,
+    red: set[str],
+    name: str,
+    hidden_checkpoint: Callable[[str], Path],
+    both_package: Path,
+    tmp_path: Path,
+) -> None:
+    """Its logits of tokens alone were compared, and `locate` did not open it."""
+    bad, out = rebuilt(both_package, tmp_path / "p", bug, "onnx/model_q4.onnx"), tmp_path / "parity.json"
+    checkpoint = open_checkpoint(str(hidden_checkpoint("olmo2")))
+    (report,) = verify(bad, checkpoint, variants=["q4"], longest=16, out=out)
+    failed = {case.mode for case in report.cases if not case.passed}
+    assert all(mode.startswith("portable ") for mode in failed), failed
+    assert {f"portable exact {mode}" for mode in red} <= failed
+    assert not any(f"portable {mode}" in failed for mode in ("alone", "left padded", "right padded"))
+    location = locate(bad, checkpoint, "q4")
+    assert location.first is not None
+    assert location.first.name == name, format_location(location)
+    assert "model_q4.onnx" in location.explanation or "In the portable exact view" in location.explanation
 
 
 @pytest.mark.parametrize("variant", ["fp32", "trt_fp32"])
