@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.matrix import PAGES, ROPE, Matrix, Seen, refused, seen_rope, whole
+from support.matrix import PAGES, ROPE, Matrix, Seen, overview, refused, seen_rope, whole
 
 
 def lines(*cells: Seen) -> list[str]:
@@ -31,6 +31,12 @@ def test_a_refusal_stands_in_its_cell_and_with_its_words() -> None:
     assert "| OLMo 1, TensorRT for RTX, `fp8` | a \\| b |" in found
     assert "| and another, another | no graph here |" in found
     assert "| refused | with the words |" not in lines(Seen("olmo", "onnxruntime", "q4", "verified"))
+
+
+def test_the_overview_lists_no_refusal() -> None:
+    refusal = Seen("olmo", "onnxruntime", "q8", "refused", "why")
+    found = overview([Seen("olmo", "onnxruntime", "q4", "verified"), refusal]).splitlines()
+    assert found[2] == "| OLMo 1 | verified: `q4` | - | - |"
 
 
 def test_the_place_of_an_error_is_left_out() -> None:

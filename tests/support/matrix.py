@@ -123,7 +123,7 @@ class Matrix:
 
 def overview(cells: Iterable[Seen]) -> str:
     """Return the table of the README: models, and per backend the precisions."""
-    cells = list(cells)
+    cells = [cell for cell in cells if cell.state != "refused"]
     lines = [f"| | {' | '.join(COLUMNS)} |", "|---|" + "---|" * len(COLUMNS)]
     for model, title in MODELS.items():
         parts = []
