@@ -216,6 +216,12 @@ def _declare_documents(verb: argparse.ArgumentParser, function: Callable[[argpar
     verb.add_argument("--backend", default="ort", metavar="B", help=f"{describe_backends()} (default: ort)")
     verb.add_argument("--device", metavar="D", help=f"where onnxruntime runs: {describe_devices()} (default: cpu)")
     verb.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one per physical core)")
+    verb.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="texts that are read, computed and answered together (default: 8, or what an engine was built for)",
+    )
     verb.add_argument("--skip-hash-check", action="store_true", help="trust the files; check only their sizes")
     verb.add_argument("--debug", action="store_true", help="show where an error came from")
     verb.set_defaults(run=function)
@@ -264,6 +270,8 @@ def _each_document(
     check: Callable[[Package], None],
 ) -> None:
     """Read texts, and write a line of JSON for each, with what `answer` finds of some of them as the field `name`."""
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UsageError(f"--batch-size {args.batch_size}: expected at least 1")
     package = open_package(args.package)
     check(package)
     check_hashes = not args.skip_hash_check
@@ -276,6 +284,7 @@ def _each_document(
         device=args.device,
         check_hashes=check_hashes,
         threads=args.threads,
+        max_slots=args.batch_size,
     ) as runner:
         documents = read_documents(
             text,
@@ -295,7 +304,14 @@ def _each_document(
 
 def _embed(args: argparse.Namespace) -> None:
     def vectors(runner: Slots, sequences: list[Sequence[int]]) -> list[object]:
-        found = embed(runner, sequences, pooling=args.pooling, hidden_state=args.hidden_state, normalize=args.normalize)
+        found = embed(
+            runner,
+            sequences,
+            pooling=args.pooling,
+            hidden_state=args.hidden_state,
+            normalize=args.normalize,
+            batch_size=runner.max_slots,
+        )
         return [[float(str(x)) for x in row] for row in found]  # the shortest that is the same float32
 
     _each_document(args, "embedding", vectors, lambda package: _check_gives_hidden(package, args.package))

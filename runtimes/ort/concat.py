@@ -20,7 +20,7 @@ from runtimes.manifest import KVCacheSpec, ModelSpec, Variant
 from runtimes.one_thread import OneThread, one_thread
 from runtimes.ort.adapters import Adapters
 from runtimes.ort.session import one_line
-from runtimes.ort.versions import check_padded_rows
+from runtimes.ort.versions import check_padded_rows, takes_padded_rows
 from runtimes.runners.runner import (
     AdapterChoice,
     HiddenStates,
@@ -239,7 +239,7 @@ class ConcatRunner:
 
     @one_thread
     def score(self, sequences: Sequence[TokenIds]) -> Logits:
-        return score(self, sequences, 1)  # no padding: a row of padding alone would score what it is padded with
+        return score(self, sequences, self.max_slots if takes_padded_rows(ort.__version__) else 1)
 
     @one_thread
     def truncate(self, lengths: Sequence[int]) -> None:
