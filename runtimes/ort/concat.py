@@ -239,7 +239,8 @@ class ConcatRunner:
 
     @one_thread
     def score(self, sequences: Sequence[TokenIds]) -> Logits:
-        return score(self, sequences, self.max_slots if takes_padded_rows(ort.__version__) else 1)
+        together = not self.exact and takes_padded_rows(ort.__version__)
+        return score(self, sequences, self.max_slots if together else 1)
 
     @one_thread
     def truncate(self, lengths: Sequence[int]) -> None:
