@@ -36,7 +36,7 @@ from olmo2_export.truth.layered import LayeredReference
 from olmo2_export.truth.reference import open_reference
 from olmo2_export.verify.adapters import adapter_checks
 from olmo2_export.verify.beside import HALVES, Mixed, ask_by_layer, ask_reference, pooled_states
-from olmo2_export.verify.by_layer import coverage, feed_by_layer, runs_by_layer
+from olmo2_export.verify.by_layer import coverage, coverage_of_whole, feed_by_layer, runs_by_layer
 from olmo2_export.verify.checks import calibration_checks, quality_checks
 from olmo2_export.verify.measure import (
     LONGEST,
@@ -147,6 +147,8 @@ def measure_variant(
                     report = measure_runner(
                         runner, found, own, view.gate, draws, name, entry.precision, sha256, target.backend
                     )
+                    if by_layer:
+                        report = dataclasses.replace(report, coverage=coverage_of_whole(by_layer, config))
                     cases += report.cases
                 else:
                     cases += _labelled(view, feed(runner, found, found.exact, own, view.gate, draws))

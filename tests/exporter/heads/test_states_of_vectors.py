@@ -7,10 +7,12 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from support.bugs import hidden, vectors
 from support.bugs.edits import Bug
+from support.bugs.quantized import attention_scale_wrong
 from support.rebuilt_packages import rebuilt, rebuilt_trt
 from transformers import AutoModel
 
@@ -23,6 +25,7 @@ from runtimes import open_package, open_runner
 from runtimes.errors import InputError, UsageError
 
 GRAPHS = {"fp32": "onnx/model.onnx", "q4": "onnx/model_q4_shared.onnx", "trt_fp32": ""}
+PORTABLE = "onnx/model_q4.onnx"
 BEFORE = [[5, 17], [11, 2, 60], [1]]
 
 pytestmark = pytest.mark.usefixtures("short_rows", "little_text")
@@ -104,42 +107,46 @@ def test_a_state_that_ignores_vectors_is_red_and_named(
     assert (location.first.name, location.first.operation) == ("hidden_states.0", STATE), format_location(location)
 
 
-@pytest.mark.parametrize(
-    ("bug", "red", "name"),
-    [
-        (vectors.state_ignores_vectors, {"hidden state 0, vectors, left padded"}, "hidden_states.0"),
-        (
-            vectors.vectors_ignored,
-            {"vectors, left padded", "hidden state 1, vectors, right padded"},
-            "model.embed_tokens",
-        ),
-        (
-            hidden.last_state_without_its_norm,
-            {"hidden state 3, alone", "hidden state 3, left padded"},
-            "hidden_states.3",
-        ),
-    ],
-)
-def test_a_portable_graph_that_is_wrong_is_red_and_named(
-    bug: Bug,
-    red: set[str],
-    name: str,
-    hidden_checkpoint: Callable[[str], Path],
-    both_package: Path,
-    tmp_path: Path,
+def both_states_wrong(model: ir.Model) -> None:
+    vectors.state_ignores_vectors(model)
+    hidden.last_state_without_its_norm(model)
+
+
+def test_a_portable_graph_with_wrong_states_is_red_and_named(
+    hidden_checkpoint: Callable[[str], Path], both_package: Path, tmp_path: Path
 ) -> None:
-    """Its logits of tokens alone were compared, and `locate` did not open it."""
-    bad, out = rebuilt(both_package, tmp_path / "p", bug, "onnx/model_q4.onnx"), tmp_path / "parity.json"
+    """Only its logits of tokens were compared, and `locate` did not open it."""
+    bad, out = rebuilt(both_package, tmp_path / "p", both_states_wrong, PORTABLE), tmp_path / "parity.json"
     checkpoint = open_checkpoint(str(hidden_checkpoint("olmo2")))
     (report,) = verify(bad, checkpoint, variants=["q4"], longest=16, out=out)
     failed = {case.mode for case in report.cases if not case.passed}
-    assert all(mode.startswith("portable ") for mode in failed), failed
-    assert {f"portable exact {mode}" for mode in red} <= failed
-    assert not any(f"portable {mode}" in failed for mode in ("alone", "left padded", "right padded"))
+    sides = ("left padded", "right padded")
+    last = {f"hidden state 3, {fed}" for fed in ("alone", *sides, *(f"vectors, {side}" for side in sides))}
+    first = {f"hidden state 0, {fed}, {side}" for fed in ("vectors", "vectors among tokens") for side in sides}
+    assert {f"portable exact {mode}" for mode in first | last} <= failed
+    assert all(mode.startswith(("portable exact hidden state", "portable hidden state")) for mode in failed), failed
+    assert not any("hidden state 1" in mode or mode.endswith("hidden state 0, alone") for mode in failed), failed
     location = locate(bad, checkpoint, "q4")
     assert location.first is not None
+    assert (location.first.name, location.first.operation) == ("hidden_states.0", STATE), format_location(location)
+    assert f"In {PORTABLE}, the output hidden_states.0 is another value" in location.explanation
+
+
+@pytest.mark.parametrize(
+    ("bug", "name"),
+    [
+        (vectors.vectors_ignored, "model.embed_tokens"),
+        (attention_scale_wrong, "model.layers.1.self_attn.attention"),
+    ],
+)
+def test_a_wrong_portable_graph_is_located_in(
+    bug: Bug, name: str, hidden_checkpoint: Callable[[str], Path], both_package: Path, tmp_path: Path
+) -> None:
+    bad = rebuilt(both_package, tmp_path / "p", bug, PORTABLE)
+    location = locate(bad, open_checkpoint(str(hidden_checkpoint("olmo2"))), "q4")
+    assert location.first is not None
     assert location.first.name == name, format_location(location)
-    assert "model_q4.onnx" in location.explanation or "In the portable exact view" in location.explanation
+    assert location.explanation.startswith("In the portable exact view, the ")
 
 
 @pytest.mark.parametrize("variant", ["fp32", "trt_fp32"])
@@ -154,5 +161,7 @@ def test_layers_one_at_a_time_name_what_is_not_covered(
     assert {"vectors", "vectors among tokens"} <= modes
     if variant == "fp32":
         assert report.coverage.endswith("greedy decoding, hidden states and embeddings")
-    else:  # its graph runs whole
+    else:
+        whole = "PyTorch's layers one at a time, as --low-memory asks; the graph whole; not run: greedy decoding"
+        assert report.coverage == whole
         assert "hidden state 0, vectors" in modes
