@@ -244,7 +244,7 @@ def test_q4_of_8_bits_is_refused_and_made_when_asked_for(
     with pytest.raises(UsageError) as caught:
         export(checkpoint, tmp_path / "p", variants=["q4"])
     assert "its weights have 8 bits; q8 and fp32 hold them exactly, and --requantize makes q4" in str(caught.value)
-    refused(request, "weights of 8 bits in `q4`", caught.value.args[0].replace(str(tmp_path / "c"), "the checkpoint"))
+    refused(request, "weights of 8 bits in `q4`", str(caught.value).replace(" of c ", " of MODEL "))
     assert not (tmp_path / "p").exists()
     arguments = [str(tmp_path / "c"), "--out", str(tmp_path / "p"), "--variant", "q4", "--requantize"]
     assert main(["export", *arguments, "--no-prefill-graph"]) == 0
