@@ -2,19 +2,19 @@
 
 A variant is looked at in up to four views, in this order; the first that departs is reported.
 
-| variant                | view     | what runs                              | PyTorch's weights        | precision    |
-|------------------------|----------|----------------------------------------|--------------------------|--------------|
-| quantised              | weights  | -                                      | the checkpoint's         | -            |
-| fp32, trt_fp32         | as it is | the graph                              | the checkpoint           | fp32         |
-| all others, on a CPU   | exact    | activations and cache in float32       | stored, or rounded so    | fp32         |
-| q4, q8                 | kernels  | the decode graph, inputs in 8 bits     | as stored                | fp32 *       |
-| q4, q8                 | int8     | the prefill graph                      | as stored                | fp32 *       |
-| q4, q8                 | portable exact | the graph for other runtimes | as stored       | fp32         |
-| bf16, fp16, q4f16, trt | rounded  | rounded where the graph has fewer bits | stored, or rounded so    | bf16, fp16 * |
-| any, on a GPU          | as it is | the graph                              | stored, or rounded so    | bf16, fp16 * |
+| variant                | view           | what runs                              | PyTorch's weights  | precision    |
+|------------------------|----------------|----------------------------------------|--------------------|--------------|
+| quantised              | weights        | -                                      | the checkpoint's   | -            |
+| fp32, trt_fp32         | as it is       | the graph                              | the checkpoint     | fp32         |
+| all others, on a CPU   | exact          | activations and cache in float32       | stored, or rounded | fp32         |
+| q4, q8                 | kernels        | the decode graph, inputs in 8 bits     | as stored          | fp32 *       |
+|                        | int8           | the prefill graph                      | as stored          | fp32 *       |
+|                        | portable exact | the graph for other runtimes, exact    | as stored          | fp32         |
+| bf16, fp16, q4f16, trt | rounded        | rounded where the graph has fewer bits | stored, or rounded | bf16, fp16 * |
+| any, on a GPU          | as it is       | the graph                              | stored, or rounded | bf16, fp16 * |
 
-* PyTorch rounds the inputs of linears as the variant does. A quantised KV cache has the exact view alone: the others
-show codes, whose scales `verify` checks.
+* PyTorch rounds the inputs of linears as the variant does. A quantised KV cache has the exact views alone: the others
+show codes, whose scales `verify` checks. The kernels of the graph for other runtimes are those of the decode graph.
 
 The graph is run a segment at a time, and PyTorch a layer at a time, so that the memory is that of one layer. All
 operations are compared in one pass over the layers: halving the depth would need as many passes as it saves.

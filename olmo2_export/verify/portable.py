@@ -1,7 +1,7 @@
 """Feed a portable graph as other runtimes do: padded batches in whole calls, and the cache of one call to the next.
 
 | case         | rows                        | what is fed                                                            |
-|--------------|-----------------------------|-------------------------------------------------------------------------|
+|--------------|-----------------------------|------------------------------------------------------------------------|
 | alone        | one                         | the whole row; a beginning, then token by token; three pieces          |
 | left padded  | three, of different lengths | all in one call; beginnings in one call, then one token of each a call |
 | right padded | the same                    | the same: what follows stands behind the padding                       |
