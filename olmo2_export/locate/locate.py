@@ -1,19 +1,20 @@
 """Find the first tensor of a variant that departs from PyTorch, and say which operation gives it.
 
-A variant is looked at in up to three views, in this order; the first that departs is reported.
+A variant is looked at in up to four views, in this order; the first that departs is reported.
 
-| variant                | view     | what runs                              | PyTorch's weights        | precision    |
-|------------------------|----------|----------------------------------------|--------------------------|--------------|
-| quantised              | weights  | -                                      | the checkpoint's         | -            |
-| fp32, trt_fp32         | as it is | the graph                              | the checkpoint           | fp32         |
-| all others, on a CPU   | exact    | activations and cache in float32       | stored, or rounded so    | fp32         |
-| q4, q8                 | kernels  | the decode graph, inputs in 8 bits     | as stored                | fp32 *       |
-| q4, q8                 | int8     | the prefill graph                      | as stored                | fp32 *       |
-| bf16, fp16, q4f16, trt | rounded  | rounded where the graph has fewer bits | stored, or rounded so    | bf16, fp16 * |
-| any, on a GPU          | as it is | the graph                              | stored, or rounded so    | bf16, fp16 * |
+| variant                | view           | what runs                              | PyTorch's weights  | precision    |
+|------------------------|----------------|----------------------------------------|--------------------|--------------|
+| quantised              | weights        | -                                      | the checkpoint's   | -            |
+| fp32, trt_fp32         | as it is       | the graph                              | the checkpoint     | fp32         |
+| all others, on a CPU   | exact          | activations and cache in float32       | stored, or rounded | fp32         |
+| q4, q8                 | kernels        | the decode graph, inputs in 8 bits     | as stored          | fp32 *       |
+|                        | int8           | the prefill graph                      | as stored          | fp32 *       |
+|                        | portable exact | the graph for other runtimes, exact    | as stored          | fp32         |
+| bf16, fp16, q4f16, trt | rounded        | rounded where the graph has fewer bits | stored, or rounded | bf16, fp16 * |
+| any, on a GPU          | as it is       | the graph                              | stored, or rounded | bf16, fp16 * |
 
-* PyTorch rounds the inputs of linears as the variant does. A quantised KV cache has the exact view alone: the others
-show codes, whose scales `verify` checks.
+* PyTorch rounds the inputs of linears as the variant does. A quantised KV cache has the exact views alone: the others
+show codes, whose scales `verify` checks. The kernels of the graph for other runtimes are those of the decode graph.
 
 The graph is run a segment at a time, and PyTorch a layer at a time, so that the memory is that of one layer. All
 operations are compared in one pass over the layers: halving the depth would need as many passes as it saves.
@@ -53,7 +54,7 @@ from olmo2_export.locate.segments import joined, random_calls, run_batch, run_se
 from olmo2_export.locate.stored_values import tables_check, weight_check
 from olmo2_export.truth.torch_layers import TorchModel
 from olmo2_export.views.openers import Arrays, Opener, view_opener
-from olmo2_export.views.table import FIRST_CALL, FLOAT32_FACTOR, View, variant_views
+from olmo2_export.views.table import FIRST_CALL, FLOAT32_FACTOR, View, portable_views, variant_views
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.merged import check_adapters
 from olmo2_export.weights.stored_names import weight_shapes
@@ -121,7 +122,7 @@ def locate(
     """
     opened = open_package(package)
     entry = opened.variant(variant)
-    opened.check(entry.files)
+    opened.check([*entry.files, *([entry.portable.graph] if entry.portable else [])])
     check_adapters(opened.manifest.source, checkpoint)
     config = config_of(checkpoint.folder, opened.model)
     if opened.model != config.spec:
@@ -135,13 +136,15 @@ def locate(
     target = find_target(backend, device)
     _check_runs(entry, target)
     wrong = weight_check(opened, entry, checkpoint, config)
-    views = _looked_at(variant_views(opened, entry, checkpoint, config, target))
+    views = variant_views(opened, entry, checkpoint, config, target)
+    others = [] if target.on_gpu else portable_views(opened, entry, views)
+    views = [*_looked_at(views), *others[:1]]
     location = None
     steps = len(views) * (config.num_hidden_layers + 2)
     with tqdm(total=steps, desc=f"locating in {variant}", unit="segment", leave=False) as bar:
         for view in views:
             found = _Locator(view, opener or view_opener(view, target), checkpoint, config, bar).run()
-            if location is None or found.first is not None or view.label != "int8":
+            if location is None or found.first is not None or view.label not in ("int8", "portable exact"):
                 location = replace(found, variant=variant, backend=backend)
             if found.first is not None or wrong is not None:
                 break

@@ -16,6 +16,7 @@ from pathlib import Path
 from olmo2_export.config import ModelConfig
 from olmo2_export.dtypes import dtype_name, ir_dtype
 from olmo2_export.fuse import op_counts
+from olmo2_export.rope import LayerType
 from olmo2_export.stored_graph import load_graph
 from olmo2_export.weights.stored_names import EMBEDDING, HEAD, SCORED, weight_shapes
 from runtimes.errors import PackageError
@@ -166,16 +167,30 @@ def summarize_graph(package: Path, graph: str, config: ModelConfig, quantization
 def portable_ops(package: Path, manifest: Manifest, config: ModelConfig) -> tuple[dict[str, int], str]:
     """Return the operators of the portable graph, which every fusion starts from, and where that was seen.
 
-    Read from the package if it has that graph. Otherwise the model is traced with one layer and with two, without
-    weights; each further layer adds what the second one did.
+    Read from the package if it has that graph. Otherwise the model is traced with one layer of each kind, without
+    weights, and for each kind with one more; all others of the kind add what that one did.
     """
     if (fp32 := manifest.variants.get("fp32")) is not None:
         return dict(op_counts(load_graph(package / fp32.graph))), fp32.graph
+    kinds = tuple(dict.fromkeys(config.layer_types))
+    base = _traced_ops(config, kinds)
+    found = base.copy()
+    for kind, count in Counter(config.layer_types).items():
+        if count > 1:
+            more = _traced_ops(config, (*kinds, kind))
+            found.update({op: (count - 1) * (more[op] - base[op]) for op in more})
+    found.update("Cast" for number in config.hidden_states if number < config.num_hidden_layers)
+    return dict(found), "traced anew: the package has no fp32"
+
+
+def _traced_ops(config: ModelConfig, layer_types: tuple[LayerType, ...]) -> Counter[str]:
+    """Return the operators of the model with other layers; of its hidden states it gives the last alone."""
     from olmo2_export.graphs.trace import trace  # torch, which a package that has the graph can do without
 
-    one, two = (op_counts(trace(dataclasses.replace(config, num_hidden_layers=n))) for n in (1, 2))
-    more = config.num_hidden_layers - 1
-    return {op: one[op] + more * (two[op] - one[op]) for op in two}, "traced anew: the package has no fp32"
+    count = len(layer_types)
+    last = (count,) if config.num_hidden_layers in config.hidden_states else ()
+    fewer = dataclasses.replace(config, num_hidden_layers=count, layer_types=layer_types, hidden_states=last)
+    return op_counts(trace(fewer))
 
 
 def op_changes(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[OpChange, ...]:

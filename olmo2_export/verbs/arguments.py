@@ -1,4 +1,4 @@
-"""Arguments that several verbs have: which variants of a package, and where they run, as `runtimes.targets` has it."""
+"""Arguments that several verbs have: variants of a package, what graphs give, where they run (`runtimes.targets`)."""
 
 from __future__ import annotations
 
@@ -44,6 +44,26 @@ def declare_lora(verb: argparse.ArgumentParser, help_text: str) -> None:
 def declare_lora_inputs(verb: argparse.ArgumentParser, help_text: str) -> None:
     """Declare --lora-inputs, a LoRA adapter that runners may use or not; it may be repeated."""
     verb.add_argument("--lora-inputs", action="append", default=[], metavar="DIR[=NAME]", help=help_text)
+
+
+def declare_outputs(verb: argparse.ArgumentParser) -> None:
+    """Declare --hidden-states and --inputs-embeds: what graphs give beside logits, and take beside tokens."""
+    verb.add_argument(
+        "--hidden-states",
+        metavar="N,...",
+        type=_numbers,
+        default=(),
+        help="give these too: 0 the embedding, N what layer N gives, or last, as transformers numbers them",
+    )
+    verb.add_argument("--inputs-embeds", action="store_true", help="take vectors too, in the place of tokens")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Read numbers of hidden states, `last` among them."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word == "last" or word.isdecimal() for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers with commas between, or last, as in 8,last")
+    return tuple(-1 if word == "last" else int(word) for word in words)
 
 
 def declare_variant(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import olmo2_export.catalog as catalog
 from olmo2_export.catalog import BLOCK_SIZES, exported, listed, names
-from olmo2_export.verbs.arguments import declare_lora, declare_lora_inputs, declare_variant
+from olmo2_export.verbs.arguments import declare_lora, declare_lora_inputs, declare_outputs, declare_variant
 from olmo2_export.verbs.words import megabytes
 from runtimes.errors import UsageError
 
@@ -47,14 +47,7 @@ def declare(verb: argparse.ArgumentParser) -> None:
         action="store_true",
         help=f"{halves}: keep what overflows in float32, as the verb fp16 proposes, instead of refusing",
     )
-    verb.add_argument(
-        "--hidden-states",
-        metavar="N,...",
-        type=_numbers,
-        default=(),
-        help="give these too: 0 the embedding, N what layer N gives, or last, as transformers numbers them",
-    )
-    verb.add_argument("--inputs-embeds", action="store_true", help="take vectors too, in the place of tokens")
+    declare_outputs(verb)
     verb.add_argument(
         "--default-variant",
         metavar="NAME",
@@ -68,14 +61,6 @@ def declare(verb: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="say what it would write, need and take; write nothing, read no weights"
     )
     verb.add_argument("--json", action="store_true", help="with --dry-run: as a JSON object, bytes and seconds")
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    """Read numbers of hidden states, `last` among them."""
-    words = [word.strip() for word in text.split(",")]
-    if not all(word == "last" or word.isdecimal() for word in words):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers with commas between, or last, as in 8,last")
-    return tuple(-1 if word == "last" else int(word) for word in words)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from olmo2_export.verbs.arguments import declare_backend, declare_device, declare_variant
+from olmo2_export.verbs.arguments import declare_backend, declare_device, declare_outputs, declare_variant
 from runtimes.command import expanded, printable
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def declare(verb: argparse.ArgumentParser) -> None:
     declare_variant(verb, "what to evaluate of each; default fp32, or with engines trt_bf16")
     verb.add_argument("--recipe", metavar="R", help="of q4, q8: as in export; of int4 engines: as in build")
     verb.add_argument("--no-prefill-graph", action="store_true", help="q4 and q8: leave the int8 prefill graph out")
+    declare_outputs(verb)
     declare_backend(verb, "onnxruntime (ort, the default), or engines of a TensorRT, made on this machine's GPU")
     declare_device(verb, "where onnxruntime runs it; default cpu", backend="ort")
     verb.add_argument("--text", type=Path, metavar="FILE", help="as in evaluate; default: the demo's held-out text")
@@ -70,7 +71,12 @@ def run(args: argparse.Namespace) -> int:
         [name for one in chosen for name in one.names],
         args.out,
         variant=variant,
-        options=Options(recipe=args.recipe, prefill_graph=not args.no_prefill_graph),
+        options=Options(
+            recipe=args.recipe,
+            prefill_graph=not args.no_prefill_graph,
+            hidden_states=args.hidden_states,
+            inputs_embeds=args.inputs_embeds,
+        ),
         backend=args.backend,
         device=args.device,
         text=text,

@@ -75,6 +75,12 @@ def coverage(why: str, config: ModelConfig) -> str:
     )
 
 
+def coverage_of_whole(why: str, config: ModelConfig) -> str:
+    """Return what the report says of a graph that runs whole, beside PyTorch a layer at a time."""
+    left_out = "" if config.labels else "; not run: greedy decoding"
+    return f"PyTorch's layers one at a time, {why}; the graph whole{left_out}"
+
+
 def feed_by_layer(view: View, rows: Sequence[Operation], truth: Truth) -> Iterator[ModeResult]:
     """Run every case of a view.
 

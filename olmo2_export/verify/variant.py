@@ -36,7 +36,7 @@ from olmo2_export.truth.layered import LayeredReference
 from olmo2_export.truth.reference import open_reference
 from olmo2_export.verify.adapters import adapter_checks
 from olmo2_export.verify.beside import HALVES, Mixed, ask_by_layer, ask_reference, pooled_states
-from olmo2_export.verify.by_layer import coverage, feed_by_layer, runs_by_layer
+from olmo2_export.verify.by_layer import coverage, coverage_of_whole, feed_by_layer, runs_by_layer
 from olmo2_export.verify.checks import calibration_checks, quality_checks
 from olmo2_export.verify.measure import (
     LONGEST,
@@ -137,9 +137,9 @@ def measure_variant(
                 cases += _labelled(view, more)
             continue
         if view in portable:
-            fed = partial(feed_portable, open_step(view), found.sequences, found.capacity)
-            more = [] if config.labels else compare_fed(fed, found, found.exact, own, view.gate, draws)
-            cases += _labelled(view, more)
+            pad = config.pad_token_id if config.labels else None
+            fed = partial(feed_portable, open_step(view), found.sequences, found.capacity, found.beside, pad)
+            cases += _labelled(view, compare_fed(fed, found, found.exact, own, view.gate, draws))
         else:
             with open_view(opened, view, target) as runner:
                 if report is None:
@@ -147,6 +147,8 @@ def measure_variant(
                     report = measure_runner(
                         runner, found, own, view.gate, draws, name, entry.precision, sha256, target.backend
                     )
+                    if by_layer:
+                        report = dataclasses.replace(report, coverage=coverage_of_whole(by_layer, config))
                     cases += report.cases
                 else:
                     cases += _labelled(view, feed(runner, found, found.exact, own, view.gate, draws))

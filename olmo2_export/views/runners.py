@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -28,9 +28,34 @@ from runtimes.runners.static import StaticRunner
 from runtimes.targets import Target
 
 Arrays: TypeAlias = dict[str, np.ndarray]
-Step: TypeAlias = Callable[[np.ndarray, np.ndarray, Mapping[str, np.ndarray]], tuple[np.ndarray, Arrays]]
-"""new ids int64 [B, S], mask int64 [B, P + S] and cache by past's names, {} at first -> logits float32 [B, S, V], of a
-classifier scores [B, labels], and the cache"""
+
+
+class Stepped(NamedTuple):
+    """What a call of a graph gives."""
+
+    answer: np.ndarray
+    """logits float32 [B, S, V], of a classifier scores [B, labels]"""
+    states: tuple[np.ndarray, ...]
+    """its hidden states, float32 [B, S, hidden] each, in the order of their numbers"""
+    cache: Arrays
+    """by past's names"""
+
+
+class Step(Protocol):
+    """One call of a graph."""
+
+    def __call__(
+        self, ids: np.ndarray, mask: np.ndarray, cache: Mapping[str, np.ndarray], vectors: np.ndarray | None = None
+    ) -> Stepped:
+        """Run it.
+
+        Args:
+            ids: of new tokens, int64 [B, S]; negative where a vector stands.
+            mask: int64 [B, P + S].
+            cache: as the call before gave it; {} at first.
+            vectors: float32 [B, S, hidden]; None: there are none.
+        """
+        ...
 
 
 @contextmanager
@@ -115,8 +140,11 @@ def open_step(view: View) -> Step:
     """
     variant, spec = view.variant, view.variant.kv_cache
     session = _session(view.graph, view.model, variant, "cpu")
+    names = [variant.name_of(variant.answer), *variant.hidden_states.values(), *variant.caches.values()]
 
-    def run(ids: np.ndarray, mask: np.ndarray, cache: Mapping[str, np.ndarray]) -> tuple[np.ndarray, Arrays]:
+    def run(
+        ids: np.ndarray, mask: np.ndarray, cache: Mapping[str, np.ndarray], vectors: np.ndarray | None = None
+    ) -> Stepped:
         empty = np.zeros((len(ids), spec.num_key_value_heads, 0, spec.stored_head_dim), np.dtype(spec.dtype))
         feeds = {
             "token_ids": ids,
@@ -124,12 +152,15 @@ def open_step(view: View) -> Step:
             "position_ids": np.maximum(mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :],
             "past": empty,
         }
+        if vectors is not None:
+            feeds["embeddings"] = vectors
         given = {t.name: feeds[t.role] for t in variant.inputs if t.role in feeds} | dict(cache)
         try:
-            answer, *presents = session.run([variant.name_of(variant.answer), *variant.caches.values()], given)
+            answer, *rest = session.run(names, given)
         except RuntimeError as error:
             raise FailedError(f"onnxruntime failed in {variant.graph}: {one_line(error)}") from error
-        return answer, dict(zip(variant.caches, presents, strict=True))
+        count = len(variant.hidden_states)
+        return Stepped(answer, tuple(rest[:count]), dict(zip(variant.caches, rest[count:], strict=True)))
 
     return run
 
@@ -144,7 +175,7 @@ def open_whole(view: View) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
         PackageError: the graph does not load.
     """
     step = open_step(view)
-    return lambda ids, mask: step(ids, mask, {})[0]
+    return lambda ids, mask: step(ids, mask, {}).answer
 
 
 def open_all_positions(package: Package, entry: Variant) -> AllPositions:

@@ -19,7 +19,7 @@ from runtimes.manifest import KVCacheSpec, ModelSpec, Variant
 from runtimes.one_thread import OneThread, one_thread
 from runtimes.ort.adapters import Adapters
 from runtimes.ort.session import one_line
-from runtimes.ort.versions import check_padded_rows
+from runtimes.ort.versions import check_padded_rows, takes_padded_rows
 from runtimes.runners.runner import (
     AdapterChoice,
     HiddenStates,
@@ -241,7 +241,8 @@ class ConcatRunner:
 
     @one_thread
     def score(self, sequences: Sequence[TokenIds]) -> Logits:
-        return score(self, sequences, 1)  # no padding: a row of padding alone would score what it is padded with
+        together = not self.exact and takes_padded_rows(ort.__version__)
+        return score(self, sequences, self.max_slots if together else 1)
 
     @one_thread
     def truncate(self, lengths: Sequence[int]) -> None:

@@ -137,35 +137,47 @@ class SharedRunner(RowRunner):
 
     def _extend(self, rows: list[Ids], tokens: list[Ids], all_positions: bool) -> list[Logits]:
         self._reserve(len(tokens))
-        if (
-            not self.exact
-            and not any(self.cache_lengths)
-            and len(rows) > 1
-            and self._worth_batching(rows, all_positions)
-        ):
-            return self._batched(rows, all_positions)
-        found = []
-        for row, (ids, all_ids) in enumerate(zip(rows, tokens, strict=True)):
+        if len(rows) > 1 and self._counts and self._are_new() and self._worth_batching(rows, all_positions):
+            return self._batched(0, rows, all_positions)
+        found: list[Logits] = []
+        for start, stop in self._parts(rows, padded=not self._counts and self.model.pad_token_id is not None):
+            if stop - start > 1:
+                found += self._batched(start, rows[start:stop], all_positions, decoding=self._decodes(rows[start]))
+                continue
+            ids, all_ids = rows[start], tokens[start]
             past = len(all_ids) - len(ids)
-            self._remember(row, all_ids[:past])
-            found.append(self._compute(row, past, ids, all_positions))
+            self._remember(start, all_ids[:past])
+            found.append(self._compute(start, past, ids, all_positions))
         return found
 
     def _hidden(self, rows: list[Ids], tokens: list[Ids], wanted: Sequence[str]) -> list[list[Logits]]:
         self._reserve(len(tokens))
-        found = []
-        for row, (ids, all_ids) in enumerate(zip(rows, tokens, strict=True)):
-            past, start = len(all_ids) - len(ids), 0
-            self._remember(row, all_ids[:past])
-            pieces = []
-            while start < len(ids):
-                count = piece_length(len(ids) - start, self.prefill_chunk, self.exact)
-                total = np.array([past + start + count])
-                pieces.append(self._run(row, row + 1, ids[None, start : start + count], total, keep=1, wanted=wanted))
-                start += count
-                self._forget(row, past + start)
-            found.append([np.concatenate(arrays, axis=1)[0] for arrays in zip(*pieces, strict=True)])
+        found: list[list[Logits]] = []
+        for start, stop in self._parts(rows, padded=True):
+            if stop - start > 1:
+                found += self._hidden_of_new(start, rows[start:stop], wanted)
+            else:
+                found.append(self._hidden_of(start, rows[start], tokens[start], wanted))
         return found
+
+    def _hidden_of(self, row: int, ids: Ids, all_ids: Ids, wanted: Sequence[str]) -> list[Logits]:
+        past, start = len(all_ids) - len(ids), 0
+        self._remember(row, all_ids[:past])
+        pieces = []
+        while start < len(ids):
+            count = piece_length(len(ids) - start, self.prefill_chunk, self.exact)
+            total = np.array([past + start + count])
+            pieces.append(self._run(row, row + 1, ids[None, start : start + count], total, keep=1, wanted=wanted))
+            start += count
+            self._forget(row, past + start)
+        return [np.concatenate(arrays, axis=1)[0] for arrays in zip(*pieces, strict=True)]
+
+    def _hidden_of_new(self, start: int, rows: list[Ids], wanted: Sequence[str]) -> list[list[Logits]]:
+        ids, lengths = self._padded(start, rows)
+        arrays = self._run(
+            start, start + len(rows), ids, lengths, keep=1, decoding=self._decodes(rows[0]), wanted=wanted
+        )
+        return [[array[b, : len(row)] for array in arrays] for b, row in enumerate(rows)]
 
     def _reserve(self, rows: int) -> None:
         held = [0 if row is None else len(row) for row in self._tokens]
@@ -216,14 +228,33 @@ class SharedRunner(RowRunner):
         if buffer is not None and unseen >= buffer.forgotten(row) + FORGOTTEN:
             buffer.forget(row, unseen)
 
+    def _are_new(self) -> bool:
+        """Tell whether rows may be computed together: they are new, and need not have the bits that each has alone."""
+        return not self.exact and not any(self.cache_lengths)
+
+    def _decodes(self, ids: Ids) -> bool:
+        """Tell whether the decode graph computes tokens that come alone."""
+        return len(ids) < self._prefill_rows
+
     def _worth_batching(self, rows: list[Ids], all_positions: bool) -> bool:
         """Tell whether one padded call does not compute much more than one call per row."""
-        if not self._counts and self.model.pad_token_id is None:
-            return False
         lengths = [len(row) for row in rows]
         longest = max(lengths)
         logits = len(rows) * (longest if all_positions else longest - min(lengths) + 1)
         return logits <= self.batched_logits and len(rows) * longest <= self.prefill_chunk
+
+    def _parts(self, rows: list[Ids], *, padded: bool) -> list[tuple[int, int]]:
+        """Cut a batch, which gives no logits, where it does not fit a call: each part on the graph of a row alone."""
+        if not padded or not self._are_new():
+            return [(row, row + 1) for row in range(len(rows))]
+        found, start = [], 0
+        for row, ids in enumerate(rows[1:], 1):
+            longest = max(map(len, rows[start : row + 1]))
+            whole = (row + 1 - start) * longest <= self.prefill_chunk
+            if not whole or self._decodes(ids) != self._decodes(rows[start]):
+                found.append((start, row))
+                start = row
+        return [*found, (start, len(rows))]
 
     def _compute(
         self, row: int, past: int, ids: Ids, all_positions: bool, decoding: bool = False, cut: bool = False
@@ -246,22 +277,27 @@ class SharedRunner(RowRunner):
             self._forget(row, past + start)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-    def _batched(self, rows: list[Ids], all_positions: bool) -> list[Logits]:
-        """Run new rows in one call, padded on the right; with the id of padding, by which a classifier goes."""
-        for number in range(len(rows)):
-            self._remember(number, _NOTHING)
-        lengths = np.array([len(row) for row in rows])
-        width = int(lengths.max())
-        ids = np.full((len(rows), width), self._padding, np.int64)
-        for b, row in enumerate(rows):
-            ids[b, : len(row)] = row
+    def _batched(self, start: int, rows: list[Ids], all_positions: bool, *, decoding: bool = False) -> list[Logits]:
+        """Run new rows in one call, padded on the right."""
+        ids, lengths = self._padded(start, rows)
+        width = ids.shape[1]
         keep = width if all_positions else width - int(lengths.min()) + 1
-        logits = self._call(0, len(rows), ids, lengths, keep=keep)  # (B, keep, V): of the last positions
+        logits = self._call(start, start + len(rows), ids, lengths, keep=keep, decoding=decoding)  # (B, keep, V)
         if not self._counts:
             return list(logits)
         ends = lengths - (width - keep)
         wanted = lengths if all_positions else np.ones_like(lengths)
         return [logits[b, end - n : end] for b, (end, n) in enumerate(zip(ends, wanted, strict=True))]
+
+    def _padded(self, start: int, rows: list[Ids]) -> tuple[Ids, Ids]:
+        """Return new rows side by side, [B, S], and their lengths; a classifier goes by the id of padding."""
+        for number in range(len(rows)):
+            self._remember(start + number, _NOTHING)
+        lengths = np.array([len(row) for row in rows])
+        ids = np.full((len(rows), int(lengths.max())), self._padding, np.int64)
+        for b, row in enumerate(rows):
+            ids[b, : len(row)] = row
+        return ids, lengths
 
     def _call(
         self, start: int, stop: int, input_ids: Ids, lengths: Ids, *, keep: int, decoding: bool = False

@@ -92,13 +92,18 @@ def new_enough(variant: Variant, found: str) -> bool:
     return release(found) >= release(variant.min_onnxruntime or oldest_onnxruntime(variant.kv_cache))
 
 
+def takes_padded_rows(found: str) -> bool:
+    """Tell whether an onnxruntime computes rows of several lengths in one call of a `concat` graph."""
+    return release(found) >= release(_PADDED_ROWS)
+
+
 def check_padded_rows(variant: Variant, found: str) -> None:
     """Refuse rows of several lengths in one call of a `concat` graph, where onnxruntime gives NaN for padding.
 
     Raises:
         BackendError: it does.
     """
-    if release(found) < release(_PADDED_ROWS):
+    if not takes_padded_rows(found):
         raise BackendError(
             _too_old(f"variant {variant.name}, in a batch of several lengths,", _PADDED_ROWS, found, "cpu")
             + ", or give it the sequences one at a time"

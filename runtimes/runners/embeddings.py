@@ -18,13 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from runtimes.errors import UsageError
+from runtimes.runners.batches import batches, in_order
 from runtimes.runners.runner import Runner, TokenIds, check_gives_hidden, check_rows
 
 Pooling: TypeAlias = Literal["mean", "last"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 Vectors: TypeAlias = npt.NDArray[np.float32]
 
-_ROWS = 8  # texts at once
+_ROWS = 8
+"""texts at once"""
 
 
 def pooled(states: Vectors, pooling: Pooling) -> Vectors:
@@ -40,6 +42,7 @@ def embed(
     pooling: Pooling = "mean",
     hidden_state: int | None = None,
     normalize: bool = False,
+    batch_size: int = _ROWS,
 ) -> Vectors:
     """Embed whole texts, each as if it were alone; the cache is empty before and after.
 
@@ -49,6 +52,7 @@ def embed(
         pooling: how the tokens' vectors become one.
         hidden_state: its number; None: the last that the graph gives.
         normalize: divide each vector by its length.
+        batch_size: texts at once, at most; those of like lengths.
 
     Returns:
         float32 [B, hidden_size].
@@ -74,15 +78,17 @@ def embed(
         max_cache_length=runner.max_cache_length,
     )
     found: list[Vectors] = []
+    places: list[int] = []
     with runner.exclusive:
         try:
-            for start in range(0, len(rows), _ROWS):
+            for batch in batches(list(map(len, rows)), batch_size):
                 runner.reset()
-                states = runner.prefill_hidden(rows[start : start + _ROWS])
+                states = runner.prefill_hidden([rows[place] for place in batch])
                 found += [pooled(row[number], pooling) for row in states]
+                places += batch
         finally:
             runner.reset()
-    vectors: Vectors = np.stack(found)
+    vectors: Vectors = np.stack(in_order(places, found))
     return normalized(vectors) if normalize else vectors
 
 

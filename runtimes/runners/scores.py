@@ -16,6 +16,7 @@ import numpy as np
 
 from runtimes.errors import UsageError
 from runtimes.manifest import ModelSpec, Variant
+from runtimes.runners.batches import batches, in_order
 from runtimes.runners.runner import Ids, Logits, TokenIds, check_rows
 
 
@@ -61,14 +62,20 @@ def score(runner: Scoring, sequences: Sequence[TokenIds], rows: int) -> Logits:
             "give one"
         )
     needed = [ids[: scored_token(ids, pad) + 1] for ids in checked]
+    # One of padding alone comes by itself: what stands before it in a row that is padded on the left is scored.
+    texts = [place for place, ids in enumerate(needed) if ids[-1] != pad]
+    groups = [[place] for place, ids in enumerate(needed) if ids[-1] == pad]
+    groups += [[texts[n] for n in batch] for batch in batches([len(needed[place]) for place in texts], rows)]
     found: list[Logits] = []
+    places: list[int] = []
     try:
-        for start in range(0, len(needed), rows):
+        for group in groups:
             runner.reset()
-            found += runner.prefill(needed[start : start + rows])
+            found += runner.prefill([needed[place] for place in group])
+            places += group
     finally:
         runner.reset()
-    scores: Logits = np.concatenate(found)
+    scores: Logits = np.concatenate(in_order(places, found))
     return scores
 
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from functools import cache
 
-from runtimes import Package, Slots, open_package, open_runner
+from runtimes import Package, Slots, UsageError, open_package, open_runner
 from runtimes.documents import in_groups, read_documents, written
 from runtimes.text.tokenizer import Tokenizer
 from runtimes.verbs.streams import read_file, read_stdin, write
@@ -26,6 +26,12 @@ def declare_documents(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--special-tokens", action="store_true", help="names of special tokens are these tokens")
     verb.add_argument("--variant", metavar="V", help="which variant of the package (default: as generate)")
     declare_target(verb, "one per physical core")
+    verb.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="texts that are read, computed and answered together (default: 8, or what an engine was built for)",
+    )
     declare_trust(verb)
     declare_debug(verb)
 
@@ -47,12 +53,14 @@ def each_document(
     Raises:
         Olmo2ExportError: whatever is wrong.
     """
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UsageError(f"--batch-size {args.batch_size}: expected at least 1")
     package = open_package(args.package)
     check(package)
     options = opening(args)
     tokenizer = cache(lambda: Tokenizer.from_package(package, check_hashes=options["check_hashes"]))  # ids need none
     text = read_stdin() if args.input == "-" else read_file(args.input)
-    with open_runner(package, variant=args.variant, **options) as runner:
+    with open_runner(package, variant=args.variant, max_slots=args.batch_size, **options) as runner:
         documents = read_documents(
             text,
             tokenizer,

@@ -44,7 +44,14 @@ def run(args: argparse.Namespace) -> None:
     """
 
     def vectors(runner: Slots, sequences: list[Sequence[int]]) -> list[object]:
-        found = embed(runner, sequences, pooling=args.pooling, hidden_state=args.hidden_state, normalize=args.normalize)
+        found = embed(
+            runner,
+            sequences,
+            pooling=args.pooling,
+            hidden_state=args.hidden_state,
+            normalize=args.normalize,
+            batch_size=runner.max_slots,
+        )
         return [[float(str(x)) for x in row] for row in found]  # the shortest that is the same float32
 
     each_document(args, "embedding", vectors, lambda package: _check_gives_hidden(package, args.package))

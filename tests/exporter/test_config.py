@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from support.checkpoints import SHAPE
+from support.matrix import ROPE, refused
 
 from olmo2_export.config import ModelConfig
 from olmo2_export.rope import Rope
@@ -108,6 +109,15 @@ def test_what_cannot_be_expressed_is_refused_by_name(change: dict[str, Any], nam
     assert time.monotonic() - started < 1
 
 
+@pytest.mark.parametrize("model_type", ["olmo", "olmo2", "olmo3"])
+def test_a_part_of_a_head_is_rotated_in_no_generation(model_type: str, request: pytest.FixtureRequest) -> None:
+    kind = "partial_rotary_factor"
+    window = {"sliding_window": 8} if model_type == "olmo3" else {}
+    with pytest.raises(ConfigError, match=kind) as caught:
+        ModelConfig.from_dict(SHAPE | {"model_type": model_type, "rope_parameters": None, kind: 0.5} | window)
+    refused(request, kind, caught.value, backend=ROPE, variants=[model_type])
+
+
 def test_every_problem_is_in_one_message() -> None:
     with pytest.raises(ConfigError) as caught:
         ModelConfig.from_dict(V5 | {"hidden_act": "relu", "vocab_size": 0, "clip_qkv": 1.0})
@@ -204,6 +214,11 @@ V4_OLMO3: dict[str, Any] = {k: v for k, v in V4.items() if k != "rope_scaling"} 
         "beta_slow": 1,
     },
 }
+OTHERWISE = {
+    "flat `rope_parameters`": "plain RoPE of theta 500000",
+    "`rope_theta` of its own for full attention": "gives it to full attention alone",
+}
+"""what the support matrix lists of it -> words of the case"""
 YARN = Rope("yarn", 5e5, factor=8.0, original_length=32, attention_factor=1.2079441541679836)
 
 
@@ -269,10 +284,15 @@ def test_one_rope_for_all_layers_is_one_table() -> None:
         ({"partial_rotary_factor": 0.25}, "partial_rotary_factor 0.25"),
     ],
 )  # fmt: skip
-def test_what_transformers_reads_otherwise_than_it_was_trained_is_refused(change: dict[str, Any], named: str) -> None:
+def test_what_transformers_reads_otherwise_than_it_was_trained_is_refused(
+    change: dict[str, Any], named: str, request: pytest.FixtureRequest
+) -> None:
     with pytest.raises(ConfigError) as caught:
         ModelConfig.from_dict(V4_OLMO3 | change)
     assert named in str(caught.value)
+    for what, part in OTHERWISE.items():
+        if part in named:
+            refused(request, f"Olmo 3, {what}", caught.value)
 
 
 def test_longrope_ends_at_its_original_length(caplog: pytest.LogCaptureFixture) -> None:

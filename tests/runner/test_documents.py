@@ -188,6 +188,28 @@ def test_lines_are_embedded(embedder: Path, tmp_path: Path, capsys: pytest.Captu
         np.testing.assert_allclose(given_back, vectors, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("verb", ["score", "embed"])
+def test_the_size_of_a_batch_changes_no_answer(
+    verb: str, scorer: Path, embedder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.txt").write_text("\n".join(TEXTS * 2), encoding="utf-8")
+    command = [verb, str(scorer if verb == "score" else embedder), str(tmp_path / "in.txt")]
+    found = []
+    for size in ("1", "2", "6"):
+        assert main([*command, "--batch-size", size]) == 0
+        found.append(lines(capsys.readouterr().out))
+    name = "scores" if verb == "score" else "embedding"
+    alone, *together = (
+        [list(line[name].values()) if verb == "score" else line[name] for line in answers]  # type: ignore[attr-defined]
+        for answers in found
+    )
+    for values in together:
+        np.testing.assert_allclose(values, alone, atol=2e-5)
+    assert [line["text"] for line in found[2]] == TEXTS * 2
+    assert main([*command, "--batch-size", "0"]) == 2
+    assert "--batch-size 0: expected at least 1" in capsys.readouterr().err
+
+
 def test_a_package_without_hidden_states_is_refused(
     demo_package: Path, embedder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

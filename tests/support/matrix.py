@@ -10,15 +10,16 @@ what it has seen alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import pytest
 
-State = Literal["verified", "compiled", "refused"]
-"""verified: all cases of `verify` passed; compiled: TensorRT built an engine, which no GPU has run; refused: by name"""
+State = Literal["refused", "same table", "compiled", "verified"]
+"""from what says least to what says most. verified: all cases of `verify` passed; compiled: TensorRT built an engine,
+which no GPU has run; same table: of RoPE, bit for bit that of transformers; refused: by name, with a reason"""
 PROPERTY = "support"
 PAGES = ("README.md", "docs/support.md")
 MODELS = {"olmo": "OLMo 1", "olmo2": "OLMo 2", "olmo3": "Olmo 3, 3.1"}
@@ -40,12 +41,16 @@ COLUMNS = {
     "TensorRT for RTX": ("bf16", "fp16", "fp32", "int4", "int8", "fp8"),
 }
 """backend -> precisions or variants, in the order of the page"""
+ROPE = "RoPE"
+"""the backend of cells whose model is a kind of RoPE, and their variant a model"""
+ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "partial_rotary_factor")
+_PLACE = re.compile(r"^(olmo2-export: error: )?(\S*/\S*: |config\.json: )?(config\.json: )?")
 _MARK = re.compile(r"(<!-- support -->\n)(.*?)(<!-- end of support -->)", re.DOTALL)
 
 
 @dataclass(frozen=True, order=True)
 class Seen:
-    """One cell."""
+    """One cell, or where `backend` is empty what is refused and in no table."""
 
     model: str
     backend: str
@@ -62,6 +67,21 @@ def seen(
     assert state in get_args(State)
     cell = Seen(model, backend, variant, state, reason)
     request.node.user_properties.append((PROPERTY, [cell.model, cell.backend, cell.variant, cell.state, cell.reason]))
+
+
+def seen_rope(request: pytest.FixtureRequest, config: Mapping[str, Any], state: State) -> None:
+    """Say of each RoPE that a config.json names what a test has seen of it."""
+    table = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    for one in [t for t in table.values() if isinstance(t, dict)] or [table]:
+        seen(request, one.get("rope_type", "default"), ROPE, config["model_type"], state)
+
+
+def refused(
+    request: pytest.FixtureRequest, what: str, error: object, *, backend: str = "", variants: Iterable[str] = ("",)
+) -> None:
+    """Say what a test has seen refused, and with which error; the place that this begins with is left out."""
+    for variant in variants:
+        seen(request, what, backend, variant, "refused", _PLACE.sub("", str(error).strip()))
 
 
 class Matrix:
@@ -103,7 +123,7 @@ class Matrix:
 
 def overview(cells: Iterable[Seen]) -> str:
     """Return the table of the README: models, and per backend the precisions."""
-    cells = list(cells)
+    cells = [cell for cell in cells if cell.state != "refused"]
     lines = [f"| | {' | '.join(COLUMNS)} |", "|---|" + "---|" * len(COLUMNS)]
     for model, title in MODELS.items():
         parts = []
@@ -118,15 +138,46 @@ def overview(cells: Iterable[Seen]) -> str:
 
 def whole(cells: Iterable[Seen]) -> str:
     """Return the tables of docs/support.md: each model, variant and backend, and what is refused."""
-    cells = sorted(cells)
+    ranks = get_args(State)
+    cells = sorted(cells, key=lambda cell: (ranks.index(cell.state), cell))
     states = {(c.model, c.backend, c.variant): c.state for c in cells}
     lines: list[str] = []
     for backend, variants in COLUMNS.items():
-        lines += [f"| {backend} | {' | '.join(f'`{v}`' for v in variants)} |", "|---|" + "---|" * len(variants)]
-        for model, title in (MODELS | OUTPUTS).items():
-            lines.append(f"| {title} | {' | '.join(states.get((model, backend, v), '-') for v in variants)} |")
-        lines.append("")
-    refused = [c for c in cells if c.state == "refused"]
-    if refused:
-        lines += ["| refused | because |", "|---|---|", *(f"| {c.model} | {c.reason} |" for c in refused), ""]
+        heads = [f"`{variant}`" for variant in variants]
+        lines += _table(backend, heads, MODELS | OUTPUTS, [(backend, v) for v in variants], states)
+    titles = {kind: f"`{kind}`" for kind in ROPES}
+    lines += _table(ROPE, [*MODELS.values()], titles, [(ROPE, model) for model in MODELS], states)
+    reasons: dict[str, set[str]] = {}
+    for cell in cells:
+        if cell.state == "refused":
+            reasons.setdefault(cell.reason.replace("|", "\\|"), set()).add(_title(cell))
+    if reasons:
+        rows = sorted((", ".join(sorted(titles)), reason) for reason, titles in reasons.items())
+        lines += [
+            "| refused | with the words |",
+            "|---|---|",
+            *(f"| {title} | {reason} |" for title, reason in rows),
+            "",
+        ]
     return "\n".join(lines)
+
+
+def _table(
+    name: str,
+    heads: Iterable[str],
+    rows: Mapping[str, str],
+    columns: Iterable[tuple[str, str]],
+    states: Mapping[tuple[str, str, str], str],
+) -> list[str]:
+    """Return the lines of a table and an empty one; a column is a backend and a variant."""
+    columns = list(columns)
+    lines = [f"| {name} | {' | '.join(heads)} |", "|---|" + "---|" * len(columns)]
+    lines += [f"| {title} | {' | '.join(states.get((row, *c), '-') for c in columns)} |" for row, title in rows.items()]
+    return [*lines, ""]
+
+
+def _title(cell: Seen) -> str:
+    if cell.backend == ROPE:
+        return f"`{cell.model}`"
+    what = (MODELS | OUTPUTS).get(cell.model, cell.model)
+    return f"{what}, {cell.backend}, `{cell.variant}`" if cell.backend else what

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.matrix import refused
 
 from olmo2_export.engine import options as engine_options
 from olmo2_export.engine.options import EngineOptions, ResolvedOptions, gpu_at_hand, resolve_options
@@ -131,9 +132,16 @@ def test_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"backend": "trt", "timing_cache": Path("/no/such/x")}, r"timing_cache /no/such/x: no such folder; make it"),
     ],
 )
-def test_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
+def test_refused(options: dict[str, Any], message: str, request: pytest.FixtureRequest) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
         resolve_options(EngineOptions(**options), MODEL)
+    precision = options.get("precision", "bf16")
+    for words, what in (
+        ("or newer", f"engines in `{precision}` for older GPUs"),
+        ("portable", "portable engines of TensorRT for RTX"),
+    ):
+        if words in message:
+            refused(request, what, caught.value)
 
 
 def test_fp8_is_built_for_those_that_have_it() -> None:
@@ -142,10 +150,13 @@ def test_fp8_is_built_for_those_that_have_it() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_head_dim_that_tensorrt_cannot_compile(precision: Any) -> None:
+def test_head_dim_that_tensorrt_cannot_compile(precision: Any, request: pytest.FixtureRequest) -> None:
     """With head_dim 20 its compiler failed in a check of its own."""
-    with pytest.raises(UsageError, match=f"head_dim 20: in {precision} TensorRT takes multiples of 8; use --precision"):
+    with pytest.raises(
+        UsageError, match=f"head_dim 20: in {precision} TensorRT takes multiples of 8; use --precision"
+    ) as caught:
         resolve_options(EngineOptions(precision), replace(MODEL, head_dim=20))
+    refused(request, f"other sizes of heads, engines in `{precision}`", caught.value)
     assert resolve_options(EngineOptions("fp32"), replace(MODEL, head_dim=20)).max_batch_size == 4
 
 

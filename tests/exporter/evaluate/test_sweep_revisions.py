@@ -173,11 +173,14 @@ def test_revisions_of_the_hub(
 def test_the_command_line(folder: Path, ids: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     options = ["--variant", "q4", "--recipe", "rtn", "--no-prefill-graph", "--low-memory", "--out", str(out)]
-    command = ["sweep", str(folder), "--text", str(ids), "--max-tokens", "100", *options]
+    begun = ["sweep", str(folder), "--text", str(ids), "--max-tokens", "100", *options]
+    command = [*begun, "--hidden-states", "0,last", "--inputs-embeds"]
     assert cli.main([*command, "--revisions", NAMES[0]]) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert document["settings"]["options"]["recipe"] == "rtn"
-    assert open_package(out / "packages" / NAMES[0]).manifest.variants["q4"].prefill is None
+    manifest = open_package(out / "packages" / NAMES[0]).manifest
+    assert manifest.variants["q4"].prefill is None
+    assert (manifest.model.hidden_states, manifest.model.inputs_embeds) == ((0, 2), True)
     with (out / "sweep.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert float(row["perplexity"]) == document["revisions"][0]["perplexity"]
@@ -188,6 +191,9 @@ def test_the_command_line(folder: Path, ids: Path, tmp_path: Path, capsys: pytes
     ):
         assert cli.main([*command, "--revisions", *arguments]) == 2
         assert said in capsys.readouterr().err
+    for other in ([], ["--hidden-states", "0,last"], ["--hidden-states", "0", "--inputs-embeds"]):
+        assert cli.main([*begun, *other, "--revisions", NAMES[0]]) == 2
+        assert "a sweep with other settings (options)" in capsys.readouterr().err
     assert cli.main(["sweep", str(folder), "--revisions", NAMES[0], "--max-tokens", "0"]) == 2
 
 
@@ -317,6 +323,7 @@ def test_what_a_sweep_of_engines_cannot_do_is_said_first(
 
     for more, said in (
         (["--variant", "q4"], "variant q4: backend trt runs engines of trt_"),
+        (["--inputs-embeds"], "backend trt: of an engine recipe and calibration can be chosen"),
         (["--no-prefill-graph"], "backend trt: of an engine recipe and calibration can be chosen"),
         (["--device", "cpu"], "device cpu: backend trt runs on the GPU"),
     ):

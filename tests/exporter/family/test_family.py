@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import OLMO1, OLMO3, YARN, make_checkpoint
-from support.matrix import seen
+from support.matrix import seen, seen_rope
 from support.own_model import load_model
 from transformers import AutoModelForCausalLM
 
@@ -104,6 +105,7 @@ def test_every_variant_computes_what_its_weights_say(
     for report in reports:
         assert_parity(report)
         seen(request, name, "onnxruntime", report.variant, "verified")
+    seen_rope(request, json.loads((checkpoint.folder / "config.json").read_text()), "verified")
     assert open_package(family_package(name)).manifest.model.model_type == name
 
 
@@ -154,7 +156,7 @@ def test_nothing_departs_in_a_good_variant(
     [
         OLMO1
         | {"tie_word_embeddings": True, "num_attention_heads": 3, "num_key_value_heads": 3, "attention_bias": True}
-        | {"num_hidden_layers": 2},
+        | {"num_hidden_layers": 2, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
         OLMO3
         | {"num_attention_heads": 3, "num_key_value_heads": 1}
         | {"layer_types": ["sliding_attention"] * 2, "num_hidden_layers": 2},
@@ -180,13 +182,16 @@ def test_nothing_departs_in_a_good_variant(
             }
         },
     ],
-    ids=["OLMo 1, tied and biased", "Olmo 3, all sliding", "yarn", "llama3", "dynamic", "longrope"],
+    ids=["OLMo 1, tied and biased, linear", "Olmo 3, all sliding", "yarn", "llama3", "dynamic", "longrope"],
 )
-def test_other_shapes_and_every_rope_pass_parity(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_other_shapes_and_every_rope_pass_parity(
+    fields: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "model", **fields)))
     export(checkpoint, tmp_path / "package", variants=["fp32", "q8"])
     for report in verify(tmp_path / "package", checkpoint, longest=64):
         assert_parity(report)
+    seen_rope(request, json.loads((checkpoint.folder / "config.json").read_text()), "verified")
 
 
 @pytest.mark.parametrize("name", ["olmo", "olmo3"])

@@ -64,6 +64,29 @@ def test_fp32_scores_what_transformers_does(
     np.testing.assert_allclose(scores, expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("variant", ["fp32", "q4"])
+def test_texts_that_are_scored_together_are_scored_as_each_alone(
+    variant: str, classifier_package: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each came to the graph by itself; one of padding alone still does, where padding is on the left."""
+    rows = [list(range(n, 2 * n)) for n in (9, 40, 3, 17, 21, 2, 60, 5)] + [[PAD, PAD], [4, PAD]]
+    calls: list[tuple[int, ...]] = []
+    with open_runner(classifier_package("olmo2"), variant=variant) as runner:
+        alone = np.concatenate([runner.score([row]) for row in rows])
+        name = "_call_one" if variant == "fp32" else "_run_rows"
+        real = getattr(type(runner), name)
+
+        def counted(self: object, *given: object, **named: object) -> object:
+            ids = given[0]["input_ids"] if variant == "fp32" else given[2]  # type: ignore[index]  # what it is given
+            calls.append(ids.shape)  # type: ignore[attr-defined]
+            return real(self, *given, **named)
+
+        monkeypatch.setattr(type(runner), name, counted)
+        together = runner.score(rows)
+    np.testing.assert_allclose(together, alone, atol=2e-5)
+    assert calls == [(1, 1), (5, 9), (2, 21), (2, 60)]
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("left", [False, True])
 def test_the_portable_graph_pools_padded_batches_as_transformers_does(

@@ -188,6 +188,22 @@ def test_embeddings_are_pooled_over_the_tokens_alone(
     assert normalized(np.zeros((1, 4), np.float32)).tolist() == [[0.0] * 4]
 
 
+@pytest.mark.parametrize(("name", "variant"), [("olmo2", "fp32"), ("olmo2", "q4"), ("olmo3", "q4")])
+def test_texts_that_are_embedded_together_are_embedded_as_each_alone(
+    name: str, variant: str, hidden_package: Callable[[str], Path]
+) -> None:
+    """On a shared cache each came to the graph by itself. Those of few tokens have the decode graph, together too."""
+    rows = [list(range(n, 2 * n)) for n in (9, 40, 3, 17, 21, 2, 60, 5)]
+    with open_runner(hidden_package(name), variant=variant) as runner:
+        for number, pooling in ((0, "mean"), (2, "last"), (LAYERS[name], "mean")):
+            found = {
+                size: embed(runner, rows, pooling=pooling, hidden_state=number, batch_size=size)  # type: ignore[arg-type]
+                for size in (1, 3, 8)
+            }
+            for size in (3, 8):
+                np.testing.assert_allclose(found[size], found[1], atol=2e-5)
+
+
 def test_what_is_not_given_is_refused_by_name(hidden_package: Callable[[str], Path], tiny_package: Path) -> None:
     with open_runner(hidden_package("olmo2"), variant="fp32") as runner:
         with pytest.raises(UsageError, match="hidden state 7: variant fp32 gives 0, 1, 2, 3"):

@@ -187,12 +187,18 @@ def test_what_is_no_vector_is_refused(vector_package: Callable[[str], Path], tin
         runner.prefill_embeds(good)
 
 
+@pytest.mark.usefixtures("short_rows")
 def test_a_classifier_scores_the_last_vector(classifier: Callable[[str], Path], tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(classifier("olmo2")))
-    export(checkpoint, tmp_path / "p", options=Options(inputs_embeds=True))
-    (report,) = verify(tmp_path / "p", checkpoint, longest=64)
-    assert report.passed, [case for case in report.cases if not case.passed]
-    assert {"vectors", "vectors among tokens"} <= {case.mode for case in report.cases}
+    options = Options(inputs_embeds=True, hidden_states=(1,))
+    export(checkpoint, tmp_path / "p", variants=["fp32", "q4"], options=options)
+    fp32, q4 = verify(tmp_path / "p", checkpoint, longest=64)
+    assert fp32.passed, [case for case in fp32.cases if not case.passed]
+    assert q4.verdicts[KERNEL_PARITY], [case for case in q4.cases if not case.passed]
+    for report in (fp32, q4):
+        assert {"vectors", "vectors among tokens"} <= {case.mode for case in report.cases}
+    padded = {f"vectors, {side} padded" for side in ("left", "right")} | {"hidden state 1, left padded"}
+    assert {f"portable exact {mode}" for mode in padded} <= {case.mode for case in q4.cases}
 
 
 def test_layers_one_at_a_time_take_them(

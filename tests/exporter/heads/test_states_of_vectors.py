@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
-from support.bugs import vectors
+from support.bugs import hidden, vectors
+from support.bugs.edits import Bug
+from support.bugs.quantized import attention_scale_wrong
 from support.rebuilt_packages import rebuilt, rebuilt_trt
 from transformers import AutoModel
 
@@ -21,6 +25,7 @@ from runtimes import open_package, open_runner
 from runtimes.errors import InputError, UsageError
 
 GRAPHS = {"fp32": "onnx/model.onnx", "q4": "onnx/model_q4_shared.onnx", "trt_fp32": ""}
+PORTABLE = "onnx/model_q4.onnx"
 BEFORE = [[5, 17], [11, 2, 60], [1]]
 
 pytestmark = pytest.mark.usefixtures("short_rows", "little_text")
@@ -74,6 +79,12 @@ def test_every_form_is_compared_on_vectors(
             for number in (0, 1, 3):
                 assert f"hidden state {number}, {fed}" in modes
                 assert {f"embedding {number}, {pooling}, {fed}" for pooling in ("mean", "last")} <= modes
+        if report.variant != "q4":
+            continue
+        for view, side in product(("portable exact", "portable"), ("left padded", "right padded")):
+            assert {f"{view} vectors, {side}", f"{view} vectors among tokens, {side}"} <= modes
+            for fed in ("", "vectors, ", "vectors among tokens, "):
+                assert {f"{view} hidden state {number}, {fed}{side}" for number in (0, 1, 3)} <= modes
 
 
 @pytest.mark.parametrize("variant", GRAPHS)
@@ -96,6 +107,45 @@ def test_a_state_that_ignores_vectors_is_red_and_named(
     assert (location.first.name, location.first.operation) == ("hidden_states.0", STATE), format_location(location)
 
 
+def vectors_and_last_norm_ignored(model: ir.Model) -> None:
+    vectors.vectors_ignored(model)
+    hidden.last_state_without_its_norm(model)
+
+
+def test_a_portable_graph_that_ignores_vectors_is_red(
+    hidden_checkpoint: Callable[[str], Path], both_package: Path, tmp_path: Path
+) -> None:
+    """Only its logits of tokens were compared."""
+    bad = rebuilt(both_package, tmp_path / "p", vectors_and_last_norm_ignored, PORTABLE)
+    checkpoint = open_checkpoint(str(hidden_checkpoint("olmo2")))
+    (report,) = verify(bad, checkpoint, variants=["q4"], longest=16, out=tmp_path / "parity.json")
+    failed = {case.mode for case in report.cases if not case.passed}
+    sides, of_vectors = ("left padded", "right padded"), ("vectors", "vectors among tokens")
+    wrong = {f"hidden state 3, {fed}" for fed in ("alone", *sides)}
+    for fed, side in product(of_vectors, sides):
+        wrong |= {f"{fed}, {side}", *(f"hidden state {number}, {fed}, {side}" for number in (0, 1, 3))}
+    assert failed == {f"{view} {mode}" for view, mode in product(("portable exact", "portable"), wrong)}
+
+
+@pytest.mark.parametrize(
+    ("bug", "name", "words"),
+    [
+        (vectors.vectors_ignored, "model.embed_tokens", "In the portable exact view, the embedding lookup"),
+        (attention_scale_wrong, "model.layers.1.self_attn.attention", "In the portable exact view, the attention of l"),
+        (vectors.state_ignores_vectors, "hidden_states.0", f"In {PORTABLE}, the output hidden_states.0 is another"),
+    ],
+)
+def test_a_wrong_portable_graph_is_located_in(
+    bug: Bug, name: str, words: str, hidden_checkpoint: Callable[[str], Path], both_package: Path, tmp_path: Path
+) -> None:
+    """`locate` did not open it."""
+    bad = rebuilt(both_package, tmp_path / "p", bug, PORTABLE)
+    location = locate(bad, open_checkpoint(str(hidden_checkpoint("olmo2"))), "q4")
+    assert location.first is not None
+    assert location.first.name == name, format_location(location)
+    assert location.explanation.startswith(words)
+
+
 @pytest.mark.parametrize("variant", ["fp32", "trt_fp32"])
 def test_layers_one_at_a_time_name_what_is_not_covered(
     variant: str, hidden_checkpoint: Callable[[str], Path], both_package: Path, tmp_path: Path
@@ -108,5 +158,7 @@ def test_layers_one_at_a_time_name_what_is_not_covered(
     assert {"vectors", "vectors among tokens"} <= modes
     if variant == "fp32":
         assert report.coverage.endswith("greedy decoding, hidden states and embeddings")
-    else:  # its graph runs whole
+    else:
+        whole = "PyTorch's layers one at a time, as --low-memory asks; the graph whole; not run: greedy decoding"
+        assert report.coverage == whole
         assert "hidden state 0, vectors" in modes

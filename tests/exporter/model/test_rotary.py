@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import OLMO1, OLMO3, SHAPE
+from support.matrix import seen_rope
 
 from olmo2_export.config import ModelConfig
 from olmo2_export.model.rotary import model_tables, table_names
@@ -55,8 +56,14 @@ KINDS: dict[str, dict[str, Any]] = {
     },
 }
 SHAPES = {name: OLMO2 | {"rope_parameters": table} for name, table in KINDS.items()}
-SHAPES |= {f"OLMo 1, {name}": OLMO1 | {"rope_parameters": KINDS[name]} for name in ("default", "linear", "yarn")}
+SHAPES |= {f"OLMo 1, {name}": OLMO1 | {"rope_parameters": table} for name, table in KINDS.items()}
 SHAPES["Olmo 3"] = OLMO3
+SHAPES |= {
+    f"Olmo 3, {name}": OLMO3
+    | {"rope_parameters": {"full_attention": table, "sliding_attention": {"rope_type": "default", "rope_theta": 5e5}}}
+    for name, table in KINDS.items()
+    if name not in ("default", "yarn") and "truncate" not in table  # which Olmo 3 has by default, or is refused
+}
 V4 = {"rope_theta": 500000, "rope_parameters": None}
 SHAPES["OLMo 2, transformers 4"] = OLMO2 | V4 | {"rope_scaling": {"type": "linear", "factor": 2.0}}
 SHAPES["Olmo 3 7B, as AI2 writes it"] = (
@@ -79,7 +86,9 @@ SHAPES["Olmo 3 7B, as AI2 writes it"] = (
 
 
 @pytest.mark.parametrize("fields", SHAPES.values(), ids=SHAPES)
-def test_tables_are_bit_identical_to_those_of_transformers(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_tables_are_bit_identical_to_those_of_transformers(
+    fields: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SHAPE | fields))
     config = ModelConfig.from_json(tmp_path / "config.json")
     ours = model_tables(config)
@@ -90,3 +99,4 @@ def test_tables_are_bit_identical_to_those_of_transformers(fields: dict[str, Any
             assert ours[name].shape == (config.max_position_embeddings, config.head_dim // 2)
             assert torch.equal(ours[name], table), name
     assert len(ours) == (4 if fields["model_type"] == "olmo3" else 2)
+    seen_rope(request, SHAPE | fields, "same table")

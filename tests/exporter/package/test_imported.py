@@ -14,6 +14,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from support.bugs.edits import change
+from support.matrix import refused
 from support.quantized import (
     Writer,
     awq,
@@ -235,12 +236,15 @@ def test_the_library_of_today_gives_the_logits_of_our_dequantised_weights(
     assert np.abs(reference(MADE / name, ids[None]) - wanted).max() < error
 
 
-def test_q4_of_8_bits_is_refused_and_made_when_asked_for(base: Path, tmp_path: Path) -> None:
+def test_q4_of_8_bits_is_refused_and_made_when_asked_for(
+    base: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     make_quantized(tmp_path / "c", base, BYTES, int_quantized, bits=8, group=-1)
     checkpoint = open_checkpoint(str(tmp_path / "c"))
     with pytest.raises(UsageError) as caught:
         export(checkpoint, tmp_path / "p", variants=["q4"])
     assert "its weights have 8 bits; q8 and fp32 hold them exactly, and --requantize makes q4" in str(caught.value)
+    refused(request, "weights of 8 bits in `q4`", str(caught.value).replace(" of c ", " of MODEL "))
     assert not (tmp_path / "p").exists()
     arguments = [str(tmp_path / "c"), "--out", str(tmp_path / "p"), "--variant", "q4", "--requantize"]
     assert main(["export", *arguments, "--no-prefill-graph"]) == 0

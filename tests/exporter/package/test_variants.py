@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from support.checkpoints import make_checkpoint
+from support.matrix import refused
 
 import olmo2_export.demo
 from olmo2_export.catalog import QualityGate, find
@@ -174,10 +175,13 @@ def test_what_is_refused(tmp_path: Path, flags: list[str], words: str, capsys: p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_head_size_that_the_operator_does_not_take_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_head_size_that_the_operator_does_not_take_is_refused_at_once(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "c", head_dim=20)))
-    with pytest.raises(ConfigError, match=r"head_dim 20: .* multiples of 16"):
+    with pytest.raises(ConfigError, match=r"head_dim 20: .* multiples of 16") as caught:
         export(checkpoint, tmp_path / "p", variants=["q4"])
+    refused(request, "other sizes of heads, but for `fp32`", caught.value)
     assert not (tmp_path / "p").exists()
 
 

@@ -9,11 +9,14 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
+from support.checkpoints import OLMO3, make_checkpoint
 
 from olmo2_export import cli
 from olmo2_export.config import ModelConfig
 from olmo2_export.engine.build import build
 from olmo2_export.engine.options import EngineOptions
+from olmo2_export.fuse import op_counts
+from olmo2_export.graphs.trace import trace
 from olmo2_export.package.export import export
 from olmo2_export.summary import graph as graph_summary
 from olmo2_export.summary.graph import op_changes, portable_ops
@@ -67,6 +70,27 @@ def test_portable_operators_without_the_portable_graph(package: Path) -> None:
     traced, origin = portable_ops(package, manifest, config)
     assert traced == read
     assert "traced" in origin
+
+
+@pytest.mark.parametrize(
+    ("shape", "numbers"),
+    [
+        ({"num_hidden_layers": 1}, []),
+        ({"num_hidden_layers": 1}, [0, -1]),
+        (OLMO3, []),
+        (OLMO3, [0, 2, 4]),
+        (OLMO3, [1]),
+    ],
+    ids=["one layer", "one layer, both states", "windows", "windows, the last state too", "windows, one state"],
+)
+def test_they_are_those_of_every_shape(
+    shape: dict[str, Any], numbers: list[int], package: Path, tmp_path: Path
+) -> None:
+    """A model of one layer could not be described, nor one with hidden states; masks of a late kind were left out."""
+    config = ModelConfig.from_json(make_checkpoint(tmp_path, **shape) / "config.json").giving(numbers)
+    manifest = open_package(package).manifest
+    del manifest.variants["fp32"]
+    assert portable_ops(package, manifest, config)[0] == op_counts(trace(config))
 
 
 def test_weights_by_dtype_and_size(document: dict[str, Any]) -> None:

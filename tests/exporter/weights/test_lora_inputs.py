@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from support.adapters import PREFIX, factors, write_adapter
+from support.matrix import refused
 from support.packages import sequences
 
 from olmo2_export import cli
@@ -208,7 +209,7 @@ def test_an_adapter_file_has_the_same_bytes_each_time(
 
 
 def test_what_is_no_low_rank_change_of_a_linear_is_refused(
-    tiny_checkpoint: Path, adapters: list[str], tmp_path: Path
+    tiny_checkpoint: Path, adapters: list[str], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     tensors = factors(tiny_checkpoint, ["q_proj"])
     lora = write_adapter(
@@ -219,8 +220,9 @@ def test_what_is_no_low_rank_change_of_a_linear_is_refused(
     )
     with pytest.raises(CheckpointError, match=r"lm_head\.weight: an adapter as inputs changes linears by"):
         export(open_merged(str(tiny_checkpoint), switchable=[str(lora)]), tmp_path / "out")
-    with pytest.raises(UsageError, match="variant bf16 takes no adapters at run time, fp32, q4"):
+    with pytest.raises(UsageError, match="variant bf16 takes no adapters at run time, fp32, q4") as caught:
         export(open_merged(str(tiny_checkpoint), switchable=adapters), tmp_path / "out", variants=["fp32", "bf16"])
+    refused(request, "adapters as inputs, of other variants", caught.value)
     assert not (tmp_path / "out").exists()
 
 

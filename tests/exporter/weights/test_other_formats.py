@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from support.checkpoints import SHAPE
 from support.hub import REPOSITORY, Hub, local_hub
+from support.matrix import refused as seen_refused
 
 from olmo2_export import cli
 from olmo2_export.config import ModelConfig
@@ -46,51 +47,55 @@ Refused = Callable[..., str]
 
 
 @pytest.fixture
-def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Run export on a model, which must be refused; give the line."""
+def refused(request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Run export on a model, which must be refused; give the line, which the support matrix has under `kind`."""
 
-    def run(model: str) -> str:
+    def run(model: str, kind: str = "") -> str:
         assert cli.main(["export", model, "--out", str(tmp_path / "out")]) == 2
         (error,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]  # beside progress bars
         assert error.startswith("olmo2-export: error: ")
         assert not (tmp_path / "out").exists()
+        if kind:
+            seen_refused(request, kind, error)
         return error
 
     return run
 
 
 def test_olmoe_is_a_mixture_of_experts(tmp_path: Path, refused: Refused) -> None:
-    error = refused(str(write(tmp_path / "m", whole({"model_type": "olmoe", "num_experts": 64}))))
+    error = refused(str(write(tmp_path / "m", whole({"model_type": "olmoe", "num_experts": 64}))), "OLMoE")
     assert "model_type olmoe: OLMoE, a mixture of experts, which no graph here has; transformers, vLLM and" in error
     assert "vocab_size" not in error  # what is missing of an OLMo 2 is no news
 
 
 def test_flex_olmo_is_a_mixture_of_experts(tmp_path: Path, refused: Refused) -> None:
-    error = refused(str(write(tmp_path / "m", whole(SHAPE | {"model_type": "flex_olmo"}))))
+    error = refused(str(write(tmp_path / "m", whole(SHAPE | {"model_type": "flex_olmo"}))), "FlexOlmo")
     assert "model_type flex_olmo: FlexOlmo, a mixture of experts, which no graph here has; transformers and" in error
 
 
 def test_olmo_hybrid_has_linear_attention(tmp_path: Path, refused: Refused) -> None:
-    error = refused(str(write(tmp_path / "m", whole(SHAPE | {"model_type": "olmo_hybrid"}))))
+    error = refused(str(write(tmp_path / "m", whole(SHAPE | {"model_type": "olmo_hybrid"}))), "OLMo Hybrid")
     assert "model_type olmo_hybrid: OLMo Hybrid, most of whose layers are linear attention" in error
 
 
 def test_hf_olmo_names_the_repository_with_hf(tmp_path: Path, refused: Refused) -> None:
     for weights in ("model.safetensors", "pytorch_model.bin"):  # the pickle is not what is wrong with it
         folder = write(tmp_path / weights, {"config.json": HF_OLMO, weights: ""})
-        error = refused(str(folder))
+        error = refused(str(folder), "OLMo 1 as `hf_olmo`")
         assert "model_type hf_olmo: OLMo 1 in the form for AI2's own code; give the repository whose" in error
         assert "ends in -hf, such as allenai/OLMo-7B-hf" in error
 
 
 def test_olmo_1124_names_the_released_repository(tmp_path: Path, refused: Refused) -> None:
-    error = refused(str(write(tmp_path / "m", whole(SHAPE | {"model_type": "olmo_1124"}))))
+    error = refused(str(write(tmp_path / "m", whole(SHAPE | {"model_type": "olmo_1124"}))), "OLMo 2 as `olmo_1124`")
     assert "model_type olmo_1124: OLMo 2 under its preview's name; give the released repository" in error
 
 
 @pytest.mark.parametrize(("kind", "said"), [("molmo", "Molmo, which"), ("molmo2", "Molmo 2, which")])
 def test_molmo_reads_pictures(tmp_path: Path, refused: Refused, kind: str, said: str) -> None:
-    error = refused(str(write(tmp_path / "m", whole({"model_type": kind, "text_config": {}}))))
+    error = refused(
+        str(write(tmp_path / "m", whole({"model_type": kind, "text_config": {}}))), said.removesuffix(", which")
+    )
     assert f"model_type {kind}: {said} reads pictures, and no graph here does; transformers" in error
 
 
@@ -101,7 +106,7 @@ def test_a_model_type_that_is_no_word_is_none_of_them() -> None:
 
 
 def test_mlx_weights_have_a_float_bias(tmp_path: Path, refused: Refused) -> None:
-    error = refused(str(write(tmp_path / "m", whole(MLX))))
+    error = refused(str(write(tmp_path / "m", whole(MLX))), "weights of MLX")
     assert "weights quantised by MLX (quantization, of group_size and bits), which have a float bias per group" in error
     assert "give the model that they were made from, or run it with mlx-lm" in error
     assert "weights of MLX" in refused(str(write(tmp_path / "old", {"config.json": OLMO2, "weights.npz": ""})))
@@ -110,7 +115,7 @@ def test_mlx_weights_have_a_float_bias(tmp_path: Path, refused: Refused) -> None
 def test_a_gguf_file_or_folder_names_llama_cpp(tmp_path: Path, refused: Refused) -> None:
     said = "it is llama.cpp's, which runs it; give the checkpoint it was made from, in Hugging Face format"
     folder = write(tmp_path / "m", {"olmo2-q4_k_m.gguf": "GGUF", "blob": "GGUF and more"})
-    assert f"{folder}: GGUF files, not a checkpoint; {said}" in refused(str(folder))
+    assert f"{folder}: GGUF files, not a checkpoint; {said}" in refused(str(folder), "GGUF")
     for name in ("olmo2-q4_k_m.gguf", "blob"):  # a blob of ollama's has no ending
         assert f"{name}: a GGUF file; {said}" in refused(str(folder / name))
     nested = write(tmp_path / "n", {"Q4_K_M/olmo2-00001-of-00002.gguf": ""})
@@ -131,14 +136,17 @@ def test_an_olmo_core_checkpoint_names_its_converter(tmp_path: Path, refused: Re
         "config-alone": {"config.json": {"model": {"d_model": 96}}},
         "beside-weights": {"config.json": CORE, "model.safetensors": ""},
     }.items():
-        assert said in refused(str(write(tmp_path / name, files))), name
+        assert said in refused(str(write(tmp_path / name, files)), "OLMo-core's checkpoints"), name
     assert said in refused(str(tmp_path / "whole" / "model_and_optim"))
     assert said not in refused(str(write(tmp_path / "torch", {"__0_0.distcp": "", ".metadata": ""})))
 
 
 def test_an_old_olmo_checkpoint_names_hf_and_its_converters(tmp_path: Path, refused: Refused) -> None:
     for weights in ("model.pt", "model.safetensors"):
-        error = refused(str(write(tmp_path / weights, {"config.yaml": "model:\n  d_model: 96\n", weights: ""})))
+        error = refused(
+            str(write(tmp_path / weights, {"config.yaml": "model:\n  d_model: 96\n", weights: ""})),
+            "checkpoints of AI2's trainer",
+        )
         assert "a checkpoint of AI2's OLMo trainer (config.yaml beside model.pt or model.safetensors)" in error
         assert "whose name ends in -hf" in error
         assert "scripts/convert_olmo2_to_hf.py" in error
