@@ -23,14 +23,19 @@ from olmo2_export.verify.adapters import adapter_checks
 from olmo2_export.views.table import variant_views
 from olmo2_export.weights.merged import open_merged, switchable_adapters
 from runtimes import open_package, open_runner
-from runtimes.errors import CheckpointError, InputError, UsageError
+from runtimes.errors import BackendError, CheckpointError, InputError
 from runtimes.generation.generate import generate
+from runtimes.ort.adapters import Adapters
 from runtimes.ort.adapters import write_adapter as write_file
+from runtimes.ort.device import DeviceRunner
+from runtimes.ort.devices import GpuMemory
+from runtimes.ort.session import open_session
 from runtimes.runners.slots import Slots
 from runtimes.targets import find_target
 
 IDS = sequences()[0]
 NAMES = ("chat", "code")
+VARIANTS = ("fp32", "q8", "fp16", "bf16", "q4f16")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +58,7 @@ def package(
 ) -> Path:
     out = tmp_path_factory.mktemp("package") / "switchable"
     checkpoint = open_merged(str(tiny_checkpoint), switchable=adapters)
-    export(checkpoint, out, variants=["fp32", "q8"], options=Options(prefill_graph=True))
+    export(checkpoint, out, variants=VARIANTS, options=Options(prefill_graph=True))
     return out
 
 
@@ -154,6 +159,55 @@ def test_a_package_without_adapters_says_how_to_get_some(tiny_package: Path) -> 
         runner.prefill([IDS], adapter="chat")
 
 
+@pytest.fixture
+def on_device(package: Path) -> Iterator[DeviceRunner]:
+    """The runner for GPUs, on the CPU provider: inputs bound by address, decode steps under ids of their own."""
+    opened = open_package(package)
+    variant, memory = opened.variant("fp16"), GpuMemory(kind="cpu")
+    files = {name: entry.file for name, entry in opened.manifest.adapters.items()}
+    lora = Adapters(package, files, variant, opened.check, memory)
+    session = open_session(package / variant.graph, variant, 1)
+    with DeviceRunner(session, variant, opened.model, memory, capture=True, adapters=lora) as runner:
+        yield runner
+
+
+def test_on_a_gpu_rows_with_one_adapter_are_a_captured_step_and_mixed_rows_are_not(
+    on_device: DeviceRunner, want: dict[str | None, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids: list[str] = []
+    real = on_device._run_bound
+
+    def seen(session: object, binding: object, options: ort.RunOptions) -> None:
+        ids.append(options.get_run_config_entry("gpu_graph_id"))
+        real(session, binding, options)
+
+    monkeypatch.setattr(on_device, "_run_bound", seen)
+    captured = []
+    for rows in ((None, "chat"), ("chat", "chat"), (None, None), ("chat", "chat"), ("code", "chat")):
+        on_device.reset()
+        on_device.prefill([IDS[:9]] * 2, adapter=rows)
+        ids.clear()
+        found = on_device.decode([int(IDS[9])] * 2)
+        captured.append(ids.copy())
+        for logits, name in zip(found, rows, strict=True):
+            assert off(logits, want[name][9]) < 0.01
+            assert min(off(logits, want[other][9]) for other in want if other != name) > 0.2
+    assert captured == [["-1", "-1"], ["1"], ["2"], ["1"], ["-1", "-1"]]
+
+
+@pytest.mark.parametrize("variant", ["fp16", "bf16", "q4f16"])
+def test_graphs_of_16_bits_take_adapters_in_their_precision_from_the_same_file(package: Path, variant: str) -> None:
+    entry = open_package(package).variant(variant)
+    dtypes = {spec.dtype for spec in entry.inputs if spec.role in ("lora_a", "lora_b")}
+    assert dtypes == {entry.kv_cache.dtype}
+    assert len([spec for spec in entry.inputs if spec.role == "lora_a"]) == 7 * 3
+
+
+def test_a_device_that_compiles_for_fixed_ranks_is_refused_before_it_is_looked_for(package: Path) -> None:
+    with pytest.raises(BackendError, match="takes LoRA adapters at run time, which device nv-rtx does not; use device"):
+        open_runner(package, variant="bf16", device="nv-rtx")
+
+
 class _NoText:
     eos_token_ids: tuple[int, ...] = ()
 
@@ -207,9 +261,7 @@ def test_an_adapter_file_has_the_same_bytes_each_time(
         assert (tmp_path / "again").read_bytes() == (package / f"adapters/{adapter.name}.onnx_adapter").read_bytes()
 
 
-def test_what_is_no_low_rank_change_of_a_linear_is_refused(
-    tiny_checkpoint: Path, adapters: list[str], tmp_path: Path
-) -> None:
+def test_what_is_no_low_rank_change_of_a_linear_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     tensors = factors(tiny_checkpoint, ["q_proj"])
     lora = write_adapter(
         tmp_path / "lora",
@@ -219,8 +271,6 @@ def test_what_is_no_low_rank_change_of_a_linear_is_refused(
     )
     with pytest.raises(CheckpointError, match=r"lm_head\.weight: an adapter as inputs changes linears by"):
         export(open_merged(str(tiny_checkpoint), switchable=[str(lora)]), tmp_path / "out")
-    with pytest.raises(UsageError, match="variant bf16 takes no adapters at run time, fp32, q4"):
-        export(open_merged(str(tiny_checkpoint), switchable=adapters), tmp_path / "out", variants=["fp32", "bf16"])
     assert not (tmp_path / "out").exists()
 
 
@@ -232,7 +282,7 @@ def checks_of(package: Path, base: Path, adapters: list[str], variant: str) -> d
     return {check.name: check.passed for check in adapter_checks(opened, view, checkpoint, config, IDS)}
 
 
-@pytest.mark.parametrize("variant", ["fp32", "q8"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_verify_passes_each_adapter_in_a_mixed_batch(
     package: Path, tiny_checkpoint: Path, adapters: list[str], variant: str
 ) -> None:
@@ -253,7 +303,7 @@ def _of_the_next_layer(arrays: dict[str, np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("bug", [_scaled, _of_the_next_layer])
-@pytest.mark.parametrize("variant", ["fp32", "q8"])
+@pytest.mark.parametrize("variant", ["fp32", "q8", "bf16"])
 def test_verify_fails_an_adapter_of_another_scale_or_layer(
     package: Path,
     tiny_checkpoint: Path,
@@ -262,24 +312,20 @@ def test_verify_fails_an_adapter_of_another_scale_or_layer(
     variant: str,
     bug: Callable[[dict[str, np.ndarray]], None],
 ) -> None:
-    from runtimes.ort import adapters as module
+    real = Adapters._placed
 
-    real = module._values
-
-    def values(arrays: dict[str, np.ndarray]) -> object:
+    def placed(self: Adapters, arrays: dict[str, np.ndarray]) -> dict[str, object]:
         if any(array.size for array in arrays.values()):
             bug(arrays)
-        return real(arrays)
+        return real(self, arrays)
 
-    monkeypatch.setattr(module, "_values", values)
+    monkeypatch.setattr(Adapters, "_placed", placed)
     assert checks_of(package, tiny_checkpoint, adapters, variant) == {"adapter chat": False, "adapter code": False}
 
 
 def test_verify_fails_adapters_that_are_swapped_between_rows(
     package: Path, tiny_checkpoint: Path, adapters: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from runtimes.ort.adapters import Adapters
-
     real, other = Adapters.values, {"chat": "code", "code": "chat", None: None}
     monkeypatch.setattr(Adapters, "values", lambda self, name: real(self, other[name]))
     assert checks_of(package, tiny_checkpoint, adapters, "q8") == {"adapter chat": False, "adapter code": False}
