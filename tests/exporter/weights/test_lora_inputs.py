@@ -7,15 +7,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from support.adapters import PREFIX, factors, write_adapter
+from support.adapters import LINEARS, PREFIX, factors, write_adapter
+from support.fp16_models import changed, product
 from support.packages import sequences
 
 from olmo2_export import cli
+from olmo2_export.architecture import operations
 from olmo2_export.config import ModelConfig
-from olmo2_export.graphs.lora_inputs import lora_tensors
+from olmo2_export.fp16.values import islands_of
+from olmo2_export.fuse import DEVICE
+from olmo2_export.graphs.device import device_graph
+from olmo2_export.graphs.files import save_graph
+from olmo2_export.graphs.lora_inputs import adapted_linears, lora_tensors, take_adapters
+from olmo2_export.graphs.shared import shared_graph
+from olmo2_export.graphs.trace import trace
+from olmo2_export.measure import quality
 from olmo2_export.package.export import export
 from olmo2_export.package.weight_choice import Options
 from olmo2_export.truth.torch_layers import reference_logits
@@ -58,7 +68,10 @@ def package(
 ) -> Path:
     out = tmp_path_factory.mktemp("package") / "switchable"
     checkpoint = open_merged(str(tiny_checkpoint), switchable=adapters)
-    export(checkpoint, out, variants=VARIANTS, options=Options(prefill_graph=True))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(quality, "_MOST_TOKENS", 64)  # it is not what is looked at here
+        monkeypatch.setattr(quality, "_LENGTH", 64)
+        export(checkpoint, out, variants=VARIANTS, options=Options(prefill_graph=True))
     return out
 
 
@@ -201,6 +214,35 @@ def test_graphs_of_16_bits_take_adapters_in_their_precision_from_the_same_file(p
     dtypes = {spec.dtype for spec in entry.inputs if spec.role in ("lora_a", "lora_b")}
     assert dtypes == {entry.kv_cache.dtype}
     assert len([spec for spec in entry.inputs if spec.role == "lora_a"]) == 7 * 3
+
+
+def test_a_linear_in_float32_of_a_float16_graph_takes_its_adapter_in_float32(
+    traces: None,  # noqa: ARG001
+    tmp_path: Path,
+) -> None:
+    """Else onnxruntime refuses the graph, or what must not be rounded is rounded before the adapter is added. So are
+    logits: the head's adapter is added before they are float32."""
+    base = changed(tmp_path / "base", product)
+    linears = [*LINEARS, "lm_head"]
+    lora = str(write_adapter(tmp_path / "chat", factors(base, linears), target_modules=linears))
+    config = ModelConfig.from_json(base / "config.json")
+    rows, checkpoint = operations(config), open_merged(str(base), switchable=[lora])
+    (adapter,) = switchable_adapters(checkpoint)
+    wide = islands_of(["model.layers.0.mlp.product"])
+    model, _, _ = device_graph(
+        shared_graph(trace(config), rows, DEVICE), checkpoint, config, ir.DataType.FLOAT16, wide=wide
+    )
+    assert take_adapters(model, adapted_linears([adapter], rows), "float16") == 7 * 3 + 1
+    casts = [node.inputs[0].name for node in model.graph if node.name and node.name.endswith(("_A.cast", "_B.cast"))]
+    assert casts == ["model.layers.0.mlp.down_proj.lora_A", "model.layers.0.mlp.down_proj.lora_B"]
+    save_graph(model, tmp_path / "model.onnx")
+    session = ort.InferenceSession(tmp_path / "model.onnx")
+    feeds = {name: array.astype(np.float16) for name, array in lora_tensors(adapter).items()}
+    feeds |= {"input_ids": IDS[None], "attention_mask": np.ones((1, len(IDS)), np.int64)}
+    feeds |= {v.name: np.zeros((1, 2, 0, 16), np.float16) for v in session.get_inputs() if "past" in v.name}
+    (found,) = session.run(["logits"], feeds)
+    (want,) = reference_logits(open_merged(str(base), lora=[lora]), config, [IDS])
+    assert off(found[0], want) < 0.01
 
 
 def test_a_device_that_compiles_for_fixed_ranks_is_refused_before_it_is_looked_for(package: Path) -> None:
