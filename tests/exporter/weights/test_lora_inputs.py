@@ -27,6 +27,7 @@ from olmo2_export.graphs.shared import shared_graph
 from olmo2_export.graphs.trace import trace
 from olmo2_export.measure import quality
 from olmo2_export.package.export import export
+from olmo2_export.package.plan import plan_export
 from olmo2_export.package.weight_choice import Options
 from olmo2_export.truth.torch_layers import reference_logits
 from olmo2_export.verify.adapters import adapter_checks
@@ -303,6 +304,14 @@ def test_an_adapter_file_has_the_same_bytes_each_time(
         assert (tmp_path / "again").read_bytes() == (package / f"adapters/{adapter.name}.onnx_adapter").read_bytes()
 
 
+def test_a_dry_run_counts_the_adapters(package: Path, tiny_checkpoint: Path, adapters: list[str]) -> None:
+    plain, both = (
+        plan_export(open_merged(str(tiny_checkpoint), switchable=some, headers=True)).texts for some in ([], adapters)
+    )
+    files = open_package(package).manifest.files
+    assert 0.8 < (both - plain) / sum(files[f"adapters/{name}.onnx_adapter"].size for name in NAMES) < 1
+
+
 def test_what_is_no_low_rank_change_of_a_linear_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     tensors = factors(tiny_checkpoint, ["q_proj"])
     lora = write_adapter(
@@ -313,6 +322,8 @@ def test_what_is_no_low_rank_change_of_a_linear_is_refused(tiny_checkpoint: Path
     )
     with pytest.raises(CheckpointError, match=r"lm_head\.weight: an adapter as inputs changes linears by"):
         export(open_merged(str(tiny_checkpoint), switchable=[str(lora)]), tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: an adapter as inputs changes linears by"):
+        plan_export(open_merged(str(tiny_checkpoint), switchable=[str(lora)], headers=True))
     assert not (tmp_path / "out").exists()
 
 
