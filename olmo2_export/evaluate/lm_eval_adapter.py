@@ -185,8 +185,8 @@ class PackageLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
         """Return the ids of a text, with what tokenizer.json itself adds unless told not to; of a chat its own."""
         if not string.startswith(_CHAT):
             return self._tokenizer.encode(string, add_special_tokens=add_special_tokens is not False)
-        chat, _, rest = string.removeprefix(_CHAT).partition(_BEHIND)
-        text = chat + self._template.marked(self._tokenizer, rest, name=self._template_name)
+        parts = string.removeprefix(_CHAT).partition(_BEHIND)
+        text = parts[0] + self._template.marked(self._tokenizer, parts[2], name=self._template_name)
         return self._template.encode_marked(self._tokenizer, text)
 
     def tok_decode(self, tokens: Sequence[int], **_: Any) -> str:
