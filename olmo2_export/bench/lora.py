@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
+import struct
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
+import numpy as np
 
 from olmo2_export.architecture import operations
 from olmo2_export.bench.checkpoint import SIZES, model_config
@@ -62,7 +63,7 @@ def run(
     samples, failures = take_turns(contenders, {_TASK: task(_TASK, SIZES[size]["vocab_size"], threads, steps)}, rounds)
     step_ms = {key: 1000 / statistics.median(rates) for key, rates in _rates(samples[_TASK]).items()}
     machine = f"{processor()}, {os.cpu_count()} cores, load average {busy:.1f} before the first sample"
-    numbers = sum(p.numel() for p in _factors(size, rank, torch.device("meta")).values())
+    numbers = sum(map(math.prod, _shapes(size, rank).values()))
     report = "\n\n".join(
         [
             f"{machine}; {size} shape, {variant}, {threads} threads, {rounds} rounds",
@@ -96,23 +97,31 @@ def write_random_adapter(folder: Path, size: str, rank: int) -> Path:
     """Write an adapter of every linear of a layer as PEFT does, random numbers; return its folder."""
     if not (folder / "adapter_config.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(0)
-        factors = _factors(size, rank, torch.device("cpu"))
-        save_file(factors, folder / "adapter_model.safetensors")
-        modules = sorted({name.split(".")[-3] for name in factors})
+        shapes, random = _shapes(size, rank), np.random.default_rng(0)
+        ends = np.cumsum([4 * math.prod(shape) for shape in shapes.values()]).tolist()
+        header = {
+            name: {"dtype": "F32", "shape": shape, "data_offsets": [end - 4 * math.prod(shape), end]}
+            for (name, shape), end in zip(shapes.items(), ends, strict=True)
+        }
+        encoded = json.dumps(header).encode()
+        with (folder / "adapter_model.safetensors").open("wb") as file:
+            file.write(struct.pack("<Q", len(encoded)) + encoded)
+            for shape in shapes.values():
+                file.write((random.standard_normal(shape, np.float32) * np.float32(0.01)).tobytes())
+        modules = sorted({name.split(".")[-3] for name in shapes})
         config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": modules}
         (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
 
-def _factors(size: str, rank: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Return A and B by PEFT's names, float32."""
+def _shapes(size: str, rank: int) -> dict[str, tuple[int, int]]:
+    """Return the shapes of A and B, by PEFT's names."""
     found = {}
     for row in operations(model_config(SIZES[size])):
         if row.kind == "linear" and row.layer is not None:
             out, into = row.shape
-            for part, shape in (("A", (rank, into)), ("B", (out, rank))):
-                found[f"base_model.model.{row.name}.lora_{part}.weight"] = torch.randn(*shape, device=device) * 0.01
+            found[f"base_model.model.{row.name}.lora_A.weight"] = (rank, into)
+            found[f"base_model.model.{row.name}.lora_B.weight"] = (out, rank)
     return found
 
 

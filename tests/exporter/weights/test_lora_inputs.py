@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from support.adapters import LINEARS, PREFIX, factors, write_adapter
+from support.checkpoints import OLMO1, make_checkpoint
 from support.fp16_models import changed, product
 from support.packages import sequences
 
@@ -24,6 +25,7 @@ from olmo2_export.graphs.device import device_graph
 from olmo2_export.graphs.files import save_graph
 from olmo2_export.graphs.lora_inputs import adapted_linears, lora_tensors, take_adapters
 from olmo2_export.graphs.shared import shared_graph
+from olmo2_export.graphs.taps import find_segments
 from olmo2_export.graphs.trace import trace
 from olmo2_export.measure import quality
 from olmo2_export.package.export import export
@@ -244,6 +246,23 @@ def test_a_linear_in_float32_of_a_float16_graph_takes_its_adapter_in_float32(
     (found,) = session.run(["logits"], feeds)
     (want,) = reference_logits(open_merged(str(base), lora=[lora]), config, [IDS])
     assert off(found[0], want) < 0.01
+
+
+def test_what_reads_a_linear_with_an_adapter_is_still_found(
+    traces: None,  # noqa: ARG001
+    tmp_path: Path,
+) -> None:
+    """`verify --locate` compares a clip with PyTorch's; looked for in front of the adapter, it would be no clip."""
+    config = ModelConfig.from_json(make_checkpoint(tmp_path / "olmo1", **OLMO1) / "config.json")
+    rows = operations(config)
+    model = trace(config)
+    before = find_segments(model, rows)[1].taps
+    take_adapters(model, [row for row in rows if row.kind == "linear" and row.layer is not None])
+    after = find_segments(model, rows)[1].taps
+    place = "model.layers.0.self_attn"
+    assert after[f"{place}.q_proj"] == f"{place}.q_proj.adapted"
+    assert after[f"{place}.q_clip"] == before[f"{place}.q_clip"]
+    assert after.keys() == before.keys()
 
 
 def test_a_device_that_compiles_for_fixed_ranks_is_refused_before_it_is_looked_for(package: Path) -> None:
