@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from runtimes.errors import PackageError
 
@@ -64,6 +65,15 @@ def find_dtype(name: str) -> DtypeRow:
     if found is None:
         raise PackageError(f"dtype {name!r}: this version knows {', '.join(dtype.name for dtype in DTYPES)}")
     return found
+
+
+def rounded(array: npt.NDArray[np.float32], dtype: DtypeRow) -> npt.NDArray[Any]:
+    """Return finite numbers in another float dtype, rounded to nearest-even; as its `numpy` holds them, contiguous."""
+    array = np.ascontiguousarray(array)
+    if dtype.name != "bfloat16":
+        return array.astype(dtype.numpy, copy=False)
+    bits = array.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(dtype.numpy)
 
 
 def tensorrt_dtype(name: str) -> str:

@@ -146,6 +146,10 @@ def why(repository: str, error: BaseException) -> str:
             return _UNREACHABLE
         case HfHubHTTPError() if status in _REFUSED:
             return _REFUSED[status]
+        case HfHubHTTPError():
+            return reason(error)
+    if isinstance(error, REQUEST_FAILED[0]):
+        return f"the Hub cannot be reached ({reason(error)}); check the network"
     return reason(error)
 
 

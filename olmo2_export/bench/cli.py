@@ -6,6 +6,7 @@
     cpu       the table of targets: ours, llama.cpp and onnxruntime-genai in turns
     gpu       the table of targets on a GPU: ours, transformers' compiled static cache, and the hardware's limits
     profile   where the time of our prefill and decode goes, by operator
+    lora      what a LoRA adapter that is chosen at run time costs a decode step
 
 Tables go to stdout, progress to stderr; the last line of stdout is JSON whose keys carry the units.
 """
@@ -18,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from olmo2_export.bench import cpu, gpu, profile, quality, stages
+from olmo2_export.bench import cpu, gpu, lora, profile, quality, stages
 from olmo2_export.bench.arguments import declare_setting
 from olmo2_export.bench.checkpoint import SIZES
 from olmo2_export.bench.command import check_out, run_comparison, work_folder, write_out
@@ -96,6 +97,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     verb.add_argument("--out", type=Path, metavar="FILE", help="write the JSON of the last line there too")
     verb = verbs.add_parser("profile", parents=[work, sized, kept], help="time by operator")
     verb.add_argument("--context", type=int, default=512, help="tokens of the prefill; default 512")
+    verb = verbs.add_parser("lora", parents=[work, sized, kept], help="what an adapter costs a decode step")
+    verb.add_argument("--rank", type=int, default=16, help="of the adapter; default 16")
+    verb.add_argument("--rounds", type=int, default=3)
     given = sys.argv[1:] if argv is None else argv
     return parser.parse_args(given or ["cpu"])
 
@@ -171,6 +175,16 @@ def run(args: argparse.Namespace) -> int:
                     packages=packages,
                     reference=args.reference,
                     minutes=args.minutes,
+                )
+            case "lora":
+                result, report = lora.run(
+                    args.size,
+                    work,
+                    (args.variant or ["q4"])[0],
+                    rank=args.rank,
+                    rounds=args.rounds,
+                    threads=args.threads,
+                    steps=args.steps,
                 )
             case _:
                 result = profile.run(args.size, work, args.variant or ["q4"], args.threads, args.context, args.steps)

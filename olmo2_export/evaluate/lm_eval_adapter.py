@@ -10,6 +10,7 @@ imported. In Python the import does the same for `lm_eval.simple_evaluate(model=
 | loglikelihood          | context and continuation in one row; sum of log p over the continuation, and is it greedy  |
 | loglikelihood_rolling  | windows of max_length, each token once, the first behind bos (or eos); one sum per document |
 | generate_until         | greedy, or drawn if the task says do_sample; stop strings; the context cut on the left      |
+| apply_chat_template    | the package's own template; its special tokens are those, the same text in a task is text   |
 
 Requests are put in the order of their tokens, so that one keeps what it has in common with the one before it in the KV
 cache: the choices of a question compute the question once. With batch_size above 1 that many rows run together instead.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +34,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # typ
 from tqdm import tqdm
 
 from runtimes import Backend, Device, open_runner
+from runtimes.chat.template import ChatTemplate
 from runtimes.command import expanded, run_command
 from runtimes.errors import ContextLengthError, InputError, UsageError
 from runtimes.generation.generate import generate
@@ -43,6 +46,9 @@ from runtimes.text.sampling import Sampler
 from runtimes.text.tokenizer import Tokenizer
 
 _PIECE_LOGITS = 1 << 24  # numbers of logits that one call may return: 64 MB
+_CHAT, _BEHIND = "\U000f0002", "\U000f0003"
+"""what a chat begins with, and what stands behind its last token; lm-eval appends to it, and gives it back as text"""
+_PROBE = "\u241e a probe \u241e"
 _SAMPLING = {"do_sample", "until", "max_gen_toks", "temperature", "top_k", "top_p"}
 
 
@@ -96,6 +102,8 @@ class PackageLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
         opened = open_package(expanded(str(package)))
         opened.check_logits("lm-eval")
         self._tokenizer = Tokenizer.from_package(opened)
+        self._package = opened
+        self._template_name: str | None = None
         self._runner: Runner = open_runner(
             opened, variant=variant, backend=backend, device=cast("Device | None", where), threads=threads
         )
@@ -129,17 +137,57 @@ class PackageLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
         """What lm-eval's cache of requests is told apart by."""
         return self._name
 
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate.from_package(self._package)
+
+    @cached_property
+    def _chat_ends(self) -> tuple[int, ...]:
+        ends = self._template.turn_ends(self._tokenizer, name=self._template_name)
+        return tuple(dict.fromkeys([*self._tokenizer.eos_token_ids, *ends]))
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Choose a template of the package, by name or its own choice, and return its source; False: none.
+
+        Raises:
+            PackageError: the package has no chat template.
+            InputError: none of that name.
+        """
+        if not chat_template:
+            return None
+        self._template_name = chat_template if isinstance(chat_template, str) else None
+        return self._template.source(self._template_name)
+
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Refuse: lm-eval gives the text back to be encoded, in which special tokens would be text."""
-        del chat_history, add_generation_prompt
-        raise UsageError(
-            "--apply_chat_template: lm-eval has chats encoded as plain text, in which special tokens are text; "
-            "run the task without it"
-        )
+        """Return the text of a chat, marked, so that `tok_encode` knows special tokens from text that looks so.
+
+        Args:
+            chat_history: messages.
+            add_generation_prompt: False: the last message is the answer's beginning, and goes on.
+
+        Raises:
+            PackageError: the package has no chat template.
+            Olmo2ExportError: as `ChatTemplate.encode`.
+        """
+        ours, name, template = self._tokenizer, self._template_name, self._template
+        if add_generation_prompt:
+            text = template.marked_text(ours, chat_history, name=name)
+        else:
+            *before, begun = chat_history
+            probe = [*before, {**begun, "content": _PROBE}]
+            text, _, _ = template.marked_text(ours, probe, add_generation_prompt=False, name=name).partition(_PROBE)
+            text += template.marked(ours, begun["content"], name=name)
+        text = text.replace(_BEHIND, "")
+        kept = text.rstrip()  # lm-eval has white space at a context's end scored with what is behind it
+        return f"{_CHAT}{kept}{_BEHIND}{text[len(kept) :]}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Return the ids of a text, with what tokenizer.json itself adds unless told not to."""
-        return self._tokenizer.encode(string, add_special_tokens=add_special_tokens is not False)
+        """Return the ids of a text, with what tokenizer.json itself adds unless told not to; of a chat its own."""
+        if not string.startswith(_CHAT):
+            return self._tokenizer.encode(string, add_special_tokens=add_special_tokens is not False)
+        parts = string.removeprefix(_CHAT).partition(_BEHIND)
+        text = parts[0] + self._template.marked(self._tokenizer, parts[2], name=self._template_name)
+        return self._template.encode_marked(self._tokenizer, text)
 
     def tok_decode(self, tokens: Sequence[int], **_: Any) -> str:
         """Return the text of ids, without special tokens."""
@@ -263,6 +311,7 @@ class PackageLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
                 sampler=samplers[key],
                 max_new_tokens=new,
                 stop=stop,
+                eos_token_ids=self._chat_ends if context.startswith(_CHAT) else None,
             ).text
             self.cache_hook.add_partial("generate_until", (context, asked), results[n])
         return results

@@ -1,6 +1,6 @@
 """Let a stored graph take LoRA adapters at run time, as optional inputs; its weights stay where they are.
 
-Matches, in the portable graph and in those with a shared cache:
+Matches, in the portable graph, in those with a shared cache and in those for GPUs:
 
     y = W x                                             W: a linear of `modules`, in any form
 
@@ -8,8 +8,11 @@ Becomes:
 
     y = W x + MatMul(MatMul(x, A), B)
 
-    {module}.lora_A: float32 [in, {module}.rank], {module}.lora_B: float32 [{module}.rank, out], the scale in B; both
-    inputs with a default of rank 0, which adds zeros: without an adapter each number is what it was
+    {module}.lora_A: [in, {module}.rank], {module}.lora_B: [{module}.rank, out], the scale in B; both in the graph's own
+    precision, and inputs with a default of rank 0, which adds zeros: without an adapter each number is what it was
+
+Both products, and the sum, have the dtype of x: of a linear that is kept in float32 A and B are cast, and its result is
+taken before it is rounded.
 
 The names are those of onnxruntime's adapter files, which give all inputs of one adapter at once. Each module has a rank
 of its own, as onnxruntime takes dimensions that are called alike to be of one size. The pass is the last, on the graph
@@ -25,14 +28,13 @@ import numpy as np
 import onnx_ir as ir
 
 from olmo2_export.architecture import Operation
-from olmo2_export.fuse.edit import name_of, new_node
+from olmo2_export.dtypes import ir_dtype
+from olmo2_export.fuse.edit import is_op, name_of, new_node
 from olmo2_export.graphs.taps import linear_values
 from olmo2_export.stored_graph import load_graph
 from olmo2_export.weights.lora import Adapter
 from runtimes.errors import CheckpointError, FusionError, first_names
-from runtimes.manifest import LORA_A, LORA_B, TensorSpec
-
-FLOAT = ir.DataType.FLOAT
+from runtimes.manifest import LORA_A, LORA_B, Dtype, TensorSpec
 
 
 def adapted_linears(adapters: Collection[Adapter], rows: Collection[Operation]) -> tuple[Operation, ...]:
@@ -54,18 +56,18 @@ def adapted_linears(adapters: Collection[Adapter], rows: Collection[Operation]) 
     return tuple(row for weight, row in linears.items() if weight in wanted)
 
 
-def lora_specs(linears: Collection[Operation]) -> tuple[TensorSpec, ...]:
-    """Return the inputs, in order."""
+def lora_specs(linears: Collection[Operation], dtype: Dtype = "float32") -> tuple[TensorSpec, ...]:
+    """Return the inputs of a graph of some precision, in order."""
     found: list[TensorSpec] = []
     for row in linears:
         (out, into), rank = row.shape, f"{row.name}.rank"
-        found.append(TensorSpec(f"{row.name}{LORA_A}", "float32", (into, rank), "lora_a"))
-        found.append(TensorSpec(f"{row.name}{LORA_B}", "float32", (rank, out), "lora_b"))
+        found.append(TensorSpec(f"{row.name}{LORA_A}", dtype, (into, rank), "lora_a"))
+        found.append(TensorSpec(f"{row.name}{LORA_B}", dtype, (rank, out), "lora_b"))
     return tuple(found)
 
 
 def lora_tensors(adapter: Adapter) -> Mapping[str, np.ndarray]:
-    """Return what an adapter gives to these inputs, float32."""
+    """Return what an adapter gives to these inputs, float32; who feeds a graph of 16 bits rounds it."""
     found: dict[str, np.ndarray] = {}
     for weight, row in adapter.low_rank.items():
         a, b = adapter.factors(weight)
@@ -75,46 +77,74 @@ def lora_tensors(adapter: Adapter) -> Mapping[str, np.ndarray]:
     return found
 
 
-def take_adapters(model: ir.Model, linears: Collection[Operation]) -> int:
+def take_adapters(model: ir.Model, linears: Collection[Operation], dtype: Dtype = "float32") -> int:
     """Apply the rewrite; return how many linears it changed.
 
+    Args:
+        model: as it was written.
+        linears: that some adapter changes.
+        dtype: the graph's precision, and that of the inputs.
+
     Raises:
-        FusionError: a linear is not in float32, or its shape is not known.
+        FusionError: a linear is not in the dtype of its input, or its shape is not known.
         PackageError: a linear is not in the graph.
     """
     graph = model.graph
-    specs = iter(lora_specs(linears))
+    specs = iter(lora_specs(linears, dtype))
     for row in linears:
         assert row.weight is not None  # linears have one
         x, y = linear_values(graph, row.weight)
+        computed = x.dtype or ir_dtype(dtype)
+        y = _unrounded(y, computed)
         producer = y.producer()
-        if producer is None or y.dtype not in (None, FLOAT) or y.shape is None:
-            raise FusionError(f"graph {graph.name}: {row.name} gives {y.dtype} {y.shape}, expected float32")
+        if producer is None or y.dtype not in (None, computed) or y.shape is None:
+            raise FusionError(f"graph {graph.name}: {row.name} gives {y.dtype} {y.shape}, expected {computed}")
         a, b = (_optional_input(graph, next(specs)) for _ in "AB")
-        small = new_node("MatMul", [x, a], f"{row.name}.small", FLOAT, [*y.shape[:-1], f"{row.name}.rank"])
-        added = new_node("MatMul", [small.outputs[0], b], f"{row.name}.added", FLOAT, y.shape)
-        whole = new_node("Add", [y, added.outputs[0]], f"{row.name}.adapted", FLOAT, y.shape)
+        small = new_node("MatMul", [x, a], f"{row.name}.small", computed, [*y.shape[:-1], f"{row.name}.rank"])
+        added = new_node("MatMul", [small.outputs[0], b], f"{row.name}.added", computed, y.shape)
+        whole = new_node("Add", [y, added.outputs[0]], f"{row.name}.adapted", computed, y.shape)
+        casts = [_in_dtype(node, computed) for node in (small, added)]
         result = whole.outputs[0]
         given = y.is_graph_output()
         y.replace_all_uses_with(result, replace_graph_outputs=True)
         whole.replace_input_with(0, y)
         if given:  # an output keeps its name
             y.name, result.name = f"{row.name}.base", name_of(y)
-        graph.insert_after(producer, [small, added, whole])
+        graph.insert_after(producer, [*filter(None, casts), small, added, whole])
     return len(linears)
 
 
-def take_adapters_at(path: Path, linears: Collection[Operation]) -> None:
+def take_adapters_at(path: Path, linears: Collection[Operation], dtype: Dtype) -> None:
     """Apply the rewrite to a graph's file; the file of its weights is not touched."""
     model = load_graph(path)
-    take_adapters(model, linears)
+    take_adapters(model, linears, dtype)
     ir.save(model, path)
 
 
+def _unrounded(y: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """Return the result of a linear in the dtype of its input: before the Cast behind logits and float32 islands."""
+    producer = y.producer()
+    if producer is not None and is_op(producer, "Cast") and y.dtype != dtype and producer.inputs[0] is not None:
+        return producer.inputs[0]
+    return y
+
+
+def _in_dtype(product: ir.Node, dtype: ir.DataType) -> ir.Node | None:
+    """Let a product read its matrix, an input, in the dtype of what it multiplies; None: it has that."""
+    matrix = product.inputs[1]
+    assert matrix is not None  # a product has two inputs
+    if matrix.dtype == dtype:
+        return None
+    cast = new_node("Cast", [matrix], f"{matrix.name}.cast", dtype, matrix.shape, {"to": int(dtype)})
+    product.replace_input_with(1, cast.outputs[0])
+    return cast
+
+
 def _optional_input(graph: ir.Graph, spec: TensorSpec) -> ir.Value:
-    value = ir.Value(name=spec.name, type=ir.TensorType(FLOAT), shape=ir.Shape(spec.shape))
+    dtype = ir_dtype(spec.dtype)
+    value = ir.Value(name=spec.name, type=ir.TensorType(dtype), shape=ir.Shape(spec.shape))
     nothing = [size if isinstance(size, int) else 0 for size in spec.shape]
-    value.const_value = ir.tensor(np.zeros(nothing, np.float32), name=spec.name)
+    value.const_value = ir.tensor(np.zeros(nothing, dtype.numpy()), name=spec.name)
     graph.inputs.append(value)
     graph.register_initializer(value)
     return value

@@ -264,7 +264,7 @@ def _attention(graph: ir.Graph, row: Operation) -> tuple[ir.Node, ir.Value, ir.V
 
 
 def linear_values(graph: ir.Graph, weight: str) -> tuple[ir.Value, ir.Value]:
-    """Return input and result of the product with a weight, the latter with its bias."""
+    """Return input and result of the product with a weight, the latter with its bias and what adapters add."""
     for name, initializer in graph.initializers.items():
         for suffix in _SUFFIXES:
             parts = name.removesuffix(suffix).split(JOINT) if name.endswith(suffix) else []
@@ -280,7 +280,7 @@ def linear_values(graph: ir.Graph, weight: str) -> tuple[ir.Value, ir.Value]:
                 if split is None:
                     raise PackageError(f"graph {graph.name}: the product with {name} is not split")
                 y = split.outputs[parts.index(weight)]
-            return x, _seen(_biased(_seen(y), weight.removesuffix(".weight") + ".bias"))
+            return x, _seen(_adapted(_biased(_seen(y), weight.removesuffix(".weight") + ".bias")))
     raise PackageError(f"graph {graph.name}: no product with {weight}; it is not a graph of this exporter")
 
 
@@ -324,6 +324,15 @@ def _biased(y: ir.Value, bias: str) -> ir.Value:
     for user in _users(y):
         names = [_back(v, "Cast").name for v in user.inputs if v is not None] if is_op(user, "Add") else []
         if bias in names:
+            return user.outputs[0]
+    return y
+
+
+def _adapted(y: ir.Value) -> ir.Value:
+    for user in _users(y):
+        added = user.inputs[1].producer() if is_op(user, "Add") and user.inputs[1] is not None else None
+        matrix = added.inputs[1] if added is not None and is_op(added, "MatMul") else None
+        if matrix is not None and name_of(_back(matrix, "Cast")).endswith(LORA_B):
             return user.outputs[0]
     return y
 

@@ -76,7 +76,7 @@ def export(
     check_variants(variants, config, options)
     adapters = switchable_adapters(checkpoint)
     if adapters:
-        check_takes_adapters(variants, config)
+        check_takes_adapters(config)
     linears = adapted_linears(adapters, operations(config))
     check_import(checkpoint, variants, options)
     with replace_folder(out, force=force) as staging, ThreadPoolExecutor(max_workers=1) as pool:

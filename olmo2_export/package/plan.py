@@ -18,13 +18,15 @@ from olmo2_export.architecture import operations, tensor_shapes
 from olmo2_export.catalog import find
 from olmo2_export.config import ModelConfig
 from olmo2_export.free_memory import available_memory
+from olmo2_export.graphs.lora_inputs import adapted_linears
 from olmo2_export.package.costs import Costs, estimate_costs
 from olmo2_export.package.graph_sizes import VariantSizes, engine_graph_bytes, variant_sizes
 from olmo2_export.package.imported import check_import
 from olmo2_export.package.texts import write_texts
-from olmo2_export.package.variants import check_variants
+from olmo2_export.package.variants import check_takes_adapters, check_variants
 from olmo2_export.package.weight_choice import Options, choose_weights
 from olmo2_export.weights.checkpoint import Checkpoint
+from olmo2_export.weights.merged import switchable_adapters
 from olmo2_export.weights.stored_names import EMBEDDING, HEAD, weight_shapes
 from runtimes.errors import ResourceError
 
@@ -59,7 +61,7 @@ class ExportPlan:
     """of the checkpoint's tensors; 0: its headers could not be had"""
     variants: tuple[VariantSizes, ...]
     texts: int
-    """bytes of tokenizer and configs, exact, and of the manifest, an estimate"""
+    """bytes of tokenizer and configs, exact, of the manifest, an estimate, and of what adapters hold"""
     spool: int
     """bytes that are on disk only while a recipe with GPTQ runs"""
     engines: tuple[EngineSizes, ...]
@@ -116,6 +118,10 @@ def plan_export(
         options.hidden_states, inputs_embeds=options.inputs_embeds
     )
     check_variants(variants, config, options)
+    adapters = switchable_adapters(checkpoint)
+    if adapters:
+        check_takes_adapters(config)
+    adapted_linears(adapters, operations(config))
     check_import(checkpoint, variants, options)
     if checkpoint.tensors:
         check_headers(checkpoint, config)
@@ -130,7 +136,7 @@ def plan_export(
         weights=weights,
         source_bytes=checkpoint.nbytes,
         variants=sizes,
-        texts=_text_bytes(checkpoint, config, names, sizes, default_variant),
+        texts=_text_bytes(checkpoint, config, names, sizes, default_variant) + sum(a.numbers * 4 for a in adapters),
         spool=max((_spool(name, config, options) for name in names), default=0),
         engines=tuple(_engines(checkpoint, config)) if "fp32" in names else (),
         costs=estimate_costs(config, sizes, options, source_bytes=checkpoint.nbytes or 2 * weights),

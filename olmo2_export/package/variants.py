@@ -126,19 +126,14 @@ def check_variants(variants: Sequence[str], config: ModelConfig, options: Option
         )
 
 
-def check_takes_adapters(variants: Sequence[str], config: ModelConfig) -> None:
+def check_takes_adapters(config: ModelConfig) -> None:
     """Refuse what has no adapters as inputs.
 
     Raises:
-        UsageError: a variant in 16 bits, or a classifier.
+        UsageError: a classifier.
     """
-    others = [name for name in variants if catalog.find(name).graph not in ("portable", "blocks")]
-    if others or config.labels:
-        able = catalog.listed(catalog.exported(lambda row: row.graph in ("portable", "blocks")))
-        what = f"variant {', '.join(others)}" if others else "a classifier"
-        raise UsageError(
-            f"--lora-inputs: {what} takes no adapters at run time, {able} of language models do; use --lora"
-        )
+    if config.labels:
+        raise UsageError("--lora-inputs: a classifier takes no adapters at run time, language models do; use --lora")
 
 
 def cache_spec(config: ModelConfig, form: CacheForm, dtype: Dtype) -> KVCacheSpec:
@@ -191,18 +186,18 @@ class VariantWriter:
             case "blocks":
                 return self._adaptable(self._quantized(row))
             case "device":
-                return self._device(row)
+                return self._adaptable(self._device(row), row.dtype)
             case "static":
                 raise UsageError(f"variant {name}: made from a package, by olmo2-export build")
 
-    def _adaptable(self, variant: Variant) -> Variant:
+    def _adaptable(self, variant: Variant, dtype: Dtype = "float32") -> Variant:
         """Let a finished variant's graphs take adapters: all that was measured of them holds without one."""
         if not self._adapted:
             return variant
         for graph in (variant, variant.prefill):
             if graph is not None:
-                take_adapters_at(self._staging / graph.graph, self._adapted)
-        return dataclasses.replace(variant, inputs=(*variant.inputs, *lora_specs(self._adapted)))
+                take_adapters_at(self._staging / graph.graph, self._adapted, dtype)
+        return dataclasses.replace(variant, inputs=(*variant.inputs, *lora_specs(self._adapted, dtype)))
 
     @cached_property
     def _traced(self) -> ir.Model:

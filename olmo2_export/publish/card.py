@@ -14,7 +14,7 @@ from olmo2_export.publish.contents import Contents
 from olmo2_export.report.parts import FAILED, PASSED, UNKNOWN, figures, markdown_text, number, percent
 from olmo2_export.summary.text import size
 from olmo2_export.verify.feeds import MODES
-from runtimes.manifest import Variant
+from runtimes.manifest import AdapterSource, Variant
 from runtimes.targets import TARGETS, find_target
 
 CARD = "README.md"
@@ -213,6 +213,12 @@ def _provenance(contents: Contents, licence: Mapping[str, str]) -> Iterator[str]
     manifest = contents.package.manifest
     revision = f", commit `{manifest.source.revision}`" if manifest.source.revision else ""
     yield f"Weights: {_base(contents)}{revision}; the sha256 of each file that was read is in `manifest.json`."
+    if manifest.source.quantized:
+        yield f"They were stored as {markdown_text(manifest.source.quantized)}."
+    for adapter in manifest.source.adapters:
+        yield f"Merged into them: {_adapter(adapter)}."
+    for name, entry in manifest.adapters.items():
+        yield f"Chosen for each sequence, `--adapter {markdown_text(name)}`: {_adapter(entry.source)}."
     libraries = ", ".join(f"{name} {version}" for name, version in manifest.libraries.items())
     yield f"Made by olmo2-export {markdown_text(manifest.exporter_version)}, with {markdown_text(libraries)}."
     yield f"Export `{contents.package.checksum}`: two exports of the same checkpoint are the same to the byte."
@@ -221,6 +227,13 @@ def _provenance(contents: Contents, licence: Mapping[str, str]) -> Iterator[str]
         yield f"Licence: {named}, as the checkpoint's."
     else:
         yield "Licence: that of the checkpoint; it was not known when this was published."
+
+
+def _adapter(source: AdapterSource) -> str:
+    place = f"in a folder, {markdown_text(source.model)}"
+    if source.kind == "hub":
+        place = f"[{markdown_text(source.model)}](https://huggingface.co/{source.model})"
+    return f"the LoRA adapter {place}" + (f", commit `{source.revision}`" if source.revision else "")
 
 
 def _table(rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> list[str]:

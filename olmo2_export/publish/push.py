@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import ModelInfo
 
 from olmo2_export.publish.card import CARD
 from olmo2_export.publish.contents import Contents
-from runtimes.errors import FailedError, PackageError, UsageError, first_names
+from runtimes.errors import FailedError, PackageError, PackageNotFoundError, UsageError, first_names
 from runtimes.hub import REQUEST_FAILED, is_hub_id, why
 from runtimes.manifest import MANIFEST_NAME, PARITY_NAME, TRT_FOLDER
 from runtimes.package import HUB, open_package
@@ -75,10 +75,13 @@ def push(
         force: write over the files of a repository that holds something else than a package.
 
     Raises:
-        UsageError: no token, no such repository, or one that holds something else.
-        FailedError: the upload failed; nothing is published, and the next one goes on where this ended.
+        UsageError: no token, no such repository, one that holds something else, or HF_HUB_OFFLINE is set.
+        FailedError: what is there cannot be read, or the upload failed; nothing is published, and the next one goes
+            on where this ended.
     """
     check_repository(repository, create=create, private=private)
+    if constants.HF_HUB_OFFLINE:
+        raise UsageError(f"{repository}: HF_HUB_OFFLINE is set, and publishing needs the Hub; unset it")
     token = get_token()
     if token is None:
         raise UsageError(f"{repository}: nobody is logged in; run: hf auth login, or set HF_TOKEN")
@@ -133,14 +136,21 @@ def _find(api: HfApi, repository: str, *, create: bool, private: bool) -> ModelI
 
 
 def _published(repository: str, commit: str, there: set[str]) -> set[str]:
-    """Return the files of the package that a repository holds; none where it holds none that is read."""
+    """Return the files of the package that a repository holds; of one that is damaged those in trt/ alone.
+
+    These are of one export, and of no use beside another: all of the folder goes, whatever its manifest says.
+
+    Raises:
+        FailedError: the Hub does not give it.
+    """
     if MANIFEST_NAME not in there:
         return set()
+    built = {name for name in there if name.startswith(f"{TRT_FOLDER}/")}
     try:
         package = open_package(f"{HUB}{repository}@{commit}")
-        built = package.trt
+    except PackageNotFoundError as error:
+        raise FailedError(f"{error}; nothing was published; run it again") from error
     except PackageError as error:
         logger.warning("%s: the package that is there is not read, and stays beside the new one: %s", repository, error)
-        return set()
-    files = {*package.manifest.files, PARITY_NAME}
-    return files | ({*built.files, f"{TRT_FOLDER}/{MANIFEST_NAME}"} if built is not None else set())
+        return built
+    return {*package.manifest.files, PARITY_NAME, *built}

@@ -54,7 +54,7 @@ def declare(verb: argparse.ArgumentParser) -> None:
         help="what onnxruntime-genai and transformers.js open where none is named; fp32, or the first",
     )
     declare_lora(verb, "a LoRA adapter (folder, or Hub id with or without @REV), merged; may be repeated, in order")
-    declare_lora_inputs(verb, "the same, not merged: runners choose for each sequence; of fp32, q4, q8")
+    declare_lora_inputs(verb, "the same, not merged: runners choose for each sequence")
     verb.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub id")
     verb.add_argument("--force", action="store_true", help="replace the package that is there")
     verb.add_argument(

@@ -171,9 +171,9 @@ def measure_variant(
         by_layer=bool(by_layer) and runs_by_layer(as_run, target),
     )
     checks += quality
-    if not target.on_gpu:
+    if not target.needs_engine:
         decode = next(view for view in views if not view.label.startswith("int8"))
-        checks += adapter_checks(opened, decode, checkpoint, config, found.sequences[0])
+        checks += adapter_checks(opened, decode, checkpoint, config, found.sequences[0], target)
     if entry.kv_cache.quantization is not None:
         checks.append(check_cache_scales(opened, entry))
     if entry.float32_islands:

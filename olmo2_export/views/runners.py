@@ -18,12 +18,14 @@ from olmo2_export.views.table import View, has_rounded_form, in_float32
 from runtimes import Device, Package, Runner, open_runner
 from runtimes.errors import FailedError, UsageError
 from runtimes.manifest import ModelSpec, Variant
+from runtimes.ort.adapters import Adapters
 from runtimes.ort.devices import find_device
 from runtimes.ort.open import open_ort
 from runtimes.ort.session import one_line, open_session
 from runtimes.ort.shared import SharedRunner
 from runtimes.ort.static_session import OrtStaticSession
 from runtimes.runners.runner import Logits, TokenIds
+from runtimes.runners.slots import DEFAULT_SLOTS
 from runtimes.runners.static import StaticRunner
 from runtimes.targets import Target
 
@@ -84,7 +86,14 @@ def open_view(package: Package, view: View, target: Target) -> Iterator[Runner]:
 
 @contextmanager
 def open_form(
-    graph: Path, form: ir.Model, variant: Variant, model: ModelSpec, device: Device = "cpu"
+    graph: Path,
+    form: ir.Model,
+    variant: Variant,
+    model: ModelSpec,
+    device: Device = "cpu",
+    *,
+    max_slots: int = DEFAULT_SLOTS,
+    adapters: Adapters | None = None,
 ) -> Iterator[Runner]:
     """Run a form of a stored graph that is made in memory.
 
@@ -94,6 +103,8 @@ def open_form(
         variant: its cache as the form has it.
         model: the model's shape.
         device: of onnxruntime.
+        max_slots: sequences at once; of a form with a shared cache.
+        adapters: that it takes at run time; likewise.
 
     Raises:
         PackageError: onnxruntime cannot load it.
@@ -105,7 +116,7 @@ def open_form(
         with StaticRunner(OrtStaticSession(session, variant, memory=memory), variant, model) as static:
             yield static
     else:
-        with SharedRunner(session, None, variant, model) as shared:
+        with SharedRunner(session, None, variant, model, max_slots, adapters=adapters) as shared:
             yield shared
 
 

@@ -171,10 +171,16 @@ def _dequantized(linears: LazyTensors[QuantizedLinear], name: str) -> torch.Tens
 
 def _in_float32(model: ir.Model, *, rounded: bool) -> ir.Model:
     graph = model.graph
-    for value in graph.inputs:
-        if value.dtype in HALVES:
-            value.type = ir.TensorType(FLOAT)  # a clone shares the old one
     nodes = list(graph)
+    for value in graph.inputs:
+        dtype = value.dtype
+        if dtype not in HALVES:
+            continue
+        value.type = ir.TensorType(FLOAT)  # a clone shares the old one
+        if value.const_value is not None:  # an adapter's, of rank 0 by default
+            value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
+            if rounded:
+                _round(graph, None, value, dtype)
     for value in list(graph.initializers.values()):
         if value.dtype in HALVES:
             cast = _cast(value, f"{value.name}.float32", FLOAT)
@@ -194,13 +200,16 @@ def _in_float32(model: ir.Model, *, rounded: bool) -> ir.Model:
     return model
 
 
-def _round(graph: ir.Graph, node: ir.Node, value: ir.Value, dtype: ir.DataType) -> None:
-    """Round a float32 value to fewer bits, and go on in float32."""
+def _round(graph: ir.Graph, node: ir.Node | None, value: ir.Value, dtype: ir.DataType) -> None:
+    """Round a float32 value to fewer bits, and go on in float32; `node` gives it, None: it is an input."""
     down = _cast(value, f"{value.name}.rounded", dtype)
     up = _cast(down.outputs[0], f"{value.name}.float32", FLOAT)
     value.replace_all_uses_with(up.outputs[0])
     down.replace_input_with(0, value)
-    graph.insert_after(node, [down, up])
+    if node is None:
+        graph.insert_before(next(iter(graph)), [down, up])
+    else:
+        graph.insert_after(node, [down, up])
 
 
 def _cast(value: ir.Value, output: str, dtype: ir.DataType) -> ir.Node:

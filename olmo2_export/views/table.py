@@ -179,9 +179,14 @@ def as_portable(entry: Variant, portable: PortableGraph) -> Variant:
 
 
 def in_float32(entry: Variant) -> Variant:
-    """Return a variant as its exact and rounded forms have it: a float32 cache, and no other graph for prompts."""
+    """Return a variant as its exact and rounded forms have it: a float32 cache, and no other graph for prompts; they
+    take adapters in float32, too."""
     cache = dataclasses.replace(entry.kv_cache, dtype="float32", quantization=None)
-    return dataclasses.replace(entry, kv_cache=cache, prefill=None)
+    inputs = tuple(
+        dataclasses.replace(spec, dtype="float32") if spec.role in ("lora_a", "lora_b") else spec
+        for spec in entry.inputs
+    )
+    return dataclasses.replace(entry, inputs=inputs, kv_cache=cache, prefill=None)
 
 
 def has_rounded_form(entry: Variant) -> bool:

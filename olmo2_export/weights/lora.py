@@ -127,6 +127,12 @@ class Adapter:
         """The weights that it changes, by the model's names."""
         return frozenset((*self.low_rank, *self.replaced))
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers A and B of all weights hold."""
+        factors = [name for row in self.low_rank.values() for name in (row.a, row.b)]
+        return sum(math.prod(self.stored.tensors[name].shape) for name in factors)
+
     def factors(self, weight: str) -> tuple[Tensor, Tensor]:
         """Return A and B of a weight [out, in], as they are stored: [r, in] and [out, r], where W + s B A is meant."""
         row = self.low_rank[weight]

@@ -63,7 +63,8 @@ _State: TypeAlias = Literal["begin", "think", "behind", "text", "calls", "ended"
 class AnswerParser:
     """Takes an answer in pieces and gives its events.
 
-    White space between thoughts and answer belongs to neither. A marker in the string of a call is part of the string;
+    White space between thoughts and answer belongs to neither. A marker in the string of a call is part of the string,
+    unless the answer ends without another and that line is no call: a quote that was not closed would swallow the rest.
     `<think>` counts at the beginning alone.
     """
 
@@ -99,6 +100,11 @@ class AnswerParser:
     def finish(self) -> list[Event]:
         """End the answer; return what was left of it."""
         events = self._advance(final=True)
+        while self._state == "calls" and (found := self._line.swallowed(CALLED)) is not None:
+            events += self._line.finish(cut_off=False)
+            del self._called[len(self._called) - len(CALLED) - len(found) :]
+            self._state, self._held = "text", found
+            events += self._advance(final=True)
         if self._state == "calls":
             events += self._line.finish()
         self._state = "ended"
@@ -151,8 +157,8 @@ class AnswerParser:
                     self._held = self._held[at + len(CALLED) :]
                     self._state = "text"
                     return events + self._line.finish(cut_off=False)
-                if CALLED.startswith(found) and not final:  # the rest of it may come
-                    self._held = self._held[at:]
+                if CALLED.startswith(found):
+                    self._held = "" if final else self._held[at:]  # the rest of it may come
                     return events
             self._called.append(char)
             events += self._line.push(char)
@@ -198,6 +204,14 @@ class _CallLine:
             self._depth += (char in "([{") - (char in ")]}")
         return []
 
+    def swallowed(self, marker: str) -> str | None:
+        """Take a marker off a line that is no call, and what is behind it; return that. None: there is no such."""
+        text, found, rest = "".join(self._chars).partition(marker)
+        if not found or _parses("".join(self._chars)):
+            return None
+        del self._chars[len(text) :]
+        return rest
+
     def finish(self, *, cut_off: bool = True) -> list[Event]:
         """End the line; return its calls."""
         text, open_ended = "".join(self._chars), bool(self._quote) or self._depth > 0
@@ -205,7 +219,16 @@ class _CallLine:
         try:
             return [Call(*call) for call in parse_calls(text)]
         except LiteralError as error:
-            return [BrokenCall(text.strip(), "cut off" if cut_off and open_ended else str(error))]
+            cut = cut_off and (open_ended or error.at_end)
+            return [BrokenCall(text.strip(), "cut off" if cut else str(error))]
+
+
+def _parses(text: str) -> bool:
+    try:
+        parse_calls(text)
+    except LiteralError:
+        return False
+    return True
 
 
 def _beginning(text: str, marker: str) -> int:

@@ -34,6 +34,11 @@ _LONGEST_NUMBER = 400  # characters
 class LiteralError(InputError):
     """A call that is not written as the grammar says; the message says where, in one line."""
 
+    def __init__(self, message: str, *, at_end: bool) -> None:
+        super().__init__(message)
+        self.at_end = at_end
+        """more text might have made it one"""
+
 
 class ParsedCall(NamedTuple):
     """A call."""
@@ -204,4 +209,5 @@ class _Reader:
 
     def _error(self, problem: str) -> LiteralError:
         near = self._text[self._at : self._at + 20]
-        return LiteralError(f"{problem} at character {self._at}, found {near!r}" if near else f"{problem} at the end")
+        where = f"at character {self._at}, found {near!r}" if near else "at the end"
+        return LiteralError(f"{problem} {where}", at_end=not near)

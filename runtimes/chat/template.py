@@ -193,6 +193,15 @@ class ChatTemplate:
         given = _given(messages, tools, documents, add_generation_prompt, variables)
         return self._rendered(source, _marked(given, _one_of(self._control_tokens(source, tokenizer))))
 
+    def marked(self, tokenizer: Tokenizer, text: str, *, name: str | None = None) -> str:
+        """Return what goes on behind a text from `marked_text`, marks around each name of a token, which is text.
+
+        Raises:
+            InputError, TemplateError, BackendError: as `render`.
+        """
+        marked: str = _marked(text, _one_of(self._control_tokens(self.source(name), tokenizer)))
+        return marked
+
     def encode_marked(self, tokenizer: Tokenizer, text: str) -> list[int]:
         """Return the token ids of a text from `marked_text`.
 

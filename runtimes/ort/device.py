@@ -9,6 +9,9 @@ its own, under an id of its own; every other call runs uncaptured. What onnxrunt
 (docs/execution-providers/CUDA-ExecutionProvider.md, "Using CUDA Graphs"): IO binding, the same shapes and addresses at
 every replay, no node that computes tensors on the host. total_sequence_length, which the host reads, is the mask's
 length, so the mask of a decode step has the length of the buffer.
+
+Where the graph takes LoRA adapters, each number of rows is captured for each adapter that they all have; a step of rows
+with different ones is not captured, and runs in parts as on the host.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from runtimes.dtypes import find_dtype
 from runtimes.errors import ContextLengthError, InputError, UsageError
 from runtimes.manifest import EMBEDDINGS, KVCacheSpec, ModelSpec, Variant
 from runtimes.one_thread import one_thread
+from runtimes.ort.adapters import Adapters
 from runtimes.ort.devices import GpuMemory, Shapes
 from runtimes.ort.shared import SharedRunner, attention_mask
 from runtimes.runners.runner import Ids
@@ -95,6 +99,7 @@ class DeviceRunner(SharedRunner):
         capture: bool,
         max_rows: int | None = None,
         max_slots: int = DEFAULT_SLOTS,
+        adapters: Adapters | None = None,
     ) -> None:
         """Args:
         session: on the device.
@@ -103,13 +108,14 @@ class DeviceRunner(SharedRunner):
         capture: make CUDA graphs of decode steps; the session was opened for it.
         max_rows: for which the session was compiled; None: any number.
         max_slots: sequences at once.
+        adapters: in the device's memory; None: none.
         """
         self._device = DeviceBuffer(variant.kv_cache, memory, session, max_rows)
-        super().__init__(session, None, variant, model, max_slots, buffer=self._device)
+        super().__init__(session, None, variant, model, max_slots, buffer=self._device, adapters=adapters)
         self._memory = memory
         self._graph_ids = itertools.count(1) if capture else None
         self._run_options = _run_options(_NO_CAPTURE if capture else None)
-        self._steps: dict[int, _DecodeStep] = {}
+        self._steps: dict[tuple[int, str | None], _DecodeStep] = {}  # by rows, and the adapter of all of them
         self._steps_of = -1  # the buffer's version they are bound to
 
     @one_thread
@@ -129,9 +135,12 @@ class DeviceRunner(SharedRunner):
         if self._steps_of != self._device.version:
             self._steps.clear()
             self._steps_of = self._device.version
-        if len(ids) not in self._steps:
-            self._steps[len(ids)] = self._new_step(self._decode_session, len(ids))
-        step = self._steps[len(ids)]
+        if len(self._by_adapter(0, len(ids))) > 1:
+            return super()._step(ids, starts, wanted)
+        key = len(ids), self._adapters.get(0)
+        if key not in self._steps:
+            self._steps[key] = self._new_step(self._decode_session, len(ids))
+        step = self._steps[key]
         step.input_ids.update_inplace(np.ascontiguousarray(ids))
         step.attention_mask.update_inplace(attention_mask(starts + 1, self.max_cache_length))
         self._run_bound(self._decode_session, step.binding, step.options)
@@ -154,6 +163,8 @@ class DeviceRunner(SharedRunner):
         binding.bind_ortvalue_input("attention_mask", mask)
         if self._counts:
             binding.bind_ortvalue_input("num_logits_to_keep", count)
+        if self.adapters and self._lora is not None:
+            self._lora.bind(binding, self._adapters.get(0))
         for name, value in outputs.items():
             binding.bind_ortvalue_output(name, value)
         graph_id = None if self._graph_ids is None else str(next(self._graph_ids))

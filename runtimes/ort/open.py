@@ -114,6 +114,11 @@ def open_ort(
             f"variant {variant.name}: a {spec.dtype} KV cache does not run on device {device}; "
             f"it runs on {', '.join(others) or 'none'}, and {', '.join(target.variants)} are made for {device}"
         )
+    if device == "nv-rtx" and any(tensor.role == "lora_a" for tensor in variant.inputs):
+        raise BackendError(
+            f"variant {variant.name}: takes LoRA adapters at run time, which device nv-rtx does not; use device "
+            "cuda, or export it with --lora, which merges"
+        )
     variant = without_too_new(variant, ort.__version__, device)
     found = find_device(device)
     capture = device == "cuda" and spec.form == "shared"
@@ -131,7 +136,7 @@ def open_ort(
     slots = max_slots or min(DEFAULT_SLOTS, most or DEFAULT_SLOTS)
     if most is not None and slots > most:
         raise UsageError(f"max_slots {slots}: device {device} takes {most}")
-    lora = Adapters(package, adapters, variant, check) if adapters else None
+    lora = Adapters(package, adapters, variant, check, found.memory) if adapters else None
     session = load(variant.graph, variant.data)
     match spec.form:
         case "concat":
@@ -140,7 +145,16 @@ def open_ort(
             static = OrtStaticSession(session, variant, memory=found.memory)
             return StaticRunner(static, variant, model, slots, exact=exact)
         case _ if found.memory is not None:
-            return DeviceRunner(session, variant, model, found.memory, capture=capture, max_rows=most, max_slots=slots)
+            return DeviceRunner(
+                session,
+                variant,
+                model,
+                found.memory,
+                capture=capture,
+                max_rows=most,
+                max_slots=slots,
+                adapters=lora,
+            )
         case _:
             prefill: Future[ort.InferenceSession] | None = None
             if variant.prefill is not None:

@@ -382,8 +382,7 @@ class SharedRunner(RowRunner):
         for name, array in inputs.items():  # read in place, so they must live until the run is over; here they do
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         if self.adapters and self._lora is not None:  # always, likewise
-            for name, value in self._lora.values(self._adapters.get(start)).items():
-                binding.bind_ortvalue_input(name, value)
+            self._lora.bind(binding, self._adapters.get(start))
         for name, array in outputs.items():
             binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
         self._run_bound(session, binding, self._run_options)

@@ -49,7 +49,8 @@ def read_text(path: Path) -> Iterator[str]:
         InputError: no file, or it is not UTF-8; says at which byte.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such file; expected UTF-8 text")
+        found = "a folder" if path.is_dir() else "no file" if path.exists() else "no such file"
+        raise InputError(f"{path}: {found}; expected a file of UTF-8 text")
     with path.open("rb") as file:
         yield from _decoded(iter(lambda: file.read(_READ), b""), str(path))
 

@@ -27,7 +27,7 @@ from runtimes.trt.nvidia import check_installed
 CUDA_VARIANTS = ("bf16", "fp16", "q4f16")
 QUICKEST_FIRST = (
     "cuda_candidates cuda_slots cuda_graph cuda_greedy cuda_parity_random cuda_parity_trained cuda_static_graph "
-    "nv_rtx_provider"
+    "cuda_adapters nv_rtx_provider"
 ).split()
 """rows in the order of the time they took in a rehearsal; the others follow as they stand"""
 

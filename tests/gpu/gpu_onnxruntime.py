@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.adapters import factors, write_adapter
 from support.checkpoints import make_checkpoint
 from transformers import Olmo2ForCausalLM
 
@@ -21,6 +22,8 @@ from olmo2_export.engine.options import EngineOptions
 from olmo2_export.package.export import export
 from olmo2_export.verify.verify import verify
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
+from olmo2_export.weights.hub import DEMO
+from olmo2_export.weights.merged import open_merged
 from runtimes import open_runner
 from runtimes.generation.generate import generate_tokens
 from runtimes.manifest import Precision
@@ -58,6 +61,30 @@ def test_cuda_parity_random(variant: str, tmp_path: Path, device: str, record_pr
     checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "checkpoint")))
     export(checkpoint, tmp_path / "package", variants=[variant])
     check(tmp_path / "package", checkpoint, variant, device, record_property)
+
+
+@pytest.mark.parametrize("variant", ["bf16", "q4f16"])
+def test_cuda_adapters(variant: str, demo: Checkpoint, tmp_path: Path, device: str, record_property: Record) -> None:
+    """LoRA adapters: rows with one, another and none as in PyTorch, and a captured step with one as its prompt."""
+    if device == "cpu" and variant == "bf16":
+        pytest.skip("the CPU provider has no bfloat16")
+    lora = [
+        str(write_adapter(tmp_path / n, factors(demo.folder, seed=seed))) for seed, n in enumerate(("chat", "code"))
+    ]
+    checkpoint = open_merged(DEMO, switchable=lora)
+    export(checkpoint, tmp_path / "package", variants=[variant])
+    check(tmp_path / "package", checkpoint, variant, device, record_property)
+    ids, found = [5, 9, 77, 300], {}
+    with open_runner(tmp_path / "package", variant=variant, device=device) as runner:
+        for name in (None, "chat"):
+            runner.reset()
+            whole = runner.prefill([ids], adapter=name)[0][-1]
+            for _ in range(2):  # captured, and replayed
+                runner.reset()
+                runner.prefill([ids[:-1]], adapter=name)
+                found[name] = runner.decode(ids[-1:])[0]
+                assert np.abs(found[name] - whole).mean() < 0.05 * whole.std()
+    assert np.abs(found["chat"] - found[None]).mean() > 0.1 * found[None].std()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "int4", "int8", "fp8"])

@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 
 OTHER_TOOLS = {
+    "--apply_chat_template",
     "--extra-index-url",
     "--help",
     "--local-dir",

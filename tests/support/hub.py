@@ -67,6 +67,8 @@ class Hub:
     """the large file storage, by sha256"""
     uploads: list[str] = field(default_factory=list)
     """sha256 of every object that was sent"""
+    read_only: bool = False
+    """the token may read and not write"""
     room: int | None = None
     """objects that are taken before the storage refuses; None: all"""
 
@@ -212,6 +214,9 @@ def local_hub(
                 return
             if self.headers.get("Authorization") != f"Bearer {TOKEN}":
                 self.refuse()
+                return
+            if hub.read_only:
+                self.send(403, b"{}", {"X-Error-Message": "you need to use a token with write permissions"})
                 return
             if path == "/api/repos/create":
                 self.create(json.loads(data))

@@ -1,6 +1,6 @@
 """This project: one task of a package, through its public functions only.
 
-    python -m olmo2_export.bench.workers.ours PACKAGE VARIANT [--backend B] [--device D] '{"kind": "decode", ...}'
+    python -m olmo2_export.bench.workers.ours PACKAGE VARIANT [--backend B] [--device D] [--adapter NAME] TASK
 
 Beside the tasks of `common.py`:
 
@@ -36,13 +36,14 @@ from runtimes.text.tokenizer import Tokenizer
 class Ours:
     """A runner. An `Engine`."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, adapter: str | None = None) -> None:
         self._runner = runner
+        self._adapter = adapter
         self._ids = np.zeros(0, np.int64)
 
     def prefill(self, rows: Sequence[Sequence[int]]) -> None:
         self._runner.reset()
-        self._ids = np.concatenate(self._runner.prefill(rows)).argmax(axis=-1)  # (B,)
+        self._ids = np.concatenate(self._runner.prefill(rows, adapter=self._adapter)).argmax(axis=-1)  # (B,)
 
     def step(self) -> None:
         if self._runner.top_k:
@@ -120,6 +121,7 @@ def main() -> None:
     parser.add_argument("task", type=json.loads)
     parser.add_argument("--backend", default="ort")
     parser.add_argument("--device")
+    parser.add_argument("--adapter")
     args = parser.parse_args()
     task = args.task
 
@@ -142,7 +144,7 @@ def main() -> None:
 
             def load() -> OpenEngine:
                 runner = open_package(not task.get("trusted", False))
-                return lambda _length, _rows: Ours(runner)
+                return lambda _length, _rows: Ours(runner, args.adapter)
 
             finish(measure(task, load))
 

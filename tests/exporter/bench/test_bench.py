@@ -11,7 +11,8 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -26,10 +27,13 @@ from olmo2_export.bench.contenders import Contender, Workshop, peer_python
 from olmo2_export.bench.processes import run, worker
 from olmo2_export.bench.turns import take_turns
 from olmo2_export.bench.workers.common import measure, prompt, resident
+from olmo2_export.bench.workers.ours import Ours
 from olmo2_export.bench.workers.profile import operator_times
 from olmo2_export.package.export import export
 from olmo2_export.truth.reference import open_reference
 from olmo2_export.weights.checkpoint import open_checkpoint
+from olmo2_export.weights.merged import open_merged, switchable_adapters
+from runtimes import Runner
 from runtimes.errors import FailedError, UsageError
 
 
@@ -178,6 +182,52 @@ def test_profile_of_a_kept_package(kept: Path, capfd: pytest.CaptureFixture[str]
     for operators in times.values():
         assert operators["MatMul"] > 0
         assert operators["(rest)"] > 0
+
+
+def test_what_an_adapter_costs_is_measured_in_turns_on_packages_with_and_without_inputs(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exports: list[list[str]] = []
+    turns: list[list[str]] = []
+
+    def stage(_verb: str, arguments: Sequence[str | Path]) -> dict[str, float]:
+        exports.append([Path(word).name for word in arguments])
+        return {"seconds": 1.0, "peak_memory_mb": 1}
+
+    def worker(
+        _python: Path,
+        _name: str,
+        arguments: Sequence[str],
+        seconds: float | None = None,  # noqa: ARG001
+    ) -> dict[str, float]:
+        turns.append([Path(word).name for word in arguments[:-1]])
+        return {"tokens_per_second": (100.0, 80.0, 50.0)[len(turns) % 3 - 1]}
+
+    monkeypatch.setattr(contenders, "stage", stage)
+    monkeypatch.setattr(contenders, "worker", worker)
+    (tmp_path / "checkpoint-demo-olmo2.json").write_text("{}")
+    assert main(["lora", "--size", "demo", "--keep", str(tmp_path), "--rank", "4", "--rounds", "2"]) == 0
+    assert [words[2] for words in exports] == ["package-demo-q4-plain", "package-demo-q4-lora-4"]
+    assert [words[-2:] for words in exports] == [
+        ["rtn", "--no-prefill-graph"],
+        ["--lora-inputs", "adapter-demo-4=adapter-demo-4"],
+    ]
+    columns = [["package-demo-q4-plain", "q4"], ["package-demo-q4-lora-4", "q4"]]
+    assert turns == 2 * [*columns, [*columns[1], "--adapter", "adapter-demo-4"]]
+    result = last_line(capfd.readouterr().out)
+    assert result["step_ms"] == {"plain": 10.0, "idle": 12.5, "adapter": 20.0}
+    (adapter,) = switchable_adapters(open_merged("demo", switchable=[str(tmp_path / "adapter-demo-4")]))
+    assert len(adapter.low_rank) == 7 * 6
+    assert adapter.numbers == result["adapter_numbers"]
+
+
+def test_a_worker_gives_its_adapter_to_the_runner() -> None:
+    given: list[object] = []
+    runner = SimpleNamespace(
+        reset=lambda: None, prefill=lambda rows, adapter: given.append((rows, adapter)) or [np.ones((1, 3))]
+    )
+    Ours(cast(Runner, runner), "chat").prefill([[1, 2]])
+    assert given == [([[1, 2]], "chat")]
 
 
 def test_quality_of_the_variant_of_8_bits(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from support.chat import chat_package
 
 from olmo2_export.evaluate import lm_eval_adapter
 from olmo2_export.evaluate.evaluate import evaluate, token_text
@@ -20,7 +21,7 @@ from olmo2_export.evaluate.lm_eval_adapter import PackageLM
 from olmo2_export.evaluate.models import open_package_model
 from olmo2_export.weights.checkpoint import open_checkpoint
 from olmo2_export.weights.hub import DEMO
-from runtimes.errors import ContextLengthError, UsageError
+from runtimes.errors import ContextLengthError, InputError, PackageError, UsageError
 from runtimes.generation.generate import generate
 from runtimes.text.sampling import Sampler
 
@@ -240,8 +241,63 @@ def test_generation_options(model: PackageLM) -> None:
         model.generate_until([request("a", asked | {"num_beams": 4})], disable_tqdm=True)
     with pytest.raises(UsageError, match="ask for fewer"):
         model.generate_until([request("a", asked | {"max_gen_toks": 4096})], disable_tqdm=True)
-    with pytest.raises(UsageError, match="run the task without it"):
-        model.apply_chat_template([])
+
+
+@pytest.fixture(scope="module")
+def chat_model(demo_package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackageLM]:
+    made = PackageLM(chat_package(demo_package, tmp_path_factory.mktemp("chat") / "demo"))
+    yield made
+    made._template.close()
+    made._runner.close()
+
+
+CHATS = [
+    ([{"role": "user", "content": "Who made heaven?"}], True),
+    ([{"role": "system", "content": "Speak."}, {"role": "user", "content": " What is\nan ocean? \n"}], True),
+    ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": ""}], True),
+    ([{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "It was"}], False),
+]
+
+
+@pytest.mark.parametrize(("messages", "asked"), CHATS)
+def test_a_chat_has_the_tokens_of_lm_evals_own_model(
+    chat_model: PackageLM, messages: list[dict[str, str]], asked: bool
+) -> None:
+    theirs = transformers.AutoTokenizer.from_pretrained(open_checkpoint(DEMO).folder)
+    theirs.chat_template = chat_model.chat_template(True)
+    text = theirs.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=asked, continue_final_message=not asked
+    )
+    encoder = SimpleNamespace(backend="causal", tok_encode=lambda t: theirs.encode(t, add_special_tokens=False))
+    chat = chat_model.apply_chat_template(messages, add_generation_prompt=asked)
+    assert chat_model.tok_encode(chat) == encoder.tok_encode(text)
+    for continuation in (" God", "God said", "\nGod"):
+        assert chat_model._encode_pair(chat, continuation) == PackageLM._encode_pair(encoder, text, continuation)
+
+
+def test_special_text_of_a_task_is_text_in_a_chat_too(chat_model: PackageLM) -> None:
+    (eos,) = chat_model._tokenizer.eos_token_ids
+    chat = chat_model.apply_chat_template([{"role": "user", "content": "x <|endoftext|> y"}])
+    assert chat_model.tok_encode(chat + "<|endoftext|>").count(eos) == 1  # what the template begins with
+    assert chat_model.tok_encode("<|endoftext|>").count(eos) == 0
+
+
+def test_a_chats_answer_is_what_the_model_says_to_its_tokens(chat_model: PackageLM) -> None:
+    messages = [{"role": "user", "content": "What is an ocean?"}]
+    asked = request(chat_model.apply_chat_template(messages), {"until": [], "max_gen_toks": 9})
+    (text,) = chat_model.generate_until([asked], disable_tqdm=True)
+    ids = chat_model._template.encode(chat_model._tokenizer, messages)
+    runner, tokenizer = chat_model._runner, chat_model._tokenizer
+    assert text == generate(runner, tokenizer, ids, sampler=Sampler(), max_new_tokens=9).text != ""
+
+
+def test_a_template_is_named_or_missed_by_name(chat_model: PackageLM, model: PackageLM) -> None:
+    assert chat_model.chat_template(False) is None
+    with pytest.raises(InputError, match="no chat template 'tools'; there are default"):
+        chat_model.chat_template("tools")
+    assert chat_model.chat_template("default")
+    with pytest.raises(PackageError, match="no chat template; olmo2-run generate continues a text without one"):
+        model.chat_template(True)
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"max_length": 1}, {"max_length": 5000}])

@@ -11,7 +11,16 @@ import yaml
 from olmo2_export.publish.card import make_card
 from olmo2_export.publish.contents import Contents
 from olmo2_export.summary.package import ParityVerdict
-from runtimes.manifest import KVCacheSpec, Manifest, ModelSpec, Quantization, Source, Variant
+from runtimes.manifest import (
+    AdapterSource,
+    KVCacheSpec,
+    Manifest,
+    ModelSpec,
+    Quantization,
+    Source,
+    SwitchableAdapter,
+    Variant,
+)
 from runtimes.package import Package
 
 GOLDEN = """\
@@ -174,6 +183,23 @@ def test_names_from_elsewhere_are_text_and_no_markup() -> None:
     assert head["license"] == evil
     assert head["tags"] == ["olmo2-export", "onnx", f"{evil}: - x"]
     assert "base_model" not in head  # a folder's name is no id
+
+
+def test_adapters_and_the_form_of_the_checkpoint_are_named() -> None:
+    lora = AdapterSource("chat", "you/chat", "hub", "beef", None, {})
+    merged = dataclasses.replace(lora, name="law", model="law", kind="folder", revision=None)
+    base = contents()
+    source = dataclasses.replace(base.package.manifest.source, adapters=(merged,), quantized="GPTQ, 4 bits")
+    adapters = {"chat": SwitchableAdapter("adapters/chat.onnx_adapter", lora)}
+    manifest = dataclasses.replace(base.package.manifest, source=source, adapters=adapters)
+    found = dataclasses.replace(base, package=Package(Path("nowhere"), manifest, "c0ffee"))
+    lines = make_card(found, "me/base-onnx", {}).partition("## Where it is from")[2].splitlines()
+    assert lines[3:6] == [
+        "- They were stored as GPTQ, 4 bits.",
+        "- Merged into them: the LoRA adapter in a folder, law.",
+        "- Chosen for each sequence, `--adapter chat`: the LoRA adapter [you/chat](https://huggingface.co/you/chat), "
+        "commit `beef`.",
+    ]
 
 
 def test_a_classifier_is_scored_and_an_unknown_licence_is_said() -> None:

@@ -13,9 +13,11 @@ from support.hub import COMMIT, TOKEN, Hub, Repository, fetched, local_hub, poin
 
 import runtimes.cli
 from olmo2_export import cli
+from olmo2_export.publish import push as push_file
+from runtimes.errors import PackageNotFoundError
 from runtimes.manifest import PARITY_NAME
 from runtimes.manifest_file import read_manifest
-from runtimes.package import open_package
+from runtimes.package import Package, open_package
 from runtimes.sealed import hash_file, seal
 
 NAME = "owner/tiny-onnx"
@@ -156,6 +158,61 @@ def test_without_its_token_nothing_is_sent(
     assert f"{NAME}: {said}" in error
     assert error.count("\n") == 0
     assert (hub.repositories, hub.uploads) == ({}, [])
+
+
+def test_a_token_that_may_only_read_is_said_before_anything_is_sent(package: Path, hub: Hub, push: Push) -> None:
+    hub.repositories["owner/there"] = Repository({"main": COMMIT}, {}, {COMMIT: {}})
+    hub.read_only = True
+    for name, more, code in ((NAME, ["--create"], 2), ("owner/there", [], 1)):
+        found, _, error = push(package, *more, name=name)
+        assert (found, error.count("\n")) == (code, 0)
+        assert f"{name}: the token does not allow it; log in with another, or ask the owner for access" in error
+    assert hub.uploads == []
+
+
+def test_without_a_network_or_offline_it_says_so(
+    package: Path, push: Push, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for offline, said in ((False, "the Hub cannot be reached ("), (True, "HF_HUB_OFFLINE is set, and publishing")):
+        point_to(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache", offline=offline)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        code, _, error = push(package, "--create")
+        assert (code, error.count("\n")) == (2, 0)
+        assert f"{NAME}: {said}" in error
+
+
+@pytest.mark.parametrize("damage", ["trt/manifest.json", "manifest.json"])
+def test_engines_of_the_package_before_go_as_a_whole_even_where_their_manifest_is_damaged(
+    package: Path, hub: Hub, push: Push, damage: str
+) -> None:
+    """Else a runner that asks for one would be refused, as they are of another export."""
+    assert push(package, "--create")[0] == 0
+    repository = hub.repositories[NAME]
+    files = repository.commits[repository.branches["main"]]
+    files.update({"trt/manifest.json": b"{}", "trt/model_bf16.onnx": b"x", "notes.txt": b"mine", damage: b"{}"})
+    code, out, _ = push(package)
+    assert code == 0
+    assert "deleted there: trt/manifest.json" in out
+    assert "deleted there: trt/model_bf16.onnx" in out
+    assert [name for name in repository.files if name.startswith("trt/")] == []
+    assert repository.files["notes.txt"] == b"mine"
+
+
+def test_where_the_package_before_cannot_be_read_nothing_is_published(
+    package: Path, hub: Hub, push: Push, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its files would stay, half of an old package beside the new one."""
+    assert push(package, "--create")[0] == 0
+    before = dict(hub.repositories[NAME].branches)
+    monkeypatch.setattr(push_file, "open_package", _away)
+    code, _, error = push(package)
+    assert (code, error.count("\n")) == (1, 0)
+    assert "the Hub cannot be reached; nothing was published; run it again" in error
+    assert hub.repositories[NAME].branches == before
+
+
+def _away(name: str) -> Package:
+    raise PackageNotFoundError(f"{name}: the Hub cannot be reached")
 
 
 def test_what_stands_in_the_way_is_one_line_and_nothing_is_sent(package: Path, hub: Hub, push: Push) -> None:

@@ -7,31 +7,48 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from support.adapters import PREFIX, factors, write_adapter
-from support.matrix import refused
+from support.adapters import LINEARS, PREFIX, factors, write_adapter
+from support.checkpoints import OLMO1, make_checkpoint
+from support.fp16_models import changed, product
 from support.packages import sequences
 
 from olmo2_export import cli
+from olmo2_export.architecture import operations
 from olmo2_export.config import ModelConfig
-from olmo2_export.graphs.lora_inputs import lora_tensors
+from olmo2_export.fp16.values import islands_of
+from olmo2_export.fuse import DEVICE
+from olmo2_export.graphs.device import device_graph
+from olmo2_export.graphs.files import save_graph
+from olmo2_export.graphs.lora_inputs import adapted_linears, lora_tensors, take_adapters
+from olmo2_export.graphs.shared import shared_graph
+from olmo2_export.graphs.taps import find_segments
+from olmo2_export.graphs.trace import trace
+from olmo2_export.measure import quality
 from olmo2_export.package.export import export
+from olmo2_export.package.plan import plan_export
 from olmo2_export.package.weight_choice import Options
 from olmo2_export.truth.torch_layers import reference_logits
 from olmo2_export.verify.adapters import adapter_checks
 from olmo2_export.views.table import variant_views
 from olmo2_export.weights.merged import open_merged, switchable_adapters
 from runtimes import open_package, open_runner
-from runtimes.errors import CheckpointError, InputError, UsageError
+from runtimes.errors import BackendError, CheckpointError, InputError
 from runtimes.generation.generate import generate
+from runtimes.ort.adapters import Adapters
 from runtimes.ort.adapters import write_adapter as write_file
+from runtimes.ort.device import DeviceRunner
+from runtimes.ort.devices import GpuMemory
+from runtimes.ort.session import open_session
 from runtimes.runners.slots import Slots
 from runtimes.targets import find_target
 
 IDS = sequences()[0]
 NAMES = ("chat", "code")
+VARIANTS = ("fp32", "q8", "fp16", "bf16", "q4f16")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +71,10 @@ def package(
 ) -> Path:
     out = tmp_path_factory.mktemp("package") / "switchable"
     checkpoint = open_merged(str(tiny_checkpoint), switchable=adapters)
-    export(checkpoint, out, variants=["fp32", "q8"], options=Options(prefill_graph=True))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(quality, "_MOST_TOKENS", 64)  # it is not what is looked at here
+        monkeypatch.setattr(quality, "_LENGTH", 64)
+        export(checkpoint, out, variants=VARIANTS, options=Options(prefill_graph=True))
     return out
 
 
@@ -155,6 +175,101 @@ def test_a_package_without_adapters_says_how_to_get_some(tiny_package: Path) -> 
         runner.prefill([IDS], adapter="chat")
 
 
+@pytest.fixture
+def on_device(package: Path) -> Iterator[DeviceRunner]:
+    """The runner for GPUs, on the CPU provider: inputs bound by address, decode steps under ids of their own."""
+    opened = open_package(package)
+    variant, memory = opened.variant("fp16"), GpuMemory(kind="cpu")
+    files = {name: entry.file for name, entry in opened.manifest.adapters.items()}
+    lora = Adapters(package, files, variant, opened.check, memory)
+    session = open_session(package / variant.graph, variant, 1)
+    with DeviceRunner(session, variant, opened.model, memory, capture=True, adapters=lora) as runner:
+        yield runner
+
+
+def test_on_a_gpu_rows_with_one_adapter_are_a_captured_step_and_mixed_rows_are_not(
+    on_device: DeviceRunner, want: dict[str | None, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids: list[str] = []
+    real = on_device._run_bound
+
+    def seen(session: object, binding: object, options: ort.RunOptions) -> None:
+        ids.append(options.get_run_config_entry("gpu_graph_id"))
+        real(session, binding, options)
+
+    monkeypatch.setattr(on_device, "_run_bound", seen)
+    captured = []
+    for rows in ((None, "chat"), ("chat", "chat"), (None, None), ("chat", "chat"), ("code", "chat")):
+        on_device.reset()
+        on_device.prefill([IDS[:9]] * 2, adapter=rows)
+        ids.clear()
+        found = on_device.decode([int(IDS[9])] * 2)
+        captured.append(ids.copy())
+        for logits, name in zip(found, rows, strict=True):
+            assert off(logits, want[name][9]) < 0.01
+            assert min(off(logits, want[other][9]) for other in want if other != name) > 0.2
+    assert captured == [["-1", "-1"], ["1"], ["2"], ["1"], ["-1", "-1"]]
+
+
+@pytest.mark.parametrize("variant", ["fp16", "bf16", "q4f16"])
+def test_graphs_of_16_bits_take_adapters_in_their_precision_from_the_same_file(package: Path, variant: str) -> None:
+    entry = open_package(package).variant(variant)
+    dtypes = {spec.dtype for spec in entry.inputs if spec.role in ("lora_a", "lora_b")}
+    assert dtypes == {entry.kv_cache.dtype}
+    assert len([spec for spec in entry.inputs if spec.role == "lora_a"]) == 7 * 3
+
+
+def test_a_linear_in_float32_of_a_float16_graph_takes_its_adapter_in_float32(
+    traces: None,  # noqa: ARG001
+    tmp_path: Path,
+) -> None:
+    """Else onnxruntime refuses the graph, or what must not be rounded is rounded before the adapter is added. So are
+    logits: the head's adapter is added before they are float32."""
+    base = changed(tmp_path / "base", product)
+    linears = [*LINEARS, "lm_head"]
+    lora = str(write_adapter(tmp_path / "chat", factors(base, linears), target_modules=linears))
+    config = ModelConfig.from_json(base / "config.json")
+    rows, checkpoint = operations(config), open_merged(str(base), switchable=[lora])
+    (adapter,) = switchable_adapters(checkpoint)
+    wide = islands_of(["model.layers.0.mlp.product"])
+    model, _, _ = device_graph(
+        shared_graph(trace(config), rows, DEVICE), checkpoint, config, ir.DataType.FLOAT16, wide=wide
+    )
+    assert take_adapters(model, adapted_linears([adapter], rows), "float16") == 7 * 3 + 1
+    casts = [node.inputs[0].name for node in model.graph if node.name and node.name.endswith(("_A.cast", "_B.cast"))]
+    assert casts == ["model.layers.0.mlp.down_proj.lora_A", "model.layers.0.mlp.down_proj.lora_B"]
+    save_graph(model, tmp_path / "model.onnx")
+    session = ort.InferenceSession(tmp_path / "model.onnx")
+    feeds = {name: array.astype(np.float16) for name, array in lora_tensors(adapter).items()}
+    feeds |= {"input_ids": IDS[None], "attention_mask": np.ones((1, len(IDS)), np.int64)}
+    feeds |= {v.name: np.zeros((1, 2, 0, 16), np.float16) for v in session.get_inputs() if "past" in v.name}
+    (found,) = session.run(["logits"], feeds)
+    (want,) = reference_logits(open_merged(str(base), lora=[lora]), config, [IDS])
+    assert off(found[0], want) < 0.01
+
+
+def test_what_reads_a_linear_with_an_adapter_is_still_found(
+    traces: None,  # noqa: ARG001
+    tmp_path: Path,
+) -> None:
+    """`verify --locate` compares a clip with PyTorch's; looked for in front of the adapter, it would be no clip."""
+    config = ModelConfig.from_json(make_checkpoint(tmp_path / "olmo1", **OLMO1) / "config.json")
+    rows = operations(config)
+    model = trace(config)
+    before = find_segments(model, rows)[1].taps
+    take_adapters(model, [row for row in rows if row.kind == "linear" and row.layer is not None])
+    after = find_segments(model, rows)[1].taps
+    place = "model.layers.0.self_attn"
+    assert after[f"{place}.q_proj"] == f"{place}.q_proj.adapted"
+    assert after[f"{place}.q_clip"] == before[f"{place}.q_clip"]
+    assert after.keys() == before.keys()
+
+
+def test_a_device_that_compiles_for_fixed_ranks_is_refused_before_it_is_looked_for(package: Path) -> None:
+    with pytest.raises(BackendError, match="takes LoRA adapters at run time, which device nv-rtx does not; use device"):
+        open_runner(package, variant="bf16", device="nv-rtx")
+
+
 class _NoText:
     eos_token_ids: tuple[int, ...] = ()
 
@@ -208,9 +323,15 @@ def test_an_adapter_file_has_the_same_bytes_each_time(
         assert (tmp_path / "again").read_bytes() == (package / f"adapters/{adapter.name}.onnx_adapter").read_bytes()
 
 
-def test_what_is_no_low_rank_change_of_a_linear_is_refused(
-    tiny_checkpoint: Path, adapters: list[str], tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_a_dry_run_counts_the_adapters(package: Path, tiny_checkpoint: Path, adapters: list[str]) -> None:
+    plain, both = (
+        plan_export(open_merged(str(tiny_checkpoint), switchable=some, headers=True)).texts for some in ([], adapters)
+    )
+    files = open_package(package).manifest.files
+    assert 0.8 < (both - plain) / sum(files[f"adapters/{name}.onnx_adapter"].size for name in NAMES) < 1
+
+
+def test_what_is_no_low_rank_change_of_a_linear_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     tensors = factors(tiny_checkpoint, ["q_proj"])
     lora = write_adapter(
         tmp_path / "lora",
@@ -220,9 +341,8 @@ def test_what_is_no_low_rank_change_of_a_linear_is_refused(
     )
     with pytest.raises(CheckpointError, match=r"lm_head\.weight: an adapter as inputs changes linears by"):
         export(open_merged(str(tiny_checkpoint), switchable=[str(lora)]), tmp_path / "out")
-    with pytest.raises(UsageError, match="variant bf16 takes no adapters at run time, fp32, q4") as caught:
-        export(open_merged(str(tiny_checkpoint), switchable=adapters), tmp_path / "out", variants=["fp32", "bf16"])
-    refused(request, "adapters as inputs, of other variants", caught.value)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: an adapter as inputs changes linears by"):
+        plan_export(open_merged(str(tiny_checkpoint), switchable=[str(lora)], headers=True))
     assert not (tmp_path / "out").exists()
 
 
@@ -234,7 +354,7 @@ def checks_of(package: Path, base: Path, adapters: list[str], variant: str) -> d
     return {check.name: check.passed for check in adapter_checks(opened, view, checkpoint, config, IDS)}
 
 
-@pytest.mark.parametrize("variant", ["fp32", "q8"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_verify_passes_each_adapter_in_a_mixed_batch(
     package: Path, tiny_checkpoint: Path, adapters: list[str], variant: str
 ) -> None:
@@ -255,7 +375,7 @@ def _of_the_next_layer(arrays: dict[str, np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("bug", [_scaled, _of_the_next_layer])
-@pytest.mark.parametrize("variant", ["fp32", "q8"])
+@pytest.mark.parametrize("variant", ["fp32", "q8", "bf16"])
 def test_verify_fails_an_adapter_of_another_scale_or_layer(
     package: Path,
     tiny_checkpoint: Path,
@@ -264,24 +384,20 @@ def test_verify_fails_an_adapter_of_another_scale_or_layer(
     variant: str,
     bug: Callable[[dict[str, np.ndarray]], None],
 ) -> None:
-    from runtimes.ort import adapters as module
+    real = Adapters._placed
 
-    real = module._values
-
-    def values(arrays: dict[str, np.ndarray]) -> object:
+    def placed(self: Adapters, arrays: dict[str, np.ndarray]) -> dict[str, object]:
         if any(array.size for array in arrays.values()):
             bug(arrays)
-        return real(arrays)
+        return real(self, arrays)
 
-    monkeypatch.setattr(module, "_values", values)
+    monkeypatch.setattr(Adapters, "_placed", placed)
     assert checks_of(package, tiny_checkpoint, adapters, variant) == {"adapter chat": False, "adapter code": False}
 
 
 def test_verify_fails_adapters_that_are_swapped_between_rows(
     package: Path, tiny_checkpoint: Path, adapters: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from runtimes.ort.adapters import Adapters
-
     real, other = Adapters.values, {"chat": "code", "code": "chat", None: None}
     monkeypatch.setattr(Adapters, "values", lambda self, name: real(self, other[name]))
     assert checks_of(package, tiny_checkpoint, adapters, "q8") == {"adapter chat": False, "adapter code": False}

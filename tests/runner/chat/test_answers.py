@@ -13,6 +13,10 @@ from runtimes.errors import UsageError
 CALLS = "<function_calls>get-weather.now(town='Oslo', days=[1, null])\nother.tool(x={\"a\": true})</function_calls>"
 TWO = [Call("get-weather.now", {"town": "Oslo", "days": [1, None]}), Call("other.tool", {"x": {"a": True}})]
 
+NO_END = "a string without end at the end"
+NO_NAME = "expected the name of a tool at character 6, found '<b>'"
+ODD = 'expected the name of an argument at character 2, found "\'</function_calls><f"'
+
 
 def events(*pieces: str, thinking: bool = False, tools: bool = True) -> list[Event]:
     parser = AnswerParser(thinking=thinking, tools=tools)
@@ -48,6 +52,24 @@ def events(*pieces: str, thinking: bool = False, tools: bool = True) -> list[Eve
         ("<function_calls>f(a=1)\ng(b='Os", False, [Call("f", {"a": 1}), BrokenCall("g(b='Os", "cut off")]),
         ("<function_calls>g(b=[1,", False, [BrokenCall("g(b=[1,", "cut off")]),
         ("a <function_cal", False, [Text("a <function_cal")]),
+        ("<function_calls>get_wea", False, [BrokenCall("get_wea", "cut off")]),
+        ("<function_calls>f(a=1)\nget.", False, [Call("f", {"a": 1}), BrokenCall("get.", "cut off")]),
+        ("<function_calls>get_wea</function_calls>", False, [BrokenCall("get_wea", "expected '(' at the end")]),
+        ("<function_calls>f(a=1)</function_cal", False, [Call("f", {"a": 1})]),
+        ("<function_calls>f(a='</function_calls>')", False, [Call("f", {"a": "</function_calls>"})]),
+        ("<function_calls>f(a=1)\n<", False, [Call("f", {"a": 1})]),
+        ("<function_calls>f(a=1)<b>", False, [BrokenCall("f(a=1)<b>", NO_NAME)]),
+        ("<function_calls>f(a='x)</function_calls>done", False, [BrokenCall("f(a='x)", NO_END), Text("done")]),
+        (
+            "<function_calls>f(a='</function_calls>', b=\"x)\ng()</function_calls>" + CALLS,
+            False,
+            [BrokenCall("f(a='", NO_END), Text("', b=\"x)\ng()</function_calls>"), *TWO],
+        ),
+        (
+            "<function_calls>f('</function_calls><function_calls>g('</function_calls>h",
+            False,
+            [BrokenCall("f('</function_calls><function_calls>g('", ODD), Text("h")],
+        ),
         (
             "<function_calls>f(1)\ng()</function_calls>",
             False,
@@ -73,6 +95,13 @@ def test_events_come_as_soon_as_they_are_certain() -> None:
     text = [Text("Hel")], [Text("lo ")], [Text("<b> ")]
     assert said == [*text, [], [Call("f", {})], [], [], [Call("g", {"a": 1})]]
     assert parser.calls_text == "f()\ng(a=1)"
+
+
+def test_text_behind_a_quote_that_is_not_closed_is_no_text_of_calls() -> None:
+    parser = AnswerParser(tools=True)
+    said = parser.push("<function_calls>g()\nf(a='x)</function_calls> It's so.")
+    assert [*said, *parser.finish()] == [Call("g", {}), BrokenCall("f(a='x)", NO_END), Text(" It's so.")]
+    assert parser.calls_text == "g()\nf(a='x)"
 
 
 def test_an_answer_that_has_ended_takes_no_more() -> None:

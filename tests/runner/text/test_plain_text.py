@@ -48,9 +48,13 @@ def test_a_file_is_read_piece_by_piece_with_its_line_ends(tmp_path: Path) -> Non
     path.write_bytes("x".encode("utf-16"))
     with pytest.raises(InputError, match="begins as UTF-16 does"):
         list(read_text(path))
-    with pytest.raises(InputError, match="no such file"):
-        list(read_text(tmp_path))
 
 
 def test_lines_of_arguments() -> None:
     assert plain_lines("\ufeffa\r\nb\rc") == "a\nb\nc"
+
+
+def test_what_is_no_file_is_said_to_be_what_it_is(tmp_path: Path) -> None:
+    for path, found in ((tmp_path, "a folder"), (tmp_path / "away", "no such file"), (Path("/dev/null"), "no file")):
+        with pytest.raises(InputError, match=f"{path}: {found}; expected a file of UTF-8 text"):
+            list(read_text(path))
