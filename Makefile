@@ -7,7 +7,7 @@ REVISION  ?=
 OUT       ?=
 VARIANTS  ?= fp32 q4
 PRECISION ?= bf16
-SUPPORT ?= check
+SUPPORT ?=
 PROMPT    ?= In the beginning
 EXTRAS    ?= dev
 ROW       ?=
@@ -71,7 +71,7 @@ test-all: test ## the tests, and those that repeat them for another model, preci
 
 test: $(STAMP) ## the tests
 	rm -rf build/shared
-	$(BIN)/python -m pytest --shared=build/shared --support=$(SUPPORT) --durations 25 -m 'not alone $(FAST)' -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --shared=build/shared --support=$(or $(SUPPORT),$(if $(FAST),part,check)) --durations 25 -m 'not alone $(FAST)' -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest --shared=build/shared --durations 25 -m 'alone $(FAST)'
 
 check: $(VENV)/.installed-dev$(COMMA)docs ## format, lint, types, docs and tests: what CI runs
