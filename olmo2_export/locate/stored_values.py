@@ -10,12 +10,13 @@ import torch
 
 from olmo2_export.config import ModelConfig
 from olmo2_export.dtypes import float_dtype
+from olmo2_export.graphs.stored_blocks import stored_matrices
 from olmo2_export.locate.explain import relative_error
 from olmo2_export.locate.layer_checks import TensorParity
 from olmo2_export.model.rotary import table_names
 from olmo2_export.stored_graph import load_graph
 from olmo2_export.truth.torch_layers import rotary_tables
-from olmo2_export.views.shared_forms import stored_int8, stored_matrices
+from olmo2_export.views.shared_forms import stored_int8
 from olmo2_export.views.static_forms import stored_input_scales, stored_linears
 from olmo2_export.views.table import quantized_weights
 from olmo2_export.views.weight_checks import check_int8, check_linears, check_matrices

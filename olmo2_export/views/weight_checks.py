@@ -8,13 +8,14 @@ from collections.abc import Mapping
 import torch
 
 from olmo2_export.config import ModelConfig
+from olmo2_export.graphs.stored_blocks import stored_matrices
 from olmo2_export.measure.parity import Check
 from olmo2_export.quantize.blocks import QuantizedMatrix
 from olmo2_export.quantize.encode import cut
 from olmo2_export.quantize.imported import IMPORTED
 from olmo2_export.quantize.linear import QuantizedLinear
 from olmo2_export.stored_graph import load_graph
-from olmo2_export.views.shared_forms import stored_int8, stored_matrices
+from olmo2_export.views.shared_forms import stored_int8
 from olmo2_export.views.static_forms import stored_input_scales, stored_linears, stored_tensors
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.stored_names import stored_weight

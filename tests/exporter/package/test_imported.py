@@ -27,6 +27,7 @@ from support.quantized import (
 
 from olmo2_export.cli import main
 from olmo2_export.config import ModelConfig
+from olmo2_export.graphs.stored_blocks import stored_matrices
 from olmo2_export.package import variants
 from olmo2_export.package.export import export
 from olmo2_export.package.plan import plan_export
@@ -38,7 +39,6 @@ from olmo2_export.summary.plan_text import plan_lines
 from olmo2_export.summary.text import plain
 from olmo2_export.verify.variant import measure_variant
 from olmo2_export.verify.verify import format_reports
-from olmo2_export.views.shared_forms import stored_matrices
 from olmo2_export.views.weight_checks import check_imported, weight_checks
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes import open_runner
