@@ -3,6 +3,9 @@
 Columns of one group must be neighbours: where the checkpoint has them in another order (act-order), the matrix has
 `order`, and its input is gathered in that order. A group that is no block of the kernels is several of them with one
 scale. Codes of fewer bits than asked for are moved to the middle of the wider range, and stay the same numbers.
+
+TensorRT's codes have 4 bits, no zero points, positive scales in bfloat16, and no order. What has zero points or an
+order is refused; scales of float16 are rounded, which changes no weight by more than 1 / 257 of it, and no code.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from olmo2_export.catalog import HELD_BLOCKS, BlockFormat
+from olmo2_export.catalog import BLOCK_SIZES, HELD_BLOCKS, BlockFormat
 from olmo2_export.quantize.blocks import QuantizedMatrix, pack
 from olmo2_export.weights.quantized.codes import Codes
 from runtimes.errors import UsageError
@@ -59,3 +62,40 @@ def in_blocks(codes: Codes, form: BlockFormat) -> QuantizedMatrix:
         form,
     )
     return replace(matrix, order=order)
+
+
+def static_block(form: BlockFormat, columns: int) -> int:
+    """Return the largest block of TensorRT's that holds imported codes, their scales repeated where that is smaller.
+
+    Args:
+        form: that holds them for onnxruntime.
+        columns: of the weight.
+
+    Raises:
+        UsageError: other bits, zero points, or groups that no block divides.
+    """
+    if form.bits != 4:
+        raise UsageError(f"codes of {form.bits} bits, expected 4")
+    if not form.symmetric:
+        raise UsageError("zero points, and TensorRT's codes have none")
+    sizes = [size for size in BLOCK_SIZES if form.block_size % size == 0 and columns % size == 0]
+    if not sizes:
+        expected = ", ".join(map(str, BLOCK_SIZES))
+        raise UsageError(f"blocks of {form.block_size} in {columns} columns, expected whole ones of {expected}")
+    return max(sizes)
+
+
+def in_static_blocks(matrix: QuantizedMatrix, size: int) -> QuantizedMatrix:
+    """Lay an imported matrix out in smaller blocks, its scales rounded to bfloat16; `size` divides its own.
+
+    Raises:
+        UsageError: act-order, or a scale that is not positive.
+    """
+    if matrix.order is not None:
+        raise UsageError("act-order, and no graph for TensorRT gathers the columns of an input")
+    if (least := float(matrix.scales.min())) <= 0:
+        raise UsageError(f"a scale of {least:g}, and TensorRT's are positive")
+    blocks = torch.arange(0, matrix.columns, size) // matrix.form.block_size
+    scales = torch.from_numpy(matrix.scales)[:, blocks].to(torch.bfloat16).float()
+    codes = matrix.codes().flatten(1)[:, : matrix.columns]
+    return pack(codes, scales, None, replace(matrix.form, block_size=size, positive=True))
