@@ -41,7 +41,7 @@ STATIC_CACHE = 4096
 """tokens: the capacity of an engine's cache where the context is longer; its graph has rotary tables of that length"""
 
 
-_GUESSED = "its codes are taken over: their groups are in the files, and taken to be the variant's own blocks"
+_GUESSED = "an estimate: of the codes that it takes over, zero points and act-order are in the files alone"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 
 from olmo2_export.catalog import BLOCK_SIZES, HELD_BLOCKS, BlockFormat
 from olmo2_export.quantize.blocks import QuantizedMatrix, pack
-from olmo2_export.weights.quantized.codes import Codes
+from olmo2_export.weights.quantized.codes import Codes, StoredLinear
 from runtimes.errors import UsageError
 
 IMPORTED = "imported"
@@ -34,16 +34,29 @@ def held_form(codes: Codes, default: BlockFormat) -> BlockFormat:
     Raises:
         UsageError: codes of more bits, or groups that blocks do not divide.
     """
-    if codes.bits > default.bits:
-        raise UsageError(f"codes of {codes.bits} bits, {default.bits} hold {default.bits}")
+    columns = int((codes.groups == 0).sum()) if codes.scales.shape[1] > 1 else 0
+    return _held(codes.bits, columns, default, symmetric=codes.symmetric)
+
+
+def likely_form(linear: StoredLinear, default: BlockFormat) -> BlockFormat:
+    """Return the same as far as headers tell; they do not know of zero points that all are in the middle.
+
+    Raises:
+        UsageError: as `held_form`.
+    """
+    return _held(linear.bits or 0, linear.group, default, symmetric=linear.symmetric)
+
+
+def _held(bits: int, columns: int, default: BlockFormat, *, symmetric: bool) -> BlockFormat:
+    if bits > default.bits:
+        raise UsageError(f"codes of {bits} bits, {default.bits} hold {default.bits}")
     size = default.block_size
-    if codes.scales.shape[1] > 1:
-        columns = int((codes.groups == 0).sum())
+    if columns:
         size = next((block for block in reversed(HELD_BLOCKS) if columns % block == 0), 0)
         if not size:
             sizes = ", ".join(map(str, HELD_BLOCKS))
             raise UsageError(f"groups of {columns} columns: blocks of {sizes} do not divide them; use --variant fp32")
-    return replace(default, block_size=size, symmetric=codes.symmetric, positive=False)
+    return replace(default, block_size=size, symmetric=symmetric, positive=False)
 
 
 def in_blocks(codes: Codes, form: BlockFormat) -> QuantizedMatrix:

@@ -468,8 +468,9 @@ def test_a_plan_from_headers_alone_says_what_it_guesses(ordered: tuple[Path, Pat
     there = dataclasses.replace(open_checkpoint(str(ordered[0])), _stamps={})
     (variant,) = plan_export(there, variants=["q4"]).variants
     assert variant.notes == (
-        "its codes are taken over: their groups are in the files, and taken to be the variant's own blocks",
+        "an estimate: of the codes that it takes over, zero points and act-order are in the files alone",
     )
+    assert variant.bits_per_weight == 5.0  # blocks of 32, as the headers say, and q4's own would be of 128
 
 
 def test_a_recipe_is_for_embedding_and_head(base: Path, tmp_path: Path) -> None:
