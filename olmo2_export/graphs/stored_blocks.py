@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import base64
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
@@ -12,6 +13,9 @@ from olmo2_export.catalog import BlockFormat
 from olmo2_export.fuse.matmul_nbits import unordered
 from olmo2_export.graphs.lazy_tensors import LazyTensors
 from olmo2_export.quantize.blocks import QuantizedMatrix
+
+_FOLDED = "folded_order"
+"""of a product's metadata: the order of its columns, int32 in base64, which nothing computes with"""
 
 
 def stored_matrices(graph: ir.Model) -> LazyTensors[QuantizedMatrix]:
@@ -24,6 +28,26 @@ def stored_matrices(graph: ir.Model) -> LazyTensors[QuantizedMatrix]:
         assert packed is not None  # the operators need it
         makers[str(packed.name).removesuffix(".packed")] = partial(_stored_matrix, graph, node, str(packed.name))
     return LazyTensors(makers)
+
+
+def note_folded_orders(graph: ir.Model, orders: Mapping[str, np.ndarray]) -> None:
+    """Write beside products in which order their columns are, and what they read: see `imported.FoldedOrders`."""
+    for node in graph.graph:
+        name = _weight(node)
+        if name in orders:
+            node.metadata_props[_FOLDED] = base64.b64encode(orders[name].astype("<i4").tobytes()).decode()
+
+
+def folded_orders(graph: ir.Model) -> dict[str, np.ndarray]:
+    """Return these orders, int64 [K], by the checkpoint's names."""
+    noted = {_weight(node): node.metadata_props[_FOLDED] for node in graph.graph if _FOLDED in node.metadata_props}
+    return {name: np.frombuffer(base64.b64decode(text), "<i4").astype(np.int64) for name, text in noted.items()}
+
+
+def _weight(node: ir.Node) -> str:
+    """Return the name of the weight of a product in blocks; that of none is empty."""
+    packed = node.inputs[1] if node.op_type == "MatMulNBits" else None
+    return str(packed.name).removesuffix(".packed") if packed is not None else ""
 
 
 def _stored_matrix(graph: ir.Model, node: ir.Node, packed: str) -> QuantizedMatrix:

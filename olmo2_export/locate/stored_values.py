@@ -26,6 +26,7 @@ from olmo2_export.views.weight_checks import (
     check_int8,
     check_linears,
     check_matrices,
+    in_stored_order,
     was_taken_over,
 )
 from olmo2_export.weights.checkpoint import Checkpoint
@@ -65,15 +66,15 @@ def weight_check(
         return None
     graph = load_graph(package.folder / entry.graph)
     weights = quantized_weights(graph, config, static=entry.kv_cache.form == "static")
-    taken_over = was_taken_over(entry, checkpoint)
+    taken_over, ordered = was_taken_over(entry, checkpoint), in_stored_order(graph, checkpoint)
     if entry.kv_cache.form == "static":
         linears = stored_linears(graph, config)
         found = [check_linears(linears, checkpoint, config)]
         found += [check_imported(linears, checkpoint)] if taken_over else []
     else:
         matrices = stored_matrices(graph)
-        found = [check_matrices(matrices, checkpoint, config)]
-        found += [check_imported(matrices, checkpoint)] if taken_over else []
+        found = [check_matrices(matrices, ordered, config)]
+        found += [check_imported(matrices, ordered)] if taken_over else []
     checks: list[tuple[Check, Mapping[str, torch.Tensor]]] = [(check, weights) for check in found]
     if entry.prefill is not None:
         int8 = stored_int8(load_graph(package.folder / entry.prefill.graph))
@@ -89,7 +90,7 @@ def weight_check(
             name,
             _layer_of(name),
             f"stored weight ({check.name})",
-            relative_error(stored[name], stored_weight(checkpoint, config, name)),
+            relative_error(stored[name], stored_weight(ordered, config, name)),
             tensor.nmse**0.5 if tensor is not None else 0.0,
         )
         return parity, f"The stored weight {name} is not the checkpoint's: {words}."

@@ -16,7 +16,7 @@ from olmo2_export.fp16.safety import measure_safety, refuse_overflow
 from olmo2_export.fuse import check_op_counts
 from olmo2_export.graphs.files import save_graph
 from olmo2_export.graphs.static import expected_op_counts, load_static_graph, static_variant
-from olmo2_export.graphs.stored_blocks import stored_matrices
+from olmo2_export.graphs.stored_blocks import folded_orders, stored_matrices
 from olmo2_export.package.variants import BUNDLED_TEXT, SPOOL
 from olmo2_export.quantize.imported import IMPORTED
 from olmo2_export.quantize.static import (
@@ -126,9 +126,11 @@ def _imported(package: Path, manifest: Manifest, config: ModelConfig, options: T
         UsageError: it does not; see `imported_static_weights`.
     """
     variant = _with_codes(manifest, options)
-    matrices, source = stored_matrices(load_graph(package / variant.graph)), PackageWeights(package, manifest)
+    graph, source = load_graph(package / variant.graph), PackageWeights(package, manifest)
     with _remedy(package, manifest, options):
-        return imported_static_weights(source, config, options.precision, _formats(variant), matrices)
+        if orders := folded_orders(graph):
+            raise UsageError(f"{next(iter(orders))}: act-order, which TensorRT's graphs have not")
+        return imported_static_weights(source, config, options.precision, _formats(variant), stored_matrices(graph))
 
 
 def default_text(package: Path) -> Path | None:

@@ -30,9 +30,10 @@ from support.rebuilt_packages import rebuilt, rebuilt_trt, with_trt_graph
 from olmo2_export.catalog import Q4, Q8, BlockFormat
 from olmo2_export.cli import main
 from olmo2_export.config import ModelConfig
-from olmo2_export.graphs.stored_blocks import stored_matrices
+from olmo2_export.graphs.stored_blocks import folded_orders, stored_matrices
 from olmo2_export.locate.locate import format_location, locate
-from olmo2_export.package import variants
+from olmo2_export.locate.stored_values import weight_check
+from olmo2_export.package import imported, variants
 from olmo2_export.package.export import export
 from olmo2_export.package.graph_sizes import engine_graph_bytes
 from olmo2_export.package.plan import plan_export
@@ -48,7 +49,7 @@ from olmo2_export.summary.text import plain
 from olmo2_export.verify.variant import measure_variant
 from olmo2_export.verify.verify import format_reports
 from olmo2_export.views.static_forms import stored_linears, stored_tensors
-from olmo2_export.views.weight_checks import check_imported, weight_checks
+from olmo2_export.views.weight_checks import check_imported, in_stored_order, weight_checks
 from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
 from olmo2_export.weights.quantized.codes import Codes
 from runtimes import open_runner
@@ -134,9 +135,11 @@ def test_the_graph_holds_the_integers_and_computes_what_they_say(base: Path, tmp
     assert entry.quantization.recipe == "imported"
     assert entry.quantization.tensors.keys() == wanted.keys()
     assert {tensor.nmse for tensor in entry.quantization.tensors.values()} == {0.0}
-    matrices = stored_matrices(load_graph(tmp_path / "p" / entry.graph))
+    graph = load_graph(tmp_path / "p" / entry.graph)
+    matrices, ordered = stored_matrices(graph), in_stored_order(graph, checkpoint)
     for name, weight in wanted.items():
-        assert np.array_equal(matrices[name].dequantize().numpy(), weight), name
+        assert np.array_equal(checkpoint.tensor(name).numpy(), weight), name
+        assert torch.equal(matrices[name].dequantize(), ordered.tensor(name)), name
     ids = np.array([[3, 8, 13, 18, 2, 7, 12]])
     exact = exact_logits(tmp_path / "p", entry.graph, ids)
     truth = reference(tmp_path / "c", ids)[-1]
@@ -181,11 +184,36 @@ def test_linears_of_one_input_share_one_gather(ordered: tuple[Path, Path]) -> No
     graph = load_graph(ordered[1] / "onnx" / "model_q4.onnx")
     orders = [name for name in graph.graph.initializers if name.endswith(".order")]
     assert sorted(name.removeprefix("model.layers.0.").removesuffix(".weight.order") for name in orders) == [
-        "mlp.down_proj",
         "mlp.gate_proj",
         "self_attn.o_proj",
         "self_attn.q_proj",
     ]
+
+
+def test_the_order_of_down_proj_is_folded_and_gives_the_same_bits(
+    ordered: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where adapters are added to gate, up and down, whose columns are in the checkpoint's order, nothing is folded."""
+    monkeypatch.setattr(imported, "switchable_adapters", lambda _: ["one"])
+    checkpoint = open_checkpoint(str(ordered[0]))
+    export(checkpoint, tmp_path / "p", variants=["q4"])
+    ids = [np.array([3, 8, 13, 18, 2, 7, 12])]
+    logits = []
+    for package, gathers in ((ordered[1], 3), (tmp_path / "p", 4)):
+        for path in ("onnx/model_q4.onnx", "onnx/model_q4_shared.onnx"):
+            names = [name for name in load_graph(package / path).graph.initializers if name.endswith(".order")]
+            assert len(names) == gathers
+        with open_runner(package, variant="q4") as runner:
+            logits.append(np.concatenate([runner.prefill(ids)[0].ravel(), runner.decode([5])[0].ravel()]))
+    assert len(logits[0]) == 42
+    assert np.array_equal(logits[0], logits[1])
+    graph = load_graph(ordered[1] / "onnx" / "model_q4_shared.onnx")
+    down = "model.layers.0.mlp.down_proj.weight"
+    codes = checkpoint.codes(down)
+    assert codes is not None
+    assert folded_orders(graph).keys() == {down}
+    assert np.array_equal(folded_orders(graph)[down], codes.order)
+    assert not check_imported(stored_matrices(graph), checkpoint).passed  # not in the checkpoint's own order
 
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -216,9 +244,10 @@ def test_a_graph_with_a_bug_turns_imported_weights_red(
     """Parity computes with what the graph says, and cannot see it."""
     checkpoint = open_checkpoint(str(ordered[0]))
     graph = load_graph(ordered[1] / "onnx" / "model_q4.onnx")
-    assert check_imported(stored_matrices(graph), checkpoint).passed
+    stored = in_stored_order(graph, checkpoint)
+    assert check_imported(stored_matrices(graph), stored).passed
     bug(graph)
-    assert not check_imported(stored_matrices(graph), checkpoint).passed
+    assert not check_imported(stored_matrices(graph), stored).passed
 
 
 def test_against_the_model_before_it_was_quantised_scales_are_compared_and_not_every_number(
@@ -226,8 +255,8 @@ def test_against_the_model_before_it_was_quantised_scales_are_compared_and_not_e
 ) -> None:
     package = open_package(ordered[1])
     config = ModelConfig.from_json(base / "config.json")
-    names = [c.name for c in weight_checks(package, package.variant("q4"), open_checkpoint(str(base)), config)]
-    assert names == ["weights"]
+    (check,) = weight_checks(package, package.variant("q4"), open_checkpoint(str(base)), config)
+    assert check.name == "weights"
 
 
 @pytest.mark.parametrize(
@@ -421,9 +450,11 @@ def test_locate_names_the_matrix_of_a_graph_for_tensorrt(
     def codes_off(model: ir.Model) -> None:
         change(model, "model.layers.0.mlp.down_proj.weight.codes", lambda codes: np.roll(codes, 1, axis=0))
 
-    found = locate(rebuilt_trt(with_int4, tmp_path / "p", codes_off, "int4"), checkpoint, "trt_int4")
-    assert found.first is not None
-    assert found.first.name == "model.layers.0.mlp.down_proj.weight"
+    bad = open_package(rebuilt_trt(with_int4, tmp_path / "p", codes_off, "int4"))
+    config = ModelConfig.from_json(symmetric[0] / "config.json")
+    found = weight_check(bad, bad.variant("trt_int4"), checkpoint, config)
+    assert found is not None
+    assert found[0].name == "model.layers.0.mlp.down_proj.weight"
 
 
 def test_q4_of_8_bits_is_refused_and_made_when_asked_for(base: Path, tmp_path: Path) -> None:
