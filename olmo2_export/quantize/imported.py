@@ -51,11 +51,8 @@ class FoldedOrders:
 
     def picked(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Return some rows of one weight; see `WeightSource`."""
-        return (
-            self.tensor(name)[rows]
-            if name in self._rows or name in self._columns
-            else self._checkpoint.picked(name, rows)
-        )
+        moved = name in self._rows or name in self._columns
+        return self.tensor(name)[rows] if moved else self._checkpoint.picked(name, rows)
 
     def codes(self, name: str) -> Codes | None:
         """Return the integers of a linear; see `Checkpoint.codes`."""
