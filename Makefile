@@ -35,7 +35,7 @@ REVISION_FLAG := $${REVISION:+--revision "$$REVISION"}
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export test test-all support test-interop test-pythons test-oldest check format lint types docs docs-links bench targets gpu-test peers clean
+.PHONY: help setup export test test-all support test-interop test-quantised test-pythons test-oldest check format lint types docs docs-links bench targets gpu-test peers clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -130,6 +130,17 @@ build/interop/.installed: Makefile
 	cd $(@D) && ONNXRUNTIME_NODE_INSTALL=skip npm install --silent --no-save --prefix . @huggingface/transformers@4.3.2
 	@touch $@
 
+# transformers imports torchao where it is there, in every process: 1 s, and two warnings. A venv that sees .venv's libraries has it.
+test-quantised: $(VENV)-quantised/.installed ## quantised checkpoints through the libraries that made them; installs these, 46 MB
+	$(VENV)-quantised/bin/python -m pytest -q -k "library_of_today or compressed_tensors_itself" \
+	tests/exporter/package/test_imported.py tests/exporter/weights/test_quantized.py
+
+$(VENV)-quantised/.installed: $(STAMP) Makefile
+	$(PYTHON) -m venv --clear $(@D) && echo '*' > $(@D)/.gitignore
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$(echo $(@D)/lib/python3*/site-packages)/libraries.pth
+	$(@D)/bin/$(PIP) --no-deps torchao==0.18.0 bitsandbytes==0.50.2 compressed-tensors==0.20.0 loguru==0.7.3
+	@touch $@
+
 test-oldest: ## an export and its verification with the oldest versions of constraints-oldest.txt
 	$(PYTHON) -m venv --clear $(VENV)-oldest && echo '*' > $(VENV)-oldest/.gitignore
 	$(VENV)-oldest/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt torch
@@ -173,5 +184,5 @@ $(VENV)-peers-optimum/.installed: constraints.txt
 	@touch $@
 
 clean: ## remove .venv, packages and caches
-	rm -rf $(VENV) $(VENV)-gpu $(VENV)-oldest $(VENV)-3.* $(VENV)-peers-* packages .pytest_cache .mypy_cache .ruff_cache *.egg-info build
+	rm -rf $(VENV) $(VENV)-gpu $(VENV)-oldest $(VENV)-quantised $(VENV)-3.* $(VENV)-peers-* packages .pytest_cache .mypy_cache .ruff_cache *.egg-info build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -67,7 +67,7 @@ _ONLY_IN: dict[str, ModelType] = {"clip_qkv": "olmo"}
 # What transformers ignores, or the weights prove wrong: said in a warning.
 _IGNORED = {
     "auto_map": "code of its own, which is never run; the model is transformers' Olmo2ForCausalLM",
-    "quantization_config": "left over where the weights are plain numbers; the package has it no more",
+    "quantization_config": "of the checkpoint's weights, or left over beside plain numbers; the package has it not",
 }
 _ACTIVATIONS = ("silu", "swish")
 """two names of one function in transformers"""

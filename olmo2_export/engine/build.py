@@ -35,7 +35,7 @@ from olmo2_export.engine.options import EngineOptions, gpu_at_hand, resolve_opti
 from olmo2_export.engine.plan import count_kernels
 from olmo2_export.engine.process import run_worker
 from olmo2_export.engine.refitter import RefitRequest
-from olmo2_export.package.trt_variants import TrtOptions, check_trt_options, write_trt_variant
+from olmo2_export.package.trt_variants import TrtOptions, check_trt_options, read_variants, write_trt_variant
 from runtimes.errors import (
     EngineBuildError,
     IntegrityError,
@@ -101,7 +101,7 @@ def build(package: Path, options: EngineOptions, *, progress: bool = True) -> Bu
     resolved = resolve_options(options, manifest.model)
     graph = TrtOptions(options.precision, resolved.max_cache_length, options.top_k, options.recipe, options.calibration)
     check_trt_options(package, manifest, graph)
-    with _staged(opened, options.precision) as (staging, kept):
+    with _staged(opened, graph) as (staging, kept):
         variant = write_trt_variant(package, manifest, staging, graph)
         _keep_other_backends(opened, staging, kept, variant, options.backend)
         compile_start = time.monotonic()
@@ -177,7 +177,7 @@ def refit(package: Path, source: Path, options: EngineOptions, *, progress: bool
     other.check([engine.plan, former.graph], remedy="build it again")
     graph = TrtOptions(options.precision, engine.max_cache_length, former.top_k, options.recipe, options.calibration)
     check_trt_options(package, manifest, graph)
-    with _staged(opened, options.precision) as (staging, kept):
+    with _staged(opened, graph) as (staging, kept):
         variant = write_trt_variant(package, manifest, staging, graph)
         if hash_file(staging / Path(variant.graph).name) != engines.files[former.graph]:
             raise UsageError(f"{package}: its graph is not that of {source}; refit takes checkpoints of one shape")
@@ -215,7 +215,7 @@ def _refittable(package: Package, options: EngineOptions) -> tuple[Engine, TrtMa
 
 
 @contextmanager
-def _staged(package: Package, precision: Precision) -> Iterator[tuple[Path, TrtManifest]]:
+def _staged(package: Package, options: TrtOptions) -> Iterator[tuple[Path, TrtManifest]]:
     """Yield a folder that takes the place of trt/ after the body, with what stays of it, and the manifest of that."""
     folder = package.folder
     if package.manifest.adapters:
@@ -227,8 +227,8 @@ def _staged(package: Package, precision: Precision) -> Iterator[tuple[Path, TrtM
         raise VariantNotFoundError(f"{folder}: no variant fp32, which engines are built from; export it again")
     # Nobody may replace the package while an engine is built from it.
     with locked(Path.cwd() / folder), replace_folder(folder / TRT_FOLDER, force=True) as staging:
-        package.check(package.variant("fp32").files)
-        kept = _kept(package, precision)
+        package.check([file for variant in read_variants(package.manifest, options) for file in variant.files])
+        kept = _kept(package, options.precision)
         _link(kept.files, folder, staging)
         yield staging, kept
 

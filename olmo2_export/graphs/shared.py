@@ -38,6 +38,7 @@ from olmo2_export.fuse.matmul_integer import matmul_integer
 from olmo2_export.fuse.matmul_nbits import matmul_nbits
 from olmo2_export.graphs.hidden_states import hidden_outputs
 from olmo2_export.graphs.inputs_embeds import embedding_input
+from olmo2_export.graphs.stored_blocks import note_folded_orders
 from olmo2_export.graphs.trace import answer, logit_count
 from olmo2_export.quantize.int8 import quantize_int8
 from olmo2_export.quantize.recipes import QuantizedWeights
@@ -111,6 +112,7 @@ def decode_graph(
     graph = shared.clone()
     gather_block_quantized(graph, weights.formats)
     matmul_nbits(graph, weights.formats, orders=weights.orders)
+    note_folded_orders(graph, weights.folded)
     attach_blocks(graph, weights)
     linears = sum(row.weight in weights.formats for row in quantizable(rows) if row.kind == "linear")
     expected = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -10,15 +11,24 @@ import torch
 
 from olmo2_export.config import ModelConfig
 from olmo2_export.dtypes import float_dtype
+from olmo2_export.graphs.stored_blocks import stored_matrices
 from olmo2_export.locate.explain import relative_error
 from olmo2_export.locate.layer_checks import TensorParity
+from olmo2_export.measure.parity import Check
 from olmo2_export.model.rotary import table_names
 from olmo2_export.stored_graph import load_graph
 from olmo2_export.truth.torch_layers import rotary_tables
-from olmo2_export.views.shared_forms import stored_int8, stored_matrices
+from olmo2_export.views.shared_forms import stored_int8
 from olmo2_export.views.static_forms import stored_input_scales, stored_linears
 from olmo2_export.views.table import quantized_weights
-from olmo2_export.views.weight_checks import check_int8, check_linears, check_matrices
+from olmo2_export.views.weight_checks import (
+    check_imported,
+    check_int8,
+    check_linears,
+    check_matrices,
+    in_stored_order,
+    was_taken_over,
+)
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.stored_names import stored_weight
 from runtimes import Package
@@ -56,10 +66,16 @@ def weight_check(
         return None
     graph = load_graph(package.folder / entry.graph)
     weights = quantized_weights(graph, config, static=entry.kv_cache.form == "static")
+    taken_over, ordered = was_taken_over(entry, checkpoint), in_stored_order(graph, checkpoint)
     if entry.kv_cache.form == "static":
-        checks = [(check_linears(stored_linears(graph, config), checkpoint, config), weights)]
+        linears = stored_linears(graph, config)
+        found = [check_linears(linears, checkpoint, config)]
+        found += [check_imported(linears, checkpoint)] if taken_over else []
     else:
-        checks = [(check_matrices(stored_matrices(graph), checkpoint, config), weights)]
+        matrices = stored_matrices(graph)
+        found = [check_matrices(matrices, ordered, config)]
+        found += [check_imported(matrices, ordered)] if taken_over else []
+    checks: list[tuple[Check, Mapping[str, torch.Tensor]]] = [(check, weights) for check in found]
     if entry.prefill is not None:
         int8 = stored_int8(load_graph(package.folder / entry.prefill.graph))
         checks.append((check_int8(int8, checkpoint, config), int8))
@@ -74,7 +90,7 @@ def weight_check(
             name,
             _layer_of(name),
             f"stored weight ({check.name})",
-            relative_error(stored[name], stored_weight(checkpoint, config, name)),
+            relative_error(stored[name], stored_weight(ordered, config, name)),
             tensor.nmse**0.5 if tensor is not None else 0.0,
         )
         return parity, f"The stored weight {name} is not the checkpoint's: {words}."

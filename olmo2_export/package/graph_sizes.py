@@ -6,7 +6,7 @@ Formats, graphs and the order of tensors are the writer's own; only weights are 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +31,7 @@ from olmo2_export.package.variants import cache_spec
 from olmo2_export.package.weight_choice import Options, choose_weights, defaults_of
 from olmo2_export.quantize.blocks import QuantizedMatrix
 from olmo2_export.quantize.recipes import MIXED, QuantizedWeights
-from olmo2_export.quantize.static import StaticWeights, check_recipe, static_forms
+from olmo2_export.quantize.static import LinearForm, StaticWeights, check_recipe, imported_forms, static_forms
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.stored_names import weight_shapes
 from runtimes.errors import UsageError
@@ -41,7 +41,7 @@ STATIC_CACHE = 4096
 """tokens: the capacity of an engine's cache where the context is longer; its graph has rotary tables of that length"""
 
 
-_GUESSED = "its codes are taken over: their groups are in the files, and taken to be the variant's own blocks"
+_GUESSED = "an estimate: of the codes that it takes over, zero points and act-order are in the files alone"
 
 
 @dataclass(frozen=True)
@@ -165,16 +165,20 @@ def _graphs(
             raise UsageError(f"variant {row.name}: made from a package, by olmo2-export build")
 
 
-def engine_graph_bytes(precision: Precision, checkpoint: Checkpoint, config: ModelConfig) -> GraphBytes | None:
+def engine_graph_bytes(
+    precision: Precision, checkpoint: Checkpoint, config: ModelConfig, variants: Sequence[str], options: Options
+) -> GraphBytes | None:
     """Predict the graph that TensorRT compiles; its weights are nearly all of an engine that holds them once.
 
     Args:
         precision: out of `catalog.precisions`.
-        checkpoint: nothing of it is read.
+        checkpoint: nothing of it is read, but of one that is quantised.
         config: its shape.
+        variants: of the package: of a quantised checkpoint that whose codes it would take over is among them, or not.
+        options: how they are made.
 
     Returns:
-        Its files; None where the precision does not go with the shape.
+        Its files; None where the precision does not go with the shape, or with the checkpoint's codes.
     """
     try:
         check_recipe(config, precision, None)
@@ -185,11 +189,30 @@ def engine_graph_bytes(precision: Precision, checkpoint: Checkpoint, config: Mod
     attach_weights(graph, checkpoint, small)
     weights = None
     if catalog.static_row(precision).weights.quantized:
-        forms = static_forms(small, precision, {})
+        try:
+            forms = _static_forms(small, precision, checkpoint, variants, options)
+        except UsageError:
+            return None
         weights = StaticWeights(checkpoint, small, precision, forms, None)
     capacity = min(config.max_position_embeddings, STATIC_CACHE)
     static, _ = static_graph(graph, small, precision, capacity, 1, weights)
     return predicted_bytes(static, config.num_hidden_layers)
+
+
+def _static_forms(
+    small: ModelConfig, precision: Precision, checkpoint: Checkpoint, variants: Sequence[str], options: Options
+) -> dict[str, LinearForm]:
+    """Return how the linears of a graph for TensorRT are stored: as codes that are taken over, if there are any.
+
+    Raises:
+        UsageError: codes that it has not.
+    """
+    for row in map(catalog.find, variants):
+        if row.weights.precision == precision and row.graph == "blocks" and is_imported(checkpoint, row, options):
+            choice = choose_weights(row, options, operations(small))
+            formats = imported_weights(checkpoint, small, row, Options(), choice).formats
+            return imported_forms(small, precision, formats)
+    return static_forms(small, precision, {})
 
 
 def _cache_scales(config: ModelConfig) -> dict[str, np.ndarray]:

@@ -22,9 +22,10 @@ from olmo2_export.catalog import BlockFormat, VariantRow
 from olmo2_export.config import ModelConfig
 from olmo2_export.package.weight_choice import Options, WeightChoice
 from olmo2_export.quantize.blocks import QuantizedMatrix
-from olmo2_export.quantize.imported import held_form, in_blocks
+from olmo2_export.quantize.imported import FoldedOrders, foldable_orders, held_form, in_blocks, likely_form
 from olmo2_export.quantize.recipes import QUANTIZERS, QuantizedWeights
 from olmo2_export.weights.checkpoint import Checkpoint
+from olmo2_export.weights.merged import switchable_adapters
 from olmo2_export.weights.stored_names import EMBEDDING, stored_weight, weight_shapes
 from runtimes.errors import UsageError
 
@@ -75,7 +76,7 @@ def imported_weights(
 
     Args:
         checkpoint: quantised; `check_import` has seen it.
-        config: its shape, or that of its first layers; of one whose headers alone are here the formats are a guess.
+        config: its shape, or that of its first layers; of one whose headers alone are here, what these say.
         row: of the variant.
         options: as they were given.
         choice: the formats of what is not in codes.
@@ -86,21 +87,21 @@ def imported_weights(
     """
     assert checkpoint.quantized is not None  # the caller has asked
     assert row.defaults is not None
+    without = not checkpoint.is_here or bool(switchable_adapters(checkpoint))  # an adapter's columns are in order
+    folded = {} if without else foldable_orders(checkpoint, config)
+    ordered = FoldedOrders(checkpoint, folded)
     formats: dict[str, BlockFormat] = {}
     orders: dict[str, np.ndarray] = {}
     for name in weight_shapes(config):
         if name == EMBEDDING or name not in checkpoint.quantized.linears:
             continue
-        if not checkpoint.is_here:
-            formats[name] = row.defaults.form
-            continue
-        codes = checkpoint.codes(name)
-        assert codes is not None  # check_import has refused what has none
+        codes, linear = ordered.codes(name) if checkpoint.is_here else None, checkpoint.quantized.linears[name]
+        default = row.defaults.form
         try:
-            formats[name] = held_form(codes, row.defaults.form)
+            formats[name] = likely_form(linear, default) if codes is None else held_form(codes, default)
         except UsageError as error:
             raise UsageError(f"{checkpoint.model}: {name}: {error}") from error
-        if (order := codes.order) is not None:
+        if codes is not None and (order := codes.order) is not None:
             orders[name] = order
     imported = frozenset(formats)
     if options.recipe is not None:
@@ -108,13 +109,13 @@ def imported_weights(
         formats |= {name: form for name, form in others.items() if name not in imported}
 
     def source(name: str) -> Tensor:
-        return stored_weight(checkpoint, config, name)
+        return stored_weight(ordered, config, name)
 
     def make(name: str, form: BlockFormat) -> QuantizedMatrix:
         if name not in imported:
             return QUANTIZERS[options.recipe or choice.recipe](source(name), form)
-        codes = checkpoint.codes(name)
-        assert codes is not None  # as above
+        codes = ordered.codes(name)
+        assert codes is not None  # check_import has refused what has none
         return in_blocks(codes, form)
 
-    return QuantizedWeights(formats, make, source, orders)
+    return QuantizedWeights(formats, make, source, orders, folded)

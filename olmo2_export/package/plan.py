@@ -138,7 +138,7 @@ def plan_export(
         variants=sizes,
         texts=_text_bytes(checkpoint, config, names, sizes, default_variant) + sum(a.numbers * 4 for a in adapters),
         spool=max((_spool(name, config, options) for name in names), default=0),
-        engines=tuple(_engines(checkpoint, config)) if "fp32" in names else (),
+        engines=tuple(_engines(checkpoint, config, names, options)) if "fp32" in names else (),
         costs=estimate_costs(config, sizes, options, source_bytes=checkpoint.nbytes or 2 * weights),
         free_disk=None if out is None else free_disk(out),
         free_memory=available_memory(),
@@ -199,8 +199,8 @@ def check_room(
     raise ResourceError(f"{out}: needs {needed + _KEPT_FREE:,} bytes ({parts}), {free:,} are free; {remedy}")
 
 
-def _engines(checkpoint: Checkpoint, config: ModelConfig) -> list[EngineSizes]:
-    found = ((precision, engine_graph_bytes(precision, checkpoint, config)) for precision in catalog.precisions())
+def _engines(checkpoint: Checkpoint, config: ModelConfig, names: Sequence[str], options: Options) -> list[EngineSizes]:
+    found = ((p, engine_graph_bytes(p, checkpoint, config, names, options)) for p in catalog.precisions())
     return [EngineSizes(name, size.graph + size.data, size.data) for name, size in found if size is not None]
 
 

@@ -40,6 +40,7 @@ from olmo2_export.graphs.shared import (
     shared_inputs,
     shared_outputs,
 )
+from olmo2_export.graphs.stored_blocks import folded_orders
 from olmo2_export.graphs.trace import OPSET, expected_op_counts, portable_inputs, portable_outputs, trace
 from olmo2_export.measure.quality import PIECE, broken_limits, gate_of, measure_quality, quality_tokens
 from olmo2_export.package.imported import imported_weights, is_imported
@@ -344,7 +345,7 @@ class VariantWriter:
         return (data,)
 
     def _write(self, model: ir.Model, graph: str, data: str) -> None:
-        if self._graphs_of is not None and (self._graphs_of / graph).is_file():
+        if self._graphs_of is not None and (self._graphs_of / graph).is_file() and not folded_orders(model):
             save_weights(model, self._staging / graph, self._graphs_of / graph, Path(data).name)
         else:
             save_graph(model, self._staging / graph, self._staging / data)

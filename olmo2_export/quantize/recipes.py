@@ -68,12 +68,15 @@ class QuantizedWeights:
         make: Callable[[str, BlockFormat], QuantizedMatrix],
         source: Callable[[str], Tensor],
         orders: Mapping[str, np.ndarray] | None = None,
+        folded: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         self.formats = dict(formats)
         self.orders = dict(orders or {})
         """int64 [K]: the order in which a linear wants its input, where that is another; see `QuantizedMatrix`"""
+        self.folded = dict(folded or {})
+        """the same of linears that get it in this order already; see `imported.FoldedOrders`"""
         self.source = source
-        """name -> the weight as the checkpoint has it, [N, K]"""
+        """name -> the weight as the checkpoint has it, or with these orders folded, [N, K]"""
         self._make = make
         self._errors: dict[str, TensorError] = {}
 

@@ -9,6 +9,9 @@
 down_proj reads products of two activations, whose outliers take the resolution of one int8 scale away from the rest; it
 alone would cost more than all other linears together. lm_head is what the logits are read from: 8 bits there cost
 about as much as those of all layers, for a sixth of the 1B model's weights. In int4 it has blocks of 32.
+
+Where a package has taken over a quantised checkpoint's codes, int4 takes them over from it, and all else, lm_head too,
+stays in bfloat16: see `imported`.
 """
 
 from __future__ import annotations
@@ -19,9 +22,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from olmo2_export.architecture import operations, shared_inputs
 from olmo2_export.catalog import BLOCK_SIZES, BlockFormat, listed, precisions, static_row
 from olmo2_export.config import ModelConfig
+from olmo2_export.quantize.blocks import QuantizedMatrix
 from olmo2_export.quantize.calibration import calibration_tokens
+from olmo2_export.quantize.imported import in_static_blocks, static_block
 from olmo2_export.quantize.input_scales import Choose, fp8_scale, input_scales, int8_scale
 from olmo2_export.quantize.linear import QuantizedLinear, fp8_linear, int4_linear, int8_linear, squared_error
 from olmo2_export.quantize.recipes import CALIBRATED, MIXED, QuantizedWeights, quantize
@@ -203,6 +209,64 @@ def static_forms(config: ModelConfig, precision: str, scales: Mapping[str, float
         sizes = {name: (head if name == HEAD else form).block_size for name in names}
         return {name: LinearForm(precision, size, None) for name, size in sizes.items()}
     return {name: LinearForm(precision, 0, scales.get(name, 1.0)) for name in names}
+
+
+def imported_forms(config: ModelConfig, precision: str, formats: Mapping[str, BlockFormat]) -> dict[str, LinearForm]:
+    """Return how linears are stored whose codes are taken over: in one block, as products that are merged must be.
+
+    Args:
+        config: the shapes.
+        precision: one of blocks.
+        formats: of the layers' linears that are in codes.
+
+    Raises:
+        UsageError: codes that TensorRT does not have, or of one of several linears that read one input.
+    """
+    shapes, sizes = weight_shapes(config), []
+    for name, form in formats.items():
+        try:
+            sizes.append(static_block(form, shapes[name][1]))
+        except UsageError as error:
+            raise UsageError(f"{name}: {error}") from error
+    for group in shared_inputs(operations(config)):
+        names = [row.weight for row in group if row.weight is not None]
+        if not set(names).isdisjoint(formats) and (others := [name for name in names if name not in formats]):
+            raise UsageError(f"{others[0]} is not in codes, and is multiplied together with {names[0]}")
+    return {name: LinearForm(precision, min(sizes), None) for name in formats}
+
+
+def imported_static_weights(
+    source: WeightSource,
+    config: ModelConfig,
+    precision: str,
+    formats: Mapping[str, BlockFormat],
+    matrices: Mapping[str, QuantizedMatrix],
+) -> StaticWeights:
+    """Take over the codes of a package's variant for a TensorRT graph.
+
+    Args:
+        source: the weights that they stand for.
+        config: their shape.
+        precision: one of blocks.
+        formats: of the linears that are in codes, by the checkpoint's names.
+        matrices: these codes; each is read now, and again when it is written.
+
+    Raises:
+        UsageError: as `imported_forms`; act-order, or scales that are not positive.
+    """
+    forms = imported_forms(config, precision, formats)
+
+    def make(name: str, form: BlockFormat) -> QuantizedMatrix:
+        try:
+            return in_static_blocks(matrices[name], form.block_size)
+        except UsageError as error:
+            raise UsageError(f"{name}: {error}") from error
+
+    smaller = {name: replace(formats[name], block_size=form.block_size) for name, form in forms.items()}
+    for name, form in smaller.items():
+        make(name, form)  # what is refused is refused before a graph is written
+    blocks = QuantizedWeights(smaller, make, lambda name: stored_weight(source, config, name))
+    return StaticWeights(source, config, precision, forms, blocks)
 
 
 def _block_formats(config: ModelConfig, precision: str) -> tuple[BlockFormat, BlockFormat]:

@@ -30,7 +30,9 @@ def declare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--max-cache-length", type=int, metavar="N", help="tokens; default: the context, at most 4096")
     verb.add_argument("--prefill-chunk", type=int, metavar="N", help="tokens per row and prefill call; default 512")
     verb.add_argument("--top-k", type=int, default=1, metavar="N", help="candidates the engine picks; default 1")
-    verb.add_argument("--recipe", metavar="R", help="of int4: rtn, search (the default), gptq")
+    verb.add_argument(
+        "--recipe", metavar="R", help="of int4: rtn, search, gptq; default: search, or a checkpoint's codes"
+    )
     verb.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text for int8, fp8 and gptq")
     verb.add_argument("--weight-streaming", action="store_true", help="weights may stay in host memory")
     full = verb.add_argument_group("full TensorRT")

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from olmo2_export.config import ModelConfig
+from olmo2_export.graphs.lazy_tensors import LazyTensors
 from olmo2_export.measure.parity import Check
 from olmo2_export.truth.layered import LayeredReference
-from olmo2_export.views.lazy_tensors import LazyTensors
 from olmo2_export.views.runners import open_form
 from olmo2_export.views.table import View, has_rounded_form
 from olmo2_export.weights.checkpoint import Checkpoint

@@ -1,4 +1,4 @@
-"""Forms of a stored shared-cache graph, made in memory on the stored weights, and the weights that it stores.
+"""Forms of a stored shared-cache graph, made in memory on the stored weights, and what is read from it.
 
 | form      | computes                                                                                    |
 |-----------|---------------------------------------------------------------------------------------------|
@@ -10,18 +10,15 @@ A graph that computes in bfloat16 has the rounded form of `static_forms`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
-from olmo2_export.catalog import BlockFormat
 from olmo2_export.fuse.matmul_integer import multiply_floats
-from olmo2_export.fuse.matmul_nbits import unordered
-from olmo2_export.quantize.blocks import QuantizedMatrix
-from olmo2_export.views.lazy_tensors import LazyTensors
+from olmo2_export.graphs.lazy_tensors import LazyTensors
+from olmo2_export.graphs.stored_blocks import input_order, read_array
 
 
 def exact_form(graph: ir.Model) -> ir.Model:
@@ -47,53 +44,6 @@ def exact_form(graph: ir.Model) -> ir.Model:
     return exact
 
 
-def stored_matrices(graph: ir.Model) -> LazyTensors[QuantizedMatrix]:
-    """Return the weights in blocks as a written graph has them, by the checkpoint's names; each is read when asked."""
-    makers: dict[str, Callable[[], QuantizedMatrix]] = {}
-    for node in graph.graph:
-        if node.op_type not in ("MatMulNBits", "GatherBlockQuantized"):
-            continue
-        packed = node.inputs[0 if node.op_type == "GatherBlockQuantized" else 1]
-        assert packed is not None  # the operators need it
-        makers[str(packed.name).removesuffix(".packed")] = partial(_stored_matrix, graph, node, str(packed.name))
-    return LazyTensors(makers)
-
-
-def _stored_matrix(graph: ir.Model, node: ir.Node, packed: str) -> QuantizedMatrix:
-    initializers, name = graph.graph.initializers, packed.removesuffix(".packed")
-    parts = {part: initializers.get(f"{name}.{part}") for part in ("packed", "scales", "zero_points")}
-    codes, scales, zeros = (
-        None if v is None or v.const_value is None else _read(v.const_value) for v in parts.values()
-    )
-    assert codes is not None
-    assert scales is not None
-    gather = node.op_type == "GatherBlockQuantized"
-    bits, block = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
-    form = BlockFormat(bits, block, symmetric=zeros is None)
-    columns = codes.shape[1] * 8 // bits if gather else node.attributes["K"].as_int()
-    if gather:  # without the padding of the last block
-        width = form.blocks(columns) * block * bits // 8
-        codes = np.pad(codes, ((0, 0), (0, width - codes.shape[1])))
-    rows, blocks = len(codes), form.blocks(columns)
-    order = None if gather else _order(node)
-    return QuantizedMatrix(form, rows, columns, codes.reshape(rows, blocks, -1), scales, zeros, order)
-
-
-def _order(node: ir.Node) -> np.ndarray | None:
-    """Return the order in which a product in blocks wants the columns of its input; None: as they are."""
-    assert node.inputs[0] is not None  # a product has two inputs
-    _, order = unordered(node.inputs[0])
-    return None if order is None or order.const_value is None else _read(order.const_value).astype(np.int64)
-
-
-def _read(tensor: ir.TensorProtocol) -> np.ndarray:
-    """Copy a tensor out of its file, which is not kept mapped."""
-    array = np.array(tensor.numpy())
-    if isinstance(tensor, ir.ExternalTensor):
-        tensor.release()
-    return array
-
-
 def block_inputs(graph: ir.Model) -> dict[str, tuple[int, np.ndarray | None]]:
     """Return how the input of each linear in blocks is cut, by the checkpoint's names, without reading weights.
 
@@ -101,7 +51,7 @@ def block_inputs(graph: ir.Model) -> dict[str, tuple[int, np.ndarray | None]]:
         Columns of a block, and the order in which they are taken, int64 [K]; None: as they are.
     """
     return {
-        str(node.inputs[1].name).removesuffix(".packed"): (node.attributes["block_size"].as_int(), _order(node))
+        str(node.inputs[1].name).removesuffix(".packed"): (node.attributes["block_size"].as_int(), input_order(node))
         for node in graph.graph
         if node.op_type == "MatMulNBits" and node.inputs[1] is not None
     }
@@ -115,7 +65,7 @@ def stored_int8(graph: ir.Model) -> LazyTensors[torch.Tensor]:
         codes, scales = initializers[f"{name}.int8"].const_value, initializers[f"{name}.channel_scales"].const_value
         assert codes is not None  # loaded from a file
         assert scales is not None
-        return torch.from_numpy((_read(codes).astype(np.float32) * _read(scales)).T)
+        return torch.from_numpy((read_array(codes).astype(np.float32) * read_array(scales)).T)
 
     names = [n.removesuffix(".int8") for n in initializers if n.endswith(".int8")]
     return LazyTensors({name: partial(load, name) for name in names if f"{name}.channel_scales" in initializers})

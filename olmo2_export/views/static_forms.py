@@ -27,8 +27,8 @@ from olmo2_export.dtypes import HALVES, torch_dtype
 from olmo2_export.fuse.dequantize_weights import CODES, SCALES
 from olmo2_export.fuse.edit import find_input, is_op, name_of, new_node
 from olmo2_export.fuse.merge_projections import JOINT
+from olmo2_export.graphs.lazy_tensors import LazyTensors
 from olmo2_export.quantize.linear import QuantizedLinear
-from olmo2_export.views.lazy_tensors import LazyTensors
 from olmo2_export.weights.stored_names import EMBEDDING, weight_shapes
 from runtimes.errors import FusionError, PackageError
 

@@ -41,6 +41,8 @@ import olmo2_export.catalog as catalog
 from olmo2_export.config import ModelConfig
 from olmo2_export.dtypes import HALVES, float_dtype
 from olmo2_export.fuse.merge_projections import JOINT
+from olmo2_export.graphs.lazy_tensors import LazyTensors
+from olmo2_export.graphs.stored_blocks import stored_matrices
 from olmo2_export.measure.parity import GATES, KERNELS, Gate
 from olmo2_export.model.rotary import TABLES
 from olmo2_export.quantize.blocks import QuantizedMatrix
@@ -50,7 +52,6 @@ from olmo2_export.truth.reference import SCALED, Rounding, in_order, int8_blocks
 from olmo2_export.truth.torch_layers import Weights
 from olmo2_export.views import shared_forms, static_forms
 from olmo2_export.views.first_call import at_first_call
-from olmo2_export.views.lazy_tensors import LazyTensors
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.stored_names import stored_weight
 from runtimes import Package
@@ -209,7 +210,7 @@ def quantized_weights(graph: ir.Model, config: ModelConfig, *, static: bool) -> 
     if static:
         linears = static_forms.stored_linears(graph, config)
         return LazyTensors({name: partial(_dequantized, linears, name) for name in linears})
-    matrices = shared_forms.stored_matrices(graph)
+    matrices = stored_matrices(graph)
     return LazyTensors({name: partial(_dequantized, matrices, name) for name in matrices})
 
 

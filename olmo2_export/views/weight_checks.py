@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
+from dataclasses import replace
 
+import onnx_ir as ir
 import torch
 
 from olmo2_export.config import ModelConfig
+from olmo2_export.graphs.stored_blocks import folded_orders, stored_matrices
 from olmo2_export.measure.parity import Check
 from olmo2_export.quantize.blocks import QuantizedMatrix
 from olmo2_export.quantize.encode import cut
-from olmo2_export.quantize.imported import IMPORTED
+from olmo2_export.quantize.imported import IMPORTED, FoldedOrders
 from olmo2_export.quantize.linear import QuantizedLinear
 from olmo2_export.stored_graph import load_graph
-from olmo2_export.views.shared_forms import stored_int8, stored_matrices
+from olmo2_export.views.shared_forms import stored_int8
 from olmo2_export.views.static_forms import stored_input_scales, stored_linears, stored_tensors
 from olmo2_export.weights.checkpoint import Checkpoint
+from olmo2_export.weights.source import WeightSource
 from olmo2_export.weights.stored_names import stored_weight
 from runtimes import Package
 from runtimes.errors import first_names
@@ -30,7 +34,13 @@ CHANNEL_SCALE_ERROR = 0.05
 _ROWS = 4096
 
 
-def check_matrices(matrices: Mapping[str, QuantizedMatrix], checkpoint: Checkpoint, config: ModelConfig) -> Check:
+def in_stored_order(graph: ir.Model, checkpoint: Checkpoint) -> Checkpoint | FoldedOrders:
+    """Return a checkpoint's weights in the order in which a graph stores them, where that is another."""
+    orders = folded_orders(graph)
+    return FoldedOrders(checkpoint, orders) if orders else checkpoint
+
+
+def check_matrices(matrices: Mapping[str, QuantizedMatrix], checkpoint: WeightSource, config: ModelConfig) -> Check:
     """Compare each block's scale with the one that fits its codes to the checkpoint's weights best."""
     worst = 0.0
     failures: list[str] = []
@@ -51,13 +61,33 @@ def check_matrices(matrices: Mapping[str, QuantizedMatrix], checkpoint: Checkpoi
     return Check("weights", f"{len(matrices)} tensors, scales within {worst:.1%} of the best", tuple(failures[:5]))
 
 
-def check_imported(matrices: Mapping[str, QuantizedMatrix], checkpoint: Checkpoint) -> Check:
-    """Compare weights that were taken over with the checkpoint's dequantised ones: equal in every number."""
+def check_imported(
+    stored: Mapping[str, QuantizedMatrix | QuantizedLinear], checkpoint: Checkpoint | FoldedOrders
+) -> Check:
+    """Compare weights that were taken over with what the checkpoint's codes say: equal in every number."""
     assert checkpoint.quantized is not None  # the caller has seen to it
-    names = [name for name in matrices if name in checkpoint.quantized.linears]
-    different = [name for name in names if not torch.equal(matrices[name].dequantize(), checkpoint.tensor(name))]
-    failures = (f"not what the checkpoint's codes say: {first_names(different)}",) if different else ()
-    return Check("imported weights", f"{len(names)} tensors, {len(different)} differ from the checkpoint's", failures)
+    names = [name for name in stored if name in checkpoint.quantized.linears]
+    failures: list[str] = []
+    for name in names:
+        found = stored[name]
+        wrong = found.dequantize() != _as_taken_over(checkpoint, name, rounded=isinstance(found, QuantizedLinear))
+        if bool(wrong.any()):
+            row, column = (int(place) for place in wrong.nonzero()[0])
+            failures.append(
+                f"{name}: {int(wrong.sum())} numbers are not what the checkpoint's codes say, the first in row {row}, "
+                f"column {column}"
+            )
+    found_words = f"{len(names)} tensors, {len(failures)} differ from the checkpoint's"
+    return Check("imported weights", found_words, tuple(failures[:5]))
+
+
+def _as_taken_over(checkpoint: Checkpoint | FoldedOrders, name: str, *, rounded: bool) -> torch.Tensor:
+    """Return what codes say, [N, K]; `rounded`: with scales of bfloat16, as graphs for TensorRT have."""
+    codes = checkpoint.codes(name) if rounded else None
+    if codes is None:
+        return checkpoint.tensor(name)
+    scales = torch.from_numpy(codes.scales).to(torch.bfloat16).float().numpy()
+    return torch.from_numpy(replace(codes, scales=scales).dequantize())
 
 
 def check_int8(weights: Mapping[str, torch.Tensor], checkpoint: Checkpoint, config: ModelConfig) -> Check:
@@ -140,6 +170,12 @@ def check_cache_scales(package: Package, entry: Variant) -> Check:
     return Check("cache scales", f"{len(scales)} in each graph", tuple(failures[:5]))
 
 
+def was_taken_over(entry: Variant, checkpoint: Checkpoint) -> bool:
+    """Tell whether a variant has a checkpoint's codes, and is compared with one that has codes."""
+    taken = entry.quantization is not None and entry.quantization.recipe == IMPORTED
+    return taken and checkpoint.quantized is not None
+
+
 def weight_checks(package: Package, entry: Variant, checkpoint: Checkpoint, config: ModelConfig) -> list[Check]:
     """Compare all that a variant's graphs store with the checkpoint, and the scales of inputs with the manifest.
 
@@ -155,13 +191,15 @@ def weight_checks(package: Package, entry: Variant, checkpoint: Checkpoint, conf
         if entry.quantization is None:
             return [rounded]
         scales = check_input_scales(stored_input_scales(graph), entry.quantization.input_scales)
-        return [rounded, check_linears(stored_linears(graph, config), checkpoint, config), scales]
+        linears = stored_linears(graph, config)
+        checks = [rounded, check_linears(linears, checkpoint, config), scales]
+        return [*checks, check_imported(linears, checkpoint)] if was_taken_over(entry, checkpoint) else checks
     if entry.quantization is None:
         return []
-    matrices = stored_matrices(graph)
-    checks = [check_matrices(matrices, checkpoint, config)]
-    if entry.quantization.recipe == IMPORTED and checkpoint.quantized is not None:
-        checks.append(check_imported(matrices, checkpoint))
+    matrices, ordered = stored_matrices(graph), in_stored_order(graph, checkpoint)
+    checks = [check_matrices(matrices, ordered, config)]
+    if was_taken_over(entry, checkpoint):
+        checks.append(check_imported(matrices, ordered))
     if entry.prefill is not None:
         int8 = stored_int8(load_graph(package.folder / entry.prefill.graph))
         checks.append(check_int8(int8, checkpoint, config))

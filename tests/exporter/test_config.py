@@ -132,7 +132,7 @@ def test_null_fields_of_other_models_are_fine() -> None:
     ("change", "said"),
     [
         ({"auto_map": {"AutoModel": "own.Model"}}, "auto_map is code of its own"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is left over"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is of the checkpoint's weights, or left over"),
         ({"layer_types": ["full_attention"] * 3, "sliding_window": 32}, ""),
         ({"sliding_window": 256}, ""),
         ({"sliding_window": 32, "use_sliding_window": False}, ""),

@@ -153,10 +153,10 @@ def whole(cells: Iterable[Seen]) -> str:
     lines += _table(ROPE, [*MODELS.values()], titles, [(ROPE, model) for model in MODELS], states)
     reasons: dict[str, set[str]] = {}
     for cell in cells:
-        if cell.state == "refused":
+        if cell.state == "refused" and cell.reason:
             reasons.setdefault(cell.reason.replace("|", "\\|"), set()).add(_title(cell))
     if reasons:
-        rows = sorted((", ".join(sorted(titles)), reason) for reason, titles in reasons.items())
+        rows = sorted(("; ".join(sorted(titles)), reason) for reason, titles in reasons.items())
         lines += [
             "| refused | with the words |",
             "|---|---|",
@@ -185,7 +185,7 @@ def written(page: str) -> set[Seen]:
                 if state in get_args(State)
             }
         elif others and not first.startswith("---"):
-            cells |= {Seen(title, "", "", "refused", others[0].replace("\\|", "|")) for title in first.split(", ")}
+            cells |= {Seen(title, "", "", "refused", others[0].replace("\\|", "|")) for title in first.split("; ")}
     return cells
 
 

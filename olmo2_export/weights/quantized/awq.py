@@ -17,7 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from olmo2_export.weights.quantized.codes import REMEDY, Arrays, Codes, StoredLinear, even_groups, unpack
+from olmo2_export.weights.quantized.codes import (
+    REMEDY,
+    Arrays,
+    Codes,
+    StoredLinear,
+    even_groups,
+    group_columns,
+    refuse_rules,
+    unpack,
+)
 from olmo2_export.weights.stored_tensors import TensorInfo
 from runtimes.errors import CheckpointError, ConfigError
 
@@ -38,7 +47,9 @@ def find_awq(table: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dic
         raise ConfigError(f"AWQ in the layout {form}, read is gemm; {REMEDY}")
     if bits != _BITS:
         raise ConfigError(f"AWQ of {bits} bits, read is 4; {REMEDY}")
+    refuse_rules(table)
     size = table.get("group_size", table.get("q_group_size"))
+    symmetric = bool(table.get("sym", not table.get("zero_point", True)))
     found = {}
     for name in tensors:
         if not name.endswith(".qweight"):
@@ -52,7 +63,8 @@ def find_awq(table: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dic
         groups = scales.shape[0] if scales.shape else 0
         if scales.shape != (groups, rows) or zeros.shape != (groups, packed.shape[1]):
             raise CheckpointError(f"{stem}*: shapes that are not of one linear of {_BITS} bits; {REMEDY}")
-        found[f"{stem}weight"] = StoredLinear((rows, columns), _BITS, parts, partial(_decode, size=size))
+        decode, width = partial(_decode, size=size), group_columns(columns, size, groups)
+        found[f"{stem}weight"] = StoredLinear((rows, columns), _BITS, parts, decode, group=width, symmetric=symmetric)
     return found
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from runtimes.errors import CheckpointError
+from runtimes.errors import CheckpointError, ConfigError
 
 _ROWS = 1024
 REMEDY = "give the checkpoint that it was made from"
@@ -71,6 +72,10 @@ class StoredLinear:
     decode: Callable[[Arrays], Codes | np.ndarray]
     unread: tuple[str, ...] = ()
     """names of tensors that belong to it and are not needed"""
+    group: int = 0
+    """columns that share a scale, the last of a row may be fewer; 0: a whole row does"""
+    symmetric: bool = True
+    """whether zero points are in the middle, as far as it is known without them"""
 
 
 def unpack(words: np.ndarray, bits: int) -> np.ndarray:
@@ -91,6 +96,29 @@ def unsigned(codes: np.ndarray, bits: int) -> np.ndarray:
     return moved.astype(np.uint8)
 
 
+def refuse_rules(table: Mapping[str, Any]) -> None:
+    """Refuse rules that give some modules other bits or groups than all have; those that leave one alone are fine.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    for field in ("dynamic", "extra_config"):
+        rules = table.get(field)
+        for module, rule in (rules if isinstance(rules, Mapping) else {}).items():
+            if not isinstance(rule, Mapping) or str(module).startswith("-:") or rule.get("bits", 0) >= 16:
+                continue
+            other = [f"{k} {rule[k]}" for k in ("bits", "group_size") if k in rule and rule[k] != table.get(k)]
+            if other:
+                raise ConfigError(f"{field} gives {module} {', '.join(other)}, read is one form for all; {REMEDY}")
+
+
+def group_columns(columns: int, size: object, groups: int) -> int:
+    """Return how many columns share a scale, as `StoredLinear` has it; arguments as `even_groups`."""
+    if groups <= 1:
+        return 0
+    return size if type(size) is int and size > 0 else -(-columns // groups)
+
+
 def even_groups(columns: int, size: object, groups: int) -> np.ndarray:
     """Return the group of each column where neighbours share one, int64 [columns]; the last may have fewer columns.
 
@@ -108,14 +136,14 @@ def even_groups(columns: int, size: object, groups: int) -> np.ndarray:
     return np.arange(columns) // width
 
 
-def given_groups(index: np.ndarray, groups: int) -> np.ndarray:
-    """Return the group of each column as a checkpoint says it, int64 [K].
+def given_groups(index: np.ndarray, size: object, groups: int) -> np.ndarray:
+    """Return the group of each column as a checkpoint says it, int64 [K]; the last may have fewer columns.
 
     Raises:
         CheckpointError: a group that has no scale, or groups of several sizes, which blocks cannot hold.
     """
     found = index.astype(np.int64)
     counts = np.bincount(found, minlength=groups) if len(found) and found.min() >= 0 else np.zeros(0, np.int64)
-    if len(counts) != groups or len(set(counts.tolist())) > 1:
+    if not np.array_equal(counts, np.bincount(even_groups(len(found), size, groups))):
         raise CheckpointError(f"g_idx: expected {groups} groups of one size; {REMEDY}")
     return found

@@ -30,6 +30,7 @@ from olmo2_export.weights.quantized.codes import (
     StoredLinear,
     even_groups,
     given_groups,
+    group_columns,
     unpack,
     unsigned,
 )
@@ -132,7 +133,9 @@ def _linear(stem: str, tensors: Mapping[str, TensorInfo], weights: Mapping[str, 
     if lost := [stem + part for part, is_needed in needed.items() if is_needed and part not in parts]:
         raise CheckpointError(f"{lost[0]} is missing, which config.json asks for: download the checkpoint again")
     unused = tuple(stem + part for part in _UNUSED if stem + part in tensors)
-    return StoredLinear((rows, columns), bits, parts, partial(_decode, bits=bits, size=size), unused)
+    decode, width = partial(_decode, bits=bits, size=size), group_columns(columns, size, scale.shape[1])
+    symmetric = "weight_zero_point" not in parts
+    return StoredLinear((rows, columns), bits, parts, decode, unused, width, symmetric)
 
 
 def _decode(arrays: Arrays, bits: int, size: object) -> Codes:
@@ -149,5 +152,8 @@ def _decode(arrays: Arrays, bits: int, size: object) -> Codes:
     if zeros.shape != scales.shape:
         raise CheckpointError(f"weight_zero_point {list(zeros.shape)}, expected {list(scales.shape)}; {REMEDY}")
     index = arrays.get("weight_g_idx")
-    groups = even_groups(columns, size, count) if index is None or (index < 0).all() else given_groups(index, count)
+    if index is None or (index < 0).all():
+        groups = even_groups(columns, size, count)
+    else:
+        groups = given_groups(index, size, count)
     return Codes(bits, codes, scales, zeros, groups)

@@ -27,6 +27,8 @@ from olmo2_export.weights.quantized.codes import (
     StoredLinear,
     even_groups,
     given_groups,
+    group_columns,
+    refuse_rules,
     unpack,
 )
 from olmo2_export.weights.stored_tensors import TensorInfo
@@ -53,6 +55,8 @@ def find_gptq(table: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> di
         raise ConfigError(f"GPTQ of {bits!r} bits, read are 4 and 8; {REMEDY}")
     if words != "int32":
         raise ConfigError(f"GPTQ with pack_dtype {words}, read is int32; {REMEDY}")
+    refuse_rules(table)
+    size, symmetric = table.get("group_size"), bool(table.get("sym", True))
     found = {}
     for name in tensors:
         if not name.endswith(".qweight"):
@@ -70,11 +74,11 @@ def find_gptq(table: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> di
             raise CheckpointError(f"{stem}*: shapes that are not of one linear of {bits} bits: mixed bits? {REMEDY}")
         if table.get("desc_act") and index is None:
             raise CheckpointError(f"{stem}g_idx is missing, which desc_act needs: download the checkpoint again")
-        size = table.get("group_size")
         if type(size) is int and size > 0 and groups != -(-columns // size):
             raise CheckpointError(f"{stem}scales: {groups} groups of {columns} inputs, config.json says {size} each")
-        decode = partial(_decode, bits=bits, size=table.get("group_size"), first_format=form == "gptq")
-        found[f"{stem}weight"] = StoredLinear((rows, columns), bits, parts, decode)
+        decode = partial(_decode, bits=bits, size=size, first_format=form == "gptq")
+        width = group_columns(columns, size, groups)
+        found[f"{stem}weight"] = StoredLinear((rows, columns), bits, parts, decode, group=width, symmetric=symmetric)
     return found
 
 
@@ -91,5 +95,5 @@ def _decode(arrays: Arrays, bits: int, size: object, *, first_format: bool) -> C
         codes=codes,
         scales=scales,
         zero_points=np.ascontiguousarray(unpack(zeros.view(np.int32), bits).T),
-        groups=even_groups(columns, size, count) if index is None else given_groups(index, count),
+        groups=even_groups(columns, size, count) if index is None else given_groups(index, size, count),
     )

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from olmo2_export.catalog import listed
 from olmo2_export.config import read_json_object
 from olmo2_export.weights.quantized.awq import find_awq
 from olmo2_export.weights.quantized.bitsandbytes import find_bitsandbytes
@@ -95,7 +96,7 @@ def find_quantized(
     try:
         linears = _linears(method, table, tensors, read, metadata)
     except (ConfigError, CheckpointError) as error:
-        raise type(error)(f"{folder}: quantised by {error}") from error
+        raise type(error)(f"{folder}: quantised checkpoint ({method or 'no quant_method'}): {error}") from error
     if not linears:
         return None
     rounds = "inputs of products are rounded by the library, and in no graph of 16 or 32 bits: verify compares with "
@@ -144,19 +145,21 @@ def _linears(
         case "bitsandbytes":
             return find_bitsandbytes(tensors, read)
     raise ConfigError(
-        f"{_OTHERS.get(method, method or 'an unnamed library')}; read are gptq, awq, auto-round, compressed-tensors, "
+        f"{_OTHERS.get(method, 'a format that is not known')}; read are gptq, awq, auto-round, compressed-tensors, "
         f"torchao and bitsandbytes in integers; {REMEDY}"
     )
 
 
 def _title(method: str, table: Mapping[str, Any], linears: Mapping[str, StoredLinear]) -> str:
-    """Return the format in words: what the most linears have."""
+    """Return the format in words, with all sizes of groups that there are."""
     form = next((table[name] for name in _FORMS if isinstance(table.get(name), str)), None)
     if method == "bitsandbytes":
         form = table.get("bnb_4bit_quant_type") if table.get("load_in_4bit") else "int8"
     words = [f"{method} ({form})" if form and form != method else method]
     bits = Counter(linear.bits for linear in linears.values())
     words += [" and ".join(f"{n} bits" if n else "floats" for n in sorted(bits, key=lambda n: n or 0))]
-    if type(size := table.get("group_size")) is int:
-        words += [f"groups of {size}" if size > 0 else "a scale per row"]
+    groups = {linear.group for linear in linears.values() if linear.bits}
+    if sizes := sorted(groups - {0}):
+        words += [f"groups of {listed(map(str, sizes))}"]
+    words += ["a scale per row"] if 0 in groups else []
     return ", ".join([*words, *(["act-order"] if table.get("desc_act") else [])])

@@ -25,6 +25,7 @@ from olmo2_export.weights.quantized.codes import (
     Codes,
     StoredLinear,
     even_groups,
+    group_columns,
     unsigned,
 )
 from olmo2_export.weights.stored_tensors import TensorInfo
@@ -93,7 +94,8 @@ def _linear(
         raise ConfigError(f"torchao: {weight} of {bits} bits, read are 4 and 8; {REMEDY}")
     if scale[0] != rows or any(shape != scale for shape in shapes[2:]):
         raise CheckpointError(f"torchao: {weight}: expected scales and zero points [{rows}, groups]; {REMEDY}")
-    return StoredLinear((rows, columns), bits, parts, partial(_decode, bits=bits, size=size))
+    width = group_columns(columns, size, scale[1])
+    return StoredLinear((rows, columns), bits, parts, partial(_decode, bits=bits, size=size), group=width)
 
 
 def _decode(arrays: Arrays, bits: int, size: object) -> Codes:

@@ -31,10 +31,11 @@ from olmo2_export.graphs.shared import (
     shared_inputs,
     shared_outputs,
 )
+from olmo2_export.graphs.stored_blocks import stored_matrices
 from olmo2_export.graphs.trace import trace
 from olmo2_export.quantize.recipes import quantize
 from olmo2_export.truth.reference import int8_blocks, open_reference
-from olmo2_export.views.shared_forms import exact_form, stored_int8, stored_matrices
+from olmo2_export.views.shared_forms import exact_form, stored_int8
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes.errors import FailedError, FusionError
 from runtimes.manifest import KVCacheSpec, Variant

@@ -25,12 +25,12 @@ from olmo2_export.fuse.host_logit_count import host_logit_count
 from olmo2_export.graphs.device import device_graph
 from olmo2_export.graphs.files import save_graph
 from olmo2_export.graphs.shared import shared_graph
+from olmo2_export.graphs.stored_blocks import stored_matrices
 from olmo2_export.graphs.trace import trace
 from olmo2_export.package.export import export
 from olmo2_export.package.weight_choice import Options
 from olmo2_export.truth.reference import open_reference
 from olmo2_export.verify.verify import verify
-from olmo2_export.views.shared_forms import stored_matrices
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes import open_runner
 from runtimes.errors import BackendError, FailedError, UsageError

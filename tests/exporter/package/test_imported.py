@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from support.bugs.edits import change
+from safetensors.torch import load_file, save_file
+from support.bugs.edits import change, scaled
 from support.matrix import refused
 from support.quantized import (
     Writer,
@@ -25,23 +26,33 @@ from support.quantized import (
     make_quantized,
     pack_quantized,
 )
+from support.rebuilt_packages import rebuilt, rebuilt_trt, with_trt_graph
 
+from olmo2_export.catalog import Q4, Q8, BlockFormat
 from olmo2_export.cli import main
 from olmo2_export.config import ModelConfig
-from olmo2_export.package import variants
+from olmo2_export.graphs.stored_blocks import folded_orders, stored_matrices
+from olmo2_export.locate.locate import format_location, locate
+from olmo2_export.locate.stored_values import weight_check
+from olmo2_export.package import imported, variants
 from olmo2_export.package.export import export
+from olmo2_export.package.graph_sizes import engine_graph_bytes
 from olmo2_export.package.plan import plan_export
+from olmo2_export.package.trt_variants import TrtOptions, check_trt_options
 from olmo2_export.package.weight_choice import Options
-from olmo2_export.quantize.imported import held_form, in_blocks
+from olmo2_export.quantize.blocks import QuantizedMatrix
+from olmo2_export.quantize.imported import held_form, in_blocks, in_static_blocks
+from olmo2_export.quantize.static import imported_forms, imported_static_weights
 from olmo2_export.stored_graph import load_graph
 from olmo2_export.summary.package import describe
 from olmo2_export.summary.plan_text import plan_lines
 from olmo2_export.summary.text import plain
 from olmo2_export.verify.variant import measure_variant
 from olmo2_export.verify.verify import format_reports
-from olmo2_export.views.shared_forms import stored_matrices
-from olmo2_export.views.weight_checks import check_imported, weight_checks
-from olmo2_export.weights.checkpoint import open_checkpoint
+from olmo2_export.views.static_forms import stored_linears, stored_tensors
+from olmo2_export.views.weight_checks import check_imported, in_stored_order, weight_checks
+from olmo2_export.weights.checkpoint import Checkpoint, open_checkpoint
+from olmo2_export.weights.quantized.codes import Codes
 from runtimes import open_runner
 from runtimes.errors import UsageError
 from runtimes.package import open_package
@@ -85,6 +96,34 @@ def ordered(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return folder / "c", folder / "p"
 
 
+SYMMETRIC = GPTQ | {"sym": True, "desc_act": False}
+OUT = "model.layers.0.self_attn.o_proj.weight"
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def symmetric(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A symmetric GPTQ checkpoint, scales of o_proj in more bits than bfloat16 has; and its q4. Do not change them."""
+    folder = tmp_path_factory.mktemp("symmetric")
+    make_quantized(folder / "c", base, SYMMETRIC, gptq)
+    stored = load_file(folder / "c" / "model.safetensors")
+    scales = stored[OUT.replace("weight", "scales")]
+    assert scales.dtype == torch.float16
+    scales.view(torch.int16).bitwise_or_(3)  # the last of 11 bits
+    save_file(stored, folder / "c" / "model.safetensors", {"format": "pt"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(variants, "quality_tokens", partial(variants.quality_tokens, most=256))
+        export(open_checkpoint(str(folder / "c")), folder / "p", variants=["fp32", "q4"])
+    return folder / "c", folder / "p"
+
+
+@pytest.fixture(scope="module")
+def with_int4(symmetric: tuple[Path, Path]) -> Path:
+    """That package with the graph that TensorRT compiles in int4. Do not change it."""
+    out = symmetric[1].parent / "trt"
+    return with_trt_graph(symmetric[1], out, TrtOptions("int4", 256))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_graph_holds_the_integers_and_computes_what_they_say(base: Path, tmp_path: Path, case: str) -> None:
     variant, config, write, fields = CASES[case]
@@ -97,9 +136,11 @@ def test_the_graph_holds_the_integers_and_computes_what_they_say(base: Path, tmp
     assert entry.quantization.recipe == "imported"
     assert entry.quantization.tensors.keys() == wanted.keys()
     assert {tensor.nmse for tensor in entry.quantization.tensors.values()} == {0.0}
-    matrices = stored_matrices(load_graph(tmp_path / "p" / entry.graph))
+    graph = load_graph(tmp_path / "p" / entry.graph)
+    matrices, ordered = stored_matrices(graph), in_stored_order(graph, checkpoint)
     for name, weight in wanted.items():
-        assert np.array_equal(matrices[name].dequantize().numpy(), weight), name
+        assert np.array_equal(checkpoint.tensor(name).numpy(), weight), name
+        assert torch.equal(matrices[name].dequantize(), ordered.tensor(name)), name
     ids = np.array([[3, 8, 13, 18, 2, 7, 12]])
     exact = exact_logits(tmp_path / "p", entry.graph, ids)
     truth = reference(tmp_path / "c", ids)[-1]
@@ -144,11 +185,36 @@ def test_linears_of_one_input_share_one_gather(ordered: tuple[Path, Path]) -> No
     graph = load_graph(ordered[1] / "onnx" / "model_q4.onnx")
     orders = [name for name in graph.graph.initializers if name.endswith(".order")]
     assert sorted(name.removeprefix("model.layers.0.").removesuffix(".weight.order") for name in orders) == [
-        "mlp.down_proj",
         "mlp.gate_proj",
         "self_attn.o_proj",
         "self_attn.q_proj",
     ]
+
+
+def test_the_order_of_down_proj_is_folded_and_gives_the_same_bits(
+    ordered: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where adapters are added to gate, up and down, whose columns are in the checkpoint's order, nothing is folded."""
+    monkeypatch.setattr(imported, "switchable_adapters", lambda _: ["one"])
+    checkpoint = open_checkpoint(str(ordered[0]))
+    export(checkpoint, tmp_path / "p", variants=["q4"])
+    ids = [np.array([3, 8, 13, 18, 2, 7, 12])]
+    logits = []
+    for package, gathers in ((ordered[1], 3), (tmp_path / "p", 4)):
+        for path in ("onnx/model_q4.onnx", "onnx/model_q4_shared.onnx"):
+            names = [name for name in load_graph(package / path).graph.initializers if name.endswith(".order")]
+            assert len(names) == gathers
+        with open_runner(package, variant="q4") as runner:
+            logits.append(np.concatenate([runner.prefill(ids)[0].ravel(), runner.decode([5])[0].ravel()]))
+    assert len(logits[0]) == 42
+    assert np.array_equal(logits[0], logits[1])
+    graph = load_graph(ordered[1] / "onnx" / "model_q4_shared.onnx")
+    down = "model.layers.0.mlp.down_proj.weight"
+    codes = checkpoint.codes(down)
+    assert codes is not None
+    assert folded_orders(graph).keys() == {down}
+    assert np.array_equal(folded_orders(graph)[down], codes.order)
+    assert not check_imported(stored_matrices(graph), checkpoint).passed  # not in the checkpoint's own order
 
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -179,9 +245,10 @@ def test_a_graph_with_a_bug_turns_imported_weights_red(
     """Parity computes with what the graph says, and cannot see it."""
     checkpoint = open_checkpoint(str(ordered[0]))
     graph = load_graph(ordered[1] / "onnx" / "model_q4.onnx")
-    assert check_imported(stored_matrices(graph), checkpoint).passed
+    stored = in_stored_order(graph, checkpoint)
+    assert check_imported(stored_matrices(graph), stored).passed
     bug(graph)
-    assert not check_imported(stored_matrices(graph), checkpoint).passed
+    assert not check_imported(stored_matrices(graph), stored).passed
 
 
 def test_against_the_model_before_it_was_quantised_scales_are_compared_and_not_every_number(
@@ -189,8 +256,8 @@ def test_against_the_model_before_it_was_quantised_scales_are_compared_and_not_e
 ) -> None:
     package = open_package(ordered[1])
     config = ModelConfig.from_json(base / "config.json")
-    names = [c.name for c in weight_checks(package, package.variant("q4"), open_checkpoint(str(base)), config)]
-    assert names == ["weights"]
+    (check,) = weight_checks(package, package.variant("q4"), open_checkpoint(str(base)), config)
+    assert check.name == "weights"
 
 
 @pytest.mark.parametrize(
@@ -234,6 +301,161 @@ def test_the_library_of_today_gives_the_logits_of_our_dequantised_weights(
     with torch.inference_mode():
         wanted = model(torch.from_numpy(ids)[None]).logits[0].float().numpy()
     assert np.abs(reference(MADE / name, ids[None]) - wanted).max() < error
+
+
+HELD: dict[str, tuple[dict[str, Any], Writer, dict[str, Any], int]] = {
+    "gptq": (SYMMETRIC, gptq, {}, 32),
+    "awq": (AWQ, awq, {"scales": torch.bfloat16}, 32),
+    "groups of 64": (
+        compressed("pack-quantized", 4, group=64, symmetric=True),
+        pack_quantized,
+        {"group": 64, "scales": torch.bfloat16},
+        64,
+    ),
+    "a scale per row": (
+        compressed("pack-quantized", 4, group=-1, symmetric=True),
+        pack_quantized,
+        {"group": -1, "scales": torch.bfloat16},
+        64,
+    ),
+}
+
+
+def in_q4(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, QuantizedMatrix]:
+    """What a q4 stores of a checkpoint."""
+    found = {}
+    for name in names:
+        codes = checkpoint.codes(name)
+        assert codes is not None
+        found[name] = in_blocks(codes, held_form(codes, Q4))
+    return found
+
+
+@pytest.mark.parametrize("case", HELD)
+def test_int4_for_tensorrt_holds_the_codes_in_every_bit(base: Path, tmp_path: Path, case: str) -> None:
+    config, write, fields, block = HELD[case]
+    wanted = make_quantized(tmp_path / "c", base, config, write, **fields)
+    checkpoint = open_checkpoint(str(tmp_path / "c"))
+    matrices = in_q4(checkpoint, wanted)
+    shape = ModelConfig.from_json(base / "config.json")
+    formats = {name: matrix.form for name, matrix in matrices.items()}
+    weights = imported_static_weights(checkpoint, shape, "int4", formats, matrices)
+    assert {form.block_size for form in weights.forms.values()} == {block}
+    assert {tensor.nmse for tensor in weights.tensors().values()} == {0.0}
+    for name, weight in wanted.items():
+        assert np.array_equal(weights.linear(name).dequantize().numpy(), weight), name
+
+
+def test_a_package_gives_its_codes_to_the_graph_for_tensorrt(symmetric: tuple[Path, Path], with_int4: Path) -> None:
+    checkpoint, opened = open_checkpoint(str(symmetric[0])), open_package(with_int4)
+    entry = opened.variant("trt_int4")
+    config = ModelConfig.from_json(symmetric[0] / "config.json")
+    assert entry.quantization is not None
+    assert entry.quantization.recipe == "imported"
+    assert entry.quantization.bits_per_weight == 4.5
+    nmse = {name: tensor.nmse for name, tensor in entry.quantization.tensors.items()}
+    assert 1e-7 < nmse.pop(OUT) < 257**-2
+    assert len(nmse) == 6
+    assert set(nmse.values()) == {0.0}
+    graph = load_graph(with_int4 / entry.graph)
+    linears = stored_linears(graph, config)
+    assert linears.keys() == {OUT, *nmse}
+    for name in nmse:
+        assert torch.equal(linears[name].dequantize(), checkpoint.tensor(name)), name
+    assert stored_tensors(graph)["lm_head.weight"].dtype == torch.bfloat16
+    found = weight_checks(opened, entry, checkpoint, config)
+    assert [check.name for check in found] == ["weights", "scales", "input scales", "imported weights"]
+    assert all(check.passed for check in found)
+
+
+def test_a_graph_for_tensorrt_is_predicted_to_the_byte(
+    symmetric: tuple[Path, Path], ordered: tuple[Path, Path], with_int4: Path
+) -> None:
+    config = ModelConfig.from_json(symmetric[0] / "config.json")
+    checkpoint, names = open_checkpoint(str(symmetric[0])), ["fp32", "q4"]
+    found = engine_graph_bytes("int4", checkpoint, config, names, Options())
+    assert found is not None
+    assert found.data == (with_int4 / "trt" / "model_int4.onnx_data").stat().st_size
+    assert engine_graph_bytes("int4", open_checkpoint(str(ordered[0])), config, names, Options()) is None
+
+
+def test_scales_that_bfloat16_has_not_are_said(symmetric: tuple[Path, Path], tmp_path: Path, caplog: Any) -> None:
+    with_trt_graph(symmetric[1], tmp_path / "p", TrtOptions("int4", 64))
+    assert "the codes of 1 linears are the checkpoint's, and their scales are rounded to bfloat16: no weight" in (
+        caplog.text
+    )
+
+
+def test_what_tensorrt_does_not_hold_is_refused_with_a_remedy(ordered: tuple[Path, Path]) -> None:
+    opened = open_package(ordered[1])
+    with pytest.raises(UsageError) as caught:
+        check_trt_options(ordered[1], opened.manifest, TrtOptions("int4", 64))
+    assert "(gptq, 4 bits, groups of 32, act-order): model.layers.0.mlp.down_proj.weight: zero points" in (
+        str(caught.value)
+    )
+    assert str(caught.value).endswith("--recipe rtn or search or gptq quantises its float32 weights again")
+    check_trt_options(ordered[1], opened.manifest, TrtOptions("int4", 64, recipe="search"))
+    check_trt_options(ordered[1], opened.manifest, TrtOptions("bf16", 64))
+    alone = dataclasses.replace(opened.manifest, variants={"fp32": opened.manifest.variants["fp32"]})
+    with pytest.raises(UsageError, match="no variant q4 that has its codes; export it with --variant fp32 --variant"):
+        check_trt_options(ordered[1], alone, TrtOptions("int4", 64))
+
+
+@pytest.mark.parametrize(
+    ("names", "form", "said"),
+    [
+        ("qkv", BlockFormat(4, 16, symmetric=True), "blocks of 16 in 64 columns, expected whole ones of 32, 64, 128"),
+        ("qkv", BlockFormat(8, 64, symmetric=True), "codes of 8 bits, expected 4"),
+        ("qk", Q4, r"v_proj\.weight is not in codes, and is multiplied together with .*q_proj"),
+    ],
+)
+def test_formats_that_tensorrt_has_not_are_refused(base: Path, names: str, form: BlockFormat, said: str) -> None:
+    config = ModelConfig.from_json(base / "config.json")
+    formats = {f"model.layers.0.self_attn.{name}_proj.weight": form for name in names}
+    with pytest.raises(UsageError, match=said):
+        imported_forms(config, "int4", formats)
+
+
+def test_act_order_and_negative_scales_are_no_codes_of_tensorrt(base: Path, tmp_path: Path) -> None:
+    make_quantized(tmp_path / "c", base, GPTQ, gptq, act_order=True)
+    matrix = in_q4(open_checkpoint(str(tmp_path / "c")), [Q])[Q]
+    with pytest.raises(UsageError, match="act-order"):
+        in_static_blocks(matrix, 32)
+    with pytest.raises(UsageError, match=r"a scale of -0\.\d+, and TensorRT's are positive"):
+        in_static_blocks(dataclasses.replace(matrix, order=None, scales=-matrix.scales), 32)
+
+
+def one_scale_wrong(model: ir.Model) -> None:
+    """By a tenth, which is less than a recipe's scales may be off."""
+    change(model, f"{UP}.scales", scaled((3, 0), 1.1))
+
+
+def test_locate_names_the_matrix_with_one_wrong_scale(symmetric: tuple[Path, Path], tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(symmetric[0]))
+    good = locate(symmetric[1], checkpoint, "q4")
+    assert good.first is None, format_location(good)
+    bad = rebuilt(symmetric[1], tmp_path / "p", one_scale_wrong, "onnx/model_q4_shared.onnx")
+    found = locate(bad, checkpoint, "q4")
+    assert found.first is not None
+    assert (found.first.name, found.first.operation) == (UP, "stored weight (imported weights)")
+    assert "30 numbers are not what the checkpoint's codes say, the first in row 3, column 0" in found.explanation
+
+
+def test_locate_names_the_matrix_of_a_graph_for_tensorrt(
+    symmetric: tuple[Path, Path], with_int4: Path, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(str(symmetric[0]))
+    good = locate(with_int4, checkpoint, "trt_int4")
+    assert good.first is None, format_location(good)
+
+    def codes_off(model: ir.Model) -> None:
+        change(model, "model.layers.0.mlp.down_proj.weight.codes", lambda codes: np.roll(codes, 1, axis=0))
+
+    bad = open_package(rebuilt_trt(with_int4, tmp_path / "p", codes_off, "int4"))
+    config = ModelConfig.from_json(symmetric[0] / "config.json")
+    found = weight_check(bad, bad.variant("trt_int4"), checkpoint, config)
+    assert found is not None
+    assert found[0].name == "model.layers.0.mlp.down_proj.weight"
 
 
 def test_q4_of_8_bits_is_refused_and_made_when_asked_for(
@@ -293,8 +515,9 @@ def test_a_plan_from_headers_alone_says_what_it_guesses(ordered: tuple[Path, Pat
     there = dataclasses.replace(open_checkpoint(str(ordered[0])), _stamps={})
     (variant,) = plan_export(there, variants=["q4"]).variants
     assert variant.notes == (
-        "its codes are taken over: their groups are in the files, and taken to be the variant's own blocks",
+        "an estimate: of the codes that it takes over, zero points and act-order are in the files alone",
     )
+    assert variant.bits_per_weight == 5.0  # blocks of 32, as the headers say, and q4's own would be of 128
 
 
 def test_a_recipe_is_for_embedding_and_head(base: Path, tmp_path: Path) -> None:
@@ -316,9 +539,6 @@ def test_one_linear_that_is_not_quantised_stays_float(base: Path, tmp_path: Path
 
 
 def test_codes_of_4_bits_in_8_keep_their_zero_points_and_their_symmetry() -> None:
-    from olmo2_export.catalog import Q8
-    from olmo2_export.weights.quantized.codes import Codes
-
     codes = np.array([[0, 8, 15, 7] * 8], np.uint8)
     stored = Codes(4, codes, np.array([[0.5]], np.float32), np.array([[8]], np.uint8), np.zeros(32, np.int64))
     form = held_form(stored, Q8)

@@ -114,7 +114,7 @@ def swapped_nibbles(words: np.ndarray, bits: int) -> np.ndarray:
     return np.stack([octets >> 4, octets & 15], axis=-1).reshape(len(octets), -1)
 
 
-def g_idx_ignored(index: np.ndarray, groups: int) -> np.ndarray:
+def g_idx_ignored(index: np.ndarray, _size: object, groups: int) -> np.ndarray:
     return np.arange(len(index)) // (len(index) // groups)
 
 
@@ -124,7 +124,7 @@ BUGS: dict[str, tuple[str, Any, str, Any]] = {
     "halves of a byte swapped": ("gptq", gptq_file, "unpack", swapped_nibbles),
     "g_idx ignored": ("gptq, act-order", gptq_file, "given_groups", g_idx_ignored),
     "outputs of a word in order": ("awq", awq_file, "_ORDER", tuple(range(8))),
-    "scale of the next group": ("gptq", gptq_file, "given_groups", lambda i, n: (i.astype(np.int64) + 1) % n),
+    "scale of the next group": ("gptq", gptq_file, "given_groups", lambda i, _, n: (i.astype(np.int64) + 1) % n),
 }
 
 
@@ -213,7 +213,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "5 bits": (AWQ | {"bits": 5}, "AWQ of 5 bits"),
     "auto-round": (ROUND | {"packing_format": "auto_round:gptqmodel"}, "packing_format auto_round:gptqmodel"),
     "hqq": ({"quant_method": "hqq"}, "HQQ, whose zero points are floats"),
-    "unknown": ({"quant_method": "nextgen"}, "quantised by nextgen; read are gptq"),
+    "unknown": (
+        {"quant_method": "nextgen"},
+        "quantised checkpoint (nextgen): a format that is not known; read are gptq",
+    ),
+    "unnamed": ({"bits": 4}, "quantised checkpoint (no quant_method): a format that is not known"),
+    "bits of some modules": (
+        GPTQ | {"dynamic": {"-:.*gate.*": {}, r"+:.*\.down_proj.*": {"bits": 8, "group_size": 64}}},
+        r"dynamic gives +:.*\.down_proj.* bits 8, group_size 64, read is one form for all",
+    ),
+    "bits of some modules, auto-round": (
+        ROUND | {"packing_format": "auto_round:auto_awq", "extra_config": {"q_proj": {"bits": 8}}},
+        "extra_config gives q_proj bits 8",
+    ),
     "fp8": ({"quant_method": "fp8"}, "fp8 with scales"),
     "kv cache": (compressed(PACKED, 4, group=32, symmetric=True) | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache"),
     "transforms": (
@@ -289,6 +301,41 @@ def test_tensors_that_are_not_of_one_linear_are_refused(one: Path, tmp_path: Pat
 
     with pytest.raises(CheckpointError, match=r"q_proj.\*: shapes that are not of one linear of 4 bits: mixed bits\?"):
         changed(one, tmp_path / "a", other_bits)
+
+
+def test_rules_that_leave_modules_alone_are_no_other_form(one: Path, tmp_path: Path) -> None:
+    rules = {"dynamic": {"-:.*lm_head.*": {}, "+:.*": {"bits": 4}}, "extra_config": {"lm_head": {"bits": 16}}}
+    assert open_checkpoint(str(with_config(one, tmp_path, GPTQ | rules))).quantized is not None
+
+
+@pytest.mark.parametrize(
+    ("config", "write", "fields", "title"),
+    [
+        (
+            compressed(PACKED, 4, group=32, symmetric=True),
+            pack_quantized,
+            {},
+            "compressed-tensors (pack-quantized), 4 bits, groups of 32",
+        ),
+        (GPTQ | {"group_size": 128}, gptq, {"group": -1}, "gptq, 4 bits, a scale per row"),
+        (GPTQ | {"group_size": None}, gptq, {"group": 64}, "gptq, 4 bits, groups of 64, a scale per row"),
+    ],
+    ids=["the config has it elsewhere", "a group is a row or more", "a group is a row in some"],
+)
+def test_the_title_has_the_groups_that_there_are(
+    base: Path, tmp_path: Path, config: dict[str, Any], write: Writer, fields: dict[str, Any], title: str
+) -> None:
+    make_quantized(tmp_path / "q", base, config, write, **fields)
+    quantized = open_checkpoint(str(tmp_path / "q")).quantized
+    assert quantized is not None
+    assert quantized.title == title
+
+
+def test_the_last_group_may_have_fewer_columns_in_any_order() -> None:
+    index = np.array([0] * 24 + [1] * 16 + [0] * 8)
+    assert np.array_equal(codes_file.given_groups(index, 32, 2), index)
+    with pytest.raises(CheckpointError, match="g_idx: expected 2 groups of one size"):
+        codes_file.given_groups(1 - index, 32, 2)  # the first has fewer
 
 
 @pytest.mark.parametrize("index", [[0] * 33 + [1] * 31, [0] * 32 + [2] * 32, [-1] * 32 + [1] * 32])
