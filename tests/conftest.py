@@ -22,7 +22,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--packages", type=Path, help="a folder that packages.py has written; default: export them")
     parser.addoption("--shared", type=Path, help="a folder for what is made once, which another run goes on with")
 
-    parser.addoption("--support", choices=("check", "part", "write"), help="compare the support matrix, or write it anew")
+    parser.addoption(
+        "--support", choices=("check", "part", "write"), help="compare the support matrix, or write it anew"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
