@@ -18,7 +18,7 @@ SLOW = {
         "test_every_variant_computes_what_its_weights_say[olmo3]",
         "test_every_variant_computes_what_its_weights_say[olmo2]",
         "test_other_shapes_and_every_rope_pass_parity[Olmo 3, all sliding]",
-        "test_other_shapes_and_every_rope_pass_parity[OLMo 1, tied and biased]",
+        "test_other_shapes_and_every_rope_pass_parity[OLMo 1, tied and biased, linear]",
         "test_other_shapes_and_every_rope_pass_parity[longrope]",
         "test_other_shapes_and_every_rope_pass_parity[dynamic]",
         "test_what_an_export_writes_is_predicted[olmo]",
@@ -223,21 +223,23 @@ SLOW = {
 }
 """file -> tests, or what their names begin with"""
 
+UNKNOWN: list[str] = []
+"""of these, those that this run's collection has not"""
+
 
 def mark_slow(items: Sequence[pytest.Item]) -> None:
-    """Mark the tests above.
-
-    Raises:
-        pytest.UsageError: one of them is in no file that was collected whole, so its name has changed.
-    """
+    """Mark the tests above, and say in `UNKNOWN` which are in no file that was collected."""
     found: dict[str, list[str]] = {}
     for item in items:
         file, _, name = item.nodeid.partition("::")
         found.setdefault(file.removeprefix("tests/"), []).append(name)
         if name.startswith(SLOW.get(file.removeprefix("tests/"), ()) or ("::",)):
             item.add_marker(pytest.mark.slow)
-    whole = len(found) > len(SLOW) and not SLOW.keys() - found.keys()
-    for file, starts in SLOW.items() if whole else ():
-        for start in starts:
-            if not any(name.startswith(start) for name in found[file]):
-                raise pytest.UsageError(f"tests/support/slow.py: {file} has no test that begins with {start}")
+    UNKNOWN.clear()
+    if not SLOW.keys() - found.keys():  # a run of some files collects no others
+        UNKNOWN.extend(
+            f"{file}::{start}"
+            for file, starts in SLOW.items()
+            for start in starts
+            if not any(name.startswith(start) for name in found[file])
+        )
