@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.matrix import PAGES, ROPE, Matrix, Seen, overview, refused, seen_rope, whole
+from support.matrix import PAGES, ROPE, Matrix, Seen, overview, refused, seen_rope, whole, written
 
 
 def lines(*cells: Seen) -> list[str]:
@@ -29,7 +29,7 @@ def test_a_refusal_stands_in_its_cell_and_with_its_words() -> None:
     )
     assert "| OLMo 1 | - | - | - | - | - | refused |" in found
     assert "| OLMo 1, TensorRT for RTX, `fp8` | a \\| b |" in found
-    assert "| and another, another | no graph here |" in found
+    assert "| and another; another | no graph here |" in found
     assert "| refused | with the words |" not in lines(Seen("olmo", "onnxruntime", "q4", "verified"))
 
 

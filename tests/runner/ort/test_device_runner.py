@@ -161,7 +161,7 @@ def test_decode_steps_are_captured_once_per_number_of_rows_and_nothing_else_is(r
     runner.prefill([tokens(3), tokens(7)])
     assert seen == ["-1"]  # one padded call
     runner.decode([1, 2])
-    step = runner._steps[2]
+    step = runner._steps[2, None]
     addresses = [v.data_ptr() for v in (step.input_ids, step.attention_mask, *step.outputs.values())]
     runner.decode([3, 4])
     runner.decode_top([5, 6])
