@@ -110,6 +110,7 @@ def _declare_generation(verb: argparse.ArgumentParser, new_tokens: str) -> None:
     verb.add_argument(
         "--variant", metavar="V", help="which variant of the package (default: the fastest verified one that runs here)"
     )
+    _declare_kv_cache(verb)
     verb.add_argument("--adapter", metavar="NAME", help="a LoRA adapter of the package (default: none)")
     verb.add_argument(
         "--max-new-tokens",
@@ -185,6 +186,15 @@ def _declare_generation(verb: argparse.ArgumentParser, new_tokens: str) -> None:
     verb.add_argument("--debug", action="store_true", help="show where an error came from")
 
 
+def _declare_kv_cache(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--kv-cache",
+        metavar="C",
+        help="float32, int8, ...: what keys and values are stored in, of what the variant was exported with "
+        "(default: what its manifest names first)",
+    )
+
+
 def _declare_structured(verb: argparse.ArgumentParser) -> None:
     """Declare what a text may have to look like."""
     of = verb.add_mutually_exclusive_group()
@@ -213,6 +223,7 @@ def _declare_documents(verb: argparse.ArgumentParser, function: Callable[[argpar
     )
     verb.add_argument("--special-tokens", action="store_true", help="names of special tokens are these tokens")
     verb.add_argument("--variant", metavar="V", help="which variant of the package (default: as generate)")
+    _declare_kv_cache(verb)
     verb.add_argument("--backend", default="ort", metavar="B", help=f"{describe_backends()} (default: ort)")
     verb.add_argument("--device", metavar="D", help=f"where onnxruntime runs: {describe_devices()} (default: cpu)")
     verb.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one per physical core)")
@@ -276,6 +287,7 @@ def _each_document(
         device=args.device,
         check_hashes=check_hashes,
         threads=args.threads,
+        kv_cache=args.kv_cache,
     ) as runner:
         documents = read_documents(
             text,
@@ -329,7 +341,7 @@ def _opened(args: argparse.Namespace, package: Package, stack: ExitStack) -> tup
         "check_hashes": not args.skip_hash_check,
         "threads": args.threads,
     }
-    runner = stack.enter_context(open_runner(package, variant=args.variant, **options))
+    runner = stack.enter_context(open_runner(package, variant=args.variant, kv_cache=args.kv_cache, **options))
     if args.draft is not None:
         return runner, DraftModel(stack.enter_context(open_runner(args.draft, **options)))
     return runner, PromptLookup() if args.speculate == "lookup" else None
@@ -392,7 +404,8 @@ def _generate(args: argparse.Namespace) -> None:
         logger.warning("cut off before it was what it has to look like: raise --max-new-tokens, or take --stop away")
     if args.stats:
         for result in results:
-            sys.stderr.write(f"{_stats(result)}, variant {runner.variant.name}\n")
+            entry = runner.variant
+            sys.stderr.write(f"{_stats(result)}, variant {entry.name}, KV cache {entry.kv_cache.name}\n")
 
 
 def _check_generate(args: argparse.Namespace) -> None:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from runtimes.errors import IntegrityError, PackageError, PackageNotFoundError, first_names
+from runtimes.errors import IntegrityError, PackageError, PackageNotFoundError, UsageError, first_names
 from runtimes.sealed import FileEntry, read_sealed
 
 MANIFEST_NAME = "manifest.json"
@@ -140,6 +140,11 @@ class KVCacheSpec:
     keys and values that no later token sees"""
 
     @property
+    def name(self) -> str:
+        """What keys and values are stored in, as users name it: float32, int8, ..."""
+        return f"int{self.quantization.bits}" if self.quantization else self.dtype
+
+    @property
     def stored_head_dim(self) -> int:
         """Elements of the last axis: two values of 4 bits share one."""
         return self.head_dim * self.quantization.bits // 8 if self.quantization else self.head_dim
@@ -215,8 +220,24 @@ class PortableGraph:
 
 
 @dataclass(frozen=True)
+class OtherCache:
+    """The same weights in graphs with another KV cache than the variant's own, which is the default; a choice at run
+    time. The fields are the variant's."""
+
+    graph: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    kv_cache: KVCacheSpec
+    quality: Quality | None = None
+    prefill: PrefillGraph | None = None
+    min_onnxruntime: str | None = None
+    missed: tuple[str, ...] = ()
+    """the limits of the variant's quality gate that it broke, in words: why it is not the default"""
+
+
+@dataclass(frozen=True)
 class Variant:
-    """One graph of a package, or two that share their KV cache."""
+    """One graph of a package, or two that share their KV cache; and the same for each other cache that it can have."""
 
     name: str
     precision: Precision
@@ -240,22 +261,56 @@ class Variant:
     """the oldest onnxruntime that runs `graph`, as 1.24 or 1.23.1; None: format 3, which does not say"""
     portable: PortableGraph | None = None
     """for other runtimes; None: `graph` itself, or in a package from before there was one"""
+    other_caches: tuple[OtherCache, ...] = ()
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Everything a runner opens."""
-        prefill = (self.prefill.graph, *self.prefill.data) if self.prefill else ()
-        return (self.graph, *self.data, *prefill)
+        """Everything a runner opens, whichever KV cache it is given."""
+        found: list[str] = []
+        for own in (self, *self.other_caches):
+            prefill = (own.prefill.graph, *own.prefill.data) if own.prefill else ()
+            found += (own.graph, *self.data, *prefill)
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """The graphs that a runner opens, of every KV cache, the default first."""
+        entries = (graph for own in (self, *self.other_caches) for graph in (own, own.prefill))
+        return tuple(graph.graph for graph in entries if graph is not None)
+
+    @property
+    def each_cache(self) -> tuple[Variant, ...]:
+        """The variant with each of its KV caches alone, the default first."""
+        choices = ({entry.name: getattr(other, entry.name) for entry in _OF_CACHES} for other in self.other_caches)
+        return (replace(self, other_caches=()), *(replace(self, other_caches=(), **choice) for choice in choices))
+
+    def with_cache(self, name: str | None) -> Variant:
+        """Return the variant with one of its KV caches alone.
+
+        Args:
+            name: as `KVCacheSpec.name`; None: the default.
+
+        Raises:
+            UsageError: it has no such cache.
+        """
+        caches = {own.kv_cache.name: own for own in self.each_cache}
+        if name is None:
+            return next(iter(caches.values()))
+        if name not in caches:
+            raise UsageError(
+                f"KV cache {name}: variant {self.name} has {', '.join(caches)}; choose one of these, or export it again"
+            )
+        return caches[name]
 
     def data_of(self, graph: str) -> str:
         """Return the name, without folders, of the file that holds a graph's weights; the graph's own with `_data`,
         unless this variant says otherwise."""
-        named = (self, self.prefill) if self.prefill else (self,)
         found = [
             PurePosixPath(name).name
-            for entry in named
-            for name in entry.data
-            if PurePosixPath(entry.graph).name == graph
+            for own in self.each_cache
+            for entry in (own, own.prefill)
+            for name in (entry.data if entry is not None else ())
+            if entry is not None and PurePosixPath(entry.graph).name == graph
         ]
         return found[0] if found else f"{graph}_data"
 
@@ -299,6 +354,9 @@ class Variant:
                 "export the package again"
             )
         return found[0]
+
+
+_OF_CACHES = [entry for entry in fields(OtherCache) if entry.name != "missed"]
 
 
 @dataclass(frozen=True)
@@ -624,7 +682,7 @@ def _check(manifest: object) -> None:
         windows = variant.kv_cache.windows
         if windows and len(windows) != variant.kv_cache.num_layers:
             raise ValueError(f"kv_cache.windows has {len(windows)} layers, expected {variant.kv_cache.num_layers}")
-        for graph in (variant, variant.prefill):
+        for graph in (g for own in (variant, *variant.other_caches) for g in (own, own.prefill)):
             oldest = graph.min_onnxruntime if graph is not None else None
             if oldest is not None and re.fullmatch(r"\d+(\.\d+){1,2}", oldest) is None:
                 raise ValueError(f"min_onnxruntime is {oldest!r}")
