@@ -266,17 +266,15 @@ class Variant:
     @property
     def files(self) -> tuple[str, ...]:
         """Everything a runner opens, whichever KV cache it is given."""
-        found: list[str] = []
-        for own in (self, *self.other_caches):
-            prefill = (own.prefill.graph, *own.prefill.data) if own.prefill else ()
-            found += (own.graph, *self.data, *prefill)
-        return tuple(dict.fromkeys(found))
+        return tuple(dict.fromkeys(name for entry in self.each_graph for name in (entry.graph, *entry.data)))
 
     @property
-    def graphs(self) -> tuple[str, ...]:
+    def each_graph(self) -> tuple[Variant | PrefillGraph, ...]:
         """The graphs that a runner opens, of every KV cache, the default first."""
-        entries = (graph for own in (self, *self.other_caches) for graph in (own, own.prefill))
-        return tuple(graph.graph for graph in entries if graph is not None)
+        found: list[Variant | PrefillGraph] = []
+        for own in self.each_cache:
+            found += [own] if own.prefill is None else [own, own.prefill]
+        return tuple(found)
 
     @property
     def each_cache(self) -> tuple[Variant, ...]:
@@ -307,10 +305,9 @@ class Variant:
         unless this variant says otherwise."""
         found = [
             PurePosixPath(name).name
-            for own in self.each_cache
-            for entry in (own, own.prefill)
-            for name in (entry.data if entry is not None else ())
-            if entry is not None and PurePosixPath(entry.graph).name == graph
+            for entry in self.each_graph
+            for name in entry.data
+            if PurePosixPath(entry.graph).name == graph
         ]
         return found[0] if found else f"{graph}_data"
 
@@ -682,8 +679,8 @@ def _check(manifest: object) -> None:
         windows = variant.kv_cache.windows
         if windows and len(windows) != variant.kv_cache.num_layers:
             raise ValueError(f"kv_cache.windows has {len(windows)} layers, expected {variant.kv_cache.num_layers}")
-        for graph in (g for own in (variant, *variant.other_caches) for g in (own, own.prefill)):
-            oldest = graph.min_onnxruntime if graph is not None else None
+        for graph in variant.each_graph:
+            oldest = graph.min_onnxruntime
             if oldest is not None and re.fullmatch(r"\d+(\.\d+){1,2}", oldest) is None:
                 raise ValueError(f"min_onnxruntime is {oldest!r}")
     for engine in manifest.engines.values() if isinstance(manifest, TrtManifest) else ():

@@ -54,7 +54,7 @@ def wrong_hidden_state(model: ir.Model, rows: Sequence[Operation]) -> tuple[str,
 
 def hidden_states_check(package: Package, entry: Variant, config: ModelConfig) -> tuple[TensorParity, str] | None:
     """Look whether each hidden state of a variant's graphs is the one that it is called; return what is wrong."""
-    for graph in [entry.graph, *([entry.prefill.graph] if entry.prefill is not None else [])]:
+    for graph in [each.graph for each in entry.each_graph]:
         found = wrong_hidden_state(load_graph(package.folder / graph), operations(config))
         if found is not None:
             name, what = found

@@ -53,7 +53,7 @@ from olmo2_export.locate.segments import joined, random_calls, run_batch, run_se
 from olmo2_export.locate.stored_values import tables_check, weight_check
 from olmo2_export.truth.torch_layers import TorchModel
 from olmo2_export.views.openers import Arrays, Opener, view_opener
-from olmo2_export.views.table import FIRST_CALL, FLOAT32_FACTOR, View, variant_views
+from olmo2_export.views.table import FIRST_CALL, FLOAT32_FACTOR, View, cache_views, variant_views
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.merged import check_adapters
 from olmo2_export.weights.stored_names import weight_shapes
@@ -135,13 +135,15 @@ def locate(
     target = find_target(backend, device)
     _check_runs(entry, target)
     wrong = weight_check(opened, entry, checkpoint, config)
-    views = _looked_at(variant_views(opened, entry, checkpoint, config, target))
+    own = variant_views(opened, entry, checkpoint, config, target)
+    others = [] if target.on_gpu else cache_views(opened, entry, own)
+    views = [*_looked_at(own), *(view for view in others if not view.as_stored)]
     location = None
     steps = len(views) * (config.num_hidden_layers + 2)
     with tqdm(total=steps, desc=f"locating in {variant}", unit="segment", leave=False) as bar:
         for view in views:
             found = _Locator(view, opener or view_opener(view, target), checkpoint, config, bar).run()
-            if location is None or found.first is not None or view.label != "int8":
+            if location is None or found.first is not None or (view in own and view.label != "int8"):
                 location = replace(found, variant=variant, backend=backend)
             if found.first is not None or wrong is not None:
                 break

@@ -91,10 +91,15 @@ def broken_limits(quality: Quality, limits: QualityGate) -> list[str]:
     if limits.kl_p99 is not None and not quality.kl_p99 <= limits.kl_p99:
         broken.append(f"KL p99 {quality.kl_p99:.3g}, the gate is {limits.kl_p99:g}")
     if not quality.top1 >= limits.top1:
-        broken.append(f"top-1 {quality.top1:.2%}, the gate is {limits.top1:.2%}")
+        broken.append(f"top-1 {quality.top1:.2%} ± {top1_error(quality):.2%}, the gate is {limits.top1:.2%}")
     if quality.tokens_from == "text" and not rise <= limits.perplexity_rise:
         broken.append(f"perplexity {rise:+.2%}, the gate is {limits.perplexity_rise:+.2%}")
     return broken
+
+
+def top1_error(quality: Quality) -> float:
+    """Return the standard error of a top-1 agreement, as a share: that of so many positions, each one draw."""
+    return math.sqrt(max(0.0, quality.top1 * (1 - quality.top1)) / quality.tokens)
 
 
 def quality_tokens(

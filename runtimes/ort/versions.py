@@ -72,8 +72,9 @@ def without_too_new(variant: Variant, found: str, device: str) -> Variant:
         raise BackendError(_too_old("device nv-rtx", _PLUGIN_DEVICE, found, device))
     needed = variant.min_onnxruntime or oldest_onnxruntime(cache)
     if release(found) < release(needed):
-        ways_out = {"static": f", or run an engine of it with {engine_backend_words()}"}
-        way_out = ", or export and run it with --kv-cache float32" if cache.quantization else ways_out.get(cache.form, "")
+        way_out = f", or run an engine of it with {engine_backend_words()}" if cache.form == "static" else ""
+        if cache.quantization is not None:
+            way_out = ", or export and run it with --kv-cache float32"
         raise BackendError(_too_old(f"variant {variant.name}", needed, found, device) + way_out)
     if prefill is None or device != "cpu":
         return variant

@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("task", type=json.loads)
     parser.add_argument("--backend", default="ort")
     parser.add_argument("--device")
+    parser.add_argument("--kv-cache")
     args = parser.parse_args()
     task = args.task
 
@@ -131,6 +132,7 @@ def main() -> None:
             device=args.device,
             threads=task["threads"] if find_target(args.backend, args.device).takes_threads else None,
             check_hashes=check_hashes,
+            kv_cache=args.kv_cache,
         )
 
     match task["kind"]:
