@@ -29,6 +29,8 @@ from runtimes.runners.runner import Logits, TokenIds
 SEED = 0
 PIECE = 32
 """positions at a time: logits of a large vocabulary, in float64, take 0.8 MB each"""
+LONG = 4096
+"""tokens of a sequence on which a quantised KV cache is measured, where the context holds them"""
 _LENGTH = 256
 _MOST_OF_ONE = 0.5  # share of a text that may be one token: of a foreign alphabet, all are "unknown"
 _LOGITS = 1 << 25  # float32 numbers of reference logits that may be kept: 128 MB
@@ -48,8 +50,12 @@ def gate_of(variant: Variant, config: ModelConfig) -> QualityGate:
     gates = catalog.find(variant.name).weights.gates
     if gates is None:
         raise PackageError(f"variant {variant.name}: its weights are not quantised; there is no gate of their quality")
-    weights = sum(map(math.prod, tensor_shapes(operations(config)).values()))
-    return gates[weights > _LARGE]
+    return gates[is_large(config)]
+
+
+def is_large(config: ModelConfig) -> bool:
+    """Tell whether a model has the gates of large ones."""
+    return sum(map(math.prod, tensor_shapes(operations(config)).values())) > _LARGE
 
 
 def quality_check(name: str, measured: Measurement, length: int, limits: QualityGate) -> Check:

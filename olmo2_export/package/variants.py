@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -41,7 +41,15 @@ from olmo2_export.graphs.shared import (
     shared_outputs,
 )
 from olmo2_export.graphs.trace import OPSET, expected_op_counts, portable_inputs, portable_outputs, trace
-from olmo2_export.measure.quality import PIECE, broken_limits, gate_of, measure_quality, quality_tokens
+from olmo2_export.measure.quality import (
+    LONG,
+    PIECE,
+    broken_limits,
+    gate_of,
+    is_large,
+    measure_quality,
+    quality_tokens,
+)
 from olmo2_export.package.imported import imported_weights, is_imported
 from olmo2_export.package.kv_caches import with_default, written_caches
 from olmo2_export.package.weight_choice import Options, choose_weights, defaults_of
@@ -73,6 +81,9 @@ logger = logging.getLogger(__name__)
 
 PREFILL_MIN_ROWS = 8
 """tokens in a step from which the int8 graph is faster than the one of 4 bits"""
+
+Reference: TypeAlias = tuple[list[np.ndarray], TokensFrom, list[np.ndarray]]
+"""sequences for measuring quality, their origin, and PyTorch's logits"""
 
 LARGE_GRAPH = 1 << 28
 """bytes of weights from which a graph's quality is measured with one layer in memory at a time"""
@@ -214,11 +225,20 @@ class VariantWriter:
             return trace(self._config)
 
     @cached_property
-    def _reference(self) -> tuple[list[np.ndarray], TokensFrom, list[np.ndarray]]:
-        """The sequences for measuring quality, their origin, and PyTorch's logits."""
+    def _reference(self) -> Reference:
+        return self._asked(*quality_tokens(self._checkpoint, self._config))
+
+    @cached_property
+    def _long_reference(self) -> Reference:
+        """The same on sequences as long as those on which verify measures a quantised cache, if the model is small."""
+        sequences, origin = quality_tokens(self._checkpoint, self._config, length=LONG)
+        if is_large(self._config) or len(sequences[0]) == len(self._reference[0][0]):
+            return self._reference
+        return self._asked(sequences, origin)
+
+    def _asked(self, sequences: list[np.ndarray], origin: TokensFrom) -> Reference:
         from olmo2_export.truth.torch_layers import reference_logits  # transformers loads for seconds; fp32 needs none
 
-        sequences, origin = quality_tokens(self._checkpoint, self._config)
         with tqdm(total=1, desc="reference logits", bar_format="{desc} {elapsed}", leave=False):
             return sequences, origin, list(reference_logits(self._checkpoint, self._config, sequences))
 
@@ -422,7 +442,8 @@ class VariantWriter:
 
     def _measure(self, variant: Variant) -> Quality:
         """Measure one graph on text; a large one layer by layer, whatever memory there is: two exports are equal."""
-        sequences, origin, reference = self._reference
+        quantized = variant.kv_cache.quantization is not None
+        sequences, origin, reference = self._long_reference if quantized else self._reference
         graph = self._staging / variant.graph
         if sum((self._staging / name).stat().st_size for name in variant.data) > LARGE_GRAPH:
             plans = in_pieces(sequences, PIECE)

@@ -16,6 +16,7 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.graphs.by_layer import Call, Recorded, in_pieces, logits_by_layer
 from olmo2_export.measure.parity import QUALITY, Check, ParityReport, PerplexityChange
 from olmo2_export.measure.quality import (
+    LONG,
     PIECE,
     Measured,
     gate_of,
@@ -47,8 +48,6 @@ _STATES = 16
 """sequences of that length whose hidden states are compared"""
 QUALITY_LENGTH = 256
 """tokens of a sequence on which quality is measured, where the cache holds them"""
-LONG = 4096
-"""tokens on which a quantised KV cache is measured, where the context holds them"""
 _CALIBRATION_RATIO = 1.15  # two steps of clipping; the same tokens, summed in another order, seldom give one
 
 

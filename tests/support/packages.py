@@ -21,7 +21,6 @@ PACKAGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "tiny": (["fp32"], {}),
     "tiny_q8": (["q8"], {"prefill_graph": False, **FLOAT32_CACHE}),
     "tiny_q4": (["q4"], FLOAT32_CACHE),
-    "tiny_q4_int8": (["q4"], {"kv_caches": ("int8",)}),
     "tiny_q4_caches": (["q4"], {}),
     "tiny_all": (["fp32", "q4", "q8", "bf16", "fp16", "q4f16"], FLOAT32_CACHE),
     "demo": (["fp32"], {}),

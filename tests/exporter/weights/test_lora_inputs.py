@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from support.packages import sequences
 from olmo2_export import cli
 from olmo2_export.config import ModelConfig
 from olmo2_export.graphs.lora_inputs import lora_tensors
+from olmo2_export.package import variants
 from olmo2_export.package.export import export
 from olmo2_export.package.weight_choice import Options
 from olmo2_export.truth.torch_layers import reference_logits
@@ -53,7 +55,9 @@ def package(
 ) -> Path:
     out = tmp_path_factory.mktemp("package") / "switchable"
     checkpoint = open_merged(str(tiny_checkpoint), switchable=adapters)
-    export(checkpoint, out, variants=["fp32", "q8"], options=Options(prefill_graph=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(variants, "quality_tokens", partial(variants.quality_tokens, most=256))
+        export(checkpoint, out, variants=["fp32", "q8"], options=Options())
     return out
 
 
@@ -91,6 +95,14 @@ def test_each_row_of_a_batch_has_its_adapter_or_none(runner: Slots, want: dict[s
         assert off(logits, want[name][8:]) < LIMIT[runner.variant.name]
         assert min(off(logits, want[other][8:]) for other in want if other != name) > 0.2
     assert min(off(want[a], want[b]) for a, b in ((None, "chat"), (None, "code"), ("chat", "code"))) > 0.2
+
+
+def test_the_graphs_with_another_kv_cache_take_adapters_too(package: Path, want: dict[str | None, np.ndarray]) -> None:
+    for cache in ("float32", "int8"):
+        with open_runner(package, variant="q8", kv_cache=cache) as runner:
+            found = runner.prefill([IDS, IDS], all_positions=True, adapter=["code", None])
+            for logits, name in zip(found, ("code", None), strict=True):
+                assert off(logits, want[name]) < LIMIT["q8"], cache
 
 
 @pytest.mark.parametrize(("variant", "plain"), [("fp32", "tiny_package"), ("q8", "q8_package")])
