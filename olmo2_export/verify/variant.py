@@ -185,7 +185,7 @@ def measure_variant(
 
 
 def _labelled(view: View, cases: Iterable[CaseResult]) -> list[CaseResult]:
-    return [dataclasses.replace(case, mode=f"{view.label} {case.mode}") for case in cases]
+    return [dataclasses.replace(case, mode=f"{view.name} {case.mode}") for case in cases]
 
 
 def _compared(views: list[View], entry: Variant) -> list[View]:

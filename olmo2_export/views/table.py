@@ -62,9 +62,6 @@ from runtimes.targets import Target
 
 Label = Literal["as stored", "exact", "rounded", "kernels", "portable exact", "portable", "int8 exact", "int8"]
 
-OTHER_CACHE = "cache"
-"""how the labels of views begin that are not of the default KV cache"""
-
 FLOAT32_FACTOR, ROUNDED_FACTOR = 4.0, 2.0
 """most: error / PyTorch's own, of one operation on the graph's inputs. 4 is the fp32 gate of verify; where rounding to
 fewer bits dominates, the same places are rounded, and less is ample"""
@@ -79,8 +76,7 @@ _ENGINE = dataclasses.replace(KERNELS, near_tie=GATES["bf16"].near_tie)
 class View:
     """One form of a variant's graph, and what it is compared with."""
 
-    label: Label | str
-    """of another KV cache than the default, `cache` and its name go before"""
+    label: Label
     graph: Path
     """the stored graph; the weights of the form stay in its files"""
     model: ir.Model
@@ -104,6 +100,13 @@ class View:
     drawn: bool = False
     """a case beyond its gate is held to the largest of several draws of PyTorch's error; see `parity.compare`"""
     first_call_only: bool = False
+    other_cache: str = ""
+    """the name of its KV cache, where that is not the default"""
+
+    @property
+    def name(self) -> str:
+        """The label, with the KV cache where that is not the default."""
+        return f"cache {self.other_cache} {self.label}" if self.other_cache else self.label
 
     @property
     def tables(self) -> torch.dtype:
@@ -198,8 +201,10 @@ def cache_views(package: Package, entry: Variant, views: Sequence[View]) -> list
                 form, gate = model, _kernels_gate(variant)
             else:
                 form, gate, variant = shared_forms.exact_form(model), view.gate, in_float32(variant)
-            label = f"{OTHER_CACHE} {other.kv_cache.name} {view.label}"
-            found.append(dataclasses.replace(view, label=label, graph=graph, model=form, variant=variant, gate=gate))
+            other_cache = other.kv_cache.name
+            found.append(
+                dataclasses.replace(view, graph=graph, model=form, variant=variant, gate=gate, other_cache=other_cache)
+            )
     return found
 
 

@@ -229,7 +229,7 @@ def test_a_bug_in_the_graph_of_one_cache_turns_it_red_and_no_other(
 def test_locate_finds_a_bug_in_the_graph_of_another_cache(package: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(tiny_checkpoint))
     assert locate(package, checkpoint, "q4").first is None
-    for graph, view in ((INT8_CACHE, "cache int8 exact"), (INT8_CACHE_PREFILL, "cache int8 int8 exact")):
+    for graph, view in ((INT8_CACHE, "cache int8 exact"), (INT8_CACHE_PREFILL, "cache int8 int8")):
         found = locate(rebuilt(package, tmp_path / view, attention_scale_wrong, graph), checkpoint, "q4")
         assert found.first is not None
         assert found.first.name.endswith("layers.1.self_attn.attention")
