@@ -267,8 +267,8 @@ class VariantWriter:
         options = self._options
         shared = shared_graph(self._traced, self._rows)
         padded = padded_graph(shared, self._rows)
-        forms = self._forms(shared, row)
         weights = self._weights(row)
+        forms = self._forms(shared, row)
         written: list[Variant] = []
         for stored, (graph, cache) in forms.items():
             written.append(self._decode(graph, weights, row, stored, cache, written[0] if written else None))
