@@ -17,7 +17,7 @@ runs packages without this half. Standard library only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -202,17 +202,22 @@ class KVCacheFormat:
     """One way to store keys and values."""
 
     name: str
+    """as `KVCacheSpec.name`"""
     bits: Literal[8, 4] | None
     """None: it is not quantised"""
     dtype: Dtype
+    written: bool = False
+    """where none is named"""
+    preferred: bool = False
+    """runners take it where none is named, if it passes the gate of the variant"""
 
 
 KV_CACHES = (
-    KVCacheFormat("fp32", None, "float32"),
-    KVCacheFormat("int8", 8, "int8"),
+    KVCacheFormat("float32", None, "float32", written=True),
+    KVCacheFormat("int8", 8, "int8", written=True, preferred=True),
     KVCacheFormat("int4", 4, "uint8"),  # two values in one
 )
-"""the first is the default"""
+"""of those that a variant has, the first is the default, unless a preferred one passes"""
 
 
 @dataclass(frozen=True)
@@ -251,7 +256,7 @@ class VariantRow:
     prefill_graph: bool = False
     """it has a second graph for prompts, unless that is not wanted or misses its gate"""
     quantized_cache: bool = False
-    """its KV cache can be any of `KV_CACHES`"""
+    """it can be written with each of `KV_CACHES`"""
     peers: Mapping[str, str] = field(default_factory=dict, hash=False)
     """peer of `bench` -> what it runs whose weights have as many bits; of transformers a dtype"""
     suffix: str = ""
@@ -259,7 +264,7 @@ class VariantRow:
 
     @property
     def path(self) -> str:
-        """Of the graph that our runners open, in the package."""
+        """Of the graph that our runners open, in the package, its KV cache not quantised."""
         match self.graph:
             case "portable":
                 return "onnx/model.onnx"
@@ -274,6 +279,10 @@ class VariantRow:
     def prefill_path(self) -> str:
         """Of its second graph, where it has one."""
         return f"onnx/model_{self.name}_prefill.onnx"
+
+    def with_cache(self, path: str, cache: KVCacheFormat) -> str:
+        """Return the path of the graph with another KV cache, of one of the two above."""
+        return path if cache.bits is None else f"{path.removesuffix('.onnx')}_kv_{cache.name}.onnx"
 
     @property
     def portable_path(self) -> str:
@@ -432,16 +441,16 @@ def static_row(precision: str) -> VariantRow:
     return found[0]
 
 
-def kv_cache(name: str) -> KVCacheFormat:
-    """Return one way to store keys and values.
+def kv_caches(names: Collection[str]) -> tuple[KVCacheFormat, ...]:
+    """Return ways to store keys and values, in our order; () gives those that are written where none is named.
 
     Raises:
         UsageError: there is none of that name.
     """
-    found = [cache for cache in KV_CACHES if cache.name == name]
-    if not found:
-        raise UsageError(f"KV cache {name}: this version writes {', '.join(cache.name for cache in KV_CACHES)}")
-    return found[0]
+    known = [cache.name for cache in KV_CACHES]
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(f"KV cache {', '.join(unknown)}: this version writes {', '.join(known)}")
+    return tuple(cache for cache in KV_CACHES if (cache.name in names if names else cache.written))
 
 
 def like_peer(peer: str, runs: str) -> tuple[str, ...]:

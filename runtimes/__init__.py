@@ -64,6 +64,7 @@ def open_runner(
     threads: int | None = None,
     max_slots: int | None = None,
     exact: bool = False,
+    kv_cache: str | None = None,
 ) -> Slots:
     """Open one graph of a package; close it, or use it in a `with`.
 
@@ -84,13 +85,16 @@ def open_runner(
         exact: the logits of a sequence are to the bit those that it gets alone, whoever else is there and however its
             prompt is cut. On the CPU alone; a step of one row takes the time of two. Of slots: a
             batch of several rows, or in several calls of `prefill`, may have other bits.
+        kv_cache: what keys and values are stored in, out of those that the variant was exported with, as float32 or
+            int8; None means the one that the manifest names first, or where onnxruntime is too old for that, the first
+            that it runs.
 
     Returns:
         The runner, with an empty cache.
 
     Raises:
-        UsageError: threads or max_slots out of range, exact is no bool, or a device, threads or exact that the backend
-            has no use for.
+        UsageError: threads or max_slots out of range, exact is no bool, a KV cache that the variant has not, or a
+            device, threads, exact or KV cache that the backend has no use for.
         BackendError: an unknown backend or device, or one whose library or GPU is not there; huggingface_hub is not.
         PackageNotFoundError, VariantNotFoundError: no such package, no such variant in it; the Hub does not give it.
         IntegrityError: a file is not the one that was exported.
@@ -111,16 +115,18 @@ def open_runner(
         raise UsageError(f"exact {exact!r}: expected True or False")
     if exact and target.device != "cpu":
         raise UsageError(f"exact: backend {backend} runs on device {target.device}, where answers depend on each other")
+    if kv_cache is not None and target.needs_engine:
+        raise UsageError(f"KV cache {kv_cache}: an engine of backend {backend} has that of its graph; leave it out")
     match target.backend:
         case "ort":
             try:
-                from runtimes.ort.open import default_variant, open_ort
+                from runtimes.ort.open import default_variant, open_ort, with_cache
             except ImportError as error:
                 raise BackendError(
                     f"backend ort: onnxruntime cannot be imported ({error}); {target.install}"
                 ) from error
             opened = open_package(package)
-            chosen = opened.variant(variant or default_variant(opened, target.device))
+            chosen = with_cache(opened.variant(variant or default_variant(opened, target.device)), kv_cache)
             opened.check(chosen.files, hashes=False)
 
             def check(names: Sequence[str]) -> None:

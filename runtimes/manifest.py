@@ -9,11 +9,11 @@ Both are sealed: `checksum` is the sha256 of the rest of the document, and the b
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import PurePosixPath
 from typing import Literal, TypeAlias
 
-from runtimes.errors import PackageError, first_names
+from runtimes.errors import PackageError, UsageError, first_names
 from runtimes.sealed import FileEntry
 
 MANIFEST_NAME = "manifest.json"
@@ -135,6 +135,11 @@ class KVCacheSpec:
     keys and values that no later token sees"""
 
     @property
+    def name(self) -> str:
+        """What keys and values are stored in, as users name it: float32, int8, ..."""
+        return f"int{self.quantization.bits}" if self.quantization else self.dtype
+
+    @property
     def stored_head_dim(self) -> int:
         """Elements of the last axis: two values of 4 bits share one."""
         return self.head_dim * self.quantization.bits // 8 if self.quantization else self.head_dim
@@ -210,8 +215,24 @@ class PortableGraph:
 
 
 @dataclass(frozen=True)
+class OtherCache:
+    """The same weights in graphs with another KV cache than the variant's own, which is the default; a choice at run
+    time. The fields are the variant's."""
+
+    graph: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    kv_cache: KVCacheSpec
+    quality: Quality | None = None
+    prefill: PrefillGraph | None = None
+    min_onnxruntime: str | None = None
+    missed: tuple[str, ...] = ()
+    """the limits of the variant's quality gate that it broke, in words: why it is not the default"""
+
+
+@dataclass(frozen=True)
 class Variant:
-    """One graph of a package, or two that share their KV cache."""
+    """One graph of a package, or two that share their KV cache; and the same for each other cache that it can have."""
 
     name: str
     precision: Precision
@@ -235,20 +256,51 @@ class Variant:
     """the oldest onnxruntime that runs `graph`, as 1.24 or 1.23.1; None: format 3, which does not say"""
     portable: PortableGraph | None = None
     """for other runtimes; None: `graph` itself, or in a package from before there was one"""
+    other_caches: tuple[OtherCache, ...] = ()
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Everything a runner opens."""
-        prefill = (self.prefill.graph, *self.prefill.data) if self.prefill else ()
-        return (self.graph, *self.data, *prefill)
+        """Everything a runner opens, whichever KV cache it is given."""
+        return tuple(dict.fromkeys(name for entry in self.each_graph for name in (entry.graph, *entry.data)))
+
+    @property
+    def each_graph(self) -> tuple[Variant | PrefillGraph, ...]:
+        """The graphs that a runner opens, of every KV cache, the default first."""
+        found: list[Variant | PrefillGraph] = []
+        for own in self.each_cache:
+            found += [own] if own.prefill is None else [own, own.prefill]
+        return tuple(found)
+
+    @property
+    def each_cache(self) -> tuple[Variant, ...]:
+        """The variant with each of its KV caches alone, the default first."""
+        choices = ({entry.name: getattr(other, entry.name) for entry in _OF_CACHES} for other in self.other_caches)
+        return (replace(self, other_caches=()), *(replace(self, other_caches=(), **choice) for choice in choices))
+
+    def with_cache(self, name: str | None) -> Variant:
+        """Return the variant with one of its KV caches alone.
+
+        Args:
+            name: as `KVCacheSpec.name`; None: the default.
+
+        Raises:
+            UsageError: it has no such cache.
+        """
+        caches = {own.kv_cache.name: own for own in self.each_cache}
+        if name is None:
+            return next(iter(caches.values()))
+        if name not in caches:
+            raise UsageError(
+                f"KV cache {name}: variant {self.name} has {', '.join(caches)}; choose one of these, or export it again"
+            )
+        return caches[name]
 
     def data_of(self, graph: str) -> str:
         """Return the name, without folders, of the file that holds a graph's weights; the graph's own with `_data`,
         unless this variant says otherwise."""
-        named = (self, self.prefill) if self.prefill else (self,)
         found = [
             PurePosixPath(name).name
-            for entry in named
+            for entry in self.each_graph
             for name in entry.data
             if PurePosixPath(entry.graph).name == graph
         ]
@@ -294,6 +346,9 @@ class Variant:
                 "export the package again"
             )
         return found[0]
+
+
+_OF_CACHES = [entry for entry in fields(OtherCache) if entry.name != "missed"]
 
 
 @dataclass(frozen=True)

@@ -110,8 +110,8 @@ def _check(manifest: object) -> None:
         windows = variant.kv_cache.windows
         if windows and len(windows) != variant.kv_cache.num_layers:
             raise ValueError(f"kv_cache.windows has {len(windows)} layers, expected {variant.kv_cache.num_layers}")
-        for graph in (variant, variant.prefill):
-            oldest = graph.min_onnxruntime if graph is not None else None
+        for graph in variant.each_graph:
+            oldest = graph.min_onnxruntime
             if oldest is not None and re.fullmatch(r"\d+(\.\d+){1,2}", oldest) is None:
                 raise ValueError(f"min_onnxruntime is {oldest!r}")
     for engine in manifest.engines.values() if isinstance(manifest, TrtManifest) else ():

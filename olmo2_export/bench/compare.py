@@ -23,7 +23,7 @@ import numpy as np
 
 from olmo2_export.bench.arguments import CONTEXTS
 from olmo2_export.bench.contenders import Workshop
-from olmo2_export.bench.entries import POINTS, Entry, default_variants, our_entry, peer_entries
+from olmo2_export.bench.entries import POINTS, Entry, default_variants, our_entries, peer_entries
 from olmo2_export.bench.machine import device_limits, memory_bandwidth, processor
 from olmo2_export.bench.report import report
 from olmo2_export.bench.turns import take_turns
@@ -148,7 +148,7 @@ def compare(
             raise ConfigError(f"{folder}: not of the shape of the reference {reference.model}")
         workshop = Workshop(work, f"of-{hashlib.sha256(str(weights).encode()).hexdigest()[:8]}", weights)
         found_peers = peer_entries(peers, names, workshop, peers_folder, setting.threads, setting.hardware)
-    entries = [our_entry(opened, name, target) for name in names]
+    entries = [entry for name in names for entry in our_entries(opened, name, target)]
     entries += found_peers.entries if found_peers else ()
 
     busy = os.getloadavg()[0]

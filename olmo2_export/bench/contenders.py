@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -189,9 +189,9 @@ def ours(workshop: Workshop, variants: Sequence[str]) -> list[Contender]:
         one = _ours("one_graph", f"ours {first}, one graph", alone, first, ("memory_1024", "prefill_512"), cost)
     found = [_ours("ours", f"ours {first}", package, first, tuple(tasks), made), one]
     if find(first).quantized_cache:
-        package, made = workshop.package("int8-cache", workshop.checkpoint("olmo2"), first, ["--kv-cache", "int8"])
         long = ("decode_128", "decode_3000", "prefill_512", "memory_1024")
-        found.append(_ours("int8_cache", f"ours {first}, int8 KV cache", package, first, long, made))
+        int8 = _ours("int8_cache", f"ours {first}, int8 KV cache", package, first, long, made)
+        found.append(replace(int8, arguments=(*int8.arguments, "--kv-cache", "int8")))
     package, made = workshop.package("demo-model", DEMO, first)
     found.append(_ours("demo", f"ours {first}, demo model", package, first, ("lookup_demo",), made))
     for variant in others:

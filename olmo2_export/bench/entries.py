@@ -39,6 +39,7 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.dtypes import FloatRow, float_dtype
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes.errors import FailedError
+from runtimes.manifest import Variant
 from runtimes.package import Package
 from runtimes.targets import Target, runnable
 
@@ -66,16 +67,27 @@ class Entry:
         return self.contender.name
 
 
-def our_entry(package: Package, name: str, target: Target) -> Entry:
-    """Return a variant of a package where it runs."""
-    folder, variant = package.folder.resolve(), package.variant(name)
+def our_entries(package: Package, name: str, target: Target) -> list[Entry]:
+    """Return a variant of a package where it runs, with each of its KV caches, the default first."""
+    return [
+        _our_entry(package, variant, target, number) for number, variant in enumerate(package.variant(name).each_cache)
+    ]
+
+
+def _our_entry(package: Package, variant: Variant, target: Target, number: int) -> Entry:
+    """Return a variant with one KV cache; `number`: which of its own."""
+    folder, name = package.folder.resolve(), variant.name
     files = package.files_of(variant)
     sizes = [files[path].size for path in variant.files]
     if target.needs_engine:
         engines = package.trt.engines.values() if package.trt is not None else ()
         sizes = [files[e.plan].size for e in engines if (e.variant, e.backend) == (name, target.backend)]
-    arguments = (str(folder), name, *target.flags)
-    contender = Contender(f"ours_{name}", f"ours {name}", Path(sys.executable), "ours", arguments, (POINTS,), _NO_COST)
+    arguments, key, title = (str(folder), name, *target.flags), f"ours_{name}", f"ours {name}"
+    if number:
+        cache = variant.kv_cache.name
+        arguments, key = (*arguments, "--kv-cache", cache), f"{key}_{cache}"
+        title = f"{title}, {cache} KV cache"
+    contender = Contender(key, title, Path(sys.executable), "ours", arguments, (POINTS,), _NO_COST)
     return Entry(contender, True, (name,), sum(sizes), package_traffic(folder, variant))
 
 

@@ -142,6 +142,7 @@ def open_package_model(
     backend: Backend = "ort",
     device: Device | None = None,
     decode_graph: bool = False,
+    kv_cache: str | None = None,
 ) -> Iterator[PackageModel]:
     """Open a variant for evaluation.
 
@@ -149,6 +150,7 @@ def open_package_model(
         package: the package folder, or one that is open.
         variant, backend, device: as `open_runner`; on the CPU a named variant for a GPU runs in its rounded form.
         decode_graph: use the graph that generates text for all tokens, also where the package has another for prompts.
+        kv_cache: as `open_runner`.
 
     Raises:
         Olmo2ExportError: as `open_runner`.
@@ -157,11 +159,12 @@ def open_package_model(
     opened.check_logits("evaluate")
     model, entry = opened.model, opened.variant(variant) if variant is not None else None
     if entry is not None and not find_target(backend, device).on_gpu and _rounded_here(entry):
-        with open_measured(opened, entry.name) as measured:
+        with open_measured(opened, entry.with_cache(kv_cache).name) as measured:
             yield PackageModel(measured, entry, model, f"{entry.name}, rounded as on its device", decode_graph)
         return
-    with open_runner(opened, variant=variant, backend=backend, device=device) as runner:
-        yield PackageModel(runner, runner.variant, model, runner.variant.name, decode_graph)
+    with open_runner(opened, variant=variant, backend=backend, device=device, kv_cache=kv_cache) as runner:
+        name = runner.variant.name if kv_cache is None else f"{runner.variant.name}, {kv_cache} KV cache"
+        yield PackageModel(runner, runner.variant, model, name, decode_graph)
 
 
 @contextmanager

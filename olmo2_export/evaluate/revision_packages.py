@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from olmo2_export.catalog import VARIANTS
+from olmo2_export.catalog import VARIANTS, known
 from olmo2_export.config import ModelConfig
 from olmo2_export.engine.options import CURRENT, EngineOptions, gpu_at_hand
 from olmo2_export.engine.renew import as_built, renew, why_another
@@ -109,6 +109,10 @@ class RevisionPackages:
         self._model, self._engine = model, engine
         self._exported = variant if engine is None else _SOURCE
         self._options = options if engine is None else Options()
+        row = known(variant)
+        if engine is None and row is not None and row.quantized_cache and not options.kv_caches:
+            # which one is the default is a matter of quality, and revisions are to be compared in the same
+            self._options = replace(options, kv_caches=("float32",))
         self._folder = out / _PACKAGES
 
     def package(self, revision: str) -> RevisionPackage:

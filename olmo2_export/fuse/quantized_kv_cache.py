@@ -10,7 +10,9 @@ Becomes:
     y, present_key, present_value = com.microsoft::GroupQueryAttention(..., cos, sin, , , , k_scale, v_scale,
         k_quant_type="PER_CHANNEL", v_quant_type="PER_CHANNEL", kv_cache_bit_width=bits, ...)
                         past_*, present_*: int8 [B, kv_heads, P, head_dim], or uint8 [..., head_dim / 2] for 4 bits
-                        k_scale, v_scale: constant initializers float32 [kv_heads, 1, head_dim]
+                        k_scale, v_scale: constant initializers float32 [kv_heads, 1, head_dim], in the graph itself
+
+so that graphs with several caches share the file of the weights.
 
 Source: onnxruntime, docs/ContribOperators.md, com.microsoft.GroupQueryAttention; CPU kernels since 1.27.
 """
@@ -25,6 +27,9 @@ import onnx_ir as ir
 import olmo2_export.catalog as catalog
 from olmo2_export.dtypes import ir_dtype
 from olmo2_export.fuse.group_query_attention import DOMAIN, NAME
+
+KEPT_INSIDE = "kept inside"
+"""in the `meta` of an initializer that goes into no file beside the graph, whatever its size"""
 
 _INPUTS = 9  # up to sin
 
@@ -83,5 +88,6 @@ def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
         shape=ir.Shape(array.shape),
         type=ir.TensorType(ir.DataType.FLOAT),
     )
+    value.meta[KEPT_INSIDE] = True
     graph.register_initializer(value)
     return value

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from olmo2_export.atomic import resource_error
 from olmo2_export.config import ModelConfig
 from olmo2_export.fuse.fold_weight_transpose import TRANSPOSED
+from olmo2_export.fuse.quantized_kv_cache import KEPT_INSIDE
 from olmo2_export.model.olmo import UNIT
 from olmo2_export.model.rotary import model_tables
 from olmo2_export.stored_graph import load_graph
@@ -23,7 +24,7 @@ from olmo2_export.weights.checkpoint import Checkpoint
 from runtimes.errors import FusionError, ResourceError, first_names
 
 INSIDE = 256
-"""bytes: tensors up to that stay in the graph itself"""
+"""bytes: tensors up to that stay in the graph itself, and those that are `KEPT_INSIDE`"""
 
 _BLOCK_ROWS = 4096
 _LARGE = 1 << 20  # bytes: tensors beyond that begin at a page in the data file, so that a runtime can map them
@@ -134,7 +135,7 @@ def stored_outside(model: ir.Model) -> Outside:
         for graph in model.graphs()
         for value in graph.initializers.values()
         if (tensor := value.const_value) is not None
-        and (tensor.nbytes > INSIDE or isinstance(tensor, ir.ExternalTensor))
+        and (isinstance(tensor, ir.ExternalTensor) or (tensor.nbytes > INSIDE and KEPT_INSIDE not in value.meta))
     ]
 
 

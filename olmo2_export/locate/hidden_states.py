@@ -54,8 +54,8 @@ def wrong_hidden_state(model: ir.Model, rows: Sequence[Operation]) -> tuple[str,
 
 def hidden_states_check(package: Package, entry: Variant, config: ModelConfig) -> tuple[TensorParity, str] | None:
     """Look whether each hidden state of a variant's graphs is the one that it is called; return what is wrong."""
-    others = [other.graph for other in (entry.prefill, entry.portable) if other is not None]
-    for graph in (entry.graph, *others):
+    portable = [] if entry.portable is None else [entry.portable.graph]
+    for graph in (*(each.graph for each in entry.each_graph), *portable):
         found = wrong_hidden_state(load_graph(package.folder / graph), operations(config))
         if found is not None:
             name, what = found

@@ -23,7 +23,7 @@ operations are compared in one pass over the layers: halving the depth would nee
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,7 +54,16 @@ from olmo2_export.locate.segments import joined, random_calls, run_batch, run_se
 from olmo2_export.locate.stored_values import tables_check, weight_check
 from olmo2_export.truth.torch_layers import TorchModel
 from olmo2_export.views.openers import Arrays, Opener, view_opener
-from olmo2_export.views.table import FIRST_CALL, FLOAT32_FACTOR, View, portable_views, variant_views
+from olmo2_export.views.shared_forms import float_cache_form
+from olmo2_export.views.table import (
+    FIRST_CALL,
+    FLOAT32_FACTOR,
+    View,
+    cache_views,
+    in_float32,
+    portable_views,
+    variant_views,
+)
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.merged import check_adapters
 from olmo2_export.weights.stored_names import weight_shapes
@@ -136,15 +145,16 @@ def locate(
     target = find_target(backend, device)
     _check_runs(entry, target)
     wrong = weight_check(opened, entry, checkpoint, config)
-    views = variant_views(opened, entry, checkpoint, config, target)
-    others = [] if target.on_gpu else portable_views(opened, entry, views)
-    views = [*_looked_at(views), *others[:1]]
+    own = variant_views(opened, entry, checkpoint, config, target)
+    others = [] if target.on_gpu else cache_views(opened, entry, own)
+    portable = [] if target.on_gpu else portable_views(opened, entry, own)
+    views = [*_looked_at(own), *_without_codes(others), *portable[:1]]
     location = None
     steps = len(views) * (config.num_hidden_layers + 2)
     with tqdm(total=steps, desc=f"locating in {variant}", unit="segment", leave=False) as bar:
         for view in views:
             found = _Locator(view, opener or view_opener(view, target), checkpoint, config, bar).run()
-            if location is None or found.first is not None or view.label not in ("int8", "portable exact"):
+            if location is None or found.first is not None or (view in own and view.label != "int8"):
                 location = replace(found, variant=variant, backend=backend)
             if found.first is not None or wrong is not None:
                 break
@@ -208,10 +218,20 @@ def _check_runs(entry: Variant, target: Target) -> None:
 
 
 def _looked_at(views: list[View]) -> list[View]:
-    """Leave out the views that show nothing more; of a quantised cache all but the exact one show codes."""
+    """Leave out the views that show nothing more; of a quantised cache others show codes."""
     if any(v.variant.kv_cache.quantization is not None for v in views):
-        return views[:1]
+        return list(_without_codes(views))
     return [view for view in views if view.label != "int8 exact"]
+
+
+def _without_codes(views: list[View]) -> Iterator[View]:
+    """Yield one view of each graph, in a form whose cache can be read."""
+    for view in views:
+        if view.label == "int8":
+            form, variant = float_cache_form(view.model), in_float32(view.variant)
+            yield replace(view, model=form, variant=variant, as_stored=False)
+        elif view.label == "exact":
+            yield view
 
 
 def _floor(precision: str) -> float:
@@ -334,7 +354,7 @@ class _Locator:
         return x[:, [start + self._calls.logit_index(stop - start) for start, stop in self._calls.spans()]]
 
     def _label(self) -> str:
-        label = self._view.label
+        label = self._view.name
         return f"In the {label} view, " if label != "as stored" else "In the graph as it is, "
 
     def _nothing(self, growth: Sequence[TensorParity]) -> str:

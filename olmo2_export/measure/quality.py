@@ -29,6 +29,8 @@ from runtimes.runners.runner import Logits, TokenIds
 SEED = 0
 PIECE = 32
 """positions at a time: logits of a large vocabulary, in float64, take 0.8 MB each"""
+LONG = 4096
+"""tokens of a sequence on which a quantised KV cache is measured, where the context holds them"""
 _LENGTH = 256
 _MOST_OF_ONE = 0.5  # share of a text that may be one token: of a foreign alphabet, all are "unknown"
 _LOGITS = 1 << 25  # float32 numbers of reference logits that may be kept: 128 MB
@@ -48,8 +50,12 @@ def gate_of(variant: Variant, config: ModelConfig) -> QualityGate:
     gates = catalog.find(variant.name).weights.gates
     if gates is None:
         raise PackageError(f"variant {variant.name}: its weights are not quantised; there is no gate of their quality")
-    weights = sum(map(math.prod, tensor_shapes(operations(config)).values()))
-    return gates[weights > _LARGE]
+    return gates[is_large(config)]
+
+
+def is_large(config: ModelConfig) -> bool:
+    """Tell whether a model has the gates of large ones."""
+    return sum(map(math.prod, tensor_shapes(operations(config)).values())) > _LARGE
 
 
 def quality_check(name: str, measured: Measurement, length: int, limits: QualityGate) -> Check:
@@ -91,10 +97,15 @@ def broken_limits(quality: Quality, limits: QualityGate) -> list[str]:
     if limits.kl_p99 is not None and not quality.kl_p99 <= limits.kl_p99:
         broken.append(f"KL p99 {quality.kl_p99:.3g}, the gate is {limits.kl_p99:g}")
     if not quality.top1 >= limits.top1:
-        broken.append(f"top-1 {quality.top1:.2%}, the gate is {limits.top1:.2%}")
+        broken.append(f"top-1 {quality.top1:.2%} ± {top1_error(quality):.2%}, the gate is {limits.top1:.2%}")
     if quality.tokens_from == "text" and not rise <= limits.perplexity_rise:
         broken.append(f"perplexity {rise:+.2%}, the gate is {limits.perplexity_rise:+.2%}")
     return broken
+
+
+def top1_error(quality: Quality) -> float:
+    """Return the standard error of a top-1 agreement, as a share: that of so many positions, each one draw."""
+    return math.sqrt(max(0.0, quality.top1 * (1 - quality.top1)) / quality.tokens)
 
 
 def quality_tokens(

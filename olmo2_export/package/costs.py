@@ -108,7 +108,7 @@ def _seconds(config: ModelConfig, variants: Sequence[VariantSizes], options: Opt
     shapes = weight_shapes(config)
     weights = sum(rows * columns for rows, columns in shapes.values())
     written = sum(files.data for variant in variants for files in variant.graphs.values())
-    graphs = sum(len(variant.graphs) for variant in variants)
+    graphs = sum(len(variant.graphs) + len(variant.other_caches) for variant in variants)
     total = _START + _TRACE * config.num_hidden_layers * (1 + graphs)
     total += (2 * source_bytes + 2 * written) / _BYTES_PER_SECOND
     tokens = quality_size(config)
@@ -127,7 +127,7 @@ def _seconds(config: ModelConfig, variants: Sequence[VariantSizes], options: Opt
         if len(variant.graphs) > 1:
             inner = sum(shapes[name][0] * shapes[name][1] for name in linear_names(config))
             total += inner * _timed(lambda: quantize_int8(sample)) / _SAMPLE**2
-        total += len(variant.graphs) * tokens * weights * product / _KERNELS
+        total += (len(variant.graphs) + len(variant.other_caches)) * tokens * weights * product / _KERNELS
         judged = True
     if judged:
         total += tokens * weights * product + source_bytes / _BYTES_PER_SECOND

@@ -27,6 +27,7 @@ from olmo2_export.graphs.shared import decode_graph, padded_graph, prefill_graph
 from olmo2_export.graphs.static import static_graph
 from olmo2_export.graphs.trace import trace
 from olmo2_export.package.imported import imported_weights, is_imported
+from olmo2_export.package.kv_caches import written_caches
 from olmo2_export.package.variants import cache_spec
 from olmo2_export.package.weight_choice import Options, choose_weights, defaults_of
 from olmo2_export.quantize.blocks import QuantizedMatrix
@@ -53,8 +54,10 @@ class VariantSizes:
     """path in the package -> its files; the prefill graph, which a quality gate may leave out, is the second"""
     portable: Mapping[str, int]
     """path of the graph that other runtimes load, where that is another -> its bytes, on the first one's weights"""
+    other_caches: Mapping[str, int]
+    """paths of the graphs with other KV caches than the first -> their bytes, on the same weights"""
     cache_bytes_per_token: int
-    """of one row, over all layers"""
+    """of one row, over all layers, in the first of its KV caches"""
     bits_per_weight: float
     """over embedding, layers and head, as the decode graph stores them; of codes taken over, over those"""
     at_most: bool
@@ -64,7 +67,8 @@ class VariantSizes:
     @property
     def nbytes(self) -> int:
         """Bytes of all its files."""
-        return sum(files.graph + files.data for files in self.graphs.values()) + sum(self.portable.values())
+        beside = (*self.portable.values(), *self.other_caches.values())
+        return sum(files.graph + files.data for files in self.graphs.values()) + sum(beside)
 
 
 def variant_sizes(name: str, checkpoint: Checkpoint, config: ModelConfig, options: Options) -> VariantSizes:
@@ -81,13 +85,16 @@ def variant_sizes(name: str, checkpoint: Checkpoint, config: ModelConfig, option
         FusionError: the traced graph is not the expected one.
     """
     row = catalog.find(name)
-    stored = catalog.kv_cache(options.kv_cache) if row.quantized_cache else None
-    cache = cache_spec(config, row.form, row.dtype if stored is None else stored.dtype)
-    if stored is not None and stored.bits is not None:
+    stored = written_caches(row, config, options)[0]
+    cache = cache_spec(config, row.form, stored.dtype if row.quantized_cache else row.dtype)
+    if stored.bits is not None:
         cache = dataclasses.replace(cache, quantization=KVCacheQuantization(stored.bits, 0, {}))
     found = dict(_graphs(row, checkpoint, config, options))
-    graphs = {path: files for path, files in found.items() if path != row.portable_path or path == row.path}
-    portable = {path: files.graph for path, files in found.items() if path not in graphs}
+    with_data = [row.with_cache(path, stored) for path in (row.path, row.prefill_path)]
+    graphs = {path: files for path, files in found.items() if path in with_data}
+    beside = {path: files.graph for path, files in found.items() if path not in graphs}
+    portable = {path: nbytes for path, nbytes in beside.items() if path == row.portable_path}
+    others = {path: nbytes for path, nbytes in beside.items() if path not in portable}
     bits, extra, mixed = float(row.weights.bits), 0, False
     notes: tuple[str, ...] = ()
     if row.defaults is not None:
@@ -104,7 +111,7 @@ def variant_sizes(name: str, checkpoint: Checkpoint, config: ModelConfig, option
     if extra:  # the tensors that the budget pays for have the format of 8 bits
         path, first = next(iter(graphs.items()))
         graphs[path] = dataclasses.replace(first, data=first.data + extra)
-    return VariantSizes(name, graphs, portable, cache_bytes_per_token(cache), bits, mixed, notes)
+    return VariantSizes(name, graphs, portable, others, cache_bytes_per_token(cache), bits, mixed, notes)
 
 
 def _bits_per_weight(
@@ -144,16 +151,18 @@ def _graphs(
             assert weights is not None  # all of them have defaults
             shared = shared_graph(traced, rows)
             padded = padded_graph(shared, rows)
-            if (bits := catalog.kv_cache(options.kv_cache).bits) is not None:
-                quantized_kv_cache(shared, _cache_scales(small), bits)
-            graph, _ = decode_graph(shared, weights, rows)
-            attach_weights(graph, checkpoint, small)
-            yield row.path, predicted_bytes(graph, layers)
             imported = is_imported(checkpoint, row, options)
-            if row.prefill_graph and not imported and options.prefill_graph and not config.labels:
-                graph, _ = prefill_graph(shared, weights, rows, defaults_of(row).rounded_blocks)
+            for stored in written_caches(row, config, options):
+                form = shared.clone()
+                if stored.bits is not None:
+                    quantized_kv_cache(form, _cache_scales(small), stored.bits)
+                graph, _ = decode_graph(form, weights, rows)
                 attach_weights(graph, checkpoint, small)
-                yield row.prefill_path, predicted_bytes(graph, layers)
+                yield row.with_cache(row.path, stored), predicted_bytes(graph, layers)
+                if row.prefill_graph and not imported and options.prefill_graph and not config.labels:
+                    graph, _ = prefill_graph(form, weights, rows, defaults_of(row).rounded_blocks)
+                    attach_weights(graph, checkpoint, small)
+                    yield row.with_cache(row.prefill_path, stored), predicted_bytes(graph, layers)
             graph, _ = decode_graph(padded, weights, rows)
             attach_weights(graph, checkpoint, small)
             yield row.portable_path, predicted_bytes(graph, layers)

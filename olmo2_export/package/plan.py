@@ -22,6 +22,7 @@ from olmo2_export.graphs.lora_inputs import adapted_linears
 from olmo2_export.package.costs import Costs, estimate_costs
 from olmo2_export.package.graph_sizes import VariantSizes, engine_graph_bytes, variant_sizes
 from olmo2_export.package.imported import check_import
+from olmo2_export.package.kv_caches import written_caches
 from olmo2_export.package.texts import write_texts
 from olmo2_export.package.variants import check_takes_adapters, check_variants
 from olmo2_export.package.weight_choice import Options, choose_weights
@@ -32,7 +33,8 @@ from runtimes.errors import ResourceError
 
 _KEPT_FREE = 1 << 20  # bytes
 _SPEC, _TENSOR = 250, 188  # bytes that the manifest takes for an input or output, and for a quantised tensor,
-_VARIANT, _MANIFEST = 700, 2500  # for all else of a variant, and besides
+_VARIANT, _MANIFEST = 700, 2500  # for all else of a variant, or of one with another KV cache, and besides
+_SCALE = 40  # for what stands around the scales of the keys or the values of a layer
 _MOST_PER_WEIGHT = 4.25  # bytes that any graph stores of a weight, scales included
 
 
@@ -136,7 +138,8 @@ def plan_export(
         weights=weights,
         source_bytes=checkpoint.nbytes,
         variants=sizes,
-        texts=_text_bytes(checkpoint, config, names, sizes, default_variant) + sum(a.numbers * 4 for a in adapters),
+        texts=_text_bytes(checkpoint, config, names, sizes, options, default_variant)
+        + sum(a.numbers * 4 for a in adapters),
         spool=max((_spool(name, config, options) for name in names), default=0),
         engines=tuple(_engines(checkpoint, config, names, options)) if "fp32" in names else (),
         costs=estimate_costs(config, sizes, options, source_bytes=checkpoint.nbytes or 2 * weights),
@@ -188,7 +191,8 @@ def check_room(
         return
     sizes = [variant_sizes(name, checkpoint, config, options) for name in names]
     spool = max((_spool(name, config, options) for name in names), default=0)
-    needed = sum(variant.nbytes for variant in sizes) + _text_bytes(checkpoint, config, names, sizes) + spool
+    needed = sum(variant.nbytes for variant in sizes) + spool
+    needed += _text_bytes(checkpoint, config, names, sizes, options)
     if needed + _KEPT_FREE <= free:
         return
     parts = ", ".join(
@@ -223,6 +227,7 @@ def _text_bytes(
     config: ModelConfig,
     names: Sequence[str],
     variants: Sequence[VariantSizes],
+    options: Options,
     default: str | None = None,
 ) -> int:
     """Write the texts of a package aside, and count them; add what the manifest is likely to take."""
@@ -230,5 +235,9 @@ def _text_bytes(
         write_texts(checkpoint.folder, config, Path(folder), names, default)
         texts = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
     quantised = sum(len(weight_shapes(config)) for name in names if find(name).defaults is not None)
-    specs = (4 * config.num_hidden_layers + 6 + len(config.hidden_states)) * sum(1 + len(v.portable) for v in variants)
-    return texts + _MANIFEST + _VARIANT * len(variants) + _SPEC * specs + _TENSOR * quantised
+    caches = [cache for name in names for cache in written_caches(find(name), config, options)]
+    tables = len(caches) + sum(len(variant.portable) for variant in variants)
+    specs = (4 * config.num_hidden_layers + 6 + len(config.hidden_states)) * tables
+    in_base64 = 16 * config.num_key_value_heads * config.head_dim // 3  # of float32
+    scales = 2 * config.num_hidden_layers * (_SCALE + in_base64) * sum(cache.bits is not None for cache in caches)
+    return texts + _MANIFEST + _VARIANT * len(caches) + _SPEC * specs + _TENSOR * quantised + scales

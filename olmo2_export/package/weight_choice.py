@@ -30,8 +30,8 @@ class Options:
     """bits per weight, for the recipes that choose"""
     block_size: int | None = None
     """weights that share a scale; None: the default of the recipe"""
-    kv_cache: str = "fp32"
-    """a name out of `catalog.KV_CACHES`"""
+    kv_caches: tuple[str, ...] = ()
+    """names out of `catalog.KV_CACHES`; (): the default ones, of a classifier float32 alone"""
     prefill_graph: bool = True
     """write a prefill graph if it passes its gate"""
     requantize: bool = False

@@ -118,8 +118,7 @@ def _weights(variant: Variant) -> str:
 
 
 def _cache(variant: Variant) -> str:
-    cache = variant.kv_cache
-    return f"{cache.form}, {f'int{cache.quantization.bits}' if cache.quantization else cache.dtype}"
+    return f"{variant.kv_cache.form}, {' or '.join(own.kv_cache.name for own in variant.each_cache)}"
 
 
 def _verdict(contents: Contents, name: str) -> str:

@@ -215,4 +215,16 @@ def _variant_document(summary: VariantSummary) -> dict[str, Any]:
         "quality": asdict(entry.quality) if entry.quality else None,
         "prefill_quality": asdict(entry.prefill.quality) if entry.prefill else None,
         "portable": entry.portable.graph if entry.portable else None,
+        "other_caches": [
+            {
+                "graph": other.graph,
+                "kv_cache": other.kv_cache.name,
+                "bytes_per_token": cache_bytes_per_token(other.kv_cache),
+                "quality": asdict(other.quality) if other.quality else None,
+                "prefill_graph": other.prefill.graph if other.prefill else None,
+                "prefill_quality": asdict(other.prefill.quality) if other.prefill else None,
+                "missed": list(other.missed),
+            }
+            for other in entry.other_caches
+        ],
     }

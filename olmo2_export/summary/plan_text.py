@@ -23,9 +23,11 @@ def plan_lines(plan: ExportPlan) -> Iterator[str]:
             f"{variant.name}: {size(variant.nbytes)}, {bits}; KV cache {size(variant.cache_bytes_per_token)} per token"
         )
         row = find(variant.name)
-        for path, files in variant.graphs.items():
-            data = row.data if path == row.path else f"{path}_data"
+        for number, (path, files) in enumerate(variant.graphs.items()):
+            data = f"{row.prefill_path}_data" if number else row.data
             yield f"  {_name(path)} {size(files.graph)}, {_name(data)} {files.data:,} bytes"
+        for path, nbytes in variant.other_caches.items():
+            yield f"  {_name(path)} {size(nbytes)}, with another KV cache, on the same"
         for path, nbytes in variant.portable.items():
             yield f"  {_name(path)} {size(nbytes)}, for other runtimes, on {_name(row.data)}"
         for note in variant.notes:

@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from olmo2_export.graphs.predicted import cache_bytes_per_token
 from olmo2_export.summary.engine import EngineSummary
 from olmo2_export.summary.graph import GraphSummary, OpChange, Part
 from olmo2_export.summary.package import PackageSummary, VariantSummary
@@ -40,16 +41,28 @@ def quantization_lines(variant: Variant) -> list[str]:
         f"{quantization.recipe}: {quantization.bits_per_weight:.2f} bits per weight; largest error {error.nmse:.2g} of "
         f"the mean square, in {worst}"
     ]
-    graphs = {variant.graph: variant.quality}
-    if variant.prefill is not None:
-        graphs[variant.prefill.graph] = variant.prefill.quality
-    for graph, quality in graphs.items():
+    for entry in variant.each_graph:
+        graph, quality = entry.graph, entry.quality
+        if quality is None:
+            continue
         rise = quality.perplexity / quality.reference_perplexity - 1
         perplexity = f", perplexity {quality.perplexity:.3f} ({rise:+.2%})" if quality.tokens_from == "text" else ""
         lines.append(
             f"{graph}: KL {quality.kl_mean:.2g} (p99 {quality.kl_p99:.2g}), top-1 {quality.top1:.1%}{perplexity} "
             f"on {quality.tokens} tokens of {quality.tokens_from}"
         )
+    return [*lines, *_cache_lines(variant)]
+
+
+def _cache_lines(variant: Variant) -> list[str]:
+    """Say which KV caches can be chosen from, and why one is not the default."""
+    if not variant.other_caches:
+        return []
+    names = [own.kv_cache.name for own in variant.each_cache]
+    lines = [f"KV cache {names[0]} where none is named, of {', '.join(names)}"]
+    for other in variant.other_caches:
+        if other.missed:
+            lines.append(f"KV cache {other.kv_cache.name} misses the quality gate: {'; '.join(other.missed)}")
     return lines
 
 
@@ -168,6 +181,9 @@ def _variant(summary: VariantSummary, package: PackageSummary) -> list[Renderabl
             f"{size(summary.cache_bytes_per_token * kv.max_cache_length)} for {kv.max_cache_length:,} tokens",
         )
     )
+    for other in entry.each_cache[1:]:
+        a_token = size(cache_bytes_per_token(other.kv_cache))
+        facts.append((f"or {other.kv_cache.name}", f"{other.graph}: {a_token} a token, on the same weights"))
     facts += [("quantised" if i == 0 else "", line) for i, line in enumerate(quantization_lines(entry))]
     islands = enumerate(entry.float32_islands.items())
     facts += [("float32" if i == 0 else "", f"{name}: {reason}") for i, (name, reason) in islands]

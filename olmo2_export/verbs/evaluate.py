@@ -25,6 +25,7 @@ def declare(verb: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     verb.add_argument("model", metavar="PACKAGE|MODEL", help="a package; or a checkpoint, which PyTorch runs")
     declare_target(verb, variant="of the package; default: the fastest verified one", many=False)
+    verb.add_argument("--kv-cache", metavar="C", help="of the variant's, as in olmo2-run; default: the variant's own")
     verb.add_argument(
         "--decode-graph", action="store_true", help="score with the graph that generates text, not that for prompts"
     )
@@ -58,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     path = expanded(args.model)
     package = open_package(path) if is_on_hub(path) or (path / MANIFEST_NAME).is_file() else None
     of_package = {"--variant": args.variant, "--device": args.device, "--reference": args.reference}
+    of_package["--kv-cache"] = args.kv_cache
     given = [name for name, value in of_package.items() if value is not None]
     given += ["--backend"] * (args.backend != "ort") + ["--decode-graph"] * args.decode_graph
     if args.max_tokens is not None and args.max_tokens < 1:
@@ -87,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
                 backend=args.backend,
                 device=args.device,
                 decode_graph=args.decode_graph,
+                kv_cache=args.kv_cache,
             )
             models.append(stack.enter_context(opened))
         if checkpoint is not None:

@@ -37,7 +37,14 @@ def declare(verb: argparse.ArgumentParser) -> None:
     cached, prefilled = listed(exported(lambda row: row.quantized_cache)), listed(exported(lambda r: r.prefill_graph))
     halves = listed(exported(lambda row: row.dtype == "float16"))
     caches = [cache.name for cache in catalog.KV_CACHES]
-    verb.add_argument("--kv-cache", choices=caches, default=caches[0], help=f"of {cached}; default {caches[0]}")
+    written = listed([cache.name for cache in catalog.kv_caches(())])
+    verb.add_argument(
+        "--kv-cache",
+        choices=caches,
+        action="append",
+        default=[],
+        help=f"of {cached}: to be chosen from at run time; may be repeated; default {written}",
+    )
     verb.add_argument("--no-prefill-graph", action="store_true", help=f"{prefilled}: leave the int8 prefill graph out")
     verb.add_argument(
         "--requantize", action="store_true", help="of a quantised checkpoint: make q4 or q8 of its dequantised weights"
@@ -80,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         calibration=args.calibration,
         size_budget=args.size_budget,
         block_size=args.block_size,
-        kv_cache=args.kv_cache,
+        kv_caches=tuple(args.kv_cache),
         prefill_graph=not args.no_prefill_graph,
         requantize=args.requantize,
         fp16_islands=args.fp16_islands,

@@ -16,6 +16,7 @@ from olmo2_export.config import ModelConfig
 from olmo2_export.graphs.by_layer import Call, Recorded, in_pieces, logits_by_layer
 from olmo2_export.measure.parity import QUALITY, Check, ParityReport, PerplexityChange
 from olmo2_export.measure.quality import (
+    LONG,
     PIECE,
     Measured,
     gate_of,
@@ -47,8 +48,6 @@ _STATES = 16
 """sequences of that length whose hidden states are compared"""
 QUALITY_LENGTH = 256
 """tokens of a sequence on which quality is measured, where the cache holds them"""
-LONG = 4096
-"""tokens on which a quantised KV cache is measured, where the context holds them"""
 _CALIBRATION_RATIO = 1.15  # two steps of clipping; the same tokens, summed in another order, seldom give one
 
 
@@ -78,6 +77,8 @@ class _Run:
     opened: AbstractContextManager[Measured]
     alternate: bool = False
     """the decode graph reads every other piece, so that each graph reads what the other wrote"""
+    judged: bool = True
+    """False: of a quantised KV cache that is not the default, which is said"""
 
 
 def quality_checks(
@@ -126,11 +127,19 @@ def quality_checks(
             continue
         tokens = len(sequences[0])
         if entry.quantization is not None:
-            checks.append(quality_check(run.name, measured, tokens, gate_of(entry, config)))
+            check = quality_check(run.name, measured, tokens, gate_of(entry, config))
+            checks.append(check if run.judged else _not_judged(check))
         else:
             checks.append(perplexity_check(measured.perplexity, tokens, report.gate))
         changes.append(measured.perplexity)
     return checks + states, changes[0] if changes else None
+
+
+def _not_judged(check: Check) -> Check:
+    """Say what a choice costs that nobody gets who does not ask for it."""
+    if not check.failures:
+        return check
+    return dataclasses.replace(check, found=f"{check.found}; not the default: {'; '.join(check.failures)}", failures=())
 
 
 def _states_quality(
@@ -201,6 +210,10 @@ def _runs(package: Package, entry: Variant, view: View, target: Target) -> Itera
         if entry.prefill is not None:
             for name, alternate in (("int8 quality", False), ("quality of both in turns", True)):
                 yield _Run(name, open_ort(package.folder, entry, package.model, None), alternate)
+        for other in entry.each_cache[1:]:
+            cache = other.kv_cache
+            opened = open_ort(package.folder, other, package.model, None)
+            yield _Run(f"quality, {cache.name} cache", opened, other.prefill is not None, cache.quantization is None)
 
 
 def _runs_by_layer(

@@ -5,6 +5,7 @@
 | cases, greedy | the first view, in all ways of `feeds`           | PyTorch: see `views.table`    | of the view |
 | cases         | the other views; a mode bears its view's name    | the same                      | of the view |
 | portable ...  | the graph for other runtimes, as in `portable`   | the same                      | of the view |
+| cache N ...   | the graphs with another KV cache than by default | the same                      | of the view |
 | hidden, ...   | what `beside` asks: hidden states, embeddings    | the same                      | of the view |
 | graph, ...    | of a classifier: padded batches, without runner  | transformers' own choice      | of the view |
 | weights ...   | `views.weight_checks`                            | the checkpoint, the manifest  | there       |
@@ -53,7 +54,7 @@ from olmo2_export.verify.measure import (
 )
 from olmo2_export.verify.portable import feed_portable
 from olmo2_export.views.runners import open_step, open_view, open_whole
-from olmo2_export.views.table import View, portable_views, variant_views
+from olmo2_export.views.table import View, cache_views, portable_views, variant_views
 from olmo2_export.views.weight_checks import check_cache_scales, weight_checks
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.source import Replaced, WeightSource
@@ -101,7 +102,11 @@ def measure_variant(
     as_run = views[-1]
     views = _compared(views, entry)
     portable = [] if target.on_gpu else portable_views(opened, entry, views)
-    views[2:2] = portable  # behind those that are compared with the same
+    others = [] if target.on_gpu else cache_views(opened, entry, views)
+    views = [*views[:2], *portable, *views[2:]]
+    for other in others:  # behind those that are compared with the same
+        last = max(index for index, view in enumerate(views) if view.replaced is other.replaced)
+        views.insert(last + 1, other)
     capacity = min(entry.kv_cache.max_cache_length, longest)
     asked: tuple[Mapping[str, torch.Tensor], Truth] | None = None
     report: ParityReport | None = None
@@ -174,7 +179,7 @@ def measure_variant(
     if not target.needs_engine:
         decode = next(view for view in views if not view.label.startswith("int8"))
         checks += adapter_checks(opened, decode, checkpoint, config, found.sequences[0], target)
-    if entry.kv_cache.quantization is not None:
+    if any(own.kv_cache.quantization is not None for own in entry.each_cache):
         checks.append(check_cache_scales(opened, entry))
     if entry.float32_islands:
         report = dataclasses.replace(report, own_error_of=WITH_ISLANDS)
@@ -182,7 +187,7 @@ def measure_variant(
 
 
 def _labelled(view: View, cases: Iterable[CaseResult]) -> list[CaseResult]:
-    return [dataclasses.replace(case, mode=f"{view.label} {case.mode}") for case in cases]
+    return [dataclasses.replace(case, mode=f"{view.name} {case.mode}") for case in cases]
 
 
 def _compared(views: list[View], entry: Variant) -> list[View]:

@@ -75,7 +75,7 @@ def open_view(package: Package, view: View, target: Target) -> Iterator[Runner]:
     if not view.as_stored:
         with open_form(view.graph, view.model, view.variant, package.model, target.device) as runner:
             yield runner
-    elif view.variant == package.variant(view.variant.name):
+    elif view.variant == package.variant(view.variant.name).with_cache(None):
         name = view.variant.name
         with open_runner(package, variant=name, backend=target.backend, device=target.device) as runner:
             yield runner

@@ -4,6 +4,8 @@
 |-----------|---------------------------------------------------------------------------------------------|
 | as stored | what the graph says: inputs of linears in 8 bits, the cache in 8 or 4 where it is quantised |
 | exact     | in float32 with the same weights: neither activations nor the cache are rounded             |
+| float     | what the graph says, but for the cache, which is in float32                                 |
+| cache     |                                                                                             |
 
 A graph that computes in bfloat16 has the rounded form of `static_forms`.
 """
@@ -23,12 +25,19 @@ from olmo2_export.graphs.stored_blocks import input_order, read_array
 
 def exact_form(graph: ir.Model) -> ir.Model:
     """Return a graph that computes in float32 with the same weights: no rounding of activations or cache."""
-    exact = graph.clone()
+    exact = float_cache_form(graph)
     for node in list(exact.graph):
         if node.op_type == "MatMulInteger":
             multiply_floats(exact.graph, node)
         if node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+    return exact
+
+
+def float_cache_form(graph: ir.Model) -> ir.Model:
+    """Return a graph that rounds what it rounded, but for the cache."""
+    exact = graph.clone()
+    for node in list(exact.graph):
         if node.op_type == "GroupQueryAttention" and "kv_cache_bit_width" in node.attributes:
             bits = node.attributes["kv_cache_bit_width"].as_int()
             for name in ("k_quant_type", "v_quant_type", "kv_cache_bit_width"):

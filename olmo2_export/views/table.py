@@ -10,6 +10,8 @@
 | q4, q8                | exact      | the decode graph, nothing rounded      | dequantised      | fp32      | fp32    |
 |                       | kernels    | the decode graph, inputs in 8 bits     | the same         | fp32 *    | kernels |
 |                       | portable * | both of these, of the portable graph   | the same         | the same  | as they |
+|                       | cache N *  | all of these, of the graphs with the   | the same         | the same  | as they |
+|                       |            | KV cache N, which is not the default   |                  |           |         |
 |                       | int8 exact | the prefill graph, nothing rounded     | its int8 weights | fp32      | fp32    |
 |                       | int8       | the prefill graph                      | the same         | fp32 *    | kernels |
 | trt_fp16, trt_bf16    | exact      | in float32, the stored weights         | as stored        | fp32      | fp32    |
@@ -99,6 +101,13 @@ class View:
     drawn: bool = False
     """a case beyond its gate is held to the largest of several draws of PyTorch's error; see `parity.compare`"""
     first_call_only: bool = False
+    other_cache: str = ""
+    """the name of its KV cache, where that is not the default"""
+
+    @property
+    def name(self) -> str:
+        """The label, with the KV cache where that is not the default."""
+        return f"cache {self.other_cache} {self.label}" if self.other_cache else self.label
 
     @property
     def tables(self) -> torch.dtype:
@@ -119,7 +128,7 @@ def variant_views(
 
     Args:
         package: the variant's.
-        entry: the variant.
+        entry: the variant; of its KV caches, the default one: `cache_views` has the others.
         checkpoint: the reference weights.
         config: their shape.
         target: where it runs. A GPU has one view, as a CPU alone runs forms made in memory.
@@ -127,6 +136,7 @@ def variant_views(
     Raises:
         PackageError: a graph stores other quantised weights than the manifest says.
     """
+    entry = entry.with_cache(None)
     graph = _Graph.load(package, entry, checkpoint, config)
     _check_names(graph, package)
     if target.on_gpu:
@@ -163,6 +173,40 @@ def portable_views(package: Package, entry: Variant, views: Sequence[View]) -> l
         dataclasses.replace(exact, label="portable exact", model=shared_forms.exact_form(model)),
         dataclasses.replace(kernels, label="portable", model=model, gate=KERNELS),
     ]
+
+
+def cache_views(package: Package, entry: Variant, views: Sequence[View]) -> list[View]:
+    """Return the views of the graphs with the variant's other KV caches, in the order of the views of its default one.
+
+    Their weights are those of the default one's graphs: so they are compared with the same.
+
+    Args:
+        package: the variant's.
+        entry: the variant.
+        views: of it, as `variant_views` gives them.
+    """
+    default, *others = entry.each_cache
+    found = []
+    for view in views:
+        of_prefill = default.prefill is not None and view.graph == package.folder / default.prefill.graph
+        for other in others:
+            stored = other.prefill if of_prefill else other
+            if stored is None:
+                continue
+            graph = package.folder / stored.graph
+            model, variant = (
+                load_graph(graph),
+                dataclasses.replace(other, graph=stored.graph, data=stored.data, prefill=None),
+            )
+            if view.as_stored:
+                form, gate = model, _kernels_gate(variant)
+            else:
+                form, gate, variant = shared_forms.exact_form(model), view.gate, in_float32(variant)
+            other_cache = other.kv_cache.name
+            found.append(
+                dataclasses.replace(view, graph=graph, model=form, variant=variant, gate=gate, other_cache=other_cache)
+            )
+    return found
 
 
 def as_portable(entry: Variant, portable: PortableGraph) -> Variant:
@@ -375,9 +419,11 @@ def _quantised_views(graph: _Graph, package: Package, checkpoint: Checkpoint, co
 
 def _kernels(graph: _Graph, label: Label, rounding: Mapping[str, Rounding]) -> View:
     """A graph whose kernels round the inputs of linears to 8 bits, and its cache where that is quantised."""
-    gate, cache = KERNELS, graph.variant.kv_cache.quantization
-    if cache is not None:
-        gate = dataclasses.replace(gate, error_ratio=_KV_ERROR_RATIO[cache.bits])
     variant = dataclasses.replace(graph.variant, prefill=None)
     view = graph.as_run(label, graph.model, variant, as_stored=True)
-    return dataclasses.replace(view, precision="fp32", gate=gate, rounding=rounding, drawn=True)
+    return dataclasses.replace(view, precision="fp32", gate=_kernels_gate(variant), rounding=rounding, drawn=True)
+
+
+def _kernels_gate(variant: Variant) -> Gate:
+    cache = variant.kv_cache.quantization
+    return KERNELS if cache is None else dataclasses.replace(KERNELS, error_ratio=_KV_ERROR_RATIO[cache.bits])

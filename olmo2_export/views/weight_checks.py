@@ -156,18 +156,19 @@ def check_input_scales(stored: Mapping[str, float], expected: Mapping[str, float
 
 
 def check_cache_scales(package: Package, entry: Variant) -> Check:
-    """Every graph rounds a quantised cache with the scales of the manifest."""
-    assert entry.kv_cache.quantization is not None  # the caller has seen to it
-    scales = entry.kv_cache.quantization.scales
-    failures = []
-    for path in (entry.graph, entry.prefill.graph) if entry.prefill else (entry.graph,):
-        initializers = load_graph(package.folder / path).graph.initializers
-        for name, text in scales.items():
-            value = initializers.get(f"kv_cache.{name}.scale")
-            stored = None if value is None or value.const_value is None else value.const_value.numpy()
-            if stored is None or stored.astype("<f4").tobytes() != base64.b64decode(text):
-                failures.append(f"{path}: kv_cache.{name}.scale is not the manifest's")
-    return Check("cache scales", f"{len(scales)} in each graph", tuple(failures[:5]))
+    """Every graph with a quantised cache rounds it with the scales of the manifest."""
+    failures, counts = [], []
+    for own in entry.each_cache:
+        scales = own.kv_cache.quantization.scales if own.kv_cache.quantization is not None else {}
+        for graph in own.each_graph if scales else ():
+            initializers = load_graph(package.folder / graph.graph).graph.initializers
+            counts.append(len(scales))
+            for name, text in scales.items():
+                value = initializers.get(f"kv_cache.{name}.scale")
+                stored = None if value is None or value.const_value is None else value.const_value.numpy()
+                if stored is None or stored.astype("<f4").tobytes() != base64.b64decode(text):
+                    failures.append(f"{graph.graph}: kv_cache.{name}.scale is not the manifest's")
+    return Check("cache scales", f"{max(counts)} in each graph", tuple(failures[:5]))
 
 
 def was_taken_over(entry: Variant, checkpoint: Checkpoint) -> bool:

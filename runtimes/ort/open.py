@@ -19,7 +19,7 @@ from runtimes.ort.devices import find_device
 from runtimes.ort.session import open_session
 from runtimes.ort.shared import SharedRunner
 from runtimes.ort.static_session import OrtStaticSession
-from runtimes.ort.versions import new_enough, without_too_new
+from runtimes.ort.versions import choose_cache, new_enough, without_too_new
 from runtimes.package import Package
 from runtimes.runners.slots import DEFAULT_SLOTS
 from runtimes.runners.static import StaticRunner
@@ -61,6 +61,15 @@ def default_variant(package: Package, device: str) -> str | None:
     if ranked and passed.get(ranked[0]) is False:
         logger.warning("variant %s failed when it was verified, and there is no other", ranked[0])
     return ranked[0] if ranked else None
+
+
+def with_cache(variant: Variant, name: str | None) -> Variant:
+    """Return a variant with one of its KV caches alone; None: the default, see `versions.choose_cache`.
+
+    Raises:
+        UsageError: it has no such cache.
+    """
+    return choose_cache(variant, name, ort.__version__)
 
 
 def open_ort(

@@ -7,7 +7,7 @@
 | rows of several lengths, in concat      | 1.24   | Attention gives NaN where a mask hides every key, as in padding   |
 | a prefill graph                         | 1.24   | QuantizeLinear of opset 23                                        |
 | opset 24 (static, from a build)         | 1.25   | TensorScatter on a CPU                                            |
-| a KV cache of 8 or 4 bits               | 1.27   | GroupQueryAttention that reads one on a CPU                       |
+| a KV cache of 8 or 4 bits               | 1.27   | GroupQueryAttention that reads one on a CPU; see `choose_cache`   |
 | device nv-rtx                           | 1.28   | OrtValues in the memory of a plugin's device                      |
 
 Seen on a CPU with the demo model in every variant that runs there (bf16 does not, and what GPUs need beyond this was
@@ -72,8 +72,9 @@ def without_too_new(variant: Variant, found: str, device: str) -> Variant:
         raise BackendError(_too_old("device nv-rtx", _PLUGIN_DEVICE, found, device))
     needed = variant.min_onnxruntime or oldest_onnxruntime(cache)
     if release(found) < release(needed):
-        ways_out = {"static": f", or run an engine of it with {engine_backend_words()}"}
-        way_out = ", or export it with --kv-cache fp32" if cache.quantization else ways_out.get(cache.form, "")
+        way_out = f", or run an engine of it with {engine_backend_words()}" if cache.form == "static" else ""
+        if cache.quantization is not None:
+            way_out = ", or export and run it with --kv-cache float32"
         raise BackendError(_too_old(f"variant {variant.name}", needed, found, device) + way_out)
     if prefill is None or device != "cpu":
         return variant
@@ -88,7 +89,37 @@ def without_too_new(variant: Variant, found: str, device: str) -> Variant:
 
 
 def new_enough(variant: Variant, found: str) -> bool:
-    """Tell whether an onnxruntime runs a variant, with its prefill graph or without."""
+    """Tell whether an onnxruntime runs a variant with some KV cache, with its prefill graph or without."""
+    return any(_runs(own, found) for own in variant.each_cache)
+
+
+def choose_cache(variant: Variant, name: str | None, found: str) -> Variant:
+    """Return a variant with one of its KV caches alone.
+
+    Args:
+        variant: of a package.
+        name: of the cache; None: the default, or where that is too new, the first that the onnxruntime runs.
+        found: the version of the onnxruntime that is there.
+
+    Raises:
+        UsageError: it has no such cache.
+    """
+    default = variant.with_cache(name)
+    if name is not None or _runs(default, found):
+        return default
+    older = next((own for own in variant.each_cache if _runs(own, found)), None)
+    if older is None:
+        return default
+    needed = default.min_onnxruntime or oldest_onnxruntime(default.kv_cache)
+    logger.warning(
+        "%s; until then its KV cache is in %s",
+        _too_old(f"the {default.kv_cache.name} KV cache of variant {variant.name}", needed, found, "cpu"),
+        older.kv_cache.name,
+    )
+    return older
+
+
+def _runs(variant: Variant, found: str) -> bool:
     return release(found) >= release(variant.min_onnxruntime or oldest_onnxruntime(variant.kv_cache))
 
 

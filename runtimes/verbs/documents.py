@@ -10,7 +10,7 @@ from runtimes import Package, Slots, UsageError, open_package, open_runner
 from runtimes.documents import in_groups, read_documents, written
 from runtimes.text.tokenizer import Tokenizer
 from runtimes.verbs.streams import read_file, read_stdin, write
-from runtimes.verbs.target import PACKAGE_HELP, declare_debug, declare_target, declare_trust, opening
+from runtimes.verbs.target import PACKAGE_HELP, declare_debug, declare_kv_cache, declare_target, declare_trust, opening
 
 
 def declare_documents(verb: argparse.ArgumentParser) -> None:
@@ -25,6 +25,7 @@ def declare_documents(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--special-tokens", action="store_true", help="names of special tokens are these tokens")
     verb.add_argument("--variant", metavar="V", help="which variant of the package (default: as generate)")
+    declare_kv_cache(verb)
     declare_target(verb, "one per physical core")
     verb.add_argument(
         "--batch-size",
@@ -60,7 +61,9 @@ def each_document(
     options = opening(args)
     tokenizer = cache(lambda: Tokenizer.from_package(package, check_hashes=options["check_hashes"]))  # ids need none
     text = read_stdin() if args.input == "-" else read_file(args.input)
-    with open_runner(package, variant=args.variant, max_slots=args.batch_size, **options) as runner:
+    with open_runner(
+        package, variant=args.variant, kv_cache=args.kv_cache, max_slots=args.batch_size, **options
+    ) as runner:
         documents = read_documents(
             text,
             tokenizer,

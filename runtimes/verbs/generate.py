@@ -179,4 +179,5 @@ def run(args: argparse.Namespace) -> None:
         logger.warning("cut off before it was what it has to look like: raise --max-new-tokens, or take --stop away")
     if args.stats:
         for result in results:
-            sys.stderr.write(f"{_stats(result)}, variant {runner.variant.name}\n")
+            entry = runner.variant
+            sys.stderr.write(f"{_stats(result)}, variant {entry.name}, KV cache {entry.kv_cache.name}\n")

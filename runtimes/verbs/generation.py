@@ -14,7 +14,7 @@ from runtimes.text.sampling import Sampler
 from runtimes.text.structured import GrammarRule, StructuredOutput
 from runtimes.text.tokenizer import Tokenizer
 from runtimes.verbs.streams import read_file
-from runtimes.verbs.target import declare_debug, declare_target, declare_trust, opening
+from runtimes.verbs.target import declare_debug, declare_kv_cache, declare_target, declare_trust, opening
 
 
 def _bias(word: str) -> tuple[int, float]:
@@ -43,6 +43,7 @@ def declare_generation(verb: argparse.ArgumentParser, new_tokens: str) -> None:
     verb.add_argument(
         "--variant", metavar="V", help="which variant of the package (default: the fastest verified one that runs here)"
     )
+    declare_kv_cache(verb)
     verb.add_argument("--adapter", metavar="NAME", help="a LoRA adapter of the package (default: none)")
     verb.add_argument("--max-new-tokens", type=int, metavar="N", help=new_tokens)
     verb.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
@@ -140,7 +141,7 @@ def rules_of(args: argparse.Namespace, vocab_size: int, grammar: GrammarRule | N
 def open_models(args: argparse.Namespace, package: Package, stack: ExitStack) -> tuple[Slots, Drafter | None]:
     """Open the package, and what guesses for it; the stack closes both."""
     options = opening(args)
-    runner = stack.enter_context(open_runner(package, variant=args.variant, **options))
+    runner = stack.enter_context(open_runner(package, variant=args.variant, kv_cache=args.kv_cache, **options))
     if args.draft is not None:
         return runner, DraftModel(stack.enter_context(open_runner(args.draft, **options)))
     return runner, PromptLookup() if args.speculate == "lookup" else None

@@ -27,6 +27,16 @@ def declare_target(verb: argparse.ArgumentParser, threads: str) -> None:
     verb.add_argument("--threads", type=int, metavar="N", help=f"CPU threads (default: {threads})")
 
 
+def declare_kv_cache(verb: argparse.ArgumentParser) -> None:
+    """Declare --kv-cache."""
+    verb.add_argument(
+        "--kv-cache",
+        metavar="C",
+        help="float32, int8, ...: what keys and values are stored in, of what the variant was exported with "
+        "(default: what its manifest names first)",
+    )
+
+
 def declare_trust(verb: argparse.ArgumentParser) -> None:
     """Declare --skip-hash-check."""
     verb.add_argument("--skip-hash-check", action="store_true", help="trust the files; check only their sizes")

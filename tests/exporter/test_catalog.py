@@ -96,8 +96,8 @@ def test_what_this_version_does_not_know_is_refused(config: ModelConfig) -> None
         gate_of(entry("bf16"), config)
     with pytest.raises(UsageError, match="precision 'int3': expected one of bf16, fp16"):
         catalog.static_row("int3")
-    with pytest.raises(UsageError, match="KV cache int2: this version writes fp32, int8, int4"):
-        catalog.kv_cache("int2")
+    with pytest.raises(UsageError, match="KV cache int2: this version writes float32, int8, int4"):
+        catalog.kv_caches(["int8", "int2"])
     assert not catalog.is_for_devices("q3")
 
 
@@ -192,9 +192,9 @@ def test_a_new_variant_is_offered(capsys: pytest.CaptureFixture[str], config: Mo
     assert parse_args(["fp16", "demo", "--variant", "q2f16"]).variant == ["q2f16"]
     with pytest.raises(UsageError, match="invalid choice: 'q2'"):
         parse_args(["fp16", "demo", "--variant", "q2"])
-    check_variants(["q2", "q2f16"], config, Options(kv_cache="int8", fp16_islands=True))
+    check_variants(["q2", "q2f16"], config, Options(kv_caches=("int8",), fp16_islands=True))
     with pytest.raises(UsageError, match="KV cache and prefill graph are for q4, q8 and q2"):
-        check_variants(["q2f16"], config, Options(kv_cache="int8"))
+        check_variants(["q2f16"], config, Options(kv_caches=("int8",)))
     with pytest.raises(UsageError, match=r"variant q5: this version writes fp32, .*q4f16, q2, q2f16"):
         check_variants(["q5"], config, Options())
     with pytest.raises(UsageError, match="variant trt_nvfp4: this version writes"):

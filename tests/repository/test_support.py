@@ -75,3 +75,10 @@ def test_a_stale_page_fails_the_run_or_is_written(mode: str, tmp_path: Path) -> 
     assert ("| OLMo 1 | - | verified | - | - | - | - |" in text) == (mode == "write")
     assert text.startswith("before\n")
     assert text.endswith("behind\n")
+
+
+def test_what_a_page_has_is_read_back() -> None:
+    text = (Path(__file__).parents[2] / "docs/support.md").read_text(encoding="utf-8")
+    cells = written(text)
+    assert len(cells) > 100
+    assert f"<!-- support -->\n{whole(cells)}<!-- end of support -->" in text

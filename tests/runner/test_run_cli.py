@@ -225,7 +225,7 @@ def test_stats_are_one_line_on_stderr(demo_package: Path, capsys: pytest.Capture
     assert main(["generate", str(demo_package), "--prompt", PROMPT, "--max-new-tokens", "9", "--stats"]) == 0
     pattern = (
         r"\d+ prompt tokens \(0 reused\), 9 new tokens \(0 drafted, 0 accepted\), "
-        r"time to first token \d+\.\d ms, \d+\.\d tokens/s, finish reason length, variant fp32\n"
+        r"time to first token \d+\.\d ms, \d+\.\d tokens/s, finish reason length, variant fp32, KV cache float32\n"
     )
     assert re.fullmatch(pattern, capsys.readouterr().err)
     assert main(["generate", str(demo_package), "--prompt", PROMPT, "--max-new-tokens", "0", "--stats"]) == 0

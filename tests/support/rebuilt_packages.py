@@ -28,6 +28,18 @@ def rebuilt(package: Path, out: Path, change: Callable[[ir.Model], object], grap
     return _rebuilt(package, out, change, graph, MANIFEST_NAME)
 
 
+def with_int8_cache_alone(package: Path, out: Path) -> Path:
+    """Copy a package of q4 with a float32 and an int8 cache, in which the latter alone can be chosen."""
+    shutil.copytree(package, out)
+    document = read_sealed(out / MANIFEST_NAME)
+    entry = document["variants"]["q4"]
+    (other,) = entry["other_caches"]
+    assert other["kv_cache"]["dtype"] == "int8"
+    entry |= {name: value for name, value in other.items() if name in entry} | {"other_caches": []}
+    (out / MANIFEST_NAME).write_bytes(seal(document))
+    return out
+
+
 def with_trt_graph(package: Path, out: Path, options: TrtOptions) -> Path:
     """Copy a package and add a graph for TensorRT, without an engine.
 

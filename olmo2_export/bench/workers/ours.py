@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--backend", default="ort")
     parser.add_argument("--device")
     parser.add_argument("--adapter")
+    parser.add_argument("--kv-cache")
     args = parser.parse_args()
     task = args.task
 
@@ -133,6 +134,7 @@ def main() -> None:
             device=args.device,
             threads=task["threads"] if find_target(args.backend, args.device).takes_threads else None,
             check_hashes=check_hashes,
+            kv_cache=args.kv_cache,
         )
 
     match task["kind"]:

@@ -30,6 +30,7 @@ from olmo2_export.bench.workers.common import measure, prompt, resident
 from olmo2_export.bench.workers.ours import Ours
 from olmo2_export.bench.workers.profile import operator_times
 from olmo2_export.package.export import export
+from olmo2_export.package.weight_choice import Options
 from olmo2_export.truth.reference import open_reference
 from olmo2_export.weights.checkpoint import open_checkpoint
 from olmo2_export.weights.merged import open_merged, switchable_adapters
@@ -235,7 +236,7 @@ def test_quality_of_the_variant_of_8_bits(
 ) -> None:
     def stage(verb: str, arguments: Sequence[str | Path]) -> None:
         assert (verb, arguments[1], arguments[3:]) == ("export", "--out", ["--variant", "q8"])
-        export(open_checkpoint("demo"), Path(arguments[2]), variants=["q8"])
+        export(open_checkpoint("demo"), Path(arguments[2]), variants=["q8"], options=Options(kv_caches=("float32",)))
 
     monkeypatch.setattr(quality, "stage", stage)
     folders = ["--work", str(tmp_path), "--peers", str(tmp_path)]

@@ -278,6 +278,7 @@ def test_the_command_line(
     text.write_text(HELDOUT.read_text(encoding="utf-8")[:3000])
     options = ["--text", str(text), "--context", "64", "--stride", "32", "--max-tokens", "300"]
     package = ["evaluate", str(demo_package), "--variant", "fp32", "--backend", "ort", "--device", "cpu"]
+    package += ["--kv-cache", "float32"]
     assert cli.main([*package, "--decode-graph", "--reference", "demo", *options]) == 0
     printed = capsys.readouterr()
     assert "evaluating fp32" in printed.err  # the progress bar

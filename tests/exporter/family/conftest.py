@@ -13,6 +13,7 @@ from support.workers import Shared
 
 from olmo2_export.package.export import export
 from olmo2_export.package.trt_variants import TrtOptions
+from olmo2_export.package.weight_choice import Options
 from olmo2_export.verify import variant
 from olmo2_export.weights.checkpoint import open_checkpoint
 
@@ -53,7 +54,12 @@ def family_package(
             return package_of("tiny_all")
 
         def make(out: Path) -> None:
-            export(open_checkpoint(str(family_checkpoint(name))), out, variants=VARIANTS)
+            export(
+                open_checkpoint(str(family_checkpoint(name))),
+                out,
+                variants=VARIANTS,
+                options=Options(kv_caches=("float32",)),
+            )
 
         return shared.made("package", f"family_{name}", make)
 

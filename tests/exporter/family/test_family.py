@@ -188,7 +188,7 @@ def test_other_shapes_and_every_rope_pass_parity(
     fields: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "model", **fields)))
-    export(checkpoint, tmp_path / "package", variants=["fp32", "q8"])
+    export(checkpoint, tmp_path / "package", variants=["fp32", "q8"], options=Options(kv_caches=("float32",)))
     for report in verify(tmp_path / "package", checkpoint, longest=64):
         assert_parity(report)
     seen_rope(request, json.loads((checkpoint.folder / "config.json").read_text()), "verified")
@@ -200,7 +200,7 @@ def test_what_an_export_writes_is_predicted(
 ) -> None:
     checkpoint, package = open_checkpoint(str(family_checkpoint(name))), family_package(name)
     opened = open_package(package)
-    for variant in plan_export(checkpoint, variants=VARIANTS, options=Options()).variants:
+    for variant in plan_export(checkpoint, variants=VARIANTS, options=Options(kv_caches=("float32",))).variants:
         for path, files in variant.graphs.items():
             if not (package / path).is_file():  # a prefill graph that missed its gate
                 continue

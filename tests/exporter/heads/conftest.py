@@ -121,7 +121,7 @@ def both_package(hidden_checkpoint: Named, shared: Shared) -> Path:
 
     def make(out: Path) -> None:
         plain = out.with_name(f"{out.name}.plain")
-        options = Options(inputs_embeds=True, hidden_states=(0, 1, -1))
+        options = Options(inputs_embeds=True, hidden_states=(0, 1, -1), kv_caches=("float32",))
         export(open_checkpoint(str(hidden_checkpoint("olmo2"))), plain, variants=["fp32", "q4"], options=options)
         with_trt_graph(plain, out, TrtOptions("fp32", TRT_CAPACITY))
         shutil.rmtree(plain)

@@ -13,7 +13,7 @@ import torch
 from support.bugs import portable, quantized, static
 from support.bugs.edits import Bug
 from support.checkpoints import make_checkpoint
-from support.rebuilt_packages import rebuilt, rebuilt_trt, with_trt_graph
+from support.rebuilt_packages import rebuilt, rebuilt_trt, with_int8_cache_alone, with_trt_graph
 
 from olmo2_export.architecture import operations
 from olmo2_export.catalog import precisions
@@ -108,9 +108,9 @@ def test_nothing_departs_in_other_shapes(shape: dict[str, object], tmp_path: Pat
 def test_a_quantised_cache_is_looked_at_without_its_codes(
     checkpoint: Checkpoint, package_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    good = package_of("tiny_q4_int8")
+    good = with_int8_cache_alone(package_of("tiny_q4_caches"), tmp_path / "good")
     assert_nothing(locate(good, checkpoint, "q4"))
-    bad = rebuilt(good, tmp_path / "bad", quantized.key_and_value_cache_swapped, quantized.GRAPH)
+    bad = rebuilt(good, tmp_path / "bad", quantized.key_and_value_cache_swapped, quantized.INT8_CACHE)
     found = first_of(bad, checkpoint, "q4")[0]
     assert (found.name, found.operation) == ("model.layers.1.self_attn.key_cache", "KV cache write")
 

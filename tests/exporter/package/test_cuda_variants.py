@@ -43,6 +43,9 @@ CAPACITY = 64
 SMALL = {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16, "q4f16": ir.DataType.FLOAT16}
 
 
+OPTIONS = Options(prefill_graph=False, kv_caches=("float32",))
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tiny_checkpoint: Path) -> Path:
     return tiny_checkpoint
@@ -51,7 +54,7 @@ def checkpoint(tiny_checkpoint: Path) -> Path:
 @pytest.fixture(scope="module")
 def package(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("package") / "package"
-    export(open_checkpoint(str(checkpoint)), out, variants=("q4", *SMALL), options=Options(prefill_graph=False))
+    export(open_checkpoint(str(checkpoint)), out, variants=("q4", *SMALL), options=OPTIONS)
     return out
 
 
@@ -277,7 +280,7 @@ def test_weights_beyond_float16_are_refused_and_bf16_named(tmp_path: Path) -> No
     ("variants", "options", "message"),
     [
         (("bf16",), Options(recipe="gptq"), "are for q4, q8 and q4f16"),
-        (("q4f16",), Options(kv_cache="int8"), "are for q4 and q8"),
+        (("q4f16",), Options(kv_caches=("int8",)), "are for q4 and q8"),
         (("q4f16", "bf16"), Options(prefill_graph=False), "are for q4 and q8"),
     ],
 )

@@ -92,7 +92,12 @@ def ordered(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     make_quantized(folder / "c", base, GPTQ, gptq, act_order=True, symmetric=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(variants, "quality_tokens", partial(variants.quality_tokens, most=256))
-        export(open_checkpoint(str(folder / "c")), folder / "p", variants=["fp32", "q4"])
+        export(
+            open_checkpoint(str(folder / "c")),
+            folder / "p",
+            variants=["fp32", "q4"],
+            options=Options(kv_caches=("float32",)),
+        )
     return folder / "c", folder / "p"
 
 

@@ -75,12 +75,12 @@ def test_a_padded_batch_of_q4_gives_the_tokens_of_each_row_alone(
 
 @pytest.mark.parametrize(
     ("package", "graph"),
-    [("tiny", "model.onnx"), ("tiny_q8", "model_quantized.onnx"), ("tiny_q4_int8", "model_q4.onnx")],
+    [("tiny", "model.onnx"), ("tiny_q8", "model_quantized.onnx"), ("tiny_q4_caches", "model_q4.onnx")],
 )
 def test_rows_of_a_random_model_are_those_of_each_alone(
     package_of: Callable[[str], Path], package: str, graph: str
 ) -> None:
-    """Three query heads for each of keys and values; the portable graph of an 8-bit cache has one of float32."""
+    """Three query heads for each of keys and values; of several caches, the portable graph has that of float32."""
     generate, path = plain_loop(), package_of(package) / "onnx" / graph
     rows = [list(map(int, ids)) for ids in sequences()]
     for side in ("left", "right"):

@@ -15,6 +15,7 @@ from olmo2_export import cli
 from olmo2_export.engine.build import build
 from olmo2_export.engine.options import EngineOptions
 from olmo2_export.package.export import export
+from olmo2_export.package.weight_choice import Options
 from olmo2_export.stored_graph import load_graph
 from olmo2_export.weights.checkpoint import open_checkpoint
 from runtimes import open_runner
@@ -29,7 +30,7 @@ Layout = Callable[[Path, Path], Path]
 def package(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a portable graph, a quantised one with its prefill graph, and one for TensorRT with its engine."""
     out = tmp_path_factory.mktemp("linked") / "tiny"
-    export(open_checkpoint(str(tiny_checkpoint)), out, variants=["fp32", "q4"])
+    export(open_checkpoint(str(tiny_checkpoint)), out, variants=["fp32", "q4"], options=Options(kv_caches=("float32",)))
     build(out, EngineOptions(precision="fp32", compute_capabilities=["8.9"], max_cache_length=72), progress=False)
     return out
 

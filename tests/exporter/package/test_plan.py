@@ -80,9 +80,9 @@ def test_every_variant_is_predicted_to_the_byte(checkpoint: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("variant", "options"),
     [
-        ("q4", Options(kv_cache="int8")),
-        ("q8", Options(kv_cache="int4", prefill_graph=False)),
-        ("q4", Options(block_size=32, recipe="rtn", prefill_graph=False)),
+        ("q4", Options(kv_caches=("int8",))),
+        ("q8", Options(kv_caches=("float32", "int4"), prefill_graph=False)),
+        ("q4", Options(block_size=32, recipe="rtn", prefill_graph=False, kv_caches=("float32",))),
     ],
 )
 def test_options_are_predicted_too(tiny_checkpoint: Path, tmp_path: Path, variant: str, options: Options) -> None:
@@ -98,7 +98,7 @@ def test_options_are_predicted_too(tiny_checkpoint: Path, tmp_path: Path, varian
 
 def test_a_budget_is_an_upper_bound(tiny_checkpoint: Path, tmp_path: Path) -> None:
     opened = open_checkpoint(str(tiny_checkpoint))
-    options = Options(recipe="mixed", size_budget=7.0, prefill_graph=False)
+    options = Options(recipe="mixed", size_budget=7.0, prefill_graph=False, kv_caches=("float32",))
     said = plan_export(opened, variants=["q4"], options=options).variants[0]
     manifest = export(opened, tmp_path / "out", variants=["q4"], options=options)
     real = manifest.files["onnx/model_q4.onnx_data"].size

@@ -19,6 +19,7 @@ from olmo2_export import cli
 from olmo2_export.config import ModelConfig
 from olmo2_export.measure.quality import quality_tokens
 from olmo2_export.package.export import export
+from olmo2_export.package.weight_choice import Options
 from olmo2_export.report import data as report_data
 from olmo2_export.report import plots
 from olmo2_export.report.bench_file import read_bench
@@ -122,7 +123,7 @@ def package(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("report")
     source = Path(shutil.copytree(tiny_checkpoint, folder / HOSTILE))
     out = folder / "tiny"
-    export(open_checkpoint(str(source)), out, variants=["fp32", "q4", "bf16"])
+    export(open_checkpoint(str(source)), out, variants=["fp32", "q4", "bf16"], options=Options(kv_caches=("float32",)))
     command = ["verify", str(out), "--reference", str(source), "--variant", "fp32", "--longest", "32"]
     assert cli.main(command) == 0
     return out

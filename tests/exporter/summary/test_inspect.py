@@ -18,6 +18,7 @@ from olmo2_export.engine.options import EngineOptions
 from olmo2_export.fuse import op_counts
 from olmo2_export.graphs.trace import trace
 from olmo2_export.package.export import export
+from olmo2_export.package.weight_choice import Options
 from olmo2_export.summary import graph as graph_summary
 from olmo2_export.summary.graph import op_changes, portable_ops
 from olmo2_export.summary.package import describe
@@ -31,7 +32,12 @@ from runtimes.package import open_package
 def package(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three layers, hidden 96, 6 heads (2 KV) of 16, vocabulary 131; fp32, q4 with a prefill graph, and an engine."""
     out = tmp_path_factory.mktemp("inspect") / "tiny"
-    export(open_checkpoint(str(tiny_checkpoint)), out, variants=["fp32", "q4", "bf16"])
+    export(
+        open_checkpoint(str(tiny_checkpoint)),
+        out,
+        variants=["fp32", "q4", "bf16"],
+        options=Options(kv_caches=("float32",)),
+    )
     build(out, EngineOptions(compute_capabilities=["8.9"], max_cache_length=64), progress=False)
     return out
 

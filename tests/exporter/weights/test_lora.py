@@ -214,7 +214,9 @@ def test_a_merged_package_says_so_and_is_compared_with_base_and_adapter_alone(
     out, base = tmp_path / "package", str(tiny_checkpoint)
     write = ["export", base, "--out", str(out), "--lora", f"{adapter}=chat"]
     assert cli.main([*write, "--dry-run"]) == 0
-    assert cli.main([*write, "--variant", "fp32", "--variant", "q8", "--no-prefill-graph"]) == 0
+    assert (
+        cli.main([*write, "--variant", "fp32", "--variant", "q8", "--no-prefill-graph", "--kv-cache", "float32"]) == 0
+    )
     package, merged_too = open_package(out), merged(tiny_checkpoint, adapter)
     config = ModelConfig.from_json(tiny_checkpoint / "config.json")
     for checkpoint, right in ((merged_too, True), (open_checkpoint(base), False)):

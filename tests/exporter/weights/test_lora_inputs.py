@@ -114,6 +114,14 @@ def test_each_row_of_a_batch_has_its_adapter_or_none(runner: Slots, want: dict[s
     assert min(off(want[a], want[b]) for a, b in ((None, "chat"), (None, "code"), ("chat", "code"))) > 0.2
 
 
+def test_the_graphs_with_another_kv_cache_take_adapters_too(package: Path, want: dict[str | None, np.ndarray]) -> None:
+    for cache in ("float32", "int8"):
+        with open_runner(package, variant="q8", kv_cache=cache) as runner:
+            found = runner.prefill([IDS, IDS], all_positions=True, adapter=["code", None])
+            for logits, name in zip(found, ("code", None), strict=True):
+                assert off(logits, want[name]) < LIMIT["q8"], cache
+
+
 @pytest.mark.parametrize(("variant", "plain"), [("fp32", "tiny_package"), ("q8", "q8_package")])
 def test_no_adapter_is_to_the_bit_the_package_without_any(
     request: pytest.FixtureRequest, package: Path, variant: str, plain: str

@@ -127,8 +127,8 @@ def test_a_new_enough_onnxruntime_keeps_the_prefill_graph_and_says_nothing(
 @pytest.mark.parametrize(
     ("form", "bits", "device", "message"),
     [
-        ("shared", 8, "cpu", f"variant x needs onnxruntime 1.27 or newer, this is 1.22.1: {PIP}1.27', or export it "
-         "with --kv-cache fp32"),
+        ("shared", 8, "cpu", f"variant x needs onnxruntime 1.27 or newer, this is 1.22.1: {PIP}1.27', or export "
+         "and run it with --kv-cache float32"),
         ("static", None, "cpu", f"variant x needs onnxruntime 1.25 or newer, this is 1.22.1: {PIP}1.25', or run an "
          "engine of it with --backend trt_rtx or trt"),
         ("shared", None, "cuda", "variant x needs onnxruntime 1.23 or newer, this is 1.22.1: "

@@ -31,7 +31,12 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("windows")
     checkpoint = make_checkpoint(folder / "model", **OLMO3 | {"hidden_size": 128, "num_attention_heads": 2})
-    export(open_checkpoint(str(checkpoint)), folder / "p", variants=["q8"], options=Options(prefill_graph=False))
+    export(
+        open_checkpoint(str(checkpoint)),
+        folder / "p",
+        variants=["q8"],
+        options=Options(prefill_graph=False, kv_caches=("float32",)),
+    )
     return folder / "p"
 
 

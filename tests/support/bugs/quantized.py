@@ -22,6 +22,7 @@ from support.bugs.edits import (
 
 GRAPH, PREFILL_GRAPH = "onnx/model_q4_shared.onnx", "onnx/model_q4_prefill.onnx"
 PORTABLE_GRAPH = "onnx/model_q4.onnx"
+INT8_CACHE, INT8_CACHE_PREFILL = "onnx/model_q4_shared_kv_int8.onnx", "onnx/model_q4_prefill_kv_int8.onnx"
 
 
 def gate_and_up_swapped(model: ir.Model) -> None:
