@@ -64,6 +64,7 @@ def open_runner(
     threads: int | None = None,
     max_slots: int | None = None,
     exact: bool = False,
+    huge_pages: bool = True,
 ) -> Slots:
     """Open one graph of a package; close it, or use it in a `with`.
 
@@ -84,6 +85,8 @@ def open_runner(
         exact: the logits of a sequence are to the bit those that it gets alone, whoever else is there and however its
             prompt is cut. On the CPU alone; a step of one row takes the time of two. Of slots: a
             batch of several rows, or in several calls of `prefill`, may have other bits.
+        huge_pages: on a CPU, have the weights in huge pages soon after the first step, where the system can; False
+            leaves them as they are. `memory_note` of the runner says what became of it.
 
     Returns:
         The runner, with an empty cache.
@@ -136,6 +139,7 @@ def open_runner(
                 max_slots=slots,
                 exact=exact,
                 adapters={name: entry.file for name, entry in opened.manifest.adapters.items()},
+                huge_pages=huge_pages,
             )
         case "trt_rtx" | "trt":
             try:

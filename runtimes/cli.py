@@ -35,6 +35,7 @@ from runtimes.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 _DEFAULT_NEW_TOKENS = 128
+_NO_HUGE_PAGES = "on a CPU, leave weights in pages of the usual size (default: in huge ones after the first step)"
 
 
 class _Options(TypedDict):
@@ -44,6 +45,7 @@ class _Options(TypedDict):
     device: Device | None
     check_hashes: bool
     threads: int | None
+    huge_pages: bool
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -167,6 +169,7 @@ def _declare_generation(verb: argparse.ArgumentParser, new_tokens: str) -> None:
     verb.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads (default: one per physical core it may use)"
     )
+    verb.add_argument("--no-huge-pages", action="store_true", help=_NO_HUGE_PAGES)
     guess = verb.add_mutually_exclusive_group()
     guess.add_argument(
         "--speculate",
@@ -216,6 +219,7 @@ def _declare_documents(verb: argparse.ArgumentParser, function: Callable[[argpar
     verb.add_argument("--backend", default="ort", metavar="B", help=f"{describe_backends()} (default: ort)")
     verb.add_argument("--device", metavar="D", help=f"where onnxruntime runs: {describe_devices()} (default: cpu)")
     verb.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one per physical core)")
+    verb.add_argument("--no-huge-pages", action="store_true", help=_NO_HUGE_PAGES)
     verb.add_argument("--skip-hash-check", action="store_true", help="trust the files; check only their sizes")
     verb.add_argument("--debug", action="store_true", help="show where an error came from")
     verb.set_defaults(run=function)
@@ -276,6 +280,7 @@ def _each_document(
         device=args.device,
         check_hashes=check_hashes,
         threads=args.threads,
+        huge_pages=not args.no_huge_pages,
     ) as runner:
         documents = read_documents(
             text,
@@ -328,6 +333,7 @@ def _opened(args: argparse.Namespace, package: Package, stack: ExitStack) -> tup
         "device": args.device,
         "check_hashes": not args.skip_hash_check,
         "threads": args.threads,
+        "huge_pages": not args.no_huge_pages,
     }
     runner = stack.enter_context(open_runner(package, variant=args.variant, **options))
     if args.draft is not None:
@@ -386,13 +392,15 @@ def _generate(args: argparse.Namespace) -> None:
                 adapter=args.adapter,
             )
             results = [result]
+        memory_note = runner.memory_note
     _write("".join(f"{json.dumps(_as_json(r))}\n" for r in results) if args.json else "\n")
     cut = [result for result in results if grammar is not None and result.finish_reason != "eos"]
     if cut:
         logger.warning("cut off before it was what it has to look like: raise --max-new-tokens, or take --stop away")
     if args.stats:
         for result in results:
-            sys.stderr.write(f"{_stats(result)}, variant {runner.variant.name}\n")
+            words = [_stats(result), memory_note, f"variant {runner.variant.name}"]
+            sys.stderr.write(f"{', '.join(filter(None, words))}\n")
 
 
 def _check_generate(args: argparse.Namespace) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeAlias
 
 import onnxruntime as ort  # type: ignore[import-untyped]
 
 from runtimes.errors import BackendError, PackageError, UsageError
+from runtimes.huge_pages import HugePages
 from runtimes.manifest import ModelSpec, Variant
 from runtimes.ort.adapters import Adapters
 from runtimes.ort.concat import ConcatRunner
@@ -74,6 +76,7 @@ def open_ort(
     max_slots: int | None = None,
     exact: bool = False,
     adapters: Mapping[str, str] | None = None,
+    huge_pages: bool = False,
 ) -> ConcatRunner | StaticRunner | SharedRunner:
     """Load a variant's graph, or two, on one device.
 
@@ -91,6 +94,7 @@ def open_ort(
         max_slots: sequences at once, for a server; None: `DEFAULT_SLOTS`, or what the device takes.
         exact: answers do not depend on each other; see `runtimes.runners.slots`.
         adapters: LoRA adapters of the package, by name, and their files in it; None: none.
+        huge_pages: on a CPU, have the weights in huge pages after the first step; see `runtimes.huge_pages`.
 
     Raises:
         UsageError: the device takes fewer slots.
@@ -121,9 +125,12 @@ def open_ort(
     if shapes is not None:  # a classifier has fewer
         shapes = {tensor.name: shapes[tensor.name] for tensor in variant.inputs}
 
+    pages = HugePages() if huge_pages and device == "cpu" else None
+
     def load(graph: str, data: Sequence[str]) -> ort.InferenceSession:
         def opened() -> ort.InferenceSession:
-            return open_session(package / graph, variant, threads, device=found, capture=capture, shapes=shapes)
+            with pages.loading() if pages is not None else nullcontext():
+                return open_session(package / graph, variant, threads, device=found, capture=capture, shapes=shapes)
 
         return _load_checked(opened, graph, data, check)
 
@@ -135,10 +142,10 @@ def open_ort(
     session = load(variant.graph, variant.data)
     match spec.form:
         case "concat":
-            return ConcatRunner(session, variant, model, slots, exact=exact, adapters=lora)
+            return ConcatRunner(session, variant, model, slots, exact=exact, adapters=lora, pages=pages)
         case "static":
             static = OrtStaticSession(session, variant, memory=found.memory)
-            return StaticRunner(static, variant, model, slots, exact=exact)
+            return StaticRunner(static, variant, model, slots, exact=exact, pages=pages)
         case _ if found.memory is not None:
             return DeviceRunner(session, variant, model, found.memory, capture=capture, max_rows=most, max_slots=slots)
         case _:
@@ -147,7 +154,7 @@ def open_ort(
                 pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefill-graph")
                 prefill = pool.submit(load, variant.prefill.graph, variant.prefill.data)
                 pool.shutdown(wait=False)
-            return SharedRunner(session, prefill, variant, model, slots, exact=exact, adapters=lora)
+            return SharedRunner(session, prefill, variant, model, slots, exact=exact, adapters=lora, pages=pages)
 
 
 def _load_checked(
