@@ -14,7 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TypedDict
 
-from runtimes import Backend, Device, Package, Slots, UsageError, open_package, open_runner
+from runtimes import Backend, Device, Package, Slots, UsageError, open_package, open_runner, prepare_variant
 from runtimes.chat.conversation import Conversation
 from runtimes.chat.template import ChatTemplate
 from runtimes.chat.terminal import Screen, Session, Terminal, streams_are_terminals
@@ -35,7 +35,6 @@ from runtimes.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 _DEFAULT_NEW_TOKENS = 128
-_NO_HUGE_PAGES = "on a CPU, leave weights in pages of the usual size (default: in huge ones after the first step)"
 
 
 class _Options(TypedDict):
@@ -46,6 +45,7 @@ class _Options(TypedDict):
     check_hashes: bool
     threads: int | None
     huge_pages: bool
+    prepared: bool
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -104,7 +104,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         _declare_documents(of_documents, function)
         if function is _embed:
             _declare_pooling(of_documents)
+    _declare_prepare(
+        verbs.add_parser(
+            "prepare",
+            help="write weights as this machine reads them",
+            description="Write a variant's weights as this machine's kernels read them, into a file that every process "
+            "maps: they load faster and share its memory. It goes into the package, or where that cannot be written "
+            "into the user's cache.",
+            allow_abbrev=False,
+        )
+    )
     return parser.parse_args(argv)
+
+
+def _declare_prepare(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("package", metavar="PACKAGE", help="its folder, or hf:OWNER/NAME[@REV] on the Hub")
+    verb.add_argument("--variant", metavar="V", help="which variant of the package (default: as generate)")
+    verb.add_argument("--skip-hash-check", action="store_true", help="trust the files; check only their sizes")
+    verb.add_argument("--debug", action="store_true", help="show where an error came from")
+    verb.set_defaults(run=_prepare)
 
 
 def _declare_generation(verb: argparse.ArgumentParser, new_tokens: str) -> None:
@@ -169,7 +187,7 @@ def _declare_generation(verb: argparse.ArgumentParser, new_tokens: str) -> None:
     verb.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads (default: one per physical core it may use)"
     )
-    verb.add_argument("--no-huge-pages", action="store_true", help=_NO_HUGE_PAGES)
+    _declare_memory(verb)
     guess = verb.add_mutually_exclusive_group()
     guess.add_argument(
         "--speculate",
@@ -186,6 +204,20 @@ def _declare_generation(verb: argparse.ArgumentParser, new_tokens: str) -> None:
     verb.add_argument("--skip-hash-check", action="store_true", help="trust the files; check only their sizes")
     verb.add_argument("--stats", action="store_true", help="end with a line of tokens and times on stderr")
     verb.add_argument("--debug", action="store_true", help="show where an error came from")
+
+
+def _declare_memory(verb: argparse.ArgumentParser) -> None:
+    """Declare how weights lie in memory."""
+    verb.add_argument(
+        "--no-huge-pages",
+        action="store_true",
+        help="on a CPU, leave weights in pages of the usual size (default: in huge ones after the first step)",
+    )
+    verb.add_argument(
+        "--no-prepared",
+        action="store_true",
+        help="take the package's own graphs (default: what olmo2-run prepare has made for this machine, if it has)",
+    )
 
 
 def _declare_structured(verb: argparse.ArgumentParser) -> None:
@@ -219,7 +251,7 @@ def _declare_documents(verb: argparse.ArgumentParser, function: Callable[[argpar
     verb.add_argument("--backend", default="ort", metavar="B", help=f"{describe_backends()} (default: ort)")
     verb.add_argument("--device", metavar="D", help=f"where onnxruntime runs: {describe_devices()} (default: cpu)")
     verb.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one per physical core)")
-    verb.add_argument("--no-huge-pages", action="store_true", help=_NO_HUGE_PAGES)
+    _declare_memory(verb)
     verb.add_argument("--skip-hash-check", action="store_true", help="trust the files; check only their sizes")
     verb.add_argument("--debug", action="store_true", help="show where an error came from")
     verb.set_defaults(run=function)
@@ -281,6 +313,7 @@ def _each_document(
         check_hashes=check_hashes,
         threads=args.threads,
         huge_pages=not args.no_huge_pages,
+        prepared=not args.no_prepared,
     ) as runner:
         documents = read_documents(
             text,
@@ -296,6 +329,12 @@ def _each_document(
             found = answer(runner, [document.token_ids for document in group])
             for document, value in zip(group, found, strict=True):
                 _write(written(document, name, value))
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    for graph, made in prepare_variant(args.package, variant=args.variant, check_hashes=not args.skip_hash_check):
+        size = sum(entry.size for entry in graph.files.values())
+        _write(f"{graph.folder}: {'written' if made else 'there already'}, {size / 1e6:.0f} MB\n")
 
 
 def _embed(args: argparse.Namespace) -> None:
@@ -334,6 +373,7 @@ def _opened(args: argparse.Namespace, package: Package, stack: ExitStack) -> tup
         "check_hashes": not args.skip_hash_check,
         "threads": args.threads,
         "huge_pages": not args.no_huge_pages,
+        "prepared": not args.no_prepared,
     }
     runner = stack.enter_context(open_runner(package, variant=args.variant, **options))
     if args.draft is not None:

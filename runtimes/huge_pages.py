@@ -31,10 +31,10 @@ from runtimes.free_memory import available_memory
 Range: TypeAlias = tuple[int, int]
 """addresses from the first on, before the second"""
 
-_MAPS = Path("/proc/self/maps")
+_MAPS, _SMAPS = Path("/proc/self/maps"), Path("/proc/self/smaps")
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 _OLDEST = (6, 1)
-_MADV_COLLAPSE = 25
+_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
 _LEFT = 128 << 20
 """bytes of memory that must be free, or nothing is made over: a huge page is filled before the small ones are freed"""
 _REST = 2
@@ -51,6 +51,10 @@ class Memory(Protocol):
 
     def collapse(self, start: int, size: int) -> int:
         """Make one huge page of a range; return 0, or the errno of what is against it."""
+        ...
+
+    def advise(self, start: int, size: int) -> None:
+        """Ask for huge pages where a range is read for the first time."""
         ...
 
 
@@ -70,42 +74,55 @@ class LinuxMemory:
     def collapse(self, start: int, size: int) -> int:
         return 0 if self._madvise(start, size, _MADV_COLLAPSE) == 0 else ctypes.get_errno()
 
+    def advise(self, start: int, size: int) -> None:
+        self._madvise(start, size, _MADV_HUGEPAGE)  # a file system without them refuses, and nothing is lost
+
 
 class HugePages:
     """The weights of one runner's sessions, and how many of them lie in huge pages by now."""
 
-    def __init__(self, memory: Memory | None = None, *, piece: int | None = None) -> None:
+    def __init__(self, memory: Memory | None = None, *, piece: int | None = None, wanted: bool = True) -> None:
         """Find out whether there are huge pages here; nothing is done yet.
 
         Args:
             memory: what is asked; None: this process's.
             piece: bytes of a huge page; None: the system's.
+            wanted: False leaves all as it is, and says no more than how much is mapped.
         """
-        self._obstacle = "" if piece else obstacle()
+        self._wanted = wanted
+        self._obstacle = "" if piece else obstacle() if wanted else "not wanted"
         self._piece = piece or (0 if self._obstacle else int(_read(_HUGE_PAGES / "hpage_pmd_size")))
         self._memory = memory
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._ranges: list[Range] = []
-        self._wanted = self._done = 0
+        self._mapped: list[Path] = []
+        self._all = self._done = 0
 
     @contextlib.contextmanager
-    def loading(self) -> Iterator[None]:
-        """A context in which a session is loaded; what it took and is still there is made over later."""
-        if not self._piece:
-            yield
-            return
-        before = own_memory()
+    def loading(self, mapped: Path | None = None) -> Iterator[None]:
+        """A context in which a session is loaded; what it took and is still there is made over later.
+
+        Args:
+            mapped: a file with weights that are read where it is mapped. Its pages are huge where the file system has
+                such, from the first time on that they are read; they are shared by all that map it.
+        """
+        before = own_memory() if self._piece else []
         yield
-        self.add(taken_since(before, own_memory()))
+        if mapped is not None:
+            self._mapped.append(mapped)
+        if self._piece:
+            self.add(taken_since(before, own_memory()))
+            for start, stop in self._whole(memory_of(mapped)) if mapped is not None else ():
+                (self._memory or LinuxMemory()).advise(start, stop - start)
 
     def add(self, ranges: Sequence[Range]) -> None:
         """Have ranges made over; what is less than a piece stays as it is."""
-        whole = [(-(-start // self._piece) * self._piece, stop // self._piece * self._piece) for start, stop in ranges]
+        whole = self._whole(ranges)
         with self._lock:
-            self._ranges += [(start, stop) for start, stop in whole if start < stop]
-            self._wanted += sum(stop - start for start, stop in whole if start < stop)
+            self._ranges += whole
+            self._all += sum(stop - start for start, stop in whole)
 
     def start(self) -> None:
         """Begin in the background, if there is anything to do; called after a step, so that the first does not wait."""
@@ -127,11 +144,26 @@ class HugePages:
 
     @property
     def note(self) -> str:
-        """What became of the weights, for people."""
+        """What became of the weights, for people; empty: nothing, and nothing was wanted."""
+        notes = []
+        if self._mapped:
+            mapped, huge = pages_of(self._mapped)
+            in_huge = f", {huge / 1e6:.1f} MB in huge pages" if self._wanted else ""
+            notes.append(f"{mapped / 1e6:.1f} MB of weights mapped{in_huge}")
+        if self._wanted and not self._mapped:
+            notes.append(self._own_note())
+        return ", ".join(notes)
+
+    def _own_note(self) -> str:
         if self._obstacle and not self._done:
             return f"no huge pages: {self._obstacle}"
         stopped = f" ({self._obstacle})" if self._obstacle else ""
-        return f"{self._done / 1e6:.1f} of {self._wanted / 1e6:.1f} MB of weights in huge pages{stopped}"
+        return f"{self._done / 1e6:.1f} of {self._all / 1e6:.1f} MB of weights in huge pages{stopped}"
+
+    def _whole(self, ranges: Sequence[Range]) -> list[Range]:
+        """Return the whole pieces of ranges."""
+        whole = [(-(-start // self._piece) * self._piece, stop // self._piece * self._piece) for start, stop in ranges]
+        return [(start, stop) for start, stop in whole if start < stop]
 
     def _work(self) -> None:
         memory = self._memory or LinuxMemory()
@@ -196,10 +228,30 @@ def own_memory(maps: Path = _MAPS) -> list[Range]:
     found: list[Range] = []
     for line in _read(maps).splitlines():
         where, mode, _, _, inode, *name = line.split(maxsplit=5)
-        if mode == "rw-p" and inode == "0" and not (name and name[0].startswith("[stack")):
-            start, _, stop = where.partition("-")
-            found.append((int(start, 16), int(stop, 16)))
+        if mode == "rw-p" and inode == "0" and name != ["[stack]"]:
+            found.append(_range(where))
     return found
+
+
+def memory_of(file: Path, maps: Path = _MAPS) -> list[Range]:
+    """Return the ranges of memory in which this process has mapped a file, in order."""
+    lines = [line.split(maxsplit=5) for line in _read(maps).splitlines()]
+    return [_range(words[0]) for words in lines if words[5:] == [str(file.resolve())]]
+
+
+def pages_of(files: Sequence[Path], smaps: Path = _SMAPS) -> tuple[int, int]:
+    """Return the bytes of files that this process has mapped and read, and how many of them lie in huge pages."""
+    names = {str(file.resolve()) for file in files}
+    there, resident, huge = False, 0, 0
+    for line in _read(smaps).splitlines():
+        words = line.split(maxsplit=5)
+        if "-" in words[0]:
+            there = not names.isdisjoint(words[5:])
+        elif there and words[0] == "Rss:":
+            resident += int(words[1]) * 1024
+        elif there and words[0] == "FilePmdMapped:":
+            huge += int(words[1]) * 1024
+    return resident, huge
 
 
 def taken_since(before: Sequence[Range], now: Sequence[Range]) -> list[Range]:
@@ -218,6 +270,11 @@ def taken_since(before: Sequence[Range], now: Sequence[Range]) -> list[Range]:
         if start < stop:
             found.append((start, stop))
     return found
+
+
+def _range(words: str) -> Range:
+    start, _, stop = words.partition("-")
+    return int(start, 16), int(stop, 16)
 
 
 def _read(path: Path) -> str:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -18,6 +19,7 @@ from runtimes.ort.adapters import Adapters
 from runtimes.ort.concat import ConcatRunner
 from runtimes.ort.device import MAX_COMPILED_ROWS, DeviceRunner, compiled_shapes
 from runtimes.ort.devices import find_device
+from runtimes.ort.prepared import PreparedGraph
 from runtimes.ort.session import open_session
 from runtimes.ort.shared import SharedRunner
 from runtimes.ort.static_session import OrtStaticSession
@@ -77,6 +79,7 @@ def open_ort(
     exact: bool = False,
     adapters: Mapping[str, str] | None = None,
     huge_pages: bool = False,
+    prepared: Callable[[str, Sequence[str]], PreparedGraph | None] | None = None,
 ) -> ConcatRunner | StaticRunner | SharedRunner:
     """Load a variant's graph, or two, on one device.
 
@@ -95,6 +98,8 @@ def open_ort(
         exact: answers do not depend on each other; see `runtimes.runners.slots`.
         adapters: LoRA adapters of the package, by name, and their files in it; None: none.
         huge_pages: on a CPU, have the weights in huge pages after the first step; see `runtimes.huge_pages`.
+        prepared: returns a graph as it was prepared for this machine, by its path in the package and those of its data,
+            or None; it is taken where it is intact. None: there are none.
 
     Raises:
         UsageError: the device takes fewer slots.
@@ -125,14 +130,24 @@ def open_ort(
     if shapes is not None:  # a classifier has fewer
         shapes = {tensor.name: shapes[tensor.name] for tensor in variant.inputs}
 
-    pages = HugePages() if huge_pages and device == "cpu" else None
+    pages = HugePages(wanted=huge_pages) if (huge_pages or prepared) and device == "cpu" else None
 
     def load(graph: str, data: Sequence[str]) -> ort.InferenceSession:
-        def opened() -> ort.InferenceSession:
-            with pages.loading() if pages is not None else nullcontext():
-                return open_session(package / graph, variant, threads, device=found, capture=capture, shapes=shapes)
+        def opened(path: Path, mapped: Path | None = None) -> ort.InferenceSession:
+            with pages.loading(mapped) if pages is not None else nullcontext():
+                return open_session(path, variant, threads, device=found, capture=capture, shapes=shapes)
 
-        return _load_checked(opened, graph, data, check)
+        if prepared is not None and device == "cpu" and (ready := prepared(graph, data)) is not None:
+            try:
+                session = _load_checked(lambda: opened(ready.graph, ready.data), ready.check)
+            except PackageError as error:
+                logger.warning("%s; until then the package's own graph is taken", error)
+            else:
+                logger.info("variant %s: weights mapped from %s", variant.name, ready.data)
+                return session
+        if check is not None:
+            check([graph])
+        return _load_checked(lambda: opened(package / graph), partial(check, data) if check is not None else None)
 
     most = MAX_COMPILED_ROWS if shapes else None
     slots = max_slots or min(DEFAULT_SLOTS, most or DEFAULT_SLOTS)
@@ -157,15 +172,12 @@ def open_ort(
             return SharedRunner(session, prefill, variant, model, slots, exact=exact, adapters=lora, pages=pages)
 
 
-def _load_checked(
-    load: Callable[[], ort.InferenceSession], graph: str, data: Sequence[str], check: FileCheck | None
-) -> ort.InferenceSession:
+def _load_checked(load: Callable[[], ort.InferenceSession], check: Callable[[], None] | None) -> ort.InferenceSession:
     """Load a graph while its data is checked; what the check finds goes before what onnxruntime says."""
     if check is None:
         return load()
-    check([graph])
     with ThreadPoolExecutor(max_workers=1) as pool:
-        pending = pool.submit(check, data)
+        pending = pool.submit(check)
         try:
             return load()
         finally:

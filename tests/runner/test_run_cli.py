@@ -373,11 +373,13 @@ def test_variant_backend_and_threads_are_used(
     ]
     assert main(["generate", str(demo_package), "--prompt", PROMPT, *flags]) == 0
     assert capsys.readouterr().out == expected + "\n"
-    given = {"backend": "ort", "device": "cpu", "threads": 1, "check_hashes": False, "huge_pages": True}
-    assert seen == {"variant": "fp32", **given}
-    assert main(["generate", str(demo_package), "--prompt", PROMPT, "--max-new-tokens", "1", "--no-huge-pages"]) == 0
-    given = {"backend": "ort", "device": None, "threads": None, "check_hashes": True, "huge_pages": False}
-    assert seen == {"variant": None, **given}
+    memory = {"huge_pages": True, "prepared": True}
+    given = {"variant": "fp32", "backend": "ort", "device": "cpu", "threads": 1, "check_hashes": False}
+    assert seen == {**given, **memory}
+    flags = ["--max-new-tokens", "1", "--no-huge-pages", "--no-prepared"]
+    assert main(["generate", str(demo_package), "--prompt", PROMPT, *flags]) == 0
+    given = {"variant": None, "backend": "ort", "device": None, "threads": None, "check_hashes": True}
+    assert seen == {**given, "huge_pages": False, "prepared": False}
 
 
 REPEATING = "And God saw the light, that it was good. " * 6 + "And God saw"
@@ -429,7 +431,8 @@ def test_draft_model_is_opened_like_the_model(demo_package: Path, monkeypatch: p
     monkeypatch.setattr(cli, "open_runner", spy)
     flags = ["--variant", "fp32", "--threads", "1", "--skip-hash-check", "--max-new-tokens", "3"]
     assert main(["generate", str(demo_package), "--prompt", "x", "--draft", f"{demo_package}/", *flags]) == 0
-    same = {"backend": "ort", "device": None, "threads": 1, "check_hashes": False, "huge_pages": True}
+    memory = {"huge_pages": True, "prepared": True}
+    same = {"backend": "ort", "device": None, "threads": 1, "check_hashes": False, **memory}
     assert seen == [(demo_package, {"variant": "fp32", **same}), (demo_package, same)]
 
 
@@ -589,6 +592,7 @@ def test_defaults() -> None:
         "device": None,
         "threads": None,
         "no_huge_pages": False,
+        "no_prepared": False,
         "speculate": "none",
         "draft": None,
         "skip_hash_check": False,
