@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
 import mmap
 import platform
 import re
@@ -37,8 +38,10 @@ _OLDEST = (6, 1)
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
 _LEFT = 128 << 20
 """bytes of memory that must be free, or nothing is made over: a huge page is filled before the small ones are freed"""
+_LOOK = 16
+"""pieces after which free memory is looked at, which takes as long as a third of a piece"""
 _REST = 2
-"""how long is waited after a piece, in times that it took: a step beside it has the cores most of the time"""
+"""how long is waited after a piece, in times of the processor that it took: a step beside it has most of that"""
 _NONE_LEFT = frozenset({errno.ENOMEM, errno.EBUSY})  # of the machine, of a control group
 
 
@@ -167,21 +170,24 @@ class HugePages:
 
     def _work(self) -> None:
         memory = self._memory or LinuxMemory()
-        while not self._ended.is_set() and (start := self._next()) is not None:
-            began = time.perf_counter()
+        for count in itertools.count():
+            began = time.thread_time()
+            if count % _LOOK == 0:
+                self._look()
+            if self._ended.is_set() or (start := self._next()) is None:
+                return
             if memory.is_there(start, self._piece):
-                self._make_over(memory, start)
-            self._ended.wait(_REST * (time.perf_counter() - began))
+                found = memory.collapse(start, self._piece)
+                if found in _NONE_LEFT:
+                    self._stop("the system has no more of them")
+                self._done += 0 if found else self._piece  # others: a page that cannot be moved now
+            self._ended.wait(_REST * (time.thread_time() - began))
 
-    def _make_over(self, memory: Memory, start: int) -> None:
+    def _look(self) -> None:
+        """Stop where memory is short."""
         free = available_memory()
         if free is not None and free < _LEFT + self._piece:
             self._stop(f"only {free / 1e6:.0f} MB of memory are free")
-            return
-        found = memory.collapse(start, self._piece)
-        if found in _NONE_LEFT:
-            self._stop("the system has no more of them")
-        self._done += 0 if found else self._piece  # others: a page that cannot be moved now, such as one of a device
 
     def _next(self) -> int | None:
         """Return where the next piece begins; None: there is none, and the thread ends."""

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from runtimes import huge_pages, open_runner
-from runtimes.huge_pages import HugePages, LinuxMemory, obstacle, own_memory, taken_since
+from runtimes.huge_pages import HugePages, LinuxMemory, memory_of, obstacle, own_memory, pages_of, taken_since
 
 PIECE = 1 << 16
 
@@ -26,6 +26,7 @@ class FakeMemory:
     def __init__(self, *answers: int, missing: tuple[int, ...] = ()) -> None:
         self.answers, self.missing = list(answers), missing
         self.made_over: list[int] = []
+        self.advised: list[tuple[int, int]] = []
         self.wait: Callable[[], object] = lambda: None
 
     def is_there(self, start: int, size: int) -> bool:
@@ -37,6 +38,9 @@ class FakeMemory:
         self.wait()
         self.made_over.append(start // PIECE)
         return self.answers.pop(0) if self.answers else 0
+
+    def advise(self, start: int, size: int) -> None:
+        self.advised.append((start, size))
 
 
 def over(memory: FakeMemory, *ranges: tuple[int, int]) -> HugePages:
@@ -91,9 +95,9 @@ def test_short_memory_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     free = [1 << 30, (128 << 20) + PIECE, (128 << 20) + PIECE - 1]
     monkeypatch.setattr(huge_pages, "available_memory", lambda: free.pop(0))
     memory = FakeMemory()
-    pages = over(memory, (0, 9 * PIECE))
-    assert memory.made_over == [0, 1]
-    assert pages.note == "0.1 of 0.6 MB of weights in huge pages (only 134 MB of memory are free)"
+    pages = over(memory, (0, 99 * PIECE))
+    assert memory.made_over == list(range(32))
+    assert pages.note == "2.1 of 6.5 MB of weights in huge pages (only 134 MB of memory are free)"
 
 
 def test_nothing_happens_before_a_step_nor_after_close() -> None:
@@ -170,6 +174,45 @@ def test_own_memory_is_no_files_no_stack_and_writable(tmp_path: Path) -> None:
     )
     assert own_memory(maps) == [(0x3000, 0x5000), (0x7000, 0x9000)]
     assert own_memory(tmp_path / "none") == []
+
+
+def test_where_a_file_is_mapped_and_how(tmp_path: Path) -> None:
+    file, maps, smaps = tmp_path / "some weights", tmp_path / "maps", tmp_path / "smaps"
+    regions = [
+        ("1000-3000 rw-p 00001000 fe:00 42    {}", 8, 0),
+        ("3000-4000 rw-p 00001000 fe:00 43    {}.old", 4, 0),
+        ("5000-9000 rw-p 00000000 00:00 0 ", 16, 16),
+        ("9000-d000 rw-p 00003000 fe:00 42    {}", 12, 4),
+        ("d000-e000 r--p 00003000 fe:00 42    /else", 4, 0),
+    ]
+    maps.write_text("".join(f"{line.format(file)}\n" for line, *_ in regions))
+    smaps.write_text(
+        "".join(
+            f"{line.format(file)}\nSize:     99 kB\nRss:   {rss} kB\nFilePmdMapped:    {huge} kB\nVmFlags: rd wr\n"
+            for line, rss, huge in regions
+        )
+    )
+    assert memory_of(file, maps) == [(0x1000, 0x3000), (0x9000, 0xD000)]
+    assert pages_of([file], smaps) == (20 << 10, 4 << 10)
+    assert memory_of(tmp_path, maps) == []
+    assert pages_of([tmp_path], smaps) == pages_of([file], tmp_path / "none") == (0, 0)
+
+
+def test_of_a_mapped_file_whole_pieces_are_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(huge_pages, "memory_of", lambda _: [(5, 3 * PIECE), (7 * PIECE, 8 * PIECE - 1)])
+    monkeypatch.setattr(huge_pages, "pages_of", lambda _: (5_000_000, 4_000_000))
+    memory = FakeMemory()
+    pages = HugePages(memory, piece=PIECE)
+    with pages.loading(tmp_path):
+        pass
+    pages.close()
+    assert memory.advised == [(PIECE, 2 * PIECE)]
+    assert pages.note == "5.0 MB of weights mapped, 4.0 MB in huge pages"
+    unwanted = HugePages(wanted=False)
+    with unwanted.loading(tmp_path):
+        pass
+    assert unwanted.note == "5.0 MB of weights mapped"
+    assert HugePages(wanted=False).note == ""
 
 
 def test_why_there_are_none(tmp_path: Path) -> None:
