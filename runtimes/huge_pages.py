@@ -42,6 +42,8 @@ _LOOK = 16
 """pieces after which free memory is looked at, which takes as long as a third of a piece"""
 _REST = 2
 """how long is waited after a piece, in times of the processor that it took: a step beside it has most of that"""
+_REFUSALS, _PAUSE = 16, 0.25
+"""how often in a row the system may have none to give, and the seconds between: it makes room meanwhile"""
 _NONE_LEFT = frozenset({errno.ENOMEM, errno.EBUSY})  # of the machine, of a control group
 
 
@@ -120,12 +122,12 @@ class HugePages:
             for start, stop in self._whole(memory_of(mapped)) if mapped is not None else ():
                 (self._memory or LinuxMemory()).advise(start, stop - start)
 
-    def add(self, ranges: Sequence[Range]) -> None:
-        """Have ranges made over; what is less than a piece stays as it is."""
+    def add(self, ranges: Sequence[Range], *, again: bool = False) -> None:
+        """Have ranges made over, after all others; what is less than a piece stays as it is."""
         whole = self._whole(ranges)
         with self._lock:
             self._ranges += whole
-            self._all += sum(stop - start for start, stop in whole)
+            self._all += 0 if again else sum(stop - start for start, stop in whole)
 
     def start(self) -> None:
         """Begin in the background, if there is anything to do; called after a step, so that the first does not wait."""
@@ -170,17 +172,23 @@ class HugePages:
 
     def _work(self) -> None:
         memory = self._memory or LinuxMemory()
+        refused = 0
         for count in itertools.count():
             began = time.thread_time()
             if count % _LOOK == 0:
                 self._look()
             if self._ended.is_set() or (start := self._next()) is None:
                 return
-            if memory.is_there(start, self._piece):
-                found = memory.collapse(start, self._piece)
-                if found in _NONE_LEFT:
+            found = memory.collapse(start, self._piece) if memory.is_there(start, self._piece) else errno.EINVAL
+            if found in _NONE_LEFT:
+                refused += 1
+                self.add([(start, start + self._piece)], again=True)
+                if refused == _REFUSALS:
                     self._stop("the system has no more of them")
-                self._done += 0 if found else self._piece  # others: a page that cannot be moved now
+                self._ended.wait(_PAUSE)
+            else:
+                refused = 0
+                self._done += 0 if found else self._piece  # others: a page that cannot be moved
             self._ended.wait(_REST * (time.thread_time() - began))
 
     def _look(self) -> None:

@@ -81,14 +81,21 @@ def test_what_cannot_be_moved_is_passed_over_and_not_counted() -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOMEM, errno.EBUSY])
-def test_a_system_without_one_more_is_asked_once(code: int) -> None:
-    memory = FakeMemory(0, code)
+def test_a_system_that_has_none_left_is_asked_again_and_then_no_more(
+    code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huge_pages, "_PAUSE", 0)
+    memory = FakeMemory(0, code, 0, *[code] * 99)
     pages = over(memory, (0, 32 * PIECE))
-    assert memory.made_over == [0, 1]
+    assert memory.made_over == list(range(3 + 16))
     assert pages.note == "0.1 of 2.1 MB of weights in huge pages (the system has no more of them)"
     pages.start()
     ended(pages)
-    assert memory.made_over == [0, 1]
+    assert memory.made_over == list(range(3 + 16))
+    memory = FakeMemory(*[code] * 15)
+    pages = over(memory, (0, 9 * PIECE))
+    assert memory.made_over == [*range(9), *range(9), *range(6)]
+    assert pages.note == "0.6 of 0.6 MB of weights in huge pages"
 
 
 def test_short_memory_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
