@@ -24,7 +24,6 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -52,8 +51,8 @@ FOLDER = ".prepared"
 
 logger = logging.getLogger(__name__)
 
-_DOCUMENT = "prepared.json"
-_PAGE, _HUGE_PAGE = 1 << 12, 1 << 21
+_DOCUMENT, _STAGING = "prepared.json", ".staging-"
+_HUGE_PAGE, _LINE = 1 << 21, 64
 _FORM = 1
 """of the files; another is not looked at"""
 _COPIES = 5
@@ -152,8 +151,11 @@ def _made(
     free = shutil.disk_usage(home).free
     if free < _COPIES * size:
         raise ResourceError(f"{home}: {free:,} bytes are free, preparing {graph} takes {_COPIES * size:,}; free some")
-    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=home))
+    for leftover in home.glob(f"{_STAGING}*"):  # of a writer that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    staging = home / f"{_STAGING}{os.getpid()}"
     try:
+        staging.mkdir()
         packed = staging / Path(graph).name
         open_session(package.folder / graph, variant, threads, save_as=packed)
         _lay_out(packed, staging / Path(data[0]).name)
@@ -197,21 +199,21 @@ def _lay_out(graph: Path, data: Path) -> None:
     moved, end = {}, 0
     for blobs in (plain, packed):
         for start, size in sorted(blobs.items()):
-            end = _up(end, _HUGE_PAGE if blobs is packed and size >= _HUGE_PAGE else 64)
+            end = _up(end, _HUGE_PAGE if blobs is packed and size >= _HUGE_PAGE else _LINE)
             moved[start] = end
             end += size
-        end = _up(end, _HUGE_PAGE if packed else 64)
-    with saved.open("rb") as source, tempfile.NamedTemporaryFile(dir=data.parent, delete=False) as target:
+        end = _up(end, _HUGE_PAGE if packed else _LINE)
+    laid_out = data.with_name("laid_out")
+    with saved.open("rb") as source, laid_out.open("wb") as target:
         for start, size in (*sorted(plain.items()), *sorted(packed.items())):
             source.seek(start)
             target.seek(moved[start])
             while size:
                 target.write(piece := source.read(min(size, _HUGE_PAGE)))
                 size -= len(piece)
-        target.flush()
         _force(target)
     saved.unlink()
-    Path(target.name).rename(data)
+    laid_out.rename(data)
 
     def change(key: str, value: str) -> str:
         if key == "location":

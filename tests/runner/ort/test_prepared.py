@@ -253,3 +253,14 @@ with open_runner({str(made)!r}, variant="q4", threads=1) as runner:
     finally:
         for process in pipes:
             process.communicate()
+
+
+def test_what_a_killed_writer_left_is_swept_and_others_may_read(package: Path) -> None:
+    shutil.rmtree(package / FOLDER)
+    (package / FOLDER / ".staging-1").mkdir(parents=True)
+    (package / FOLDER / ".staging-1" / "half").write_bytes(b"x")
+    mode = (package / "manifest.json").stat().st_mode
+    for graph, _ in prepare_variant(package, variant="q4"):
+        assert graph.data.stat().st_mode == graph.graph.stat().st_mode == mode
+        assert graph.folder.stat().st_mode == (package / FOLDER).stat().st_mode
+    assert len(folders(package)) == 2
