@@ -102,7 +102,7 @@ class HugePages:
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._ranges: list[Range] = []
-        self._mapped: list[Path] = []
+        self._mapped: list[Range] = []
         self._all = self._done = 0
 
     @contextlib.contextmanager
@@ -114,12 +114,13 @@ class HugePages:
                 such, from the first time on that they are read; they are shared by all that map it.
         """
         before = own_memory() if self._piece else []
+        mapped_before = [] if mapped is None else memory_of(mapped)
         yield
-        if mapped is not None:
-            self._mapped.append(mapped)
+        ranges = [] if mapped is None else taken_since(mapped_before, memory_of(mapped))
+        self._mapped += ranges
         if self._piece:
             self.add(taken_since(before, own_memory()))
-            for start, stop in self._whole(memory_of(mapped)) if mapped is not None else ():
+            for start, stop in self._whole(ranges):
                 (self._memory or LinuxMemory()).advise(start, stop - start)
 
     def add(self, ranges: Sequence[Range], *, again: bool = False) -> None:
@@ -253,14 +254,14 @@ def memory_of(file: Path, maps: Path = _MAPS) -> list[Range]:
     return [_range(words[0]) for words in lines if words[5:] == [str(file.resolve())]]
 
 
-def pages_of(files: Sequence[Path], smaps: Path = _SMAPS) -> tuple[int, int]:
-    """Return the bytes of files that this process has mapped and read, and how many of them lie in huge pages."""
-    names = {str(file.resolve()) for file in files}
+def pages_of(ranges: Sequence[Range], smaps: Path = _SMAPS) -> tuple[int, int]:
+    """Return how many bytes of mapped files take memory, and how many of these lie in huge pages."""
+    wanted = set(ranges)
     there, resident, huge = False, 0, 0
     for line in _read(smaps).splitlines():
-        words = line.split(maxsplit=5)
+        words = line.split(maxsplit=2)
         if "-" in words[0]:
-            there = not names.isdisjoint(words[5:])
+            there = _range(words[0]) in wanted
         elif there and words[0] == "Rss:":
             resident += int(words[1]) * 1024
         elif there and words[0] == "FilePmdMapped:":

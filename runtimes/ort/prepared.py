@@ -38,7 +38,7 @@ from runtimes.manifest import Variant
 from runtimes.ort.session import open_session
 from runtimes.ort.versions import without_too_new
 from runtimes.package import Package
-from runtimes.sealed import FORMAT_VERSION, FileEntry, check_files, hash_files, read_sealed, seal
+from runtimes.sealed import FORMAT_VERSION, FileEntry, check_files, read_sealed, seal
 from runtimes.targets import find_target, runs
 
 try:
@@ -160,7 +160,7 @@ def _made(
         open_session(package.folder / graph, variant, threads, save_as=packed)
         _lay_out(packed, staging / Path(data[0]).name)
         names = sorted(path.name for path in staging.iterdir())
-        files = hash_files(staging, names)
+        files = _hash_mapped(staging, names)
         entries = {name: {"sha256": entry.sha256, "size": entry.size} for name, entry in files.items()}
         document = {"format_version": FORMAT_VERSION, "made_of": made_of, "files": entries}
         with (staging / _DOCUMENT).open("wb") as file:
@@ -243,8 +243,11 @@ def _up(number: int, step: int) -> int:
 
 
 def _force(file: IO[bytes]) -> None:
+    """Have a file written to the disk, and forgotten by the memory, so that who reads it first decides on its pages."""
     file.flush()
     os.fsync(file.fileno())
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _drop_stale(home: Path, graph: str, made_of: Mapping[str, Any]) -> None:

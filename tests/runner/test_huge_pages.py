@@ -200,24 +200,28 @@ def test_where_a_file_is_mapped_and_how(tmp_path: Path) -> None:
         )
     )
     assert memory_of(file, maps) == [(0x1000, 0x3000), (0x9000, 0xD000)]
-    assert pages_of([file], smaps) == (20 << 10, 4 << 10)
+    assert pages_of([(0x1000, 0x3000), (0x9000, 0xD000)], smaps) == (20 << 10, 4 << 10)
+    assert pages_of([(0x9000, 0xD000)], smaps) == (12 << 10, 4 << 10)
     assert memory_of(tmp_path, maps) == []
-    assert pages_of([tmp_path], smaps) == pages_of([file], tmp_path / "none") == (0, 0)
+    assert pages_of([(0xD000, 0xF000)], smaps) == pages_of([(0x1000, 0x3000)], tmp_path / "none") == (0, 0)
 
 
 def test_of_a_mapped_file_whole_pieces_are_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(huge_pages, "memory_of", lambda _: [(5, 3 * PIECE), (7 * PIECE, 8 * PIECE - 1)])
-    monkeypatch.setattr(huge_pages, "pages_of", lambda _: (5_000_000, 4_000_000))
+    others, own = (20 * PIECE, 30 * PIECE), [(5, 3 * PIECE), (7 * PIECE, 8 * PIECE - 1)]
+    mapped = [others]
+    monkeypatch.setattr(huge_pages, "memory_of", lambda _: sorted(mapped))
+    monkeypatch.setattr(huge_pages, "pages_of", lambda ranges: {str(own): (5_000_000, 4_000_000)}[str(ranges)])
     memory = FakeMemory()
     pages = HugePages(memory, piece=PIECE)
     with pages.loading(tmp_path):
-        pass
+        mapped += own
     pages.close()
     assert memory.advised == [(PIECE, 2 * PIECE)]
     assert pages.note == "5.0 MB of weights mapped, 4.0 MB in huge pages"
+    del mapped[1:]
     unwanted = HugePages(wanted=False)
     with unwanted.loading(tmp_path):
-        pass
+        mapped += own
     assert unwanted.note == "5.0 MB of weights mapped"
     assert HugePages(wanted=False).note == ""
 
