@@ -13,6 +13,7 @@ Standard library only.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import ctypes
 import errno
@@ -255,13 +256,20 @@ def memory_of(file: Path, maps: Path = _MAPS) -> list[Range]:
 
 
 def pages_of(ranges: Sequence[Range], smaps: Path = _SMAPS) -> tuple[int, int]:
-    """Return how many bytes of mapped files take memory, and how many of these lie in huge pages."""
-    wanted = set(ranges)
+    """Return how many bytes of mapped files take memory, and how many of these lie in huge pages.
+
+    Args:
+        ranges: where they are mapped; what the kernel lists may be parts of them.
+        smaps: the kernel's file of that name.
+    """
+    wanted = sorted(ranges)
     there, resident, huge = False, 0, 0
     for line in _read(smaps).splitlines():
         words = line.split(maxsplit=2)
         if "-" in words[0]:
-            there = _range(words[0]) in wanted
+            start, _ = _range(words[0])
+            place = bisect.bisect_right(wanted, start, key=lambda one: one[0]) - 1
+            there = place >= 0 and start < wanted[place][1]
         elif there and words[0] == "Rss:":
             resident += int(words[1]) * 1024
         elif there and words[0] == "FilePmdMapped:":

@@ -200,7 +200,8 @@ def test_where_a_file_is_mapped_and_how(tmp_path: Path) -> None:
         )
     )
     assert memory_of(file, maps) == [(0x1000, 0x3000), (0x9000, 0xD000)]
-    assert pages_of([(0x1000, 0x3000), (0x9000, 0xD000)], smaps) == (20 << 10, 4 << 10)
+    assert pages_of([(0x9000, 0xD000), (0x1000, 0x3000)], smaps) == (20 << 10, 4 << 10)
+    assert pages_of([(0x8000, 0xD000)], smaps) == (12 << 10, 4 << 10)
     assert pages_of([(0x9000, 0xD000)], smaps) == (12 << 10, 4 << 10)
     assert memory_of(tmp_path, maps) == []
     assert pages_of([(0xD000, 0xF000)], smaps) == pages_of([(0x1000, 0x3000)], tmp_path / "none") == (0, 0)
