@@ -9,7 +9,9 @@ Text in and text out: `runtimes.generation.generate`. Command line: `olmo2-run`,
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 import runtimes.telemetry  # noqa: F401  # before any onnxruntime: every import of runtimes.x comes through here first
 from runtimes.errors import (
@@ -31,6 +33,9 @@ from runtimes.runners.slots import Slots
 from runtimes.targets import Backend, Device, find_target
 from runtimes.threads import default_threads
 
+if TYPE_CHECKING:
+    from runtimes.ort.prepared import PreparedGraph
+
 __all__ = [
     "Backend",
     "BackendError",
@@ -49,6 +54,7 @@ __all__ = [
     "VariantNotFoundError",
     "open_package",
     "open_runner",
+    "prepare_variant",
 ]
 
 _MOST_THREADS_PER_CPU = 4  # a hundred thousand stop the machine
@@ -65,6 +71,8 @@ def open_runner(
     max_slots: int | None = None,
     exact: bool = False,
     kv_cache: str | None = None,
+    huge_pages: bool = True,
+    prepared: bool = True,
 ) -> Slots:
     """Open one graph of a package; close it, or use it in a `with`.
 
@@ -88,6 +96,10 @@ def open_runner(
         kv_cache: what keys and values are stored in, out of those that the variant was exported with, as float32 or
             int8; None means the one that the manifest names first, or where onnxruntime is too old for that, the first
             that it runs.
+        huge_pages: on a CPU, have the weights in huge pages soon after the first step, where the system can; False
+            leaves them as they are. `memory_note` of the runner says what became of it.
+        prepared: on a CPU, map the weights from a file where `olmo2-run prepare` has made one for this machine and this
+            onnxruntime, so that processes share them; False takes the package's own files.
 
     Returns:
         The runner, with an empty cache.
@@ -121,6 +133,7 @@ def open_runner(
         case "ort":
             try:
                 from runtimes.ort.open import default_variant, open_ort, with_cache
+                from runtimes.ort.prepared import find_prepared
             except ImportError as error:
                 raise BackendError(
                     f"backend ort: onnxruntime cannot be imported ({error}); {target.install}"
@@ -142,6 +155,8 @@ def open_runner(
                 max_slots=slots,
                 exact=exact,
                 adapters={name: entry.file for name, entry in opened.manifest.adapters.items()},
+                huge_pages=huge_pages,
+                prepared=partial(find_prepared, opened, hashes=check_hashes) if prepared else None,
             )
         case "trt_rtx" | "trt":
             try:
@@ -151,3 +166,35 @@ def open_runner(
                     f"backend {backend}: cuda-bindings cannot be imported ({error}); {target.install}"
                 ) from error
             return open_trt(open_package(package), target.backend, variant, check_hashes=check_hashes, max_slots=slots)
+
+
+def prepare_variant(
+    package: AnyPackage, *, variant: str | None = None, kv_cache: str | None = None, check_hashes: bool = True
+) -> Iterator[tuple[PreparedGraph, bool]]:
+    """Write the graphs of a variant as this machine's CPU reads them; see `runtimes.ort.prepared`.
+
+    Args:
+        package: as of `open_runner`.
+        variant: likewise.
+        kv_cache: likewise.
+        check_hashes: read the files once more to compare them with the manifest.
+
+    Yields:
+        Each graph, and whether it was written now; False: it was there.
+
+    Raises:
+        UsageError: a KV cache that the variant has not.
+        ResourceError: the disk is full, or there is no folder that can be written.
+        BackendError: onnxruntime is not there, or too old; or the variant does not run on a CPU.
+        PackageNotFoundError, VariantNotFoundError, IntegrityError, PackageError: as of `open_runner`.
+    """
+    target = find_target("ort", "cpu")
+    try:
+        from runtimes.ort.open import default_variant, with_cache
+        from runtimes.ort.prepared import prepare
+    except ImportError as error:
+        raise BackendError(f"backend ort: onnxruntime cannot be imported ({error}); {target.install}") from error
+    opened = open_package(package)
+    chosen = with_cache(opened.variant(variant or default_variant(opened, target.device)), kv_cache)
+    opened.check(chosen.files, hashes=check_hashes)
+    yield from prepare(opened, chosen, default_threads())

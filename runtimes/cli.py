@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from runtimes.command import Parser, run_command
-from runtimes.verbs import chat, embed, generate, score
+from runtimes.verbs import chat, embed, generate, prepare, score
 
-VERBS = {"generate": generate, "chat": chat, "score": score, "embed": embed}
+VERBS = {"generate": generate, "chat": chat, "score": score, "embed": embed, "prepare": prepare}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -11,7 +11,7 @@ the values of `location` are replaced; all other bytes stay.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from runtimes.errors import PackageError
@@ -44,25 +44,52 @@ def follow_link(graph: Path, serialised: bytes | None = None, data: str | None =
         serialised = graph.read_bytes()
     try:
         return _renamed(serialised, name, real.name), real.parent
-    except (IndexError, KeyError) as error:  # the bytes end in a number, or a tag has a type that there is not
+    except (IndexError, KeyError, UnicodeDecodeError) as error:  # it ends in a number, or has a tag that there is not
         raise PackageError(f"{graph}: not an ONNX graph; export the package again") from error
+
+
+def external_data(model: bytes) -> list[tuple[str, str]]:
+    """Return key and value of all that a serialised model says of data that lie elsewhere, weight by weight."""
+    found: list[tuple[str, str]] = []
+
+    def seen(key: str, value: str) -> str:
+        found.append((key, value))
+        return value
+
+    change_external_data(model, seen)
+    return found
+
+
+def change_external_data(model: bytes, change: Callable[[str, str], str]) -> bytes:
+    """Return a serialised model with other values in what it says of data that lie elsewhere.
+
+    Args:
+        model: protobuf.
+        change: gets key and value, such as `offset` and `4096`, and returns the value to be.
+    """
+
+    def changed(pair: bytes) -> bytes:
+        fields = {number: pair[begin:end].decode() for number, _, begin, end in _fields(pair)}
+        value = change(fields[_KEY], fields.get(_VALUE, ""))
+        return pair if value == fields.get(_VALUE, "") else _pair(fields[_KEY], value)
+
+    return _within(model, _EXTERNAL_DATA, changed)
 
 
 def _renamed(model: bytes, old: str, new: str) -> bytes:
     """Return a serialised model whose external data of one name has another."""
-    return _within(model, _EXTERNAL_DATA, _pair("location", old), _pair("location", new))
+    return change_external_data(model, lambda key, value: new if (key, value) == ("location", old) else value)
 
 
-def _within(message: bytes, path: tuple[int, ...], old: bytes, new: bytes) -> bytes:
-    """Replace the messages at the end of a path of field numbers that are equal to `old`."""
+def _within(message: bytes, path: tuple[int, ...], change: Callable[[bytes], bytes]) -> bytes:
+    """Change the messages at the end of a path of field numbers."""
     if not path:
-        return new if message == old else message
+        return change(message)
     parts: list[bytes] = []
     copied = 0
     for number, start, begin, end in _fields(message):
         if number == path[0] and begin < end:
-            changed = _within(message[begin:end], path[1:], old, new)
-            parts += [message[copied:start], _field(number, changed)]
+            parts += [message[copied:start], _field(number, _within(message[begin:end], path[1:], change))]
             copied = end
     return b"".join([*parts, message[copied:]])
 

@@ -17,7 +17,6 @@ import olmo2_export.catalog as catalog
 from olmo2_export.architecture import operations, tensor_shapes
 from olmo2_export.catalog import find
 from olmo2_export.config import ModelConfig
-from olmo2_export.free_memory import available_memory
 from olmo2_export.graphs.lora_inputs import adapted_linears
 from olmo2_export.package.costs import Costs, estimate_costs
 from olmo2_export.package.graph_sizes import VariantSizes, engine_graph_bytes, variant_sizes
@@ -30,6 +29,7 @@ from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.merged import switchable_adapters
 from olmo2_export.weights.stored_names import EMBEDDING, HEAD, weight_shapes
 from runtimes.errors import ResourceError
+from runtimes.free_memory import available_memory
 
 _KEPT_FREE = 1 << 20  # bytes
 _SPEC, _TENSOR = 250, 188  # bytes that the manifest takes for an input or output, and for a quantised tensor,

@@ -23,7 +23,6 @@ import numpy as np
 
 from olmo2_export.architecture import Operation, operations, tensor_shapes
 from olmo2_export.config import ModelConfig
-from olmo2_export.free_memory import available_memory
 from olmo2_export.graphs.by_layer import Call, Plan, logits_by_layer
 from olmo2_export.verify.beside import Mixed, halves
 from olmo2_export.verify.feeds import ModeResult, short_lengths
@@ -31,6 +30,7 @@ from olmo2_export.verify.measure import Truth
 from olmo2_export.verify.padded import scored_mode
 from olmo2_export.views.table import View
 from runtimes.errors import FailedError
+from runtimes.free_memory import available_memory
 from runtimes.manifest import Variant
 from runtimes.package import Package
 from runtimes.targets import Target

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnxruntime as ort  # type: ignore[import-untyped]
 
 from runtimes.errors import BrokenSlotsError, FailedError, InputError, NumericError, UsageError
+from runtimes.huge_pages import HugePages
 from runtimes.manifest import KVCacheSpec, ModelSpec, Variant
 from runtimes.one_thread import OneThread, one_thread
 from runtimes.ort.adapters import Adapters
@@ -130,10 +131,12 @@ class ConcatRunner:
         *,
         exact: bool = False,
         adapters: Adapters | None = None,
+        pages: HugePages | None = None,
     ) -> None:
         self.variant = variant
         self.model = model
         self._lora = adapters
+        self._pages = pages
         self.adapters = adapters.names if adapters is not None else ()
         self.max_slots = max_slots
         self.exact = exact
@@ -337,8 +340,14 @@ class ConcatRunner:
 
     @one_thread
     def close(self) -> None:
+        if self._pages is not None:
+            self._pages.close()
         self._cache = self._session = None
         self._slots.clear()
+
+    @property
+    def memory_note(self) -> str:
+        return self._pages.note if self._pages is not None else ""
 
     def __enter__(self) -> Self:
         return self
@@ -501,6 +510,8 @@ class ConcatRunner:
             self._session.run_with_iobinding(binding)
         except RuntimeError as error:
             raise FailedError(f"onnxruntime failed in {self.variant.graph}: {one_line(error)}") from error
+        if self._pages is not None:
+            self._pages.start()
         outputs = binding.get_outputs()
         found = [value.numpy() for value in outputs[: len(wanted)]]
         return found, dict(zip(self._pasts, outputs[len(wanted) :], strict=True))

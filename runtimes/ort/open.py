@@ -5,17 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
 import onnxruntime as ort  # type: ignore[import-untyped]
 
 from runtimes.errors import BackendError, PackageError, UsageError
+from runtimes.huge_pages import HugePages
 from runtimes.manifest import ModelSpec, Variant
 from runtimes.ort.adapters import Adapters
 from runtimes.ort.concat import ConcatRunner
 from runtimes.ort.device import MAX_COMPILED_ROWS, DeviceRunner, compiled_shapes
 from runtimes.ort.devices import find_device
+from runtimes.ort.prepared import PreparedGraph
 from runtimes.ort.session import open_session
 from runtimes.ort.shared import SharedRunner
 from runtimes.ort.static_session import OrtStaticSession
@@ -83,6 +87,8 @@ def open_ort(
     max_slots: int | None = None,
     exact: bool = False,
     adapters: Mapping[str, str] | None = None,
+    huge_pages: bool = False,
+    prepared: Callable[[str, Sequence[str]], PreparedGraph | None] | None = None,
 ) -> ConcatRunner | StaticRunner | SharedRunner:
     """Load a variant's graph, or two, on one device.
 
@@ -100,6 +106,9 @@ def open_ort(
         max_slots: sequences at once, for a server; None: `DEFAULT_SLOTS`, or what the device takes.
         exact: answers do not depend on each other; see `runtimes.runners.slots`.
         adapters: LoRA adapters of the package, by name, and their files in it; None: none.
+        huge_pages: on a CPU, have the weights in huge pages after the first step; see `runtimes.huge_pages`.
+        prepared: returns a graph as it was prepared for this machine, by its path in the package and those of its data,
+            or None; it is taken where it is intact. None: there are none.
 
     Raises:
         UsageError: the device takes fewer slots.
@@ -135,11 +144,24 @@ def open_ort(
     if shapes is not None:  # a classifier has fewer
         shapes = {tensor.name: shapes[tensor.name] for tensor in variant.inputs}
 
-    def load(graph: str, data: Sequence[str]) -> ort.InferenceSession:
-        def opened() -> ort.InferenceSession:
-            return open_session(package / graph, variant, threads, device=found, capture=capture, shapes=shapes)
+    pages = HugePages(wanted=huge_pages) if (huge_pages or prepared) and device == "cpu" else None
 
-        return _load_checked(opened, graph, data, check)
+    def load(graph: str, data: Sequence[str]) -> ort.InferenceSession:
+        def opened(path: Path, mapped: Path | None = None) -> ort.InferenceSession:
+            with pages.loading(mapped) if pages is not None else nullcontext():
+                return open_session(path, variant, threads, device=found, capture=capture, shapes=shapes)
+
+        if prepared is not None and device == "cpu" and (ready := prepared(graph, data)) is not None:
+            try:
+                session = _load_checked(lambda: opened(ready.graph, ready.data), ready.check)
+            except PackageError as error:
+                logger.warning("%s; until then the package's own graph is taken", error)
+            else:
+                logger.info("variant %s: weights mapped from %s", variant.name, ready.data)
+                return session
+        if check is not None:
+            check([graph])
+        return _load_checked(lambda: opened(package / graph), partial(check, data) if check is not None else None)
 
     most = MAX_COMPILED_ROWS if shapes else None
     slots = max_slots or min(DEFAULT_SLOTS, most or DEFAULT_SLOTS)
@@ -149,10 +171,10 @@ def open_ort(
     session = load(variant.graph, variant.data)
     match spec.form:
         case "concat":
-            return ConcatRunner(session, variant, model, slots, exact=exact, adapters=lora)
+            return ConcatRunner(session, variant, model, slots, exact=exact, adapters=lora, pages=pages)
         case "static":
             static = OrtStaticSession(session, variant, memory=found.memory)
-            return StaticRunner(static, variant, model, slots, exact=exact)
+            return StaticRunner(static, variant, model, slots, exact=exact, pages=pages)
         case _ if found.memory is not None:
             return DeviceRunner(
                 session,
@@ -170,18 +192,15 @@ def open_ort(
                 pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefill-graph")
                 prefill = pool.submit(load, variant.prefill.graph, variant.prefill.data)
                 pool.shutdown(wait=False)
-            return SharedRunner(session, prefill, variant, model, slots, exact=exact, adapters=lora)
+            return SharedRunner(session, prefill, variant, model, slots, exact=exact, adapters=lora, pages=pages)
 
 
-def _load_checked(
-    load: Callable[[], ort.InferenceSession], graph: str, data: Sequence[str], check: FileCheck | None
-) -> ort.InferenceSession:
+def _load_checked(load: Callable[[], ort.InferenceSession], check: Callable[[], None] | None) -> ort.InferenceSession:
     """Load a graph while its data is checked; what the check finds goes before what onnxruntime says."""
     if check is None:
         return load()
-    check([graph])
     with ThreadPoolExecutor(max_workers=1) as pool:
-        pending = pool.submit(check, data)
+        pending = pool.submit(check)
         try:
             return load()
         finally:

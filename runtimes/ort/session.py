@@ -29,6 +29,11 @@ _LOAD_ERRORS = tuple(
     )
     if hasattr(ort_state, name)
 )
+_SAVE_PACKED = {
+    "session.save_external_prepacked_constant_initializers": "1",
+    "session.optimized_model_external_initializers_file_name": "{name}_data",
+    "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+}
 _ERRORS_ONLY = 4  # onnxruntime's log severity "fatal": errors reach the caller as exceptions, once
 
 
@@ -41,6 +46,7 @@ def open_session(
     device: Device | None = None,
     capture: bool = False,
     shapes: Shapes | None = None,
+    save_as: Path | None = None,
 ) -> ort.InferenceSession:
     """Load a graph on one device.
 
@@ -52,6 +58,8 @@ def open_session(
         device: where; None means the CPU.
         capture: prepare it for CUDA graphs, which takes a graph that computes on the device alone.
         shapes: of its inputs, where the device compiles for some; None: any.
+        save_as: write it there as it was optimised, its weights beside it, plain and packed, in the same name with
+            `_data`; None: do not.
 
     Raises:
         PackageError: onnxruntime cannot load the graph, or it has other inputs and outputs than the manifest says.
@@ -69,6 +77,10 @@ def open_session(
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if changed is not None:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if save_as is not None:
+        options.optimized_model_filepath = str(save_as)
+        for key, value in _SAVE_PACKED.items():
+            options.add_session_config_entry(key, value.format(name=save_as.name))
     try:
         providers = device.configure(options, capture=capture, shapes=shapes)
         session = ort.InferenceSession(

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnxruntime as ort  # type: ignore[import-untyped]
 
 from runtimes.errors import FailedError, UsageError
+from runtimes.huge_pages import HugePages
 from runtimes.manifest import ModelSpec, Variant
 from runtimes.one_thread import one_thread
 from runtimes.ort.adapters import Adapters
@@ -98,8 +99,9 @@ class SharedRunner(RowRunner):
         exact: bool = False,
         buffer: KVBuffer | None = None,
         adapters: Adapters | None = None,
+        pages: HugePages | None = None,
     ) -> None:
-        super().__init__(variant, model, max_slots, exact=exact)
+        super().__init__(variant, model, max_slots, exact=exact, pages=pages)
         self._lora = adapters
         self.adapters = adapters.names if adapters is not None and not exact else ()
         self._counts = any(spec.role == "logit_count" for spec in variant.inputs)  # a classifier has one answer a row
@@ -386,6 +388,7 @@ class SharedRunner(RowRunner):
         for name, array in outputs.items():
             binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
         self._run_bound(session, binding, self._run_options)
+        self._stepped()
         return list(outputs.values())
 
     def _embeds(self, input_ids: Ids) -> npt.NDArray[np.float32]:

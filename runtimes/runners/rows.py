@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtimes.errors import BrokenSlotsError, InputError, NumericError, UsageError
+from runtimes.huge_pages import HugePages
 from runtimes.manifest import ModelSpec, Variant
 from runtimes.one_thread import OneThread, one_thread
 from runtimes.runners.runner import (
@@ -63,7 +64,13 @@ class RowRunner(ABC):
     """
 
     def __init__(
-        self, variant: Variant, model: ModelSpec, max_slots: int = DEFAULT_SLOTS, *, exact: bool = False
+        self,
+        variant: Variant,
+        model: ModelSpec,
+        max_slots: int = DEFAULT_SLOTS,
+        *,
+        exact: bool = False,
+        pages: HugePages | None = None,
     ) -> None:
         self.variant = variant
         self.model = model
@@ -80,6 +87,7 @@ class RowRunner(ABC):
         self._pending: dict[int, Ids] = {}  # slot -> what is to be computed
         self._prompted: dict[int, int] = {}  # slot -> first tokens that `extend` computed
         self._closed = False
+        self._pages = pages
         self._adapters: dict[int, str] = {}  # row -> the adapter of what it holds, if any
 
     @property
@@ -310,6 +318,17 @@ class RowRunner(ABC):
     def close(self) -> None:
         self._take([])
         self._closed = True
+        if self._pages is not None:
+            self._pages.close()
+
+    @property
+    def memory_note(self) -> str:
+        return self._pages.note if self._pages is not None else ""
+
+    def _stepped(self) -> None:
+        """Take note that a graph has run: what is better done later may be begun."""
+        if self._pages is not None:
+            self._pages.start()
 
     def __enter__(self) -> Self:
         return self

@@ -61,6 +61,11 @@ class Runner(Protocol):
         ...
 
     @property
+    def memory_note(self) -> str:
+        """How the weights lie in memory, for people; empty where nothing was done about it."""
+        ...
+
+    @property
     def cache_lengths(self) -> tuple[int, ...]:
         """Tokens in the cache, per row; () when it is empty."""
         ...

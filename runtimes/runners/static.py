@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from runtimes.huge_pages import HugePages
 from runtimes.manifest import ModelSpec, Variant
 from runtimes.one_thread import one_thread
 from runtimes.runners.rows import RowRunner
@@ -125,8 +126,9 @@ class StaticRunner(RowRunner):
         max_slots: int = DEFAULT_SLOTS,
         *,
         exact: bool = False,
+        pages: HugePages | None = None,
     ) -> None:
-        super().__init__(variant, model, max_slots, exact=exact)
+        super().__init__(variant, model, max_slots, exact=exact, pages=pages)
         self._session = session
 
     @one_thread
@@ -174,7 +176,9 @@ class StaticRunner(RowRunner):
         return self._run(0, ids, starts, np.zeros_like(starts), wanted)
 
     def _run(self, first_row: int, ids: Ids, starts: Ids, index: Ids, wanted: Sequence[str]) -> list[npt.NDArray[Any]]:
-        return self._session.run(first_row, ids, starts, index, wanted, self._vectors.of(ids))
+        found = self._session.run(first_row, ids, starts, index, wanted, self._vectors.of(ids))
+        self._stepped()
+        return found
 
     def _undo(self, rows: Sequence[int]) -> None:
         # Positions that are not seen yet are read and weighted with 0, and 0 times NaN is NaN.

@@ -173,6 +173,7 @@ def run(args: argparse.Namespace) -> None:
                 adapter=args.adapter,
             )
             results = [result]
+        memory_note = runner.memory_note
     write("".join(f"{json.dumps(_as_json(r))}\n" for r in results) if args.json else "\n")
     cut = [result for result in results if grammar is not None and result.finish_reason != "eos"]
     if cut:
@@ -180,4 +181,5 @@ def run(args: argparse.Namespace) -> None:
     if args.stats:
         for result in results:
             entry = runner.variant
-            sys.stderr.write(f"{_stats(result)}, variant {entry.name}, KV cache {entry.kv_cache.name}\n")
+            words = [_stats(result), memory_note, f"variant {entry.name}", f"KV cache {entry.kv_cache.name}"]
+            sys.stderr.write(f"{', '.join(filter(None, words))}\n")

@@ -18,13 +18,25 @@ class Opening(TypedDict):
     device: Device | None
     check_hashes: bool
     threads: int | None
+    huge_pages: bool
+    prepared: bool
 
 
 def declare_target(verb: argparse.ArgumentParser, threads: str) -> None:
-    """Declare --backend, --device and --threads; `threads`: how many there are by default, for the help."""
+    """Declare --backend, --device, --threads and how weights lie; `threads`: how many there are, for the help."""
     verb.add_argument("--backend", default="ort", metavar="B", help=f"{describe_backends()} (default: ort)")
     verb.add_argument("--device", metavar="D", help=f"where onnxruntime runs: {describe_devices()} (default: cpu)")
     verb.add_argument("--threads", type=int, metavar="N", help=f"CPU threads (default: {threads})")
+    verb.add_argument(
+        "--no-huge-pages",
+        action="store_true",
+        help="on a CPU, leave weights in pages of the usual size (default: in huge ones after the first step)",
+    )
+    verb.add_argument(
+        "--no-prepared",
+        action="store_true",
+        help="take the package's own graphs (default: what olmo2-run prepare has made for this machine, if it has)",
+    )
 
 
 def declare_kv_cache(verb: argparse.ArgumentParser) -> None:
@@ -54,4 +66,6 @@ def opening(args: argparse.Namespace) -> Opening:
         "device": args.device,
         "check_hashes": not args.skip_hash_check,
         "threads": args.threads,
+        "huge_pages": not args.no_huge_pages,
+        "prepared": not args.no_prepared,
     }

@@ -225,9 +225,13 @@ def test_stats_are_one_line_on_stderr(demo_package: Path, capsys: pytest.Capture
     assert main(["generate", str(demo_package), "--prompt", PROMPT, "--max-new-tokens", "9", "--stats"]) == 0
     pattern = (
         r"\d+ prompt tokens \(0 reused\), 9 new tokens \(0 drafted, 0 accepted\), "
-        r"time to first token \d+\.\d ms, \d+\.\d tokens/s, finish reason length, variant fp32, KV cache float32\n"
+        r"time to first token \d+\.\d ms, \d+\.\d tokens/s, finish reason length"
     )
-    assert re.fullmatch(pattern, capsys.readouterr().err)
+    pages = r"(no huge pages: .+|\d+\.\d of \d+\.\d MB of weights in huge pages)"
+    assert re.fullmatch(f"{pattern}, {pages}, variant fp32, KV cache float32\n", capsys.readouterr().err)
+    flags = ["--max-new-tokens", "9", "--stats", "--no-huge-pages"]
+    assert main(["generate", str(demo_package), "--prompt", PROMPT, *flags]) == 0
+    assert re.fullmatch(f"{pattern}, variant fp32, KV cache float32\n", capsys.readouterr().err)
     assert main(["generate", str(demo_package), "--prompt", PROMPT, "--max-new-tokens", "0", "--stats"]) == 0
     out, err = capsys.readouterr()
     assert out == "\n"
@@ -371,9 +375,13 @@ def test_variant_backend_and_threads_are_used(
     ]
     assert main(["generate", str(demo_package), "--prompt", PROMPT, *flags]) == 0
     assert capsys.readouterr().out == expected + "\n"
-    assert seen == {"variant": "fp32", "backend": "ort", "device": "cpu", "threads": 1, "check_hashes": False}
-    assert main(["generate", str(demo_package), "--prompt", PROMPT, "--max-new-tokens", "1"]) == 0
-    assert seen == {"variant": None, "backend": "ort", "device": None, "threads": None, "check_hashes": True}
+    memory = {"huge_pages": True, "prepared": True}
+    given = {"variant": "fp32", "backend": "ort", "device": "cpu", "threads": 1, "check_hashes": False}
+    assert seen == {**given, **memory}
+    flags = ["--max-new-tokens", "1", "--no-huge-pages", "--no-prepared"]
+    assert main(["generate", str(demo_package), "--prompt", PROMPT, *flags]) == 0
+    given = {"variant": None, "backend": "ort", "device": None, "threads": None, "check_hashes": True}
+    assert seen == {**given, "huge_pages": False, "prepared": False}
 
 
 REPEATING = "And God saw the light, that it was good. " * 6 + "And God saw"
@@ -425,7 +433,8 @@ def test_draft_model_is_opened_like_the_model(demo_package: Path, monkeypatch: p
     monkeypatch.setattr(generation, "open_runner", spy)
     flags = ["--variant", "fp32", "--threads", "1", "--skip-hash-check", "--max-new-tokens", "3"]
     assert main(["generate", str(demo_package), "--prompt", "x", "--draft", f"{demo_package}/", *flags]) == 0
-    same = {"backend": "ort", "device": None, "threads": 1, "check_hashes": False}
+    memory = {"huge_pages": True, "prepared": True}
+    same = {"backend": "ort", "device": None, "threads": 1, "check_hashes": False, **memory}
     assert seen == [(demo_package, {"variant": "fp32", **same}), (demo_package, same)]
 
 
@@ -584,6 +593,8 @@ def test_defaults() -> None:
         "backend": "ort",
         "device": None,
         "threads": None,
+        "no_huge_pages": False,
+        "no_prepared": False,
         "speculate": "none",
         "draft": None,
         "skip_hash_check": False,

@@ -16,7 +16,6 @@ from support.hub import REPOSITORY, local_hub
 from olmo2_export import cli
 from olmo2_export.catalog import exported
 from olmo2_export.engine.options import MAX_CACHE_LENGTH
-from olmo2_export.free_memory import available_memory
 from olmo2_export.graphs.predicted import cache_bytes_per_token
 from olmo2_export.package import graph_sizes, plan
 from olmo2_export.package.export import export
@@ -194,18 +193,3 @@ def test_of_a_hub_only_texts_and_headers_are_read(tmp_path: Path) -> None:
     assert set(shards) == {"bytes=0-100000"}
     kept = [path.name for path in (tmp_path / "cache").rglob("*.safetensors")]
     assert kept == []
-
-
-def test_memory_that_a_control_group_leaves(tmp_path: Path) -> None:
-    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
-    group = tmp_path / "cgroup" / "job"
-    group.mkdir(parents=True)
-    (tmp_path / "membership").write_text("0::/job\n")
-    where = {"meminfo": tmp_path / "meminfo", "cgroups": tmp_path / "cgroup", "membership": tmp_path / "membership"}
-    assert available_memory(**where) == 8_192_000
-    (group / "memory.max").write_text("5000000\n")
-    (group / "memory.current").write_text("4000000\n")
-    (group / "memory.stat").write_text("active_file 7\ninactive_file 500000\n")
-    assert available_memory(**where) == 1_500_000
-    (group / "memory.max").write_text("max\n")
-    assert available_memory(**where) == 8_192_000
