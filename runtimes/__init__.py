@@ -64,6 +64,7 @@ def open_runner(
     threads: int | None = None,
     max_slots: int | None = None,
     exact: bool = False,
+    spinning: bool = True,
 ) -> Slots:
     """Open one graph of a package; close it, or use it in a `with`.
 
@@ -84,6 +85,8 @@ def open_runner(
         exact: the logits of a sequence are to the bit those that it gets alone, whoever else is there and however its
             prompt is cut. On the CPU alone; a step of one row takes the time of two. Of slots: a
             batch of several rows, or in several calls of `prefill`, may have other bits.
+        spinning: threads of ort on the CPU wait for work without giving their core away. Where other processes want
+            the same cores a step takes half the time without.
 
     Returns:
         The runner, with an empty cache.
@@ -136,6 +139,7 @@ def open_runner(
                 max_slots=slots,
                 exact=exact,
                 adapters={name: entry.file for name, entry in opened.manifest.adapters.items()},
+                spinning=spinning,
             )
         case "trt_rtx" | "trt":
             try:

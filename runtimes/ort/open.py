@@ -74,6 +74,7 @@ def open_ort(
     max_slots: int | None = None,
     exact: bool = False,
     adapters: Mapping[str, str] | None = None,
+    spinning: bool = True,
 ) -> ConcatRunner | StaticRunner | SharedRunner:
     """Load a variant's graph, or two, on one device.
 
@@ -91,6 +92,7 @@ def open_ort(
         max_slots: sequences at once, for a server; None: `DEFAULT_SLOTS`, or what the device takes.
         exact: answers do not depend on each other; see `runtimes.runners.slots`.
         adapters: LoRA adapters of the package, by name, and their files in it; None: none.
+        spinning: threads wait for work without giving their core away.
 
     Raises:
         UsageError: the device takes fewer slots.
@@ -123,7 +125,9 @@ def open_ort(
 
     def load(graph: str, data: Sequence[str]) -> ort.InferenceSession:
         def opened() -> ort.InferenceSession:
-            return open_session(package / graph, variant, threads, device=found, capture=capture, shapes=shapes)
+            return open_session(
+                package / graph, variant, threads, device=found, capture=capture, shapes=shapes, spinning=spinning
+            )
 
         return _load_checked(opened, graph, data, check)
 

@@ -41,6 +41,7 @@ def open_session(
     device: Device | None = None,
     capture: bool = False,
     shapes: Shapes | None = None,
+    spinning: bool = True,
 ) -> ort.InferenceSession:
     """Load a graph on one device.
 
@@ -52,6 +53,7 @@ def open_session(
         device: where; None means the CPU.
         capture: prepare it for CUDA graphs, which takes a graph that computes on the device alone.
         shapes: of its inputs, where the device compiles for some; None: any.
+        spinning: threads wait for work without giving their core away.
 
     Raises:
         PackageError: onnxruntime cannot load the graph, or it has other inputs and outputs than the manifest says.
@@ -62,6 +64,8 @@ def open_session(
     options.log_severity_level = _ERRORS_ONLY
     if threads is not None:
         options.intra_op_num_threads = threads
+    if not spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     source = changed
     if changed is not None or device.name != "nv-rtx":  # a compiler reads the weights itself, by the graph's path
         source, folder = follow_link(graph, changed, variant.data_of(graph.name))

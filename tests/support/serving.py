@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from runtimes.errors import PackageError
 from runtimes.runners.rows import RowRunner
 from runtimes.runners.runner import Ids, Logits
+from runtimes.serve.engine import Engine
 
 
 class FakeClock:
@@ -108,3 +112,19 @@ def fake_text(prompt: Sequence[int], count: int, vocab_size: int = 50) -> list[i
     for _ in range(count):
         text.append(fake_next(text, vocab_size))
     return text[len(prompt) :]
+
+
+class SlowSlots(FakeSlots):
+    """One whose steps take real time, so that others may do something meanwhile."""
+
+    def _step(self, ids: Ids, starts: Ids, wanted: Sequence[str]) -> list[Any]:
+        time.sleep(0.005)
+        return super()._step(ids, starts, wanted)
+
+
+@contextmanager
+def open_fake_engine(max_slots: int = 1, refuse: str | None = None) -> Iterator[Engine]:
+    """What a child process may be told to open."""
+    if refuse is not None:
+        raise PackageError(refuse)
+    yield Engine(SlowSlots(max_slots=max_slots, context=512), kept_rows=0)
