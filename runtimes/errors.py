@@ -14,6 +14,7 @@
     ├── BackendError        (RuntimeError)       a backend, library or execution provider that is not there
     └── FailedError                         exit code 1: it ran but failed a check or a resource
         ├── BusyError       (RuntimeError)       a server has as many requests as it takes
+        │   └── NotReadyError                    it takes none now
         ├── EngineLostError (RuntimeError)       the process in which a server's model runs has ended
         ├── FusionError     (RuntimeError)       a graph pass did not find what it must find
         ├── EngineBuildError (RuntimeError)      TensorRT refused or failed
@@ -92,7 +93,11 @@ class FailedError(Olmo2ExportError):
 
 
 class BusyError(FailedError, RuntimeError):
-    """A server has as many requests as it takes, or takes none now."""
+    """A server has as many requests as it takes."""
+
+
+class NotReadyError(BusyError):
+    """A server takes no requests now: its model is being loaded, or it is about to end."""
 
 
 class EngineLostError(FailedError, RuntimeError):

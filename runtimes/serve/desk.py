@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
-from runtimes.errors import BusyError
+from runtimes.errors import NotReadyError
 from runtimes.serve.engine import Tick
 from runtimes.serve.requests import (
     Capacity,
@@ -41,29 +41,28 @@ ToEngine: TypeAlias = Submit | Cancel | None
 """None: come to an end"""
 
 
-class Feed:
-    """What comes of one request, in order."""
+Feed: TypeAlias = asyncio.Queue[Event]
+"""what comes of some requests, in order"""
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
+
+class _Entry:
+    """A request that is not answered yet."""
+
+    def __init__(self, request: Request, feed: Feed) -> None:
+        self.request, self.feed = request, feed
         self.started = False
         self.left = request.choices
         """choices that have not ended"""
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-
-    async def next(self) -> Event:
-        """Return the next event; wait for it."""
-        return await self._events.get()
 
     def put(self, event: Event) -> None:
-        """Take note of an event."""
+        """Take note of an event, and pass it on."""
         if isinstance(event, Started):
             self.started = True
         elif isinstance(event, Failed):
             self.left = 0
         elif isinstance(event, Token) and event.reason is not None:
             self.left -= 1
-        self._events.put_nowait(event)
+        self.feed.put_nowait(event)
 
 
 class Desk:
@@ -86,7 +85,7 @@ class Desk:
         self._send = send
         self._queue = queue
         self._on_tick = on_tick
-        self._feeds: dict[str, Feed] = {}
+        self._entries: dict[str, _Entry] = {}
         self._open = False
         self.capacity: Capacity | None = None
         """of the engine; None until there was one"""
@@ -99,63 +98,66 @@ class Desk:
     @property
     def outstanding(self) -> int:
         """Requests that are not answered yet."""
-        return len(self._feeds)
+        return len(self._entries)
 
     @property
     def waiting(self) -> int:
         """Requests that are not begun yet."""
-        return sum(not feed.started for feed in self._feeds.values())
+        return sum(not entry.started for entry in self._entries.values())
 
-    def submit(self, requests: Sequence[Request]) -> list[Feed]:
+    def submit(self, requests: Sequence[Request]) -> Feed:
         """Hand in requests, all or none.
 
+        Returns:
+            What comes of them.
+
         Raises:
-            BusyError: too many wait, or there is no engine now.
+            BusyError, NotReadyError: too many wait, or there is no engine now.
             InputError: as `check_request`.
         """
         if not self._open or self.capacity is None:
-            raise BusyError("the model is being loaded; try again later")
+            raise NotReadyError("the model is being loaded; try again later")
         for request in requests:
             check_request(request, self.capacity)
         check_queue(self.waiting, self._queue, len(requests))
-        feeds = [Feed(request) for request in requests]
-        for feed in feeds:
-            self._feeds[feed.request.id] = feed
-            self._send(Submit(feed.request))
-        return feeds
+        feed: Feed = asyncio.Queue()
+        for request in requests:
+            self._entries[request.id] = _Entry(request, feed)
+            self._send(Submit(request))
+        return feed
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
         """Give up a request, or one of its choices, if it is not answered yet."""
-        feed = self._feeds.get(request_id)
-        if feed is None:
+        entry = self._entries.get(request_id)
+        if entry is None:
             return
         if choice is not None:
-            feed.left -= 1
-        if choice is None or feed.left == 0:
-            del self._feeds[request_id]
+            entry.left -= 1
+        if choice is None or entry.left == 0:
+            del self._entries[request_id]
         self._send(Cancel(request_id, choice))
 
     def ready(self, capacity: Capacity) -> None:
         """Begin with an engine; it gets what waits."""
         self.capacity, self._open = capacity, True
-        for feed in self._feeds.values():
-            self._send(Submit(feed.request))
+        for entry in self._entries.values():
+            self._send(Submit(entry.request))
 
     def take(self, tick: Tick) -> None:
         """Pass on what the engine says."""
         for event in tick.events:
-            feed = self._feeds.get(event.request)
-            if feed is None:  # it was cancelled meanwhile
+            entry = self._entries.get(event.request)
+            if entry is None:  # it was cancelled meanwhile
                 continue
-            feed.put(event)
-            if feed.left <= 0:
-                del self._feeds[event.request]
+            entry.put(event)
+            if entry.left <= 0:
+                del self._entries[event.request]
         self._on_tick(tick)
 
     def lost(self, message: str) -> None:
         """Go on without an engine: what was begun has failed, what waits goes on waiting."""
         self._open = False
-        for name, feed in list(self._feeds.items()):
-            if feed.started:
-                del self._feeds[name]
-                feed.put(Failed(name, message, "lost"))
+        for name, entry in list(self._entries.items()):
+            if entry.started:
+                del self._entries[name]
+                entry.put(Failed(name, message, "lost"))

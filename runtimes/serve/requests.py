@@ -16,8 +16,8 @@ from runtimes.text.sampling import Sampler
 FormKind: TypeAlias = Literal["json_schema", "regex", "grammar"]
 EndReason: TypeAlias = Literal["eos", "length"]
 """an end-of-sequence token, or as many tokens as were asked for"""
-FailureKind: TypeAlias = Literal["input", "numeric", "late", "lost"]
-"""the request cannot be answered; the model broke down; it waited too long; the engine's process ended"""
+FailureKind: TypeAlias = Literal["input", "numeric", "lost"]
+"""the request cannot be answered; the model broke down; the engine's process ended"""
 
 
 class Form(NamedTuple):

@@ -21,9 +21,9 @@ QUICK = (0.01, 0.05)
 
 
 async def all_of(feed: Feed) -> list[Event]:
-    events = [await feed.next()]
+    events = [await feed.get()]
     while not isinstance(events[-1], Failed) and not (isinstance(events[-1], Token) and events[-1].reason):
-        events.append(await feed.next())
+        events.append(await feed.get())
     return events
 
 
@@ -36,11 +36,11 @@ def test_a_killed_engine_costs_those_it_answered_and_the_queue_goes_to_the_next(
         desk, first = supervisor.desk, supervisor.pid
         assert desk.capacity is not None
         assert desk.capacity.max_slots == 1
-        running, queued, _ = desk.submit(
-            [Request("running", (3, 1), 400), Request("queued", (3, 1, 4), 5), Request("gone", (1,), 5)]
-        )
-        assert await running.next() == Started("running", 0)
-        assert isinstance(await running.next(), Token)
+        running = desk.submit([Request("running", (3, 1), 400)])
+        queued = desk.submit([Request("queued", (3, 1, 4), 5)])
+        desk.submit([Request("gone", (1,), 5)])
+        assert await running.get() == Started("running", 0)
+        assert isinstance(await running.get(), Token)
         desk.cancel("gone")
         assert first is not None
         os.kill(first, signal.SIGKILL)
@@ -53,8 +53,8 @@ def test_a_killed_engine_costs_those_it_answered_and_the_queue_goes_to_the_next(
         assert supervisor.pid != first
         assert desk.open
         assert restarts == [1]
-        (again,) = desk.submit([Request("again", (2, 7), 300)])
-        await again.next()
+        again = desk.submit([Request("again", (2, 7), 300)])
+        await again.get()
         desk.cancel("again")
         assert desk.outstanding == 0
         process = supervisor._process
