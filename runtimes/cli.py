@@ -23,6 +23,7 @@ from runtimes.documents import in_groups, read_documents, written
 from runtimes.generation.generate import Generation, encode_prompt, generate
 from runtimes.generation.samples import generate_samples
 from runtimes.runners.embeddings import POOLINGS, embed
+from runtimes.serve import verb as serve_verb
 from runtimes.speculate.drafters import Drafter, DraftModel, PromptLookup
 from runtimes.targets import describe_backends, describe_devices
 from runtimes.text.logit_rules import LogitBias, LogitRule, Penalties
@@ -102,6 +103,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         _declare_documents(of_documents, function)
         if function is _embed:
             _declare_pooling(of_documents)
+    verb = verbs.add_parser("serve", help=serve_verb.HELP, description=serve_verb.DESCRIPTION, allow_abbrev=False)
+    serve_verb.declare(verb)
+    verb.set_defaults(run=serve_verb.run)
     return parser.parse_args(argv)
 
 
