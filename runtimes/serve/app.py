@@ -285,7 +285,11 @@ class _EventStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._answering.close()
+            self.close()
+
+    def close(self) -> None:
+        """Give up what is not answered."""
+        self._answering.close()
 
 
 async def _events(
@@ -351,11 +355,13 @@ async def _while_connected(http: HttpRequest, work: Coroutine[Any, Any, Response
         await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
         return working.result() if working.done() else Response(status_code=_GONE)
     finally:
-        for task in (working, watching):
-            if not task.done():
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
+        watching.cancel()
+        if not working.done():
+            working.cancel()
+            with suppress(asyncio.CancelledError, Olmo2ExportError):
+                late = await working
+                if isinstance(late, _EventStream):  # begun at the last moment, and nobody reads it
+                    late.close()
 
 
 def _request(call: Call, name: str, ids: tuple[int, ...], capacity: Capacity) -> Request:

@@ -99,15 +99,15 @@ class Answering:
         try:
             async with asyncio.timeout(self._patience.queue):
                 self._first = await self._feed.get()
+            self._check(self._first)
         except TimeoutError as error:
             self.close()
             raise NotReadyError(
                 f"the request waited {self._patience.queue:g} s and was not begun; try again later"
             ) from error
-        except asyncio.CancelledError:
+        except BaseException:
             self.close()
             raise
-        self._check(self._first)
 
     async def news(self) -> AsyncIterator[News]:
         """Yield what comes of them, until all have ended.

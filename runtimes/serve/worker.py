@@ -125,7 +125,9 @@ def run_engine(connection: Connection, opened: OpenEngine) -> None:
 
 def _serve(connection: Connection, engine: Engine) -> None:
     while True:
-        while engine.idle or connection.poll():
+        waits = engine.idle
+        while waits or connection.poll():
+            waits = False
             message: ToEngine = connection.recv()
             match message:
                 case Submit(request):
