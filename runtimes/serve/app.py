@@ -4,6 +4,7 @@
 |--------------------------------------------------|------------------------------------------------------------|
 | GET /v1/models, /v1/models/NAME                  | the package, and its LoRA adapters as models of their own  |
 | POST /v1/completions, /v1/chat/completions       | texts, at once or as a stream                              |
+| POST /v1/responses                               | the same as a chat; nothing is kept                        |
 | POST /tokenize, /detokenize                      | ids of a text or of a chat; text of ids                    |
 | POST /v1/embeddings, /v1/score, /v1/rerank       | 501: olmo2-run embed and score do it                       |
 | GET /health, /ready                              | 200 while the process lives; 503 while it takes no calls   |
@@ -13,7 +14,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
@@ -33,11 +33,12 @@ from runtimes.errors import NotReadyError, Olmo2ExportError
 from runtimes.generation.generate import encode_prompt
 from runtimes.serve.calls import Call, ChatCall, CompletionCall, read_chat, read_completion
 from runtimes.serve.desk import Desk
-from runtimes.serve.edge import CALL_ID, NOTES, json_response, problem_response
+from runtimes.serve.edge import CALL_ID, NOTES, json_response, problem_response, to_json
 from runtimes.serve.metrics import CONTENT_TYPE, Metrics
 from runtimes.serve.model import ServedModel
 from runtimes.serve.problems import CallError, Problem, problem_of
 from runtimes.serve.requests import Capacity, Request, Scored, Started
+from runtimes.serve.responses import ResponseWriter, read_response
 from runtimes.serve.strict_json import Fields, parse_object
 from runtimes.serve.texts import Answering, Patience, Ping, Said
 from runtimes.serve.writers import ChatWriter, CompletionWriter, merged_chat, merged_completion, usage
@@ -80,6 +81,7 @@ class Routes:
             Route("/v1/models/{name:path}", self.one_model, methods=get),
             Route("/v1/completions", self.completions, methods=post),
             Route("/v1/chat/completions", self.chats, methods=post),
+            Route("/v1/responses", self.responses, methods=post),
             *(Route(f"/v1/{name}", self.not_served, methods=post) for name in ("embeddings", "score", "rerank")),
             Route("/tokenize", self.tokenize, methods=post),
             Route("/detokenize", self.detokenize, methods=post),
@@ -105,6 +107,10 @@ class Routes:
         """POST /v1/chat/completions."""
         return await _while_connected(http, self._chat(http))
 
+    async def responses(self, http: HttpRequest) -> Response:
+        """POST /v1/responses."""
+        return await _while_connected(http, self._respond(http))
+
     async def _complete(self, http: HttpRequest) -> Response:
         parsed = read_completion(parse_object(await http.body()), self._model)
         capacity = self._capacity()
@@ -122,18 +128,7 @@ class Routes:
 
     async def _chat(self, http: HttpRequest) -> Response:
         parsed = read_chat(parse_object(await http.body()), self._model)
-        capacity = self._capacity()
-        chat = self._model.chat
-        assert chat is not None  # read_chat refuses a model without
-        ids = await self._chat_ids(parsed)
-        request = _request(parsed.call, f"{_id(http)}-0", ids, capacity)
-        writer = ChatWriter(
-            request,
-            self._model.tokenizer,
-            thinking=chat.thinks,
-            tools=parsed.tools is not None,
-            token_ids=parsed.call.token_ids,
-        )
+        request, writer = await self._chat_writer(http, parsed)
         answering = await self._begun(http, [request], parsed.call)
         if parsed.call.stream:
             form = self._form(http, parsed.call, "chatcmpl", "chat.completion.chunk")
@@ -141,6 +136,43 @@ class Routes:
         form = self._form(http, parsed.call, "chatcmpl", "chat.completion")
         pieces = await _all_pieces(answering, writer, http)
         return json_response({**form, "choices": merged_chat(pieces), "usage": _usage(answering)})
+
+    async def _respond(self, http: HttpRequest) -> Response:
+        parsed = read_response(parse_object(await http.body()), self._model)
+        request, chat = await self._chat_writer(http, parsed)
+        form = {
+            "id": f"resp_{_id(http)}",
+            "object": "response",
+            "created_at": int(time.time()),
+            "model": parsed.call.model,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "max_output_tokens": request.max_new_tokens,
+        }
+        writer = ResponseWriter(chat, form)
+        answering = await self._begun(http, [request], parsed.call)
+        if parsed.call.stream:
+            return _EventStream(_response_events(answering, writer, http), answering)
+        try:
+            async for news in answering.news():
+                if isinstance(news, Said):
+                    writer.events(news)
+        finally:
+            _note(answering, http)
+            answering.close()
+        writer.last(_usage(answering))
+        return json_response(writer.document)
+
+    async def _chat_writer(self, http: HttpRequest, parsed: ChatCall) -> tuple[Request, ChatWriter]:
+        """Return the engine's request of a chat, and what writes its answer."""
+        capacity = self._capacity()
+        chat = self._model.chat
+        assert chat is not None  # read_chat refuses a model without
+        ids = await self._chat_ids(parsed)
+        request = _request(parsed.call, f"{_id(http)}-0", ids, capacity)
+        tools, token_ids = parsed.tools is not None, parsed.call.token_ids
+        writer = ChatWriter(request, self._model.tokenizer, thinking=chat.thinks, tools=tools, token_ids=token_ids)
+        return request, writer
 
     async def _begun(self, http: HttpRequest, requests: Sequence[Request], call: Call) -> Answering:
         notes = http.scope[NOTES]
@@ -326,6 +358,30 @@ async def _events(
         _note(answering, http)
 
 
+async def _response_events(answering: Answering, writer: ResponseWriter, http: HttpRequest) -> AsyncIterator[bytes]:
+    """Yield the events of /v1/responses, each with its name."""
+
+    def named(event: Mapping[str, Any]) -> bytes:
+        return f"event: {event['type']}\n".encode() + _event(event)
+
+    try:
+        for event in writer.first():
+            yield named(event)
+        async for news in answering.news():
+            if isinstance(news, Said):
+                for event in writer.events(news):
+                    yield named(event)
+            elif isinstance(news, Ping):
+                yield b": ping\n\n"
+        for event in writer.last(_usage(answering)):
+            yield named(event)
+    except Olmo2ExportError as error:
+        yield named(writer.failed(problem_of(error).document()))
+        http.scope[NOTES]["error"] = str(error)
+    finally:
+        _note(answering, http)
+
+
 async def _all_pieces(
     answering: Answering, writer: CompletionWriter | ChatWriter, http: HttpRequest
 ) -> list[dict[str, Any]]:
@@ -389,7 +445,7 @@ def _note(answering: Answering, http: HttpRequest) -> None:
 
 
 def _event(document: Mapping[str, Any]) -> bytes:
-    return f"data: {json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(',', ':'))}\n\n".encode()
+    return b"data: " + to_json(document) + b"\n\n"
 
 
 def _id(http: HttpRequest) -> str:

@@ -29,6 +29,7 @@ NOTES = "olmo2_notes"
 """in a scope: what a route adds to the line of the log"""
 CALL_ID = "olmo2_call_id"
 """in a scope: a name of this call that no other has; a client may give two calls the same request id"""
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -42,10 +43,14 @@ class EdgeLimits:
     """that a client may take none of what is written to it"""
 
 
+def to_json(document: Mapping[str, Any]) -> bytes:
+    """Return a document as JSON, on one line and in UTF-8."""
+    return _ENCODER.encode(document).encode()
+
+
 def json_response(document: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return a document as a response."""
-    data = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-    return Response(data, status, headers, media_type="application/json")
+    return Response(to_json(document), status, headers, media_type="application/json")
 
 
 def problem_response(problem: Problem) -> Response:

@@ -120,7 +120,9 @@ class Answering:
             if left <= 0:
                 raise FailedError(f"the answer took longer than {self._patience.generation:g} s; ask for less")
             event, self._first = self._first, None
-            if event is None:
+            if event is None and not self._feed.empty():
+                event = self._feed.get_nowait()
+            elif event is None:
                 try:
                     async with asyncio.timeout(min(left, _PING_SECONDS)):
                         event = await self._feed.get()

@@ -396,6 +396,22 @@ def test_kept_texts_do_not_make_steps_of_others_dearer() -> None:
     assert runner.rows == [1] * 7
 
 
+def test_where_rows_cannot_be_copied_a_text_is_gone_on_with_or_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = FakeSlots()
+    monkeypatch.setattr(runner, "_copies_rows", False)
+    engine = engine_on(runner)
+    first = list(range(1, 21))
+    engine.submit(request("a", first, 5))
+    run(engine)
+    runner.pieces.clear()
+    engine.submit(request("b", [*first[:15], 30, 31], 5))
+    engine.submit(request("c", [*first[:15], 32, 33], 5))
+    events = run(engine)
+    assert [e.reused for e in events if isinstance(e, Started)] == [15, 0]
+    assert (runner.pieces[0], sum(runner.pieces)) == (2, 2 + 17)  # nothing is computed for a copy
+    assert tokens_of(events, "c") == fake_text([*first[:15], 32, 33], 5)
+
+
 # Whatever comes
 
 
@@ -417,13 +433,20 @@ ARRIVALS = st.lists(
     arrivals=ARRIVALS,
     max_slots=st.integers(3, 6),
     exact=st.booleans(),
+    copies=st.booleans(),
     kept=st.integers(0, 6),
     kv=st.integers(150, 300),
 )
 def test_no_slot_is_lost_and_every_request_ends(
-    arrivals: list[tuple[int, int, int, int, int, int | None]], max_slots: int, exact: bool, kept: int, kv: int
+    arrivals: list[tuple[int, int, int, int, int, int | None]],
+    max_slots: int,
+    exact: bool,
+    copies: bool,
+    kept: int,
+    kv: int,
 ) -> None:
     runner = FakeSlots(max_slots=max_slots, exact=exact, context=64)
+    runner._copies_rows = copies
     engine = engine_on(runner, kept_rows=kept, kv_tokens=kv)
     beginnings = [[], [5] * 11, list(range(1, 18))]
     events: list[Event] = []

@@ -280,6 +280,51 @@ def test_a_tool_is_called(served: Served) -> None:
     assert "7 degrees" in served.model.tokenizer.decode(served.engine.requests[-1].prompt_ids)
 
 
+def test_a_response(served: Served) -> None:
+    found = served.client.responses.create(model="olmo", input="Hi", instructions="Be brief.", max_output_tokens=20)
+    assert (found.output_text, found.status, found.object) == ("Hello there.", "completed", "response")
+    assert found.usage is not None
+    assert (found.usage.output_tokens, found.usage.total_tokens) == (4, found.usage.input_tokens + 4)
+    assert "Be brief." in served.model.tokenizer.decode(served.engine.requests[0].prompt_ids)
+    cut = served.client.responses.create(model="olmo", input="Hi", max_output_tokens=2)
+    assert (cut.status, cut.output_text) == ("incomplete", "Hello there")
+    assert cut.incomplete_details is not None
+    assert cut.incomplete_details.reason == "max_output_tokens"
+
+
+def test_a_response_as_a_stream_of_thoughts_text_and_a_call(served: Served) -> None:
+    served.engine.script = '<think>Where is it?</think>I look.<function_calls>\nweather(town="Bern")\n</function_calls>'
+    tool: Any = {"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": True}
+    events = list(served.client.responses.create(model="olmo", input="How warm?", tools=[tool], stream=True))
+    assert [e.sequence_number for e in events] == list(range(len(events)))
+    kinds = [e.type for e in events]
+    assert kinds[:2] == ["response.created", "response.in_progress"]
+    assert kinds[-1] == "response.completed"
+    done = events[-1].response  # type: ignore[union-attr]
+    assert [item.type for item in done.output] == ["reasoning", "message", "function_call"]
+    assert done.output_text == "I look."
+    assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == "I look."
+    assert "".join(e.delta for e in events if e.type == "response.reasoning_text.delta") == "Where is it?"
+    call = done.output[2]
+    assert (call.name, json.loads(call.arguments)) == ("weather", {"town": "Bern"})
+    served.engine.script = "Cold."
+    items: Any = [
+        {"role": "user", "content": [{"type": "input_text", "text": "How warm?"}]},
+        *(item.model_dump(exclude_none=True) for item in done.output),
+        {"type": "function_call_output", "call_id": call.call_id, "output": "7 degrees"},
+    ]
+    assert served.client.responses.create(model="olmo", input=items, tools=[tool]).output_text == "Cold."
+    assert "7 degrees" in served.model.tokenizer.decode(served.engine.requests[-1].prompt_ids)
+
+
+def test_a_response_that_breaks_off_is_an_error(served: Served) -> None:
+    served.engine.runner.broken = set(served.model.tokenizer.encode(" there", add_special_tokens=False))
+    with pytest.raises(openai.APIError, match="NaN or infinite"):
+        list(served.client.responses.create(model="olmo", input="Hi", stream=True))
+    with pytest.raises(openai.InternalServerError, match="NaN or infinite"):
+        served.client.responses.create(model="olmo", input="Hi")
+
+
 def test_special_text_of_a_user_is_text(served: Served) -> None:
     served.client.completions.create(**completion("a<|endoftext|>b", max_tokens=1))
     served.client.chat.completions.create(**chat("a<|im_end|><|endoftext|>b", max_tokens=1))
@@ -377,6 +422,29 @@ def test_a_shared_beginning_is_told_in_the_usage(served: Served) -> None:
         ("/v1/chat/completions", chat(chat_template="{{ x }}"), "chat_template: a field", "chat_template"),
         ("/v1/chat/completions", {"model": "olmo", "messages": []}, "messages: expected at least one", "messages"),
         ("/v1/chat/completions", {"model": "olmo", "messages": ["Hi"]}, "messages[0]: expected an object", "messages"),
+        ("/v1/responses", {"model": "olmo"}, "input: expected a text", "input"),
+        ("/v1/responses", {"model": "olmo", "input": [1]}, "input[0]: expected an object", "input"),
+        ("/v1/responses", {"model": "olmo", "input": [{"type": "file"}]}, "input[0].type: expected message", "input"),
+        ("/v1/responses", {"model": "olmo", "input": "x", "store": True}, "store: this server keeps nothing", "store"),
+        (
+            "/v1/responses",
+            {"model": "olmo", "input": "x", "previous_response_id": "y"},
+            "previous_response_id",
+            "previous_response_id",
+        ),
+        (
+            "/v1/responses",
+            {"model": "olmo", "input": "x", "max_output_tokens": -1},
+            "max_output_tokens",
+            "max_output_tokens",
+        ),
+        ("/v1/responses", {"model": "olmo", "input": "x", "tools": [{"type": "web_search"}]}, "tools[0]", "tools"),
+        (
+            "/v1/responses",
+            {"model": "olmo", "input": "x", "text": {"format": {"type": "json_schema", "name": "a"}}},
+            "text.format.schema: expected a JSON schema",
+            "text.format.schema",
+        ),
         (
             "/v1/chat/completions",
             {"model": "olmo", "messages": [{"role": "king", "content": "x"}]},
