@@ -8,6 +8,7 @@ import logging
 import re
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from runtimes.errors import NotReadyError, Olmo2ExportError
+from runtimes.errors import BusyError, NotReadyError, Olmo2ExportError
 from runtimes.serve.keys import Keys
 from runtimes.serve.metrics import Metrics
 from runtimes.serve.problems import CallError, Problem, problem_of
@@ -41,6 +42,8 @@ class EdgeLimits:
     body_seconds: float = 10.0
     write_seconds: float = 30.0
     """that a client may take none of what is written to it"""
+    calls_per_key: int | None = None
+    """that are not answered yet; None: any number"""
 
 
 def to_json(document: Mapping[str, Any]) -> bytes:
@@ -81,6 +84,7 @@ class Edge:
         """
         self._app, self._keys, self._limits, self._metrics = app, keys, limits, metrics
         self._draining = draining
+        self._calls: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one call."""
@@ -102,8 +106,12 @@ class Edge:
             async with asyncio.timeout(self._limits.write_seconds):
                 await send(message)
 
+        key: str | None = None
         try:
-            body = await self._admitted(scope, headers, receive)
+            if scope["path"] not in PUBLIC and self._keys:
+                key = notes["key"] = self._key(headers)
+                self._calls[key] += 1
+            body = await self._admitted(scope, headers, receive, key)
             await self._app(scope, _again(body, receive), sending)
         except Olmo2ExportError as error:
             await problem_response(problem_of(error))(scope, receive, sending)
@@ -111,6 +119,8 @@ class Edge:
             notes["error"] = "the client took nothing for too long"
             raise
         finally:
+            if key is not None:
+                self._calls[key] -= 1
             if status in (400, 401, 404, 408, 413, 422, 429, 503):
                 self._metrics.rejected(status)
             if scope["path"] not in PUBLIC:
@@ -118,18 +128,25 @@ class Edge:
                 line = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
                 logger.info("call", extra={"fields": {**line, "seconds": seconds, **notes}})
 
-    async def _admitted(self, scope: Scope, headers: Headers, receive: Receive) -> bytes:
+    def _key(self, headers: Headers) -> str:
+        name = self._keys.name_of(headers.get("authorization", ""))
+        if name is None:
+            raise CallError("a key is needed: Authorization: Bearer KEY", status=401, code="invalid_api_key")
+        return name
+
+    async def _admitted(self, scope: Scope, headers: Headers, receive: Receive, key: str | None) -> bytes:
         """Refuse what may not come in; return the body.
 
         Raises:
-            CallError, NotReadyError: it is refused.
+            CallError, BusyError: it is refused.
         """
-        if scope["path"] not in PUBLIC and self._keys and not self._keys.know(headers.get("authorization", "")):
-            raise CallError("a key is needed: Authorization: Bearer KEY", status=401, code="invalid_api_key")
         if scope["method"] != "POST":
             return b""
         if self._draining():
             raise NotReadyError("the server is about to end; try again later")
+        calls = self._limits.calls_per_key
+        if key is not None and calls is not None and self._calls[key] > calls:
+            raise BusyError(f"{calls} calls with this key are not answered yet, no more are taken; try again later")
         most = self._limits.body_bytes
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > most:

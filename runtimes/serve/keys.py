@@ -23,12 +23,15 @@ class Keys:
     def __bool__(self) -> bool:
         return bool(self.hashes)
 
-    def know(self, authorization: str) -> bool:
-        """Tell whether a header `Authorization: Bearer KEY` has one of them, in a time that does not tell which."""
+    def name_of(self, authorization: str) -> str | None:
+        """Return a name of the key in a header `Authorization: Bearer KEY`: the first digits of its hash.
+
+        It takes a time that does not tell which key it is. None: it is none of them.
+        """
         scheme, _, key = authorization.partition(" ")
         found = hashlib.sha256(key.strip().encode()).digest()
         same = [hmac.compare_digest(found, known) for known in self.hashes]  # all of them, whichever it is
-        return any(same) and scheme.lower() == "bearer"
+        return found.hex()[:8] if any(same) and scheme.lower() == "bearer" else None
 
 
 def read_keys(path: Path) -> Keys:

@@ -11,10 +11,12 @@ import ipaddress
 import logging
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -27,10 +29,11 @@ from runtimes.serve.engine import Tick
 from runtimes.serve.keys import Keys
 from runtimes.serve.metrics import PREFIX, Metrics
 from runtimes.serve.model import ServedModel, served_model
+from runtimes.serve.options import EngineOptions
 from runtimes.serve.protocol import LimitedProtocol
 from runtimes.serve.supervisor import Supervisor
 from runtimes.serve.texts import Patience
-from runtimes.serve.worker import EngineOptions, OpenEngine, open_engine
+from runtimes.serve.worker import OpenEngine, open_engine
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,10 @@ class ServerOptions:
     drain_seconds: float = 30.0
     """that calls may go on when the server is told to end"""
     metrics_prefix: str = PREFIX
+    certificate: Path | None = None
+    """PEM, with the chain; None: no TLS"""
+    private_key: Path | None = None
+    """PEM; None: it is in the certificate's file"""
     limits: EdgeLimits = field(default_factory=EdgeLimits)
     patience: Patience = field(default_factory=Patience)
 
@@ -66,6 +73,24 @@ def check_reach(options: ServerOptions) -> None:
         raise UsageError(
             f"--host {options.host}: others reach it, and there are no keys; give --api-keys-file, or leave it out"
         )
+
+
+def check_certificate(options: ServerOptions) -> None:
+    """Refuse files that TLS could not use.
+
+    Raises:
+        UsageError: they are no certificate and its key.
+    """
+    if options.certificate is None:
+        if options.private_key is not None:
+            raise UsageError(f"--tls-key {options.private_key}: of no certificate; give --tls-certificate too")
+        return
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(options.certificate, options.private_key)
+    except OSError as error:  # ssl.SSLError is one
+        raise UsageError(
+            f"--tls-certificate {options.certificate}: not a certificate with its key, in PEM ({error})"
+        ) from error
 
 
 class _Server(uvicorn.Server):
@@ -117,6 +142,8 @@ class Serving:
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=5,
+            ssl_certfile=options.certificate,
+            ssl_keyfile=options.private_key,
         )
         self._server = _Server(config)
 
@@ -124,7 +151,8 @@ class Serving:
     def url(self) -> str:
         """Where it is reached."""
         host, port = self._socket.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "http" if self._options.certificate is None else "https"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     async def run(self, on_ready: Callable[[str], object] = lambda _: None) -> None:
         """Serve until a signal says to end.
@@ -201,6 +229,7 @@ def serve(
         Olmo2ExportError: the package cannot be opened.
     """
     check_reach(options)
+    check_certificate(options)
     package = open_package(engine.package)
     package.check_logits("serve")
     named = name or package.folder.resolve().name

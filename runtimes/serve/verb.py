@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from runtimes.errors import BackendError, UsageError
 from runtimes.serve.keys import Keys, read_keys
-from runtimes.serve.worker import EngineOptions
+from runtimes.serve.options import EngineOptions
 from runtimes.targets import describe_backends, describe_devices
 from runtimes.text.plain_text import read_text
 
@@ -45,6 +45,9 @@ _OPTIONS = {
     "answer-seconds": _Option(float, 300.0, "S", "that an answer may take"),
     "drain-seconds": _Option(float, 30.0, "S", "that answers may go on after SIGTERM"),
     "api-keys-file": _Option(str, None, "FILE", "a key a line, as it is or as sha256:HEX (default: no key is needed)"),
+    "calls-per-key": _Option(int, None, "N", "calls with one key that are not answered yet (default: any number)"),
+    "tls-certificate": _Option(str, None, "FILE", "PEM, with the chain (default: no TLS)"),
+    "tls-key": _Option(str, None, "FILE", "PEM (default: in the certificate's file)"),
     "vllm-metric-names": _Option(bool, False, "", "names in /metrics begin with vllm: instead of olmo2_"),
 }
 
@@ -100,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
     for name in ("queue", "kept-texts"):
         if options[name] is not None and options[name] < 0:
             raise UsageError(f"--{name} {options[name]}: expected at least 0")
-    for name in ("kv-tokens", "queue-seconds", "answer-seconds", "drain-seconds"):
+    for name in ("kv-tokens", "calls-per-key", "queue-seconds", "answer-seconds", "drain-seconds"):
         if options[name] is not None and not 0 < options[name] < float("inf"):
             raise UsageError(f"--{name} {options[name]}: expected a number above 0")
     keys = Keys() if options["api-keys-file"] is None else read_keys(Path(options["api-keys-file"]))
@@ -117,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
         kept_rows=options["kept-texts"],
     )
     try:
-        from runtimes.serve import metrics, server, texts
+        from runtimes.serve import edge, metrics, server, texts
     except ImportError as error:
         raise BackendError(f"a server needs {error.name}; pip install 'olmo2-export[serve]'") from error
     reached = server.ServerOptions(
@@ -127,9 +130,13 @@ def run(args: argparse.Namespace) -> None:
         queue=options["queue"],
         drain_seconds=options["drain-seconds"],
         metrics_prefix=metrics.VLLM_PREFIX if options["vllm-metric-names"] else metrics.PREFIX,
+        certificate=None if options["tls-certificate"] is None else Path(options["tls-certificate"]),
+        private_key=None if options["tls-key"] is None else Path(options["tls-key"]),
+        limits=edge.EdgeLimits(calls_per_key=options["calls-per-key"]),
         patience=texts.Patience(queue=options["queue-seconds"], generation=options["answer-seconds"]),
     )
     server.check_reach(reached)
+    server.check_certificate(reached)
     server.log_as_json()
 
     def on_ready(url: str) -> None:

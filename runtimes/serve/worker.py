@@ -8,15 +8,15 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import NamedTuple, TypeAlias
 
-from runtimes import Backend, Device, Slots, open_package, open_runner
+from runtimes import Slots, open_package, open_runner
 from runtimes.errors import BackendError, InputError, Olmo2ExportError, PackageError
 from runtimes.package import Package
 from runtimes.serve.desk import Cancel, Submit, ToEngine
 from runtimes.serve.engine import Engine, Tick
+from runtimes.serve.options import EngineOptions
 from runtimes.serve.requests import Capacity
 from runtimes.text.structured import StructuredOutput
 from runtimes.text.tokenizer import Tokenizer
@@ -38,22 +38,6 @@ class Broken(NamedTuple):
 
 
 FromEngine: TypeAlias = Ready | Tick | Broken
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """What an engine is opened with; as of `open_runner` and `Engine`."""
-
-    package: str
-    variant: str | None = None
-    backend: Backend = "ort"
-    device: Device | None = None
-    check_hashes: bool = True
-    threads: int | None = None
-    max_slots: int | None = None
-    exact: bool = False
-    kv_tokens: int | None = None
-    kept_rows: int | None = None
 
 
 OpenEngine: TypeAlias = Callable[[], AbstractContextManager[Engine]]

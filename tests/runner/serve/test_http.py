@@ -664,8 +664,28 @@ def test_keys(model: ServedModel, tmp_path: Path, caplog: pytest.LogCaptureFixtu
         with pytest.raises(openai.AuthenticationError):
             served.client.models.list()
         assert served.call("GET", "/health")[0] == served.call("GET", "/ready")[0] == 200
+    named = [record.fields.get("key") for record in caplog.records if hasattr(record, "fields")]
+    assert named[-3:] == ["9e24b553", "2bb80d53", None]  # how their hashes begin
     assert "first-key" not in caplog.text
     assert "wrong" not in caplog.text
+
+
+def test_a_key_may_have_so_many_calls_at_once(model: ServedModel, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("one\ntwo\n")
+    with serving(model, keys=read_keys(tmp_path / "keys"), limits=EdgeLimits(calls_per_key=1)) as served:
+        served.engine.tick_seconds = 0.02
+        served.engine.script = "word " * 100
+        data = json.dumps(completion(max_tokens=100)).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer one\r\ncontent-length: {len(data)}"
+        with contextlib.closing(served.send(f"{head}\r\n\r\n".encode() + data)):
+            until(lambda: served.engine.busy)
+            status, found, headers = served.post("/v1/completions", completion(), authorization="Bearer one")
+            assert (status, headers["retry-after"]) == (429, "1")
+            assert "1 calls with this key" in found["error"]["message"]
+            served.engine.script = "Hello"
+            assert served.post("/v1/completions", completion("Two"), authorization="Bearer two")[0] == 200
+        until(lambda: served.engine.desk.outstanding == 0)
+        until(lambda: served.post("/v1/completions", completion("One"), authorization="Bearer one")[0] == 200)
 
 
 @pytest.mark.parametrize(("text", "said"), [("\n# none\n", "no key"), ("sha256:12\n", "line 1: expected sha256")])

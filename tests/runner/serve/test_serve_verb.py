@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import urllib.error
@@ -28,11 +29,13 @@ from runtimes.cli import main
 from runtimes.errors import UsageError
 from runtimes.generation.generate import generate
 from runtimes.serve import server
-from runtimes.serve.worker import EngineOptions
+from runtimes.serve.options import EngineOptions
 from runtimes.text.sampling import Sampler
 from runtimes.text.tokenizer import Tokenizer
 
 ROOT = Path(runtimes.__file__).parents[1]
+TLS = Path(__file__).parents[2] / "data" / "serve"
+"""a certificate of localhost that nobody trusts, until 2126, and its key"""
 
 
 @pytest.fixture
@@ -56,7 +59,8 @@ def test_flags_reach_the_server_and_count_more_than_the_file(asked: list[Any], t
     )
     flags = f"""serve p --config {tmp_path}/config.toml --host 0.0.0.0 --port 4321 --name flag --variant q4
         --backend ort --device cpu --threads 3 --skip-hash-check --max-slots 2
-        --kept-texts 0 --answer-seconds 9 --drain-seconds 4 --api-keys-file {tmp_path}/keys --vllm-metric-names"""
+        --kept-texts 0 --answer-seconds 9 --drain-seconds 4 --api-keys-file {tmp_path}/keys --vllm-metric-names
+        --calls-per-key 6 --tls-certificate {TLS}/cert.pem --tls-key {TLS}/key.pem"""
     assert main(flags.split()) == 0
     engine, options, name = asked
     assert engine == EngineOptions(
@@ -73,7 +77,9 @@ def test_flags_reach_the_server_and_count_more_than_the_file(asked: list[Any], t
     )
     assert (options.host, options.port, options.queue, options.metrics_prefix) == ("0.0.0.0", 4321, 7, "vllm:")
     assert (options.patience.queue, options.patience.generation, options.drain_seconds) == (5, 9.0, 4.0)
-    assert options.keys.know("Bearer a key")
+    assert options.keys.name_of("Bearer a key")
+    assert (options.certificate, options.private_key) == (TLS / "cert.pem", TLS / "key.pem")
+    assert options.limits.calls_per_key == 6
     assert name == "flag"
 
 
@@ -94,6 +100,10 @@ def test_without_flags_it_is_reached_from_this_machine_alone(asked: list[Any]) -
         ("--queue -1", "--queue -1: expected at least 0"),
         ("--kv-tokens 0", "--kv-tokens 0: expected a number above 0"),
         ("--queue-seconds nan", "--queue-seconds nan: expected a number above 0"),
+        ("--calls-per-key 0", "--calls-per-key 0: expected a number above 0"),
+        (f"--tls-key {TLS}/key.pem", "of no certificate; give --tls-certificate too"),
+        (f"--tls-certificate {TLS}/cert.pem", "not a certificate with its key"),
+        ("--tls-certificate nowhere", "not a certificate with its key, in PEM ([Errno 2]"),
         ("--api-keys-file nowhere", "nowhere: no such file"),
         ("--config nowhere", "nowhere: no such file"),
     ],
@@ -147,7 +157,8 @@ class Running:
 
     def get(self, path: str) -> str:
         try:
-            with urllib.request.urlopen(self.url + path, timeout=10) as response:
+            trusted = ssl.create_default_context(cafile=TLS / "cert.pem")
+            with urllib.request.urlopen(self.url + path, timeout=10, context=trusted) as response:
                 text: str = response.read().decode()
                 return text
         except urllib.error.HTTPError as error:
@@ -162,7 +173,7 @@ def running(*arguments: str | Path) -> Iterator[Running]:
     assert process.stdout is not None
     try:
         url = process.stdout.readline().strip()
-        assert re.fullmatch(r"http://127\.0\.0\.1:\d+", url), process.communicate()[1]
+        assert re.fullmatch(r"https?://127\.0\.0\.1:\d+", url), process.communicate()[1]
         yield Running(process, url)
     finally:
         process.kill()
@@ -179,8 +190,15 @@ def test_accepted_answers_are_those_of_a_client_alone_and_sigterm_lets_them_end(
             generate(runner, tokenizer, text, sampler=Sampler(1.0, seed=n), max_new_tokens=24).text
             for n, text in enumerate(prompts)
         ]
-    with running(demo_two_package, "--variant", "q4", "--exact", "--max-slots", "3") as served:
-        with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+    trusted = ssl.create_default_context(cafile=TLS / "cert.pem")
+    tls = "--tls-certificate", TLS / "cert.pem", "--tls-key", TLS / "key.pem"
+    with running(demo_two_package, "--variant", "q4", "--exact", "--max-slots", "3", *tls) as served:
+        with openai.OpenAI(
+            base_url=f"{served.url}/v1",
+            api_key="none",
+            max_retries=0,
+            http_client=openai.DefaultHttpxClient(verify=trusted, timeout=60),
+        ) as client:
             (name,) = [model.id for model in client.models.list()]
 
             def ask(number: int) -> str:
