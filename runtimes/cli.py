@@ -9,9 +9,10 @@ import sys
 from collections.abc import Sequence
 
 from runtimes.command import Parser, run_command
+from runtimes.serve import verb as serve
 from runtimes.verbs import chat, embed, generate, prepare, score
 
-VERBS = {"generate": generate, "chat": chat, "score": score, "embed": embed, "prepare": prepare}
+VERBS = {"generate": generate, "chat": chat, "score": score, "embed": embed, "prepare": prepare, "serve": serve}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -13,6 +13,9 @@
     │   └── ContextLengthError                   more tokens than the context or the cache holds
     ├── BackendError        (RuntimeError)       a backend, library or execution provider that is not there
     └── FailedError                         exit code 1: it ran but failed a check or a resource
+        ├── BusyError       (RuntimeError)       a server has as many requests as it takes
+        │   └── NotReadyError                    it takes none now
+        ├── EngineLostError (RuntimeError)       the process in which a server's model runs has ended
         ├── FusionError     (RuntimeError)       a graph pass did not find what it must find
         ├── EngineBuildError (RuntimeError)      TensorRT refused or failed
         ├── NumericError    (ArithmeticError)    NaN or Inf where a number must be
@@ -87,6 +90,18 @@ class FailedError(Olmo2ExportError):
     """It ran but failed a check or a resource."""
 
     exit_code = 1
+
+
+class BusyError(FailedError, RuntimeError):
+    """A server has as many requests as it takes."""
+
+
+class NotReadyError(BusyError):
+    """A server takes no requests now: its model is being loaded, or it is about to end."""
+
+
+class EngineLostError(FailedError, RuntimeError):
+    """The process in which a server's model runs has ended."""
 
 
 class FusionError(FailedError, RuntimeError):

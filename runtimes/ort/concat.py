@@ -121,6 +121,7 @@ class ConcatRunner:
     """
 
     prefill_chunk = PREFILL_CHUNK
+    copies_prefixes = True
 
     def __init__(
         self,
@@ -276,19 +277,30 @@ class ConcatRunner:
 
     @one_thread
     def extend(self, slot: int, budget: int | None = None) -> Logits | None:
-        state, number = self._slot(slot), int(slot)
-        if not len(state.pending):
-            raise InputError(f"slot {number}: its prompt is complete; step it, or append more")
+        self._slot(slot)
         if budget is None:
             while (last := self.extend(slot, self.max_cache_length)) is None:
                 pass
             return last
+        logits = self._fed(int(slot), budget, all_positions=False)
+        return None if len(self._slots[int(slot)].pending) else logits[0]
+
+    @one_thread
+    def extend_all(self, slot: int, budget: int) -> Logits:
+        check_positions(self.variant)
+        self._slot(slot)
+        return self._fed(int(slot), budget, all_positions=True)
+
+    def _fed(self, slot: int, budget: int, *, all_positions: bool) -> Logits:
+        state = self._slots[slot]
+        if not len(state.pending):
+            raise InputError(f"slot {slot}: its prompt is complete; step it, or append more")
         ids = state.pending[: piece_length(len(state.pending), budget, self.exact)]
-        (logits,), cache = self._extend(state.cache, [ids], all_positions=False, cut=True)
-        check_finite([logits], cache.lengths, f"slot {number}")
+        (logits,), cache = self._extend(state.cache, [ids], all_positions=all_positions, cut=True)
+        check_finite([logits], cache.lengths, f"slot {slot}")
         prompted = state.prompted + len(ids) if state.prompted == len(state.tokens) else state.prompted
-        self._slots[number] = _Slot(cache, state.pending[len(ids) :], prompted)
-        return logits[0] if len(ids) == len(state.pending) else None
+        self._slots[slot] = _Slot(cache, state.pending[len(ids) :], prompted)
+        return logits
 
     @one_thread
     def admit(self, token_ids: TokenIds, adapter: str | None = None) -> tuple[int, Logits]:
@@ -332,6 +344,11 @@ class ConcatRunner:
     def truncate_slot(self, slot: int, length: int) -> None:
         state = self._slot(slot)
         self._slots[int(slot)] = self._first(state, check_slot_length(length, len(state.tokens)))
+
+    @one_thread
+    def park(self, slot: int) -> None:
+        if len(self._slot(slot).pending):
+            raise InputError(f"slot {int(slot)}: its prompt is not complete; extend it, or truncate it, first")
 
     @one_thread
     def release(self, slot: int) -> None:

@@ -89,6 +89,7 @@ def open_ort(
     adapters: Mapping[str, str] | None = None,
     huge_pages: bool = False,
     prepared: Callable[[str, Sequence[str]], PreparedGraph | None] | None = None,
+    spinning: bool = True,
 ) -> ConcatRunner | StaticRunner | SharedRunner:
     """Load a variant's graph, or two, on one device.
 
@@ -109,6 +110,7 @@ def open_ort(
         huge_pages: on a CPU, have the weights in huge pages after the first step; see `runtimes.huge_pages`.
         prepared: returns a graph as it was prepared for this machine, by its path in the package and those of its data,
             or None; it is taken where it is intact. None: there are none.
+        spinning: threads wait for work without giving their core away.
 
     Raises:
         UsageError: the device takes fewer slots.
@@ -149,7 +151,9 @@ def open_ort(
     def load(graph: str, data: Sequence[str]) -> ort.InferenceSession:
         def opened(path: Path, mapped: Path | None = None) -> ort.InferenceSession:
             with pages.loading(mapped) if pages is not None else nullcontext():
-                return open_session(path, variant, threads, device=found, capture=capture, shapes=shapes)
+                return open_session(
+                    path, variant, threads, device=found, capture=capture, shapes=shapes, spinning=spinning
+                )
 
         if prepared is not None and device == "cpu" and (ready := prepared(graph, data)) is not None:
             try:

@@ -47,6 +47,7 @@ def open_session(
     capture: bool = False,
     shapes: Shapes | None = None,
     save_as: Path | None = None,
+    spinning: bool = True,
 ) -> ort.InferenceSession:
     """Load a graph on one device.
 
@@ -60,6 +61,7 @@ def open_session(
         shapes: of its inputs, where the device compiles for some; None: any.
         save_as: write it there as it was optimised, its weights beside it, plain and packed, in the same name with
             `_data`; None: do not.
+        spinning: threads wait for work without giving their core away.
 
     Raises:
         PackageError: onnxruntime cannot load the graph, or it has other inputs and outputs than the manifest says.
@@ -70,6 +72,8 @@ def open_session(
     options.log_severity_level = _ERRORS_ONLY
     if threads is not None:
         options.intra_op_num_threads = threads
+    if not spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     source = changed
     if changed is not None or device.name != "nv-rtx":  # a compiler reads the weights itself, by the graph's path
         source, folder = follow_link(graph, changed, variant.data_of(graph.name))

@@ -185,9 +185,9 @@ class SharedRunner(RowRunner):
         held = [0 if row is None else len(row) for row in self._tokens]
         self._buffer.reserve(rows, held)
 
-    def _feed(self, row: int, held: Ids, ids: Ids) -> Logits:
+    def _feed(self, row: int, held: Ids, ids: Ids, all_positions: bool = False) -> Logits:
         self._remember(row, held)
-        return self._compute(row, len(held), ids, all_positions=False, cut=True)
+        return self._compute(row, len(held), ids, all_positions=all_positions, cut=True)
 
     def _copy(self, source: int, target: int, ids: Ids) -> None:
         if isinstance(self._buffer, MappedBuffer):

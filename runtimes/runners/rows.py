@@ -1,8 +1,8 @@
 """What the runners share whose KV cache is one buffer, written in place: which tokens each row holds, and slots.
 
-A slot is a row, and a step computes the rows up to the highest that it needs. So that these are few, the last row moves
-into the one that a release leaves empty, where the memory lets rows be copied; elsewhere it stays empty until a new
-sequence takes it.
+A slot is a row, and a step computes the rows up to the highest that it needs. So that these are few, those that are not
+parked have the lowest rows: the last one moves into the row that one leaves by being released or parked, where the
+memory lets rows be copied; elsewhere it stays empty until a new sequence takes it.
 
 A call writes only behind the tokens that a row holds, or the same keys and values once more, so that one that fails has
 changed nothing.
@@ -86,6 +86,7 @@ class RowRunner(ABC):
         self._rows: dict[int, int] = {}  # slot -> row
         self._pending: dict[int, Ids] = {}  # slot -> what is to be computed
         self._prompted: dict[int, int] = {}  # slot -> first tokens that `extend` computed
+        self._parked: set[int] = set()  # slots
         self._closed = False
         self._pages = pages
         self._adapters: dict[int, str] = {}  # row -> the adapter of what it holds, if any
@@ -221,18 +222,30 @@ class RowRunner(ABC):
             while (whole := self.extend(slot, self.max_cache_length)) is None:
                 pass
             return whole
+        logits = self._fed(number, row, pending, budget, all_positions=False)
+        return None if number in self._pending else logits[0]
+
+    @one_thread
+    def extend_all(self, slot: int, budget: int) -> Logits:
+        check_positions(self.variant)
+        row, number = self._row(slot), int(slot)
+        pending = self._pending.get(number)
+        if pending is None:
+            raise InputError(f"slot {number}: its prompt is complete; step it, or append more")
+        return self._fed(number, row, pending, budget, all_positions=True)
+
+    def _fed(self, slot: int, row: int, pending: Ids, budget: int, *, all_positions: bool) -> Logits:
         held, ids = self._row_tokens(row), pending[: piece_length(len(pending), budget, self.exact)]
-        logits: Logits = self._feed(row, held, ids)
-        self._check_finite([logits], [len(held) + len(ids)], first_row=row, row_name=f"slot {number}")
+        logits: Logits = self._feed(row, held, ids, all_positions)
+        self._check_finite([logits], [len(held) + len(ids)], first_row=row, row_name=f"slot {slot}")
         self._tokens[row] = np.concatenate([held, ids])
-        if self._prompted[number] == len(held):
-            self._prompted[number] += len(ids)
+        if self._prompted[slot] == len(held):
+            self._prompted[slot] += len(ids)
         if len(ids) < len(pending):
-            self._pending[number] = pending[len(ids) :]
-            return None
-        del self._pending[number]
-        last: Logits = logits[0]
-        return last
+            self._pending[slot] = pending[len(ids) :]
+        else:
+            del self._pending[slot]
+        return logits
 
     @one_thread
     def admit(self, token_ids: TokenIds, adapter: str | None = None) -> tuple[int, Logits]:
@@ -242,6 +255,7 @@ class RowRunner(ABC):
     def step(self, token_ids: Mapping[int, int]) -> dict[int, Logits]:
         new = check_step(token_ids, self._pending, self)
         held = {slot: self.slot_tokens(slot) for slot in new}
+        self._wake(list(new))
         count = max(self._rows[slot] for slot in new) + 1
         rows = [self._row_tokens(row) for row in range(count)]
         # A row that waits is computed too; what it writes lies behind its tokens, or repeats its last one.
@@ -268,6 +282,7 @@ class RowRunner(ABC):
         ids = check_slot_ids(token_ids, held + len(pending), f"slot {number}", self)
         if self.exact and not len(pending):
             check_exact_append(held, self._prompted[number], len(ids))
+        self._wake([number])
         self._pending[number] = np.concatenate([pending, ids])
 
     @one_thread
@@ -276,13 +291,14 @@ class RowRunner(ABC):
         ids = self._row_tokens(row)
         ids = ids[: check_slot_length(length, len(ids), least=1)]
         copy = self._new_slot(ids)
+        row, target = self._rows[number], self._rows[copy]  # both may have moved
         if (adapter := self._adapters.get(row)) is not None:
-            self._adapters[self._rows[copy]] = adapter
+            self._adapters[target] = adapter
         try:
             if is_computed_again(len(ids), self._prompted[number], self.exact):
-                self._compute_again(self._rows[copy], ids, f"slot {copy}")
+                self._compute_again(target, ids, f"slot {copy}")
             else:
-                self._copy(row, self._rows[copy], ids)
+                self._copy(row, target, ids)
         except BaseException:
             self._free(copy)
             raise
@@ -301,18 +317,18 @@ class RowRunner(ABC):
         self._prompted[number] = min(self._prompted[number], len(kept))
 
     @one_thread
+    def park(self, slot: int) -> None:
+        self._row(slot)
+        if int(slot) in self._pending:
+            raise InputError(f"slot {int(slot)}: its prompt is not complete; extend it, or truncate it, first")
+        self._parked.add(int(slot))
+        self._settle()
+
+    @one_thread
     def release(self, slot: int) -> None:
-        row, last = self._row(slot), len(self._tokens) - 1
-        moving = next((other for other, place in self._rows.items() if place == last), None)
-        if self._copies_rows and row < last and moving is not None:
-            ids = self._row_tokens(last)
-            if len(ids):
-                self._copy(last, row, ids)
-            self._tokens[row], self._tokens[last] = self._tokens[last], self._tokens[row]
-            adapters = {row: self._adapters.pop(last, None), last: self._adapters.pop(row, None)}
-            self._adapters |= {place: name for place, name in adapters.items() if name is not None}
-            self._rows[moving], self._rows[int(slot)] = row, last
+        self._row(slot)
         self._free(int(slot))
+        self._settle()
 
     @one_thread
     def close(self) -> None:
@@ -359,8 +375,8 @@ class RowRunner(ABC):
         """
 
     @abstractmethod
-    def _feed(self, row: int, held: Ids, ids: Ids) -> Logits:
-        """Compute `ids` of one row behind the tokens that it holds; return the logits of the last, [1, V]."""
+    def _feed(self, row: int, held: Ids, ids: Ids, all_positions: bool = False) -> Logits:
+        """Compute `ids` of one row behind the tokens that it holds; return the logits of the last or of all, [n, V]."""
 
     @abstractmethod
     def _step(self, ids: Ids, starts: Ids, wanted: Sequence[str]) -> list[npt.NDArray[Any]]:
@@ -387,6 +403,10 @@ class RowRunner(ABC):
     """LoRA adapters that a row may have, by name"""
     _copies_rows = False
     """whether `_copy` costs less than a few steps of a dead row"""
+
+    @property
+    def copies_prefixes(self) -> bool:
+        return self._copies_rows
 
     def _copy(self, source: int, target: int, ids: Ids) -> None:  # noqa: ARG002  # where rows cannot be copied
         """Give a row the keys and values of another's first tokens: `ids`, at least one."""
@@ -418,20 +438,67 @@ class RowRunner(ABC):
         """Take the lowest free slot, and the lowest free row for it; only its tokens are set."""
         if self._closed:
             raise UsageError("the runner is closed; open another")
-        row = next((n for n, held in enumerate(self._tokens) if held is None), len(self._tokens))
+        row = self._free_row()
         check_slots_left(row, self)  # before there is memory for one more, which moves all others
         self._reserve(max(row + 1, len(self._tokens)))
         slot = next(n for n in range(len(self._batch_rows()), self.max_slots + 1) if n not in self._rows)
+        front = len(self._batch_rows()) + len(self._rows) - len(self._parked)
+        parked = next((n for n in self._parked if self._rows[n] == front), None)
+        if self._copies_rows and parked is not None and front < row:
+            self._move(parked, row)
+            row = front
         self._tokens[row : row + 1] = [ids]
         self._rows[slot], self._prompted[slot] = row, 0
         return slot
 
+    def _free_row(self) -> int:
+        return next((n for n, held in enumerate(self._tokens) if held is None), len(self._tokens))
+
+    def _wake(self, slots: Sequence[int]) -> None:
+        if not self._parked.isdisjoint(slots):
+            self._parked.difference_update(slots)
+            self._settle()
+
+    def _settle(self) -> None:
+        """Give the lowest rows to the slots that are not parked, where the memory lets rows be copied."""
+        if not self._copies_rows:
+            return
+        taken = {row: slot for slot, row in self._rows.items()}
+        first = len(self._batch_rows())
+        active = sorted(row for row, slot in taken.items() if slot not in self._parked)
+        behind = [row for row in active if row >= first + len(active)]
+        for target in (row for row in range(first, first + len(active)) if row not in active):
+            if target in taken:  # one that is parked
+                spare = self._free_row()
+                if spare >= self.max_slots:
+                    return
+                self._move(taken[target], spare)
+            self._move(taken[behind.pop()], target)
+
+    def _move(self, slot: int, target: int) -> None:
+        """Give a slot a row that is free."""
+        row = self._rows[slot]
+        ids = self._row_tokens(row)
+        self._reserve(max(target + 1, len(self._tokens)))
+        if len(ids):
+            self._copy(row, target, ids)
+        adapter = self._adapters.pop(row, None)
+        if adapter is not None:
+            self._adapters[target] = adapter
+        self._tokens[target : target + 1] = [ids]
+        self._rows[slot] = target
+        self._drop_row(row)
+
     def _free(self, slot: int) -> None:
         row = self._rows.pop(slot)
         self._pending.pop(slot, None)
+        self._parked.discard(slot)
         del self._prompted[slot]
-        self._tokens[row] = None
         self._adapters.pop(row, None)
+        self._drop_row(row)
+
+    def _drop_row(self, row: int) -> None:
+        self._tokens[row] = None
         while self._tokens and self._tokens[-1] is None:
             self._tokens.pop()
         self._give_back(row)
@@ -479,6 +546,7 @@ class RowRunner(ABC):
         self._rows.clear()
         self._pending.clear()
         self._prompted.clear()
+        self._parked.clear()
 
     def _refuse_free_slots(self) -> None:
         moved = any(slot != row for slot, row in self._rows.items())

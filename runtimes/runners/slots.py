@@ -4,11 +4,13 @@
 |--------------------------------|-------------------------------------|---------------------------------------------|
 | begin                          | token ids, any int; an adapter      | a slot; nothing is computed                 |
 | extend                         | a slot, tokens at most              | float32 [vocab_size], or None: there is more|
+| extend_all                     | the same                            | float32 [n, vocab_size], of each of them    |
 | admit                          | token ids, any int                  | a slot, float32 [vocab_size]: begin, extend |
 | step                           | slot -> token id, any int           | slot -> float32 [vocab_size]                |
 | append                         | a slot, token ids, any int          | nothing: `extend` computes them             |
 | copy_prefix                    | a slot, a length                    | another slot, with its first tokens         |
 | truncate_slot                  | a slot, a length                    | nothing: the slot keeps its first tokens    |
+| park                           | a slot                              | nothing: steps of others cost less          |
 | release                        | a slot                              | nothing: it is free                         |
 
 A prompt enters in pieces, so that those who are being answered wait for a piece and not for a prompt. A slot keeps its
@@ -55,6 +57,11 @@ class Slots(Runner, Protocol):
     """sequences at once"""
 
     @property
+    def copies_prefixes(self) -> bool:
+        """Whether `copy_prefix` copies; elsewhere it computes, all at once."""
+        ...
+
+    @property
     def slots(self) -> tuple[int, ...]:
         """Those that are taken, the lowest first."""
         ...
@@ -98,6 +105,18 @@ class Slots(Runner, Protocol):
         Raises:
             InputError: the slot is free, its prompt is complete, or budget is no integer of at least 1.
             NumericError: a logit is NaN or infinite; the piece is still to be computed.
+        """
+        ...
+
+    def extend_all(self, slot: int, budget: int) -> Logits:
+        """`extend` a slot, and give the logits behind each of the tokens that are computed.
+
+        Returns:
+            float32 [n, vocab_size]; `slot_tokens` tells whether the prompt is complete.
+
+        Raises:
+            UsageError: a classifier.
+            InputError, NumericError: as `extend`.
         """
         ...
 
@@ -168,6 +187,17 @@ class Slots(Runner, Protocol):
         Raises:
             InputError: the slot is free or holds fewer.
             NumericError: a logit of what is computed again is NaN or infinite; the slot is as it was.
+        """
+        ...
+
+    def park(self, slot: int) -> None:
+        """Have a slot wait where the others' steps do not compute it too, until it is stepped or appended to.
+
+        Where rows lie in one memory this takes a free row, unless all slots behind it wait as well; without one the
+        slot stays where it is.
+
+        Raises:
+            InputError: it is free, or its prompt is not complete.
         """
         ...
 

@@ -165,9 +165,9 @@ class StaticRunner(RowRunner):
     def _reserve(self, rows: int) -> None:
         self._session.reserve(rows)
 
-    def _feed(self, row: int, held: Ids, ids: Ids) -> Logits:
+    def _feed(self, row: int, held: Ids, ids: Ids, all_positions: bool = False) -> Logits:
         self._session.reserve(row + 1)
-        return self._prefill(row, [len(held)], [np.concatenate([held, ids])], all_positions=False)[0]
+        return self._prefill(row, [len(held)], [np.concatenate([held, ids])], all_positions)[0]
 
     def _copy(self, source: int, target: int, ids: Ids) -> None:
         self._session.copy_row(source, target, len(ids))

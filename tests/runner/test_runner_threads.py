@@ -69,8 +69,9 @@ class FakeRunner(RowRunner):
     def _reserve(self, rows: int) -> None:
         assert rows <= len(self.buffer)
 
-    def _feed(self, row: int, held: Ids, ids: Ids) -> Logits:
-        return self._compute(row, len(held), ids)[-1:]
+    def _feed(self, row: int, held: Ids, ids: Ids, all_positions: bool = False) -> Logits:
+        logits = self._compute(row, len(held), ids)
+        return logits if all_positions else logits[-1:]
 
     def _step(self, ids: Ids, starts: Ids, wanted: Sequence[str]) -> list[Any]:  # noqa: ARG002
         return [np.concatenate([self._compute(b, int(start), ids[b]) for b, start in enumerate(starts)])]

@@ -31,6 +31,9 @@ OWNERS = {
     "tokenizers": {"text.tokenizer"},
     "cuda": {"trt.cuda"},
     "huggingface_hub": {"hub"},
+    "starlette": {"serve.app", "serve.edge"},
+    "uvicorn": {"serve.protocol", "serve.server"},
+    "prometheus_client": {"serve.metrics"},
 }
 
 BLOCKER = """
@@ -89,7 +92,7 @@ sys.exit(code)
 
 
 def test_base_install_imports_without_any_backend() -> None:
-    backends = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
+    backends = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda", "starlette", "uvicorn", "prometheus_client"}
     result = run_blocked("import runtimes, runtimes.cli, runtimes.generation.generate", FORBIDDEN | backends)
     assert result.returncode == 0, result.stderr
 

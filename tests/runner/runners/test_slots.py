@@ -144,14 +144,16 @@ def test_a_prompt_that_does_not_fit_takes_no_slot(runner: Slots) -> None:
     "call",
     [
         lambda runner: runner.extend(0),
+        lambda runner: runner.extend_all(0, 8),
         lambda runner: runner.append(0, [1]),
         lambda runner: runner.copy_prefix(0, 1),
         lambda runner: runner.truncate_slot(0, 0),
         lambda runner: runner.slot_tokens(0),
+        lambda runner: runner.park(0),
         lambda runner: runner.release(0),
         lambda runner: runner.step({0: 1}),
     ],
-    ids=["extend", "append", "copy_prefix", "truncate_slot", "slot_tokens", "release", "step"],
+    ids=["extend", "extend_all", "append", "copy_prefix", "truncate_slot", "slot_tokens", "park", "release", "step"],
 )
 def test_a_slot_that_is_free_is_refused(runner: Slots, call: Callable[[Slots], object]) -> None:
     runner.begin([1])
@@ -160,6 +162,22 @@ def test_a_slot_that_is_free_is_refused(runner: Slots, call: Callable[[Slots], o
     with pytest.raises(InputError, match="slot 0: not admitted"):
         call(runner)
     assert runner.slots == (1,)
+
+
+def test_a_piece_gives_the_logits_behind_each_of_its_tokens(runner: Slots) -> None:
+    ids = tokens(45)
+    runner.reset()
+    (wanted,) = runner.prefill([ids], all_positions=True)
+    runner.reset()
+    other, _ = runner.admit(tokens(5, 9))
+    slot = runner.begin(ids)
+    pieces = [runner.extend_all(slot, 20) for _ in range(3)]
+    assert [len(piece) for piece in pieces] == [20, 20, 5]
+    assert close(np.concatenate(pieces), wanted)
+    assert runner.slot_tokens(slot).tolist() == ids
+    with pytest.raises(InputError, match=f"slot {slot}: its prompt is complete"):
+        runner.extend_all(slot, 20)
+    runner.step({slot: 1, other: 2})
 
 
 # Prefixes
@@ -237,6 +255,32 @@ def test_a_release_leaves_no_row_that_is_computed_for_nothing(package: Path, mon
         assert [runner.begin([1]) for _ in range(3)] == [0, 1, 4]
 
 
+def test_parked_slots_are_not_computed_with_the_others(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [tokens(n, n) for n in (12, 33, 7, 25)]
+    with open_runner(package, threads=1, max_slots=6) as runner:
+        wanted = [alone(runner, ids, 9) for ids in prompts]
+        for ids in prompts:
+            runner.admit(ids)
+        rows: list[int] = []
+        if isinstance(runner, RowRunner):
+            step = runner._step
+            monkeypatch.setattr(runner, "_step", lambda ids, *rest: (rows.append(len(ids)), step(ids, *rest))[1])
+        runner.park(0)
+        runner.park(2)
+        found = runner.step({1: 9, 3: 9})
+        assert runner.slots == (0, 1, 2, 3)
+        new = runner.begin([1, 2, 3])
+        runner.extend(new)
+        assert close(runner.step({0: 9})[0], wanted[0])  # it waits no longer
+        found |= runner.step({2: 9})
+        assert all(close(found[n], wanted[n]) for n in (1, 2, 3))
+        assert rows == ([2, 4, 5] if isinstance(runner, RowRunner) else [])
+        runner.truncate_slot(1, 10)
+        runner.append(1, [1])
+        with pytest.raises(InputError, match="slot 1: its prompt is not complete"):
+            runner.park(1)
+
+
 def test_slots_come_and_go_at_random_and_give_what_single_runs_give(runner: Slots) -> None:
     random = np.random.default_rng(5)
     texts: dict[int, tuple[list[int], list[int]]] = {}  # slot -> prompt, what was fed
@@ -250,6 +294,8 @@ def test_slots_come_and_go_at_random_and_give_what_single_runs_give(runner: Slot
             slot = int(random.choice(list(texts)))
             runner.release(slot)
             del texts[slot]
+        if texts and random.random() < 0.3:
+            runner.park(int(random.choice(list(texts))))
         fed = {slot: int(random.integers(VOCAB)) for slot in texts if random.random() < 0.7}
         found = runner.step(fed) if fed else {}
         for slot, token in fed.items():

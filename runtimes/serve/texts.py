@@ -1,0 +1,190 @@
+"""Some requests from their submission to their last word: events of the engine -> pieces of text."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+from runtimes.errors import EngineLostError, FailedError, InputError, NotReadyError, NumericError
+from runtimes.generation.text_state import FinishReason, TextState
+from runtimes.serve.desk import Desk, Feed
+from runtimes.serve.metrics import Metrics
+from runtimes.serve.requests import Clock, Event, Failed, Request, Scored, Started, Token
+from runtimes.text.logprobs import TokenLogprobs
+from runtimes.text.tokenizer import Tokenizer
+
+_PING_SECONDS = 15.0  # after which a client that hears nothing is told that there is still somebody
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Seconds that things may take."""
+
+    queue: float = 30.0
+    """until a request is begun"""
+    generation: float = 300.0
+    """from its submission to its end"""
+
+
+class Said(NamedTuple):
+    """What a token adds to an answer."""
+
+    request: str
+    choice: int
+    text: str
+    """decided now; may be empty"""
+    token_id: int | None
+    logprobs: TokenLogprobs | None
+    reason: FinishReason | None
+    """set with the last"""
+
+
+class Ping(NamedTuple):
+    """Nothing, for some time."""
+
+
+News: TypeAlias = Started | Scored | Said | Ping
+
+
+class Answering:
+    """Some requests of one call; whoever begins it closes it, which gives up what is not answered."""
+
+    def __init__(
+        self,
+        desk: Desk,
+        tokenizer: Tokenizer,
+        requests: Sequence[Request],
+        *,
+        stop: Sequence[str] = (),
+        metrics: Metrics,
+        patience: Patience,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        """Submit nothing yet.
+
+        Args:
+            desk: takes the requests.
+            tokenizer: of the model.
+            requests: at least one.
+            stop: texts before which an answer ends.
+            metrics: are told of times and tokens.
+            patience: how long things may take.
+            clock: tells the time, of the event loop.
+        """
+        self._desk, self._metrics, self._patience, self._clock = desk, metrics, patience, clock
+        self._requests = {request.id: request for request in requests}
+        self._texts = {
+            (request.id, choice): TextState(tokenizer, stop=stop, eos_token_ids=request.eos_token_ids)
+            for request in requests
+            for choice in range(request.choices)
+        }
+        self._feed: Feed = asyncio.Queue()
+        self._first: Event | None = None
+        self._began = clock()
+        self._last: dict[tuple[str, int], float] = {}
+        self.prompt_tokens = sum(len(request.prompt_ids) for request in requests)
+        self.new_tokens = 0
+        self.reused_tokens = 0
+
+    async def begin(self) -> None:
+        """Submit the requests, and wait until the first is begun.
+
+        Raises:
+            Olmo2ExportError: they are refused, the first one fails, or it is not begun in time.
+        """
+        self._feed = self._desk.submit(list(self._requests.values()))
+        try:
+            async with asyncio.timeout(self._patience.queue):
+                self._first = await self._feed.get()
+            self._check(self._first)
+        except TimeoutError as error:
+            self.close()
+            raise NotReadyError(
+                f"the request waited {self._patience.queue:g} s and was not begun; try again later"
+            ) from error
+        except BaseException:
+            self.close()
+            raise
+
+    async def news(self) -> AsyncIterator[News]:
+        """Yield what comes of them, until all have ended.
+
+        Raises:
+            Olmo2ExportError: one has failed, or they took too long.
+        """
+        while self._texts:
+            left = self._began + self._patience.generation - self._clock()
+            if left <= 0:
+                raise FailedError(f"the answer took longer than {self._patience.generation:g} s; ask for less")
+            event, self._first = self._first, None
+            if event is None and not self._feed.empty():
+                event = self._feed.get_nowait()
+            elif event is None:
+                try:
+                    async with asyncio.timeout(min(left, _PING_SECONDS)):
+                        event = await self._feed.get()
+                except TimeoutError:
+                    yield Ping()
+                    continue
+            self._check(event)
+            match event:
+                case Started():
+                    self.reused_tokens += event.reused
+                    prompt = len(self._requests[event.request].prompt_ids)
+                    self._metrics.started(self._clock() - self._began, prompt, event.reused)
+                    yield event
+                case Scored():
+                    yield event
+                case Token():
+                    if (event.request, event.choice) in self._texts:
+                        yield self._said(event)
+
+    def close(self) -> None:
+        """Give up what is not answered."""
+        if self._texts:
+            self._metrics.cancelled()
+        for request_id in {request_id for request_id, _ in self._texts}:
+            self._desk.cancel(request_id)
+        self._texts.clear()
+
+    def _said(self, token: Token) -> Said:
+        key = token.request, token.choice
+        state = self._texts[key]
+        text = ""
+        if token.token_id is not None:
+            self.new_tokens += 1
+            self._count(key)
+            text = state.push(token.token_id)
+        if state.finish_reason is None and token.reason is not None:
+            text += state.finish()
+        if state.finish_reason is not None:
+            del self._texts[key]
+            if token.reason is None:  # a stop string, of which the engine knows nothing
+                self._desk.cancel(*key)
+            self._metrics.ended(state.finish_reason, self._clock() - self._began)
+        return Said(token.request, token.choice, text, token.token_id, token.logprobs, state.finish_reason)
+
+    def _count(self, key: tuple[str, int]) -> None:
+        now = self._clock()
+        if key in self._last:
+            self._metrics.token(now - self._last[key])
+        else:
+            self._metrics.first_token(now - self._began)
+        self._last[key] = now
+
+    def _check(self, event: Event) -> None:
+        if not isinstance(event, Failed):
+            return
+        for key in [key for key in self._texts if key[0] == event.request]:
+            del self._texts[key]
+        self._metrics.failed(event.kind)
+        match event.kind:
+            case "input":
+                raise InputError(event.message)
+            case "numeric":
+                raise NumericError(event.message)
+            case _:
+                raise EngineLostError(event.message)
