@@ -89,6 +89,8 @@ def find_prepared(package: Package, graph: str, data: Sequence[str], *, hashes: 
         data: likewise, of its weights.
         hashes: its `check` reads the files.
     """
+    if graph not in package.manifest.files:  # one for TensorRT, which nobody prepares
+        return None
     made_of = _made_of(package, graph, data)
     for home in _homes(package):
         folder = home / _name(graph, made_of)

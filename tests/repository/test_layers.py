@@ -35,6 +35,7 @@ OWNERS = {
         "runtimes/ort/concat.py",
         "runtimes/ort/mapped_buffer.py",
         "runtimes/ort/open.py",
+        "runtimes/ort/prepared.py",
         "runtimes/ort/static_session.py",
         "runtimes/ort/shared.py",
         "olmo2_export/bench/workers/profile.py",

@@ -341,7 +341,7 @@ def test_the_default_is_the_fastest_variant_that_is_verified(
         "1",
     ]
     result = subprocess.run([*command, "--stats"], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert result.stderr.rstrip().endswith(f"variant {chosen}")
+    assert re.search(f", variant {chosen}, KV cache (float32|int8)$", result.stderr.rstrip())
     assert said in result.stderr
     assert (len(result.stderr.splitlines()) == 1) == (not said)
     for damaged in (b"", b"{}", seal(document | {"package_checksum": "of another"}), report.read_bytes()[:-9]):
@@ -376,7 +376,14 @@ def test_variant_backend_and_threads_are_used(
     assert main(["generate", str(demo_package), "--prompt", PROMPT, *flags]) == 0
     assert capsys.readouterr().out == expected + "\n"
     memory = {"huge_pages": True, "prepared": True}
-    given = {"variant": "fp32", "backend": "ort", "device": "cpu", "threads": 1, "check_hashes": False}
+    given = {
+        "variant": "fp32",
+        "kv_cache": None,
+        "backend": "ort",
+        "device": "cpu",
+        "threads": 1,
+        "check_hashes": False,
+    }
     assert seen == {**given, **memory}
     flags = ["--max-new-tokens", "1", "--no-huge-pages", "--no-prepared"]
     assert main(["generate", str(demo_package), "--prompt", PROMPT, *flags]) == 0
@@ -435,7 +442,7 @@ def test_draft_model_is_opened_like_the_model(demo_package: Path, monkeypatch: p
     assert main(["generate", str(demo_package), "--prompt", "x", "--draft", f"{demo_package}/", *flags]) == 0
     memory = {"huge_pages": True, "prepared": True}
     same = {"backend": "ort", "device": None, "threads": 1, "check_hashes": False, **memory}
-    assert seen == [(demo_package, {"variant": "fp32", **same}), (demo_package, same)]
+    assert seen == [(demo_package, {"variant": "fp32", "kv_cache": None, **same}), (demo_package, same)]
 
 
 def test_draft_model_of_another_vocabulary_is_one_line(
@@ -570,6 +577,7 @@ def test_defaults() -> None:
         "prompt": "x",
         "special_tokens": False,
         "variant": None,
+        "kv_cache": None,
         "adapter": None,
         "max_new_tokens": None,
         "temperature": 0.0,

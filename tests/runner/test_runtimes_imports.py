@@ -27,6 +27,7 @@ OWNERS = {
         "ort.concat",
         "ort.mapped_buffer",
         "ort.open",
+        "ort.prepared",
     },
     "tokenizers": {"text.tokenizer"},
     "cuda": {"trt.cuda"},

@@ -260,7 +260,7 @@ def test_two_exports_are_byte_identical(package: Path, checkpoint: Path, tmp_pat
         open_checkpoint(str(checkpoint)),
         tmp_path / "again",
         variants=("q4", *SMALL),
-        options=Options(prefill_graph=False),
+        options=OPTIONS,
     )
     assert open_package(tmp_path / "again").manifest == open_package(package).manifest
 
