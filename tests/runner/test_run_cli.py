@@ -387,7 +387,7 @@ def test_variant_backend_and_threads_are_used(
     assert seen == {**given, **memory}
     flags = ["--max-new-tokens", "1", "--no-huge-pages", "--no-prepared"]
     assert main(["generate", str(demo_package), "--prompt", PROMPT, *flags]) == 0
-    given = {"variant": None, "backend": "ort", "device": None, "threads": None, "check_hashes": True}
+    given = dict.fromkeys(("variant", "kv_cache", "device", "threads")) | {"backend": "ort", "check_hashes": True}
     assert seen == {**given, "huge_pages": False, "prepared": False}
 
 
