@@ -7,6 +7,7 @@ interpreter ends by killing itself with SIGINT, whatever main() returned.
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -24,16 +25,22 @@ class Interrupted(BaseException):
         """what a shell reports for that signal: 130 or 143"""
 
 
+def _say_nothing(_: object) -> None:
+    pass
+
+
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Raise `Interrupted` in the body on SIGINT and SIGTERM; the previous handlers come back at the end.
 
-    Only the main thread may use it, as with `signal.signal`.
+    Only the main thread may use it, as with `signal.signal`. After a signal the process is about to end: what objects
+    that were being made just then say in their finalisers, as a progress bar does, is not told.
     """
     received: list[int] = []
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
         received.append(number)
+        sys.unraisablehook = _say_nothing
         raise Interrupted(number)
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
