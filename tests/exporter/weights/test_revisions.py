@@ -253,6 +253,7 @@ def test_export_takes_a_branch_a_tag_and_a_commit(tiny: Path, tmp_path: Path, mo
     with local_hub(tiny, {STEPS[1]: branch}, {"v1.0": tag}) as running:
         there = partial(hub.snapshot_download, endpoint=running.url, cache_dir=tmp_path / "cache")
         monkeypatch.setattr(hub, "snapshot_download", there)
+        monkeypatch.setattr(hub, "HfApi", partial(RealApi, endpoint=running.url))
         for revision, folder, commit in (
             (STEPS[1], branch, commit_of(STEPS[1])),
             ("v1.0", tag, commit_of("v1.0")),
