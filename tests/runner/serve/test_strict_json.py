@@ -67,7 +67,7 @@ def test_a_mebibyte_of_anything_takes_no_long_time(data: bytes) -> None:
     began = time.process_time()
     with contextlib.suppress(CallError):
         parse_object(data)
-    assert time.process_time() - began < 1.0  # 0.1 s where nothing else runs
+    assert time.process_time() - began < 15  # 0.1 s where nothing else runs; what grows with the square takes minutes
 
 
 @pytest.mark.parametrize(
