@@ -6,7 +6,7 @@ in order, what a step launches, with the layers of the network, named after ONNX
     main {
      label bb19323:
       function={ name=__myl_CastGath ... layers="[ONNX Layer: node_embedding]" ... }
-      fully_connected={ name="node_linear_2+node_linear_1+node_linear" ... }
+      fully_connected={ name="node_layers.0.linear_2+node_layers.0.linear_1+node_layers.0.linear" ... }
 
 The tensors of the second profile have names that end in [profile 1]. A program with the label bb1 is the inside of a
 kernel of another one. Other versions may write something else, so that only the one that was looked at is read.

@@ -37,6 +37,7 @@ from olmo2_export.fuse import PORTABLE, apply, check_op_counts
 from olmo2_export.fuse.pooled_row import NO_PADDING, pooled_row
 from olmo2_export.graphs.hidden_states import give_hidden_states, hidden_outputs
 from olmo2_export.graphs.inputs_embeds import embedding_input, take_embeddings
+from olmo2_export.graphs.repeat_layers import one_of_each_kind, repeat_layers
 from olmo2_export.model.olmo import OlmoForCausalLM
 from olmo2_export.rope import Rope
 from runtimes.errors import FusionError
@@ -88,7 +89,8 @@ def expected_op_counts(rows: Sequence[Operation]) -> dict[str, int]:
 
 
 def trace(config: ModelConfig) -> ir.Model:
-    """Trace the model on the meta device, once in a process for all that have the same nodes and shapes.
+    """Trace one layer of each kind on the meta device, once in a process for all models that have the same of these,
+    and copy them to the model's number of layers.
 
     Args:
         config: the model's shape.
@@ -100,7 +102,9 @@ def trace(config: ModelConfig) -> ir.Model:
     Raises:
         FusionError: the exporter did not emit the expected operators, inputs or outputs.
     """
-    model, rows = _traced(_as_traced(config)).clone(), operations(config)
+    plain, rows = _as_traced(config), operations(config)
+    model = _traced(one_of_each_kind(plain)).clone()
+    repeat_layers(model, plain)
     _resize(model.graph, {_VOCABULARY: config.vocab_size, _POSITIONS: config.max_position_embeddings})
     pad = NO_PADDING if config.pad_token_id is None else config.pad_token_id
     if config.labels and not pooled_row(model, pad):

@@ -410,15 +410,18 @@ def kl_divergence(reference: np.ndarray, test: np.ndarray) -> np.ndarray:
         reference: logits [N, V].
         test: logits [N, V].
     """
-    log_p, log_q = _log_softmax(reference), _log_softmax(test)
-    divergence: np.ndarray = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+    log_p, log_q = _shifted(reference), _shifted(test)  # each but for a constant
+    p, q = np.exp(log_p), np.exp(log_q).sum(axis=-1)
+    total = p.sum(axis=-1)
+    np.subtract(log_p, log_q, out=log_p)
+    divergence: np.ndarray = np.vecdot(p, log_p) / total + np.log(q / total)
     np.maximum(divergence, 0.0, out=divergence)  # rounding can make a zero slightly negative
     return divergence
 
 
-def _log_softmax(x: np.ndarray) -> np.ndarray:
-    shifted = x.astype(np.float64) - x.max(axis=-1, keepdims=True)
-    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+def _shifted(x: np.ndarray) -> np.ndarray:
+    result: np.ndarray = x.astype(np.float64)
+    result -= result.max(axis=-1, keepdims=True)
     return result
 
 

@@ -15,6 +15,8 @@ SLOW = {
     # Another architecture, or another variant of it: OLMo 1 is run whole, and each model in one or two forms.
     "exporter/package/test_family_quality.py": ("test_quantised_it_holds_the_gates_of_quality",),
     "exporter/family/test_family.py": (
+        "test_every_graph_for_tensorrt_computes_what_its_weights_say[olmo3-int4",
+        "test_tensorrt_compiles_it[olmo3-int4",
         "test_every_variant_computes_what_its_weights_say[olmo3]",
         "test_every_variant_computes_what_its_weights_say[olmo2]",
         "test_other_shapes_and_every_rope_pass_parity[Olmo 3, all sliding]",
@@ -35,6 +37,10 @@ SLOW = {
         "test_every_graph_for_tensorrt_computes_what_its_weights_say[olmo3-bf16",
     ),
     "exporter/family/test_family_bugs.py": (
+        "test_bug_in_the_decode_graph[olmo3-yarn_in_no_layer",
+        "test_bug_in_the_decode_graph[olmo-clip_has_another_limit",
+        "test_bug_in_the_decode_graph[olmo-layer_norm_ignored",
+        "test_bug_in_the_graph_for_tensorrt[olmo3-window_without_the_token_itself",
         "test_bug_in_the_graph_for_tensorrt[olmo3-attention_factor_of_yarn_forgotten]",
         "test_bug_in_the_graph_for_tensorrt[olmo3-yarn_in_all_layers]",
         "test_bug_in_the_portable_graph[olmo3-attention_factor_of_yarn_forgotten]",
@@ -44,6 +50,8 @@ SLOW = {
         "test_bug_in_the_decode_graph[olmo-last_norm_has_another_epsilon]",
     ),
     "exporter/heads/test_hidden_states.py": (
+        "test_fp32_gives_what_transformers_does[olmo3",
+        "test_the_files_are_predicted_to_the_byte[olmo3",
         "test_every_variant_passes_its_gates[olmo2]",
         "test_every_variant_passes_its_gates[olmo3]",
         "test_another_hidden_state_is_red_and_named[q4-",
@@ -52,6 +60,7 @@ SLOW = {
         "test_graphs_for_tensorrt_give_them[bf16]",
     ),
     "exporter/heads/test_inputs_embeds.py": (
+        "test_tokens_vectors_and_tokens_give_what_transformers_does[olmo3",
         "test_every_variant_passes_its_gates[olmo2]",
         "test_every_variant_passes_its_gates[olmo3]",
         "test_tokens_vectors_and_tokens_give_what_transformers_does[olmo2]",
@@ -60,6 +69,7 @@ SLOW = {
         "test_graphs_for_tensorrt_take_them[bf16]",
     ),
     "exporter/heads/test_classifiers.py": (
+        "test_fp32_scores_what_transformers_does[olmo2_reward",
         "test_every_variant_passes_its_gates[olmo2]",
         "test_every_variant_passes_its_gates[olmo3]",
         "test_fp32_scores_what_transformers_does[olmo]",
@@ -88,6 +98,8 @@ SLOW = {
     ),
     # Another precision or layout of heads of an engine, which TensorRT compiles for seconds.
     "exporter/engine/test_engine_plan.py": (
+        "test_kernels_of_profile_latency[40/8-bf16",
+        "test_kernels_of_every_precision_and_head_layout[16/16-fp32",
         "test_kernels_of_every_precision_and_head_layout[40/8-",
         "test_kernels_of_every_precision_and_head_layout[16/16-bf16",
         "test_kernels_of_every_precision_and_head_layout[16/16-int8",
@@ -116,6 +128,8 @@ SLOW = {
         "test_bug_turns_verify_red[int8-inputs_not_quantised",
     ),
     "exporter/graphs/test_trt_graph.py": (
+        "test_token_by_token_equals_the_full_forward[odd",
+        "test_token_by_token_equals_the_full_forward[mqa",
         "test_prefill_gives_the_logits_of_the_wanted_row[odd]",
         "test_prefill_gives_the_logits_of_the_wanted_row[tied]",
         "test_prefill_gives_the_logits_of_the_wanted_row[bias]",
@@ -156,6 +170,7 @@ SLOW = {
         "test_both_ways_give_the_same_numbers[fp32]",
     ),
     "exporter/locate/test_locate.py": (
+        "test_nothing_departs_in_the_demo",
         "test_nothing_departs_in_the_quantised_demo",
         "test_nothing_departs_in_other_shapes[tied, no groups]",
         "test_nothing_departs_in_other_shapes[one KV head, biases]",
@@ -167,6 +182,7 @@ SLOW = {
         "test_a_budget_is_an_upper_bound",
     ),
     "exporter/package/test_variants.py": (
+        "test_two_exports_are_byte_identical",
         "test_odd_shapes_export_and_verify_exactly[no multiple of a block]",
         "test_odd_shapes_export_and_verify_exactly[odd vocabulary and layers]",
         "test_one_command_makes_both_variants_of_the_demo",
@@ -193,6 +209,12 @@ SLOW = {
         "test_texts_are_those_without_speculation[0.8-",
         "test_sampled_texts_have_the_samplers_distribution[mixed-{'temperature': 1.2",
     ),
+    "exporter/graphs/test_repeat_layers.py": (
+        "test_the_graph_is_that_of_a_trace_of_all_layers[olmo2",
+        "test_the_graph_is_that_of_a_trace_of_all_layers[score",
+        "test_the_graph_is_that_of_a_trace_of_all_layers[one layer",
+        "test_the_graph_is_that_of_a_trace_of_all_layers[sliding first",
+    ),
     "exporter/graphs/test_trace.py": ("test_what_the_tests_share_is_what_is_traced",),
     "exporter/test_cli.py": (
         "test_bf16_is_verified_where_onnxruntime_has_none",
@@ -215,6 +237,7 @@ SLOW = {
     ),
     "exporter/bench/test_bench_compare.py": ("test_transformers_beside_ours",),
     "exporter/evaluate/test_sweep_revisions.py": (
+        "test_patterns_on_the_command_line",
         "test_a_quantised_variant_is_quantised_anew",
         "test_engines_of_a_sweep_are_built_once_and_refitted",
         "test_an_engine_that_is_there_is_kept_and_one_of_another_gpu_or_tensorrt_is_not",

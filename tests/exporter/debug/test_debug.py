@@ -57,7 +57,7 @@ def test_the_first_call_computes_what_the_runner_computes(package: Path) -> None
     model = load(package)
     assert first_call(model, TOKENS) == 6
     names = {value.name for value in model.graph.outputs}
-    assert {"logits", "present.2.value", "rms_norm_5", "embedding"} <= names
+    assert {"logits", "present.2.value", "layers.1.rms_norm_1", "embedding"} <= names
     assert [value.name for value in model.graph.inputs] == ["input_ids", "logit_index"]
     differences = compare(load(package), load(package), IDS)
     assert len(differences) > 100
@@ -82,7 +82,7 @@ def _epsilon(model: ir.Model) -> None:
 
 
 def _scale(model: ir.Model) -> None:
-    (node,) = [n for n in model.graph if n.name == "node_linear_9"]
+    (node,) = [n for n in model.graph if n.name == "node_layers.1.linear_2"]
     weight = node.inputs[1]
     assert weight is not None
     assert weight.const_value is not None
@@ -90,7 +90,8 @@ def _scale(model: ir.Model) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "name", "op_type"), [(_epsilon, "rms_norm_5", "RMSNormalization"), (_scale, "linear_9", "MatMul")]
+    ("change", "name", "op_type"),
+    [(_epsilon, "layers.1.rms_norm_1", "RMSNormalization"), (_scale, "layers.1.linear_2", "MatMul")],
 )
 def test_the_first_tensor_that_differs_is_named(
     package: Path, change: Callable[[ir.Model], None], name: str, op_type: str

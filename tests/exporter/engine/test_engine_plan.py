@@ -73,7 +73,7 @@ def check_decode(kernels: list[Kernel], layers: int, *, products: int = 4, write
     first: dict[str, int] = {}  # product -> the kernel that computes it
     for index, kernel in enumerate(kernels):
         for layer in kernel.layers:
-            if re.fullmatch(r"node_linear(_\d+)?(_merged)?", layer):
+            if re.fullmatch(r"node_(layers\.\d+\.)?linear(_\d+)?(_merged)?", layer):
                 first.setdefault(layer, index)
     assert len(set(first.values())) == products * layers + 1  # and the head
 

@@ -82,10 +82,12 @@ def test_the_traced_program_is_not_kept_in_memory(graph: ir.Model) -> None:
     assert [part for part in [*graph.graph, *graph.graph.initializers.values()] if "node" in part.meta] == []
 
 
-def test_what_the_tests_share_is_what_is_traced(graph: ir.Model) -> None:
+def test_what_the_tests_share_is_what_is_traced(graph: ir.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced in other sizes of vocabulary and context, too."""
     assert trace_module._traced is not TRACED
-    fresh = TRACED(CONFIG)
+    monkeypatch.setattr(trace_module, "_traced", TRACED)
+    monkeypatch.setattr(trace_module, "_as_traced", lambda config: config)
+    fresh = trace(CONFIG)
     assert ir.to_proto(graph) == ir.to_proto(fresh)
     for name, value in fresh.graph.initializers.items():
         assert graph.graph.initializers[name].meta.get("transposed") == value.meta.get("transposed")
