@@ -34,7 +34,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from olmo2_export.architecture import (
     EMBED,
@@ -120,27 +119,22 @@ def cut(model: ir.Model, segment: Segment, hidden_shape: Sequence[int | str] | N
         segment: of it.
         hidden_shape: of the value that it starts from, where the graph does not say: it is fixed to this.
     """
-    part = model.clone()
-    graph = part.graph
-    values = {name_of(v): v for node in graph for v in node.outputs if v.name}
-    graph.outputs.clear()
-    if segment.source is not None:
-        old = values[segment.source]
-        hidden = ir.Value(name=HIDDEN, type=old.type, shape=old.shape)
-        if hidden.shape is None and hidden_shape is not None:
-            hidden.shape = ir.Shape(hidden_shape)
-        graph.inputs.append(hidden)
-        old.replace_all_uses_with(hidden)
+    values = {name_of(v): v for node in model.graph for v in node.outputs if v.name}
+    source = None if segment.source is None else values[segment.source]
     wanted = dict.fromkeys([*segment.taps.values(), *([segment.result] if segment.result else [])])
     wanted.pop(segment.source or "", None)  # known, and to compute it is what the segments before are for
-    for name in wanted:
-        graph.outputs.append(values[name])
-    RemoveUnusedNodesPass()(part)
+    starts = [*model.graph.inputs, *([] if source is None else [source])]
+    graph = ir.convenience.extract(model.graph, starts, [values[name] for name in wanted])
+    if source is not None:
+        hidden = graph.inputs[-1]
+        hidden.name = HIDDEN
+        if hidden.shape is None and hidden_shape is not None:
+            hidden.shape = ir.Shape(hidden_shape)
     for value in list(graph.inputs):
         if not value.uses() or name_of(value).endswith((LORA_A, LORA_B)):  # of an adapter: its default stays
             graph.inputs.remove(value)
     _float32_interface(graph)
-    return part
+    return ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values()))
 
 
 def _float32_interface(graph: ir.Graph) -> None:

@@ -45,13 +45,13 @@ def kv_cache_scales(
         before_rotation = {row.name: row.reads[0] for row in layer.rows if row.kind == "rotary"}
         _, keys, values = (before_rotation.get(name, name) for name in attention.reads)
         pair, value = torch.zeros(heads, size // 2), torch.zeros(heads, size)
-        for x in hidden:
-            found = layer.run(x, [keys, values])
+        for index, x in enumerate(hidden):
+            found = layer.run(x, [keys, values, layer.writes])
+            hidden[index] = found[layer.writes]
             k = found[keys].view(-1, heads, 2, size // 2)
             pair = torch.maximum(pair, k.square().sum(2).amax(0).sqrt())  # (kv_heads, head_dim / 2)
             value = torch.maximum(value, found[values].view(-1, heads, size).abs().amax(0))
         for kind, peak in (("key", pair.repeat(1, 2)), ("value", value)):
             scale = usable(peak * (MARGIN[bits] / LARGEST_CODE[bits]))
             scales[f"{layer.index}.{kind}"] = scale[:, None].numpy()
-        hidden = [layer(x) for x in hidden]
     return scales
