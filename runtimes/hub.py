@@ -44,11 +44,13 @@ that is down, and an OSError, as OfflineModeIsEnabled is. XetDownloadError is ne
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _UNREACHABLE = "the Hub cannot be reached and the cache has no copy; check the network or HF_HUB_OFFLINE"
-_REFUSED = {
+_MEANT = {
     401: "the Hub refuses the token; log in with another: hf auth login",
     403: "the token does not allow it; log in with another, or ask the owner for access: hf auth login",
+    412: "somebody else has changed the repository meanwhile",
+    429: "the Hub takes no more requests for now; wait some minutes",
 }
-"""HTTP status -> what it means where the library says no more"""
+"""HTTP status -> what it means, and what to do; the Hub's own words go behind it"""
 
 
 @dataclass(frozen=True)
@@ -144,10 +146,10 @@ def why(repository: str, error: BaseException) -> str:
             return why(repository, refusal)
         case LocalEntryNotFoundError() | OfflineModeIsEnabled():
             return _UNREACHABLE
-        case HfHubHTTPError() if status in _REFUSED:
-            return _REFUSED[status]
         case HfHubHTTPError():
-            return reason(error)
+            said = " ".join((error.server_message or "").split())[:200].rstrip(".")
+            meant = _MEANT.get(status or 0, f"the Hub answers {status} {error.response.reason_phrase}")
+            return f"{meant} (the Hub: {said})" if said else meant
     if isinstance(error, REQUEST_FAILED[0]):
         return f"the Hub cannot be reached ({reason(error)}); check the network"
     return reason(error)

@@ -71,6 +71,8 @@ class Hub:
     """the token may read and not write"""
     room: int | None = None
     """objects that are taken before the storage refuses; None: all"""
+    refusals: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """end of a path that is posted to -> the status that answers it, and its words"""
 
 
 def commit_of(revision: str) -> str:
@@ -215,6 +217,10 @@ def local_hub(
             if self.headers.get("Authorization") != f"Bearer {TOKEN}":
                 self.refuse()
                 return
+            for end, (status, words) in hub.refusals.items():
+                if path.endswith(end):
+                    self.send(status, json.dumps({"error": words}).encode(), _JSON)
+                    return
             if hub.read_only:
                 self.send(403, b"{}", {"X-Error-Message": "you need to use a token with write permissions"})
                 return

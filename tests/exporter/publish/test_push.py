@@ -170,6 +170,27 @@ def test_a_token_that_may_only_read_is_said_before_anything_is_sent(package: Pat
     assert hub.uploads == []
 
 
+def test_what_the_hub_says_of_the_commit_itself_is_told(package: Path, hub: Hub, push: Push) -> None:
+    """Not the library's own message, whose two addresses leave no room for the Hub's words."""
+    for status, words, said in (
+        (401, "", "the Hub refuses the token; log in with another: hf auth login"),
+        (403, "no room", "the token does not allow it; log in with another, or ask the owner for access"),
+        (409, "", "the Hub answers 409 Conflict"),
+        (412, "moved", "somebody else has changed the repository meanwhile"),
+        (500, "a fault", "the Hub answers 500 Internal Server Error"),
+    ):
+        hub.refusals["/commit/main"] = status, words
+        code, _, error = push(package, "--create")
+        assert (code, error.count("\n")) == (1, 0)
+        said += ": hf auth login" * (status == 403) + f" (the Hub: {words})" * bool(words)
+        assert f"{NAME}: {said}; nothing was published; run it again, and it goes on from here" in error
+    assert hub.repositories[NAME].branches == {"main": COMMIT}
+    hub.refusals.clear()
+    sent = len(hub.uploads)
+    assert push(package)[0] == 0
+    assert len(hub.uploads) == sent
+
+
 def test_without_a_network_or_offline_it_says_so(
     package: Path, push: Push, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
