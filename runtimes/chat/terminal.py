@@ -1,11 +1,11 @@
 """A chat in a terminal or a pipe: what a user types, what is shown, and the commands that begin with a slash.
 
-In a terminal an answer is shown as it is made, thoughts dim in front of it; Ctrl-C ends the answer, at the prompt twice
-the chat, as Ctrl-D does. In a pipe each line of stdin is a turn and stdout has the answers alone; what else there is to
-say goes to stderr, and what is wrong ends the program.
+In a terminal an answer is shown as it is made, thoughts dim in front of it; Ctrl-C ends the answer, at the prompt what
+is typed, at an empty one twice the chat, as Ctrl-D does. In a pipe each line of stdin is a turn and stdout has the
+answers alone; what else there is to say goes to stderr, and what is wrong ends the program.
 
 A turn of several lines: a line that ends in a backslash goes on in the next, and what begins with three quotes ends
-with three. A turn that begins with a slash begins with two.
+with three; a line end next to them is not of it. A turn that begins with a slash begins with two.
 """
 
 from __future__ import annotations
@@ -55,11 +55,18 @@ class Asks(Protocol):
 class AtPrompt(BaseException):
     """Ctrl-C while nothing is answered; not an Exception, so that nothing takes it for an error."""
 
+    def __init__(self, typed: bool) -> None:
+        super().__init__()
+        self.typed = typed
+        """something stood behind the prompt"""
+
 
 class Interrupts:
     """Ctrl-C: while a model answers it asks it to stop, twice it ends the program; else it is `AtPrompt`."""
 
-    def __init__(self) -> None:
+    def __init__(self, typed: Callable[[], bool]) -> None:
+        """Begin; `typed` tells whether something stands behind the prompt."""
+        self._typed = typed
         self._answering = False
         self._stopped = False
 
@@ -87,7 +94,7 @@ class Interrupts:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if not self._answering:
-            raise AtPrompt
+            raise AtPrompt(self._typed())
         if self._stopped:
             raise Interrupted(number)
         self._stopped = True
@@ -110,7 +117,7 @@ def read_turn(read_line: Callable[[bool], str | None]) -> str | None:
         lines = [line.lstrip().removeprefix(_QUOTES)]
         while not lines[-1].rstrip().endswith(_QUOTES) and (more := read_line(True)) is not None:
             lines.append(more)
-        return "\n".join(lines).rstrip().removesuffix(_QUOTES)
+        return "\n".join(lines).rstrip().removesuffix(_QUOTES).removeprefix("\n").removesuffix("\n")
     lines = [line]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]
@@ -163,6 +170,10 @@ class Terminal:
             return plain_lines(input("... " if begun else "> "))
         except EOFError:
             return None
+
+    def typed(self) -> bool:
+        """Tell whether something stands behind the prompt, where that can be known."""
+        return self._readline is not None and bool(self._readline.get_line_buffer())
 
     def close(self) -> None:
         """Keep what was typed, where that is wanted."""
@@ -270,26 +281,39 @@ class Session:
             if not self._take(turn, None):
                 return
 
-    def run_terminal(self, read_line: Callable[[bool], str | None]) -> None:
-        """Take turns until the user ends the chat; what is wrong with one is said, and the next is asked for."""
-        interrupts, again = Interrupts(), False
+    def run_terminal(self, read_line: Callable[[bool], str | None], typed: Callable[[], bool] = lambda: False) -> None:
+        """Take turns until the user ends the chat; what is wrong with one is said, and the next is asked for.
+
+        Args:
+            read_line: see `read_turn`.
+            typed: tells, of a line that was interrupted, whether something was typed.
+        """
+        interrupts, begun, again = Interrupts(typed), False, False
+
+        def read(more: bool) -> str | None:
+            nonlocal begun
+            begun = more
+            return read_line(more)
+
         self._show_system()
         with interrupts.installed():
             while True:
                 try:
-                    turn = read_turn(read_line)
+                    turn = read_turn(read)
                     if turn is None:
                         self._screen.line()
                         return
                     again = False
                     if not self._take(turn, interrupts):
                         return
-                except AtPrompt:
+                except AtPrompt as interrupted:
                     self._screen.line()
-                    if again:
+                    nothing = not (begun or interrupted.typed)
+                    if nothing and again:
                         return
-                    self._screen.note("Ctrl-C again, or Ctrl-D, ends the chat")
-                    again = True
+                    if nothing:
+                        self._screen.note("Ctrl-C again, or Ctrl-D, ends the chat")
+                    again = nothing
                 except (Olmo2ExportError, OSError) as error:
                     self._screen.note(str(error))
 
@@ -369,6 +393,8 @@ class Session:
         path = expanded(name)
         if path.exists() and path.resolve() not in self._own_files:
             raise InputError(f"{name}: there is such a file already; name another")
+        if not path.parent.is_dir():
+            raise InputError(f"{name}: no folder {path.parent}; make it, or name another")
         part = path.with_name(f"{path.name}.part")  # an interruption leaves what was saved before
         part.write_text("".join(map(_json_line, self._chat.messages)), encoding="utf-8")
         part.replace(path)

@@ -71,4 +71,4 @@ def run(args: argparse.Namespace) -> None:
         )
         keyboard = Terminal(args.history)
         stack.callback(keyboard.close)
-        session.run_terminal(keyboard.read_line)
+        session.run_terminal(keyboard.read_line, keyboard.typed)

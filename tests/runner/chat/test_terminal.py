@@ -78,7 +78,9 @@ class Desk:
         (["one \\", "two\\", "three", "four"], "one \ntwo\nthree"),
         (["one\\"], "one"),
         (['"""one"""', "x"], "one"),
-        (['"""', "one", "two", '"""', "x"], "\none\ntwo\n"),
+        (['"""', "one", "two", '"""', "x"], "one\ntwo"),
+        (['"""', "", "one", "", '"""', "x"], "\none\n"),
+        (['"""', '"""', "x"], ""),
         (['  """one', ' two"""  '], "one\n two"),
         (['"""one', "two"], "one\ntwo"),
         (["", "x"], ""),
@@ -193,6 +195,12 @@ def test_a_file_of_another_is_not_written_over(olmo3: Any, tmp_path: Path) -> No
     assert (tmp_path / "file").read_text() == "precious"
 
 
+def test_a_folder_that_is_not_there_is_named_and_no_file_beside_it(olmo3: Any, tmp_path: Path) -> None:
+    notes = Desk(olmo3).terminal(f"/save {tmp_path / 'no' / 'file'}")
+    assert f"no folder {tmp_path / 'no'}; make it, or name another" in notes
+    assert ".part" not in notes
+
+
 @pytest.mark.parametrize(
     ("text", "words"), [("[", "line 1: no JSON"), ("\n3", "line 2: expected an object, found int")]
 )
@@ -227,11 +235,29 @@ def test_ctrl_c_at_the_prompt_leaves_the_second_time(olmo3: Any) -> None:
     desk = Desk(olmo3, "Hello.")
     desk.session.run_terminal(read_line)
     assert desk.notes.getvalue().count("Ctrl-C again, or Ctrl-D, ends the chat") == 2
+
+
+def test_ctrl_c_that_takes_back_what_was_typed_does_not_count(olmo3: Any) -> None:
+    """Half a line, or a turn of several: the chat is not lost with it."""
+    reads = iter([("", 0), ("half a line", 0), ("", 0), ("first \\", 1), ("", 0), ("", 0), ("Hi", 1), (None, 1)])
+    behind_the_prompt = ""
+
+    def read_line(_begun: bool) -> str | None:
+        nonlocal behind_the_prompt
+        behind_the_prompt, whole = next(reads)
+        if not whole:
+            os.kill(os.getpid(), signal.SIGINT)
+        return behind_the_prompt
+
+    desk = Desk(olmo3, "Hello.")
+    desk.session.run_terminal(read_line, lambda: bool(behind_the_prompt))
+    assert [message["content"] for message in desk.chat.messages] == ["Hi", "Hello."]
+    assert desk.notes.getvalue().count("Ctrl-C again, or Ctrl-D, ends the chat") == 3
     assert next(reads, "no more") == "no more"
 
 
 def test_ctrl_c_stops_an_answer_and_twice_the_program() -> None:
-    interrupts = Interrupts()
+    interrupts = Interrupts(lambda: False)
     with interrupts.installed():
         with interrupts.answering():
             os.kill(os.getpid(), signal.SIGINT)
@@ -377,6 +403,12 @@ def test_a_terminal(package: Path, tmp_path: Path) -> None:
         until(" of ")  # it answers
         os.write(here, b"\x03")
         until("stopped")
+        for typed in (b"half a line", b"and another"):
+            until("> ")
+            os.write(here, typed)
+            until(typed.decode())
+            seen = ""
+            os.write(here, b"\x03")
         until("> ")
         os.write(here, b"\x04")
         assert process.wait(30) == 0
