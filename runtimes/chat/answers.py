@@ -57,6 +57,7 @@ class BrokenCall:
 
 
 Event: TypeAlias = Thought | Text | Call | BrokenCall
+_MOST_UNCLOSED = 8  # quotes that are not closed, each of which costs another reading of what follows
 _State: TypeAlias = Literal["begin", "think", "behind", "text", "calls", "ended"]
 
 
@@ -65,7 +66,7 @@ class AnswerParser:
 
     White space between thoughts and answer belongs to neither. A marker in the string of a call is part of the string,
     unless the answer ends without another and that line is no call: a quote that was not closed would swallow the rest.
-    `<think>` counts at the beginning alone.
+    This is mended eight times in an answer; then the rest is no call. `<think>` counts at the beginning alone.
     """
 
     def __init__(self, *, thinking: bool = False, tools: bool = False) -> None:
@@ -100,7 +101,10 @@ class AnswerParser:
     def finish(self) -> list[Event]:
         """End the answer; return what was left of it."""
         events = self._advance(final=True)
-        while self._state == "calls" and (found := self._line.swallowed(CALLED)) is not None:
+        for _ in range(_MOST_UNCLOSED):
+            found = self._line.swallowed(CALLED) if self._state == "calls" else None
+            if found is None:
+                break
             events += self._line.finish(cut_off=False)
             del self._called[len(self._called) - len(CALLED) - len(found) :]
             self._state, self._held = "text", found
@@ -180,9 +184,14 @@ class _CallLine:
     """A line of calls, character by character: it ends where one does that is in no string and no bracket."""
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self._chars: list[str] = []
         self._depth = 0
-        self._quote = ""
+        self._quote = ""  # what ends the string: one, or three
+        self._opened = 0  # where a string of one began
+        self._run = ""  # quotes behind each other which together may be three
         self._escaped = False
 
     @property
@@ -197,11 +206,16 @@ class _CallLine:
             self._escaped = False
         elif self._quote:
             self._escaped = char == "\\"
-            self._quote = "" if char == self._quote else self._quote
+            self._run = self._run + char if char == self._quote[0] else ""
+            if self._run == self._quote:
+                empty = len(self._quote) == 1 and self._opened == len(self._chars) - 1
+                self._quote, self._run = "", char if empty else ""
         elif char in "'\"":
-            self._quote = char
+            self._quote, self._opened = char * (3 if char == self._run else 1), len(self._chars)
+            self._run = ""
         else:
             self._depth += (char in "([{") - (char in ")]}")
+            self._run = ""
         return []
 
     def swallowed(self, marker: str) -> str | None:
@@ -215,7 +229,7 @@ class _CallLine:
     def finish(self, *, cut_off: bool = True) -> list[Event]:
         """End the line; return its calls."""
         text, open_ended = "".join(self._chars), bool(self._quote) or self._depth > 0
-        self._chars, self._depth, self._quote, self._escaped = [], 0, "", False
+        self._begin()
         try:
             return [Call(*call) for call in parse_calls(text)]
         except LiteralError as error:

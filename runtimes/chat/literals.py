@@ -4,7 +4,7 @@
     argument := name "=" literal
     literal := string+ | number | None | True | False | null | true | false
              | "[" literal, ... "]" | "(" literal, ... ")" | "{" string ":" literal, ... "}"
-    string  := '...' or "...", with the escapes of Python and of JSON; lines may end in it
+    string  := '...' or "...", or between three of these, with the escapes of Python and of JSON; lines may end in it
 
 Olmo 3 was trained on Python's calls with JSON's literals in them; both are read. Names of tools hold - and . elsewhere,
 so they may here.
@@ -151,7 +151,7 @@ class _Reader:
         return found
 
     def _strings(self) -> str:
-        """Read one string or several behind each other, which are one, as in Python: so are triple quotes."""
+        """Read one string or several behind each other, which are one, as in Python."""
         parts: list[str] = []
         while self._text[self._at : self._at + 1] in ("'", '"'):
             parts.append(self._string())
@@ -163,7 +163,8 @@ class _Reader:
 
     def _string(self) -> str:
         quote = self._text[self._at]
-        self._at += 1
+        quote *= 3 if self._text.startswith(3 * quote, self._at) else 1
+        self._at += len(quote)
         parts: list[str] = []
         while True:
             if match := _PLAIN.match(self._text, self._at):
@@ -172,9 +173,10 @@ class _Reader:
             char = self._text[self._at : self._at + 1]
             if not char:
                 raise self._error("a string without end")
-            self._at += 1
-            if char == quote:
+            if self._text.startswith(quote, self._at):
+                self._at += len(quote)
                 return "".join(parts)
+            self._at += 1
             parts.append(self._escape() if char == "\\" else char)
 
     def _escape(self) -> str:

@@ -71,6 +71,22 @@ def events(*pieces: str, thinking: bool = False, tools: bool = True) -> list[Eve
             [BrokenCall("f('</function_calls><function_calls>g('", ODD), Text("h")],
         ),
         (
+            """<function_calls>w(a=\"\"\"def f():\n    return "</function_calls>"\n\"\"\", b="", c='''it's''')
+g()</function_calls>.""",
+            False,
+            [
+                Call("w", {"a": 'def f():\n    return "</function_calls>"\n', "b": "", "c": "it's"}),
+                Call("g", {}),
+                Text("."),
+            ],
+        ),
+        (
+            """<function_calls>f(a="\\"", b=\"\"\"\\\"\"\"\")</function_calls>.""",
+            False,
+            [Call("f", {"a": '"', "b": '"'}), Text(".")],
+        ),
+        ("<function_calls>f(a='''x)</function_calls>.", False, [BrokenCall("f(a='''x)", NO_END), Text(".")]),
+        (
             "<function_calls>f(1)\ng()</function_calls>",
             False,
             [BrokenCall("f(1)", "expected '=' at character 3, found ')'"), Call("g", {})],
@@ -104,6 +120,14 @@ def test_text_behind_a_quote_that_is_not_closed_is_no_text_of_calls() -> None:
     assert parser.calls_text == "g()\nf(a='x)"
 
 
+def test_quotes_that_are_never_closed_cost_no_more_than_the_answer_is_long() -> None:
+    """Each was mended by reading all that follows it: minutes, for an answer as long as Olmo 3's context."""
+    once = "<function_calls>f(\\'</function_calls>"
+    found = events(once * 20)
+    assert found[:8] == [BrokenCall("f(\\'", 'expected the name of an argument at character 2, found "\\\\\'"')] * 8
+    assert found[8:] == [BrokenCall((once * 12).removeprefix("<function_calls>"), "cut off")]
+
+
 def test_an_answer_that_has_ended_takes_no_more() -> None:
     parser = AnswerParser()
     parser.finish()
@@ -113,7 +137,7 @@ def test_an_answer_that_has_ended_takes_no_more() -> None:
 
 PARTS = (
     "<think>", "</think>", "<function_calls>", "</function_calls>", "f(", ")", "a=", "'", '"', "\\", "[", "]", ",", "1",
-    "\n", " ", "<", "</", "think>", "null", "é🌍", "name-x.y(", "f(a='</function_calls>')\n", "g()",
+    "\n", " ", "<", "</", "think>", "null", "é🌍", "name-x.y(", "f(a='</function_calls>')\n", "g()", "'''", '"""',
 )  # fmt: skip
 
 
