@@ -16,6 +16,12 @@ import numpy.typing as npt
 from runtimes.errors import InputError
 from runtimes.integers import as_integer
 
+_MOST = 1e30  # of a number that logits are changed by: float32 holds it, and the sum of as many as a text has tokens
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.floating) and not isinstance(value, bool)
+
 
 class LogitRule(Protocol):
     """Changes the logits of one text; a text has objects of its own."""
@@ -61,9 +67,9 @@ class Penalties:
             ("presence", self.presence),
             ("frequency", self.frequency),
         ):
-            if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)) or not math.isfinite(value):
-                raise InputError(f"{name} penalty {value!r}: expected a finite number")
-        if self.repetition <= 0:
+            if not _is_number(value) or not abs(value) <= _MOST:
+                raise InputError(f"{name} penalty {value!r}: expected a number from -{_MOST:g} to {_MOST:g}")
+        if not self.repetition >= 1 / _MOST:
             raise InputError(f"repetition penalty {self.repetition!r}: expected a number above 0 (1: off)")
         self.begin(())
 
@@ -107,7 +113,7 @@ class LogitBias:
     Source: `logit_bias` of OpenAI's API; transformers' SequenceBiasLogitsProcessor for sequences of one token.
 
     Raises:
-        InputError: a token is not in the vocabulary, or its bias is NaN or +inf.
+        InputError: a token is not in the vocabulary, or its bias is NaN or too large for float32.
     """
 
     bias: Mapping[int, float]
@@ -124,8 +130,10 @@ class LogitBias:
                     f"logit bias: token id {given!r}, the vocabulary has 0 to {self.vocab_size - 1}; give integers"
                 )
         for token_id, value in self.bias.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)) or not value < math.inf:
-                raise InputError(f"logit bias of token {token_id}: {value!r}; expected a finite number, or -inf")
+            if not _is_number(value) or not (abs(value) <= _MOST or value == -math.inf):
+                raise InputError(
+                    f"logit bias of token {token_id}: {value!r}; expected a number up to {_MOST:g}, or -inf"
+                )
         object.__setattr__(self, "_ids", np.array(ids, np.int64))
         object.__setattr__(self, "_values", np.array(list(self.bias.values()), np.float32))
 

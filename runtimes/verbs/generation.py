@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
-from runtimes import Package, Slots, open_runner
+from runtimes import Package, Slots, UsageError, open_runner
 from runtimes.speculate.drafters import Drafter, DraftModel, PromptLookup
 from runtimes.text.logit_rules import LogitBias, LogitRule, Penalties
 from runtimes.text.plain_text import plain_lines
@@ -18,10 +19,11 @@ from runtimes.verbs.target import declare_debug, declare_kv_cache, declare_targe
 
 
 def _bias(word: str) -> tuple[int, float]:
-    token_id, sign, value = word.partition("=")
-    if not sign:
-        raise argparse.ArgumentTypeError(f"{word!r}: expected ID=B, as 42=-5 or 42=-inf")
-    return int(token_id), float(value)
+    token_id, _, value = word.partition("=")
+    try:
+        return int(token_id), float(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{word!r}: expected ID=B, as 42=-5 or 42=-inf") from error
 
 
 def _declare_structured(verb: argparse.ArgumentParser) -> None:
@@ -134,6 +136,9 @@ def rules_of(args: argparse.Namespace, vocab_size: int, grammar: GrammarRule | N
     penalties = Penalties(args.repetition_penalty, args.presence_penalty, args.frequency_penalty)
     rules: list[LogitRule] = [] if penalties == Penalties() else [penalties]
     if args.logit_bias:
+        twice = [token_id for token_id, count in Counter(i for i, _ in args.logit_bias).items() if count > 1]
+        if twice:
+            raise UsageError(f"--logit-bias: token {twice[0]} is given more than once; give it one")
         rules.append(LogitBias(dict(args.logit_bias), vocab_size))
     return rules if grammar is None else [*rules, grammar.fork()]
 

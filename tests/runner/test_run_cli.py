@@ -200,6 +200,8 @@ def test_a_text_that_is_cut_off_before_its_form_is_complete_is_said(
         (["--samples", "2", "--json", "--prompt-logprobs", "1"], "--prompt-logprobs: not with --samples 2"),
         (["--logprobs", "-1", "--json"], "logprobs -1: expected an integer from 0"),
         (["--logit-bias", "5"], "'5': expected ID=B"),
+        (["--logit-bias", "a=1"], "'a=1': expected ID=B"),
+        (["--logit-bias", "5=1", "--logit-bias", "5=-1"], "token 5 is given more than once"),
         (["--logit-bias", "9999999=1"], "token id 9999999, the vocabulary has 0 to"),
         (["--regex", "(a"], "regex: "),
         (["--json-schema", "nowhere.json"], "nowhere.json"),

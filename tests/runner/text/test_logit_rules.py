@@ -52,6 +52,9 @@ def test_presence_and_frequency_count_what_was_generated_and_not_the_prompt() ->
     [
         ({"repetition": 0.0}, "repetition penalty 0.0"),
         ({"repetition": math.inf}, "repetition penalty inf"),
+        ({"repetition": 1e39}, r"repetition penalty 1e\+39"),
+        ({"repetition": 1e-40}, "repetition penalty 1e-40"),
+        ({"presence": -1e39}, r"presence penalty -1e\+39"),
         ({"presence": math.nan}, "presence penalty nan"),
         ({"frequency": "1"}, "frequency penalty '1'"),
         ({"frequency": True}, "frequency penalty True"),
@@ -82,6 +85,8 @@ def test_biases_equal_those_of_transformers() -> None:
         ({"5": 1.0}, "token id '5'"),
         ({5: math.inf}, "token 5: inf"),
         ({5: math.nan}, "token 5: nan"),
+        ({5: 1e39}, r"token 5: 1e\+39"),
+        ({5: -1e39}, r"token 5: -1e\+39"),
         ({5: "1"}, "token 5: '1'"),
     ],
 )
