@@ -209,11 +209,15 @@ class VariantWriter:
         """Let a finished variant's graphs take adapters: all that was measured of them holds without one."""
         if not self._adapted:
             return variant
-        for entry in variant.each_graph:
+        portable = variant.portable
+        for entry in (*variant.each_graph, *filter(None, [portable])):
             take_adapters_at(self._staging / entry.graph, self._adapted, dtype)
         specs = lora_specs(self._adapted, dtype)
+        if portable is not None:
+            portable = dataclasses.replace(portable, inputs=(*portable.inputs, *specs))
         others = (dataclasses.replace(other, inputs=(*other.inputs, *specs)) for other in variant.other_caches)
-        return dataclasses.replace(variant, inputs=(*variant.inputs, *specs), other_caches=tuple(others))
+        inputs = (*variant.inputs, *specs)
+        return dataclasses.replace(variant, inputs=inputs, portable=portable, other_caches=tuple(others))
 
     @cached_property
     def _traced(self) -> ir.Model:
