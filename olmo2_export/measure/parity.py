@@ -4,6 +4,9 @@ KL alone is blind (a graph that ignores one q_norm has a KL of 3e-4) and top-1 a
 limits and each must hold. The sharpest is the error ratio: the error against float64, measured in units of the error
 that PyTorch itself makes at the same precision.
 
+KL and the errors' squares grow with depth, as PyTorch's own do: where rounding to 11 or 8 bits costs more KL than the
+limit says, the limit is what the allowed error costs, see `compare`. A faithful bfloat16 graph of 8 layers was red.
+
 That unit is one draw. Where a few weights are a thousand times the others, most of the error comes from few roundings,
 and another last bit in its inputs makes PyTorch's own up to 20 times as large; an ordinary model's, over all positions,
 stays within 5 %. So a graph that is off is compared again, with the largest of several draws and no absolute limit
@@ -40,6 +43,11 @@ class Gate:
     """most: logit units, against PyTorch"""
     perplexity_rise: float | None = None
     """most: relative, either way, against PyTorch in float32 on text"""
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the error is that of rounding results to few bits, which a faithful graph does as PyTorch does."""
+        return self.nmse is None
 
 
 GATES: dict[str, Gate] = {
@@ -242,7 +250,8 @@ def compare(
         test: per sequence, float32 [positions, vocab_size].
         exact: the same from PyTorch in float64.
         torch_logits: the same from PyTorch at the gate's precision.
-        gate: the limits. Few positions are a small sample: see `_few`.
+        gate: the limits. Few positions are a small sample: see `_few`. Where results are rounded, KL may be what an
+            error of `error_ratio` times PyTorch's costs, if that is more: it is the square of an error.
         draws: `torch_logits` again, their last bits other ones. The largest error of all is the unit; and where that is
             near an absolute limit, the limit follows it.
         scale: of scores, of which a case has few; None: what the case's own logits give. Where PyTorch's own error at
@@ -269,6 +278,8 @@ def compare(
     kl = kl_divergence(truth, got)
     if draws:
         gate = _reachable(gate, truth, off, scale)
+    elif gate.rounded:
+        gate = replace(gate, kl_mean=max(gate.kl_mean, gate.error_ratio**2 * float(kl_divergence(truth, own).mean())))
     values = {
         "error_ratio": error / own_error if own_error > 0 else (0.0 if error == 0 else math.inf),
         "nmse": error**2 / scale.variance,
