@@ -6,7 +6,7 @@
 | POST /v1/completions, /v1/chat/completions       | texts, at once or as a stream                              |
 | POST /v1/responses                               | the same as a chat; nothing is kept                        |
 | POST /tokenize, /detokenize                      | ids of a text or of a chat; text of ids                    |
-| POST /v1/embeddings, /v1/score, /v1/rerank       | 501: olmo2-run embed and score do it                       |
+| POST /v1/embeddings, /v1/score, /v1/rerank       | vectors and scores of texts, where the package has them    |
 | GET /health, /ready                              | 200 while the process lives; 503 while it takes no calls   |
 | GET /metrics, /version                           | for Prometheus; of the distribution and the package        |
 """
@@ -34,13 +34,24 @@ from runtimes.generation.generate import encode_prompt
 from runtimes.serve.calls import Call, ChatCall, CompletionCall, read_chat, read_completion
 from runtimes.serve.desk import Desk
 from runtimes.serve.edge import CALL_ID, NOTES, json_response, problem_response, to_json
+from runtimes.serve.measures import (
+    MeasureCall,
+    Values,
+    embeddings_answer,
+    encoded_texts,
+    read_embeddings,
+    read_rerank,
+    read_score,
+    rerank_answer,
+    score_answer,
+)
 from runtimes.serve.metrics import CONTENT_TYPE, Metrics
 from runtimes.serve.model import ServedModel
 from runtimes.serve.problems import CallError, Problem, problem_of
 from runtimes.serve.requests import Capacity, Request, Scored, Started
 from runtimes.serve.responses import ResponseWriter, read_response
 from runtimes.serve.strict_json import Fields, parse_object
-from runtimes.serve.texts import Answering, Patience, Ping, Said
+from runtimes.serve.texts import Answering, Patience, Ping, Said, measured
 from runtimes.serve.writers import ChatWriter, CompletionWriter, merged_chat, merged_completion, usage
 
 _SHORT = 4096  # characters that are encoded in the event loop
@@ -82,7 +93,9 @@ class Routes:
             Route("/v1/completions", self.completions, methods=post),
             Route("/v1/chat/completions", self.chats, methods=post),
             Route("/v1/responses", self.responses, methods=post),
-            *(Route(f"/v1/{name}", self.not_served, methods=post) for name in ("embeddings", "score", "rerank")),
+            Route("/v1/embeddings", self.embeddings, methods=post),
+            Route("/v1/score", self.scores, methods=post),
+            Route("/v1/rerank", self.ranks, methods=post),
             Route("/tokenize", self.tokenize, methods=post),
             Route("/detokenize", self.detokenize, methods=post),
             Route("/health", self.health, methods=get),
@@ -217,6 +230,46 @@ class Routes:
             raise NotReadyError("the model is being loaded; try again later")
         return self._desk.capacity
 
+    # Whole texts
+
+    async def embeddings(self, http: HttpRequest) -> Response:
+        """POST /v1/embeddings."""
+
+        async def work() -> Response:
+            capacity = self._capacity()
+            call = read_embeddings(parse_object(await http.body()), self._model, capacity.hidden_size)
+            return json_response(embeddings_answer(call, *await self._measured(http, call)))
+
+        return await _while_connected(http, work())
+
+    async def scores(self, http: HttpRequest) -> Response:
+        """POST /v1/score."""
+
+        async def work() -> Response:
+            call = read_score(parse_object(await http.body()), self._model)
+            found, tokens = await self._measured(http, call)
+            return json_response(score_answer(call, found, tokens, self._model.labels, _id(http)))
+
+        return await _while_connected(http, work())
+
+    async def ranks(self, http: HttpRequest) -> Response:
+        """POST /v1/rerank."""
+
+        async def work() -> Response:
+            call = read_rerank(parse_object(await http.body()), self._model)
+            return json_response(rerank_answer(call, *await self._measured(http, call), _id(http)))
+
+        return await _while_connected(http, work())
+
+    async def _measured(self, http: HttpRequest, call: MeasureCall) -> tuple[Values, int]:
+        """Return what was measured of a call's texts, and how many tokens they have."""
+        self._capacity()
+        sequences = await asyncio.to_thread(encoded_texts, call, self._model)
+        tokens = sum(map(len, sequences))
+        http.scope[NOTES] |= {"model": call.model, "texts": len(sequences), "prompt_tokens": tokens}
+        request = replace(call.measured, id=_id(http), sequences=sequences)
+        return await measured(self._desk, request, metrics=self._metrics, patience=self._patience), tokens
+
     # About the server
 
     async def models(self, _: HttpRequest) -> Response:
@@ -270,13 +323,6 @@ class Routes:
         if tokens is None or not all(type(i) is int and 0 <= i < most for i in tokens):
             raise CallError(f"tokens: expected a list of ids from 0 to {most - 1}", "tokens")
         return json_response({"prompt": self._model.tokenizer.decode(tokens)})
-
-    async def not_served(self, http: HttpRequest) -> Response:
-        """What is not there yet."""
-        verb = "embed" if http.url.path.endswith("embeddings") else "score"
-        raise CallError(
-            f"{http.url.path}: this server answers texts alone; use olmo2-run {verb}", status=501, code="not_served"
-        )
 
     async def health(self, _: HttpRequest) -> Response:
         """GET /health: the process answers."""

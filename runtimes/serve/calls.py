@@ -73,6 +73,7 @@ def read_completion(body: Mapping[str, Any], model: ServedModel) -> CompletionCa
     Raises:
         CallError: a field is not what it must be, or there is no such model.
     """
+    model.check_generates()
     fields = Fields(body)
     prompts = _prompts(fields)
     echo = fields.flag("echo")
@@ -95,6 +96,7 @@ def read_chat(body: Mapping[str, Any], model: ServedModel) -> ChatCall:
     Raises:
         CallError: as `read_completion`, or the model has no chat template, or none that takes tools.
     """
+    model.check_generates()
     fields = Fields(body)
     if model.chat is None:
         raise CallError("this model has no chat template; use /v1/completions", "messages", status=404)

@@ -16,8 +16,10 @@ from runtimes.serve.requests import (
     Capacity,
     Event,
     Failed,
+    Measured,
     Request,
     Started,
+    Texts,
     Token,
     check_queue,
     check_request,
@@ -27,7 +29,7 @@ from runtimes.serve.requests import (
 class Submit(NamedTuple):
     """To the engine: answer this."""
 
-    request: Request
+    request: Request | Texts
 
 
 class Cancel(NamedTuple):
@@ -48,11 +50,11 @@ Feed: TypeAlias = asyncio.Queue[Event]
 class _Entry:
     """A request that is not answered yet."""
 
-    def __init__(self, request: Request, feed: Feed) -> None:
+    def __init__(self, request: Request | Texts, feed: Feed) -> None:
         self.request, self.feed = request, feed
         self.started = False
-        self.left = request.choices
-        """choices that have not ended"""
+        self.left = request.parts
+        """choices, or texts, that have not ended"""
 
     def put(self, event: Event) -> None:
         """Take note of an event, and pass it on."""
@@ -62,6 +64,8 @@ class _Entry:
             self.left = 0
         elif isinstance(event, Token) and event.reason is not None:
             self.left -= 1
+        elif isinstance(event, Measured):
+            self.left -= len(event.places)
         self.feed.put_nowait(event)
 
 
@@ -105,7 +109,7 @@ class Desk:
         """Requests that are not begun yet."""
         return sum(not entry.started for entry in self._entries.values())
 
-    def submit(self, requests: Sequence[Request]) -> Feed:
+    def submit(self, requests: Sequence[Request | Texts]) -> Feed:
         """Hand in requests, all or none.
 
         Returns:
@@ -113,7 +117,7 @@ class Desk:
 
         Raises:
             BusyError, NotReadyError: too many wait, or there is no engine now.
-            InputError: as `check_request`.
+            InputError, UsageError: as `check_request`.
         """
         if not self._open or self.capacity is None:
             raise NotReadyError("the model is being loaded; try again later")

@@ -2,6 +2,7 @@
 
     tick: a step of all answers  ->  pieces of the oldest prompt, for a time  ->  what came of it, in one list
 
+- Whole texts, of which something is measured, wait until no answer is being made, and then have the runner alone.
 - Requests are begun in the order in which they came, none passes another, and one prompt is computed at a time.
 - A request is begun when all that it may come to hold fits beside what the others may, so that none is ever given up
   for want of memory. Texts that have ended are kept as long as there is room, see `kept.py`.
@@ -25,6 +26,7 @@ from runtimes.generation.draw import Draw
 from runtimes.runners.runner import Logits
 from runtimes.runners.slots import Slots
 from runtimes.serve.kept import KeptRows, Text, longest_prefix
+from runtimes.serve.measuring import Measuring
 from runtimes.serve.pace import LEAST_TOKENS, MOST_TOKENS, Pace
 from runtimes.serve.requests import (
     Capacity,
@@ -37,6 +39,7 @@ from runtimes.serve.requests import (
     Request,
     Scored,
     Started,
+    Texts,
     Token,
     check_queue,
     check_request,
@@ -133,22 +136,26 @@ class Engine:
             adapters=tuple(runner.adapters),
             exact=runner.exact,
             variant=runner.variant.name,
+            hidden_size=runner.model.hidden_size,
+            hidden_states=tuple(runner.variant.hidden_states),
+            labels=tuple(runner.model.labels),
         )
         self._queue = queue
         self._structured = structured
         self._clock = clock
         self._pace = Pace(prefill_seconds)
         self._kept = KeptRows(runner, runner.max_slots if kept_rows is None else kept_rows)
-        self._waiting: deque[Request] = deque()
+        self._measuring = Measuring(runner)
+        self._waiting: deque[Request | Texts] = deque()
         self._prompt: _Prompt | None = None
         self._answers: dict[int, _Answer] = {}  # slot -> what it holds
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do until a request comes."""
-        return not (self._waiting or self._prompt or self._answers)
+        return not (self._waiting or self._prompt or self._answers or self._measuring.requests)
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request | Texts) -> None:
         """Take a request; it waits until there is room for it.
 
         Raises:
@@ -158,7 +165,8 @@ class Engine:
         check_request(request, self.capacity)
         check_queue(len(self._waiting), self._queue)
         current = [self._prompt.request] if self._prompt else []
-        if any(r.id == request.id for r in (*self._waiting, *current, *(a.request for a in self._answers.values()))):
+        others = (*self._waiting, *current, *(answer.request for answer in self._answers.values()))
+        if request.id in (*(other.id for other in others), *self._measuring.requests):
             raise InputError(f"request {request.id!r}: there is one of that id; give another")
         self._waiting.append(request)
 
@@ -169,18 +177,21 @@ class Engine:
                 self._end(slot)
         if choice is None:
             self._waiting = deque(request for request in self._waiting if request.id != request_id)
+            self._measuring.cancel(request_id)
             if self._prompt is not None and self._prompt.request.id == request_id:
                 self._drop_prompt(self._prompt)
 
     def tick(self) -> Tick:
-        """Compute the next token of every answer, and some of the oldest prompt."""
+        """Compute the next token of every answer, and some of the oldest prompt; or some whole texts."""
         seen = _Seen()
         if self._answers:
             self._step(seen)
         self._compute_prompts(seen)
+        if not self._answers and self._prompt is None:
+            self._measure(seen)
         return Tick(
             events=seen.events,
-            running=len(self._answers) + (self._prompt is not None),
+            running=len(self._answers) + (self._prompt is not None) + len(self._measuring.requests),
             waiting=len(self._waiting),
             kv_tokens=self._accepted_tokens() + self._kept.tokens,
             stepped=seen.stepped,
@@ -322,12 +333,30 @@ class Engine:
         else:
             self._runner.release(prompt.slot)
 
+    # Whole texts
+
+    def _measure(self, seen: _Seen) -> None:
+        """Begin the requests of this kind that have waited longest, and compute a batch of their texts."""
+        while self._waiting and isinstance(request := self._waiting[0], Texts):
+            self._waiting.popleft()
+            seen.events.append(Started(request.id, 0))
+            self._measuring.add(request)
+        if not self._measuring.requests:
+            return
+        while self._kept.drop():  # a batch takes all rows
+            pass
+        events, tokens = self._measuring.compute()
+        seen.events += events
+        seen.prompted += tokens
+
     # Admission
 
     def _begin_next(self, seen: _Seen) -> bool:
-        """Begin the request that has waited longest, if there is room for it; tell whether there is one."""
+        """Begin the request that has waited longest, if there is room for its prompt; tell whether there is one."""
         while self._waiting and self._prompt is None:
             request = self._waiting[0]
+            if isinstance(request, Texts) or self._measuring.requests:
+                return False
             taken = len(self._answers)
             if taken + request.choices > self.capacity.max_slots:
                 return False

@@ -48,6 +48,10 @@ class ServedModel:
     chat: Chat | None = None
     """None: the package has no chat template"""
     adapters: tuple[str, ...] = ()
+    hidden_states: tuple[int, ...] = ()
+    """numbers of those that it gives"""
+    labels: tuple[str, ...] = ()
+    """of a classifier, which makes no texts"""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -73,6 +77,17 @@ class ServedModel:
             )
         return self.names[name]
 
+    def check_generates(self) -> None:
+        """Refuse a classifier where texts are asked for.
+
+        Raises:
+            CallError: it is one.
+        """
+        if self.labels:
+            raise CallError(
+                "this model is a classifier, which makes no texts; use /v1/score", status=404, code="not_served"
+            )
+
 
 def served_model(package: Package, name: str, *, check_hashes: bool = True) -> ServedModel:
     """Read the texts of a package.
@@ -94,7 +109,8 @@ def served_model(package: Package, name: str, *, check_hashes: bool = True) -> S
         except BaseException:
             template.close()
             raise
-    return ServedModel(name, package.checksum, tokenizer, chat)
+    spec = package.model
+    return ServedModel(name, package.checksum, tokenizer, chat, hidden_states=spec.hidden_states, labels=spec.labels)
 
 
 def _template(package: Package, check_hashes: bool) -> ChatTemplate | None:

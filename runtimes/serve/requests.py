@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
-from runtimes.errors import BusyError, ContextLengthError, InputError
+import numpy as np
+import numpy.typing as npt
+
+from runtimes.errors import BusyError, ContextLengthError, InputError, UsageError
 from runtimes.generation.draw import Draw
+from runtimes.runners.embeddings import POOLINGS, Pooling
 from runtimes.runners.runner import check_rows, chosen_adapters
 from runtimes.text.logit_rules import LogitBias, LogitRule, Penalties
 from runtimes.text.logprobs import TokenLogprobs, check_top
 from runtimes.text.sampling import Sampler
 
+Measure: TypeAlias = Literal["vectors", "scores"]
+"""of a whole text: a vector of its hidden states, or a classifier's scores, one for each label"""
 FormKind: TypeAlias = Literal["json_schema", "regex", "grammar"]
 EndReason: TypeAlias = Literal["eos", "length"]
 """an end-of-sequence token, or as many tokens as were asked for"""
@@ -41,6 +47,12 @@ class Capacity:
     adapters: tuple[str, ...] = ()
     exact: bool = False
     variant: str = ""
+    hidden_size: int = 0
+    """numbers of a vector"""
+    hidden_states: tuple[int, ...] = ()
+    """numbers of those that texts may be given vectors of"""
+    labels: tuple[str, ...] = ()
+    """of a classifier, which scores texts and makes none"""
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,11 @@ class Request:
     """note each token's log probability, and so many of the likeliest; None: note none"""
     prompt_logprobs: int | None = None
     """the same of the prompt's tokens, all of which are computed then"""
+
+    @property
+    def parts(self) -> int:
+        """What is said of it that may end by itself."""
+        return self.choices
 
     @property
     def row_tokens(self) -> int:
@@ -104,14 +121,41 @@ class Request:
         return draw
 
 
-def check_request(request: Request, capacity: Capacity) -> None:
+@dataclass(frozen=True)
+class Texts:
+    """Whole texts, of each of which something is measured; none goes on."""
+
+    id: str
+    """of no other request that is being answered"""
+    sequences: tuple[tuple[int, ...], ...]
+    """their ids, at least one text"""
+    measure: Measure
+    pooling: Pooling = "mean"
+    hidden_state: int | None = None
+    """None: the last that there is"""
+    normalize: bool = False
+    """divide each vector by its length"""
+
+    @property
+    def parts(self) -> int:
+        """What is said of it that may end by itself."""
+        return len(self.sequences)
+
+
+def check_request(request: Request | Texts, capacity: Capacity) -> None:
     """Refuse what the engine could never answer.
 
     Raises:
         InputError: an option is out of its range, an id is not in the vocabulary, there is no such adapter, or there
             are more choices than slots.
-        ContextLengthError: prompt and answer do not fit.
+        ContextLengthError: prompt and answer, or a text, do not fit.
+        UsageError: the model answers nothing of that kind.
     """
+    if isinstance(request, Texts):
+        _check_texts(request, capacity)
+        return
+    if capacity.labels:
+        raise UsageError("this model is a classifier: it scores texts, and makes none")
     prompt, new = len(request.prompt_ids), request.max_new_tokens
     if request.row_tokens > capacity.max_cache_length:
         raise ContextLengthError(
@@ -135,6 +179,25 @@ def check_request(request: Request, capacity: Capacity) -> None:
         )
     request.draw(0, capacity.vocab_size)
     check_top("prompt_logprobs", request.prompt_logprobs, capacity.vocab_size)
+
+
+def _check_texts(request: Texts, capacity: Capacity) -> None:
+    known = capacity.hidden_states
+    if request.measure == "scores" and not capacity.labels:
+        raise UsageError("this model is no classifier: it gives no scores")
+    if request.measure == "vectors" and not known:
+        raise UsageError("this model gives no hidden states; export it with --hidden-states last")
+    if request.hidden_state is not None and request.hidden_state not in known:
+        raise InputError(f"hidden state {request.hidden_state}: this model gives {', '.join(map(str, known))}")
+    if request.pooling not in POOLINGS:
+        raise InputError(f"pooling {request.pooling!r}: expected {' or '.join(POOLINGS)}")
+    check_rows(
+        request.sequences,
+        vocab_size=capacity.vocab_size,
+        cache_lengths=(),
+        max_cache_length=capacity.max_cache_length,
+        names=tuple(f"text {number}" for number in range(len(request.sequences))),
+    )
 
 
 def check_queue(waiting: int, most: int | None, more: int = 1) -> None:
@@ -187,6 +250,16 @@ class Failed(NamedTuple):
     kind: FailureKind
 
 
-Event: TypeAlias = Started | Scored | Token | Failed
+class Measured(NamedTuple):
+    """What was measured of some of a request's texts."""
+
+    request: str
+    places: tuple[int, ...]
+    """of these texts among all, from 0"""
+    values: npt.NDArray[np.floating[Any]]
+    """float32 [places, hidden_size or labels]"""
+
+
+Event: TypeAlias = Started | Scored | Token | Measured | Failed
 Clock: TypeAlias = Callable[[], float]
 """seconds from any point on"""

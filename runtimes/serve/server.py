@@ -231,7 +231,6 @@ def serve(
     check_reach(options)
     check_certificate(options)
     package = open_package(engine.package)
-    package.check_logits("serve")
     named = name or package.folder.resolve().name
     if package.manifest.adapters and named in package.manifest.adapters:
         raise UsageError(f"--name {named}: a LoRA adapter of the package is called so; give another")

@@ -123,9 +123,10 @@ class Fields:
         value: str | None = self._typed(field, str, "a string")
         return value
 
-    def flag(self, field: str) -> bool:
-        """Return whether it is true; False: it is missing."""
-        return self._typed(field, bool, "true or false") or False
+    def flag(self, field: str, *, missing: bool = False) -> bool:
+        """Return whether it is true; `missing` where it is not there."""
+        value: bool | None = self._typed(field, bool, "true or false")
+        return missing if value is None else value
 
     def integer(self, field: str, least: int, most: int) -> int | None:
         """Return a whole number of a range; None: it is missing."""

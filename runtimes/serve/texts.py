@@ -6,13 +6,16 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
-from runtimes.errors import EngineLostError, FailedError, InputError, NotReadyError, NumericError
+import numpy as np
+import numpy.typing as npt
+
+from runtimes.errors import EngineLostError, FailedError, InputError, NotReadyError, NumericError, Olmo2ExportError
 from runtimes.generation.text_state import FinishReason, TextState
 from runtimes.serve.desk import Desk, Feed
 from runtimes.serve.metrics import Metrics
-from runtimes.serve.requests import Clock, Event, Failed, Request, Scored, Started, Token
+from runtimes.serve.requests import Clock, Event, Failed, Measured, Request, Scored, Started, Texts, Token
 from runtimes.text.logprobs import TokenLogprobs
 from runtimes.text.tokenizer import Tokenizer
 
@@ -47,6 +50,65 @@ class Ping(NamedTuple):
 
 
 News: TypeAlias = Started | Scored | Said | Ping
+
+
+async def measured(
+    desk: Desk, request: Texts, *, metrics: Metrics, patience: Patience, clock: Clock = time.monotonic
+) -> npt.NDArray[np.floating[Any]]:
+    """Have whole texts measured; whoever gives it up gives up the request.
+
+    Args:
+        desk: takes the request.
+        request: at least one text.
+        metrics: are told of times and tokens.
+        patience: how long it may take.
+        clock: tells the time, of the event loop.
+
+    Returns:
+        float32 [texts, hidden_size or labels].
+
+    Raises:
+        Olmo2ExportError: it is refused, fails, or takes too long.
+    """
+    began, found = clock(), dict[int, npt.NDArray[np.floating[Any]]]()
+    feed = desk.submit([request])
+    started = failed = False
+    try:
+        while len(found) < len(request.sequences):
+            least = patience.generation if started else patience.queue
+            async with asyncio.timeout(max(0.0, began + least - clock())):
+                event = await feed.get()
+            match event:
+                case Failed():
+                    failed = True
+                    metrics.failed(event.kind)
+                    raise error_of(event)
+                case Started():
+                    started = True
+                    metrics.started(clock() - began, sum(map(len, request.sequences)), 0)
+                case Measured():
+                    found.update(zip(event.places, event.values, strict=True))
+    except TimeoutError as error:
+        if started:
+            raise FailedError(f"the texts took longer than {patience.generation:g} s; give fewer") from error
+        raise NotReadyError(f"the request waited {patience.queue:g} s and was not begun; try again later") from error
+    finally:
+        if len(found) < len(request.sequences) and not failed:
+            metrics.cancelled()
+            desk.cancel(request.id)
+    metrics.ended("stop", clock() - began)
+    return np.stack([found[place] for place in range(len(found))])
+
+
+def error_of(event: Failed) -> Olmo2ExportError:
+    """Return why a request failed, as an error."""
+    match event.kind:
+        case "input":
+            return InputError(event.message)
+        case "numeric":
+            return NumericError(event.message)
+        case _:
+            return EngineLostError(event.message)
 
 
 class Answering:
@@ -181,10 +243,4 @@ class Answering:
         for key in [key for key in self._texts if key[0] == event.request]:
             del self._texts[key]
         self._metrics.failed(event.kind)
-        match event.kind:
-            case "input":
-                raise InputError(event.message)
-            case "numeric":
-                raise NumericError(event.message)
-            case _:
-                raise EngineLostError(event.message)
+        raise error_of(event)

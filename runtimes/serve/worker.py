@@ -51,7 +51,6 @@ def open_engine(options: EngineOptions) -> Iterator[Engine]:
         Olmo2ExportError: as `open_runner`.
     """
     package = open_package(options.package)
-    package.check_logits("serve")
     with open_runner(
         package,
         variant=options.variant,
@@ -74,12 +73,17 @@ def open_engine(options: EngineOptions) -> Iterator[Engine]:
 
 def _warm_up(runner: Slots) -> None:
     prompt = [0] * min(_WARM_TOKENS, runner.max_cache_length - 1)
+    if runner.model.labels:
+        runner.score([prompt])
+        return
     slot, _ = runner.admit(prompt)
     runner.step({slot: 0})
     runner.release(slot)
 
 
 def _structured(package: Package, options: EngineOptions) -> StructuredOutput | None:
+    if package.model.labels:
+        return None
     try:
         tokenizer = Tokenizer.from_package(package, check_hashes=options.check_hashes)
         return StructuredOutput(tokenizer, package.model.vocab_size)

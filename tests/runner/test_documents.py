@@ -9,12 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtimes import open_runner
+from runtimes import open_package, open_runner
 from runtimes.cli import main
 from runtimes.documents import Document, read_documents, written
 from runtimes.errors import InputError
 from runtimes.manifest import MANIFEST_NAME
 from runtimes.runners.embeddings import embed
+from runtimes.serve.model import served_model
+from runtimes.serve.options import EngineOptions
+from runtimes.serve.requests import Measured, Request, Started, Texts, Token
+from runtimes.serve.worker import open_engine
 from runtimes.text.tokenizer import Tokenizer
 
 TEXTS = ["And it came to pass", "the works of the Son of God", "x"]
@@ -218,3 +222,38 @@ def test_a_package_without_hidden_states_is_refused(
     assert "its graphs give no hidden states; export it with --hidden-states last" in capsys.readouterr().err
     assert main(["embed", str(embedder), str(tmp_path / "in.txt"), "--hidden-state", "1"]) == 2
     assert "hidden state 1: variant fp32 gives 2, " in capsys.readouterr().err
+
+
+def test_a_server_gives_the_same_vectors_and_goes_on_with_answers(embedder: Path) -> None:
+    sequences = ((5, 17, 99), (11, 2), (3, 4, 5, 6, 7, 8, 9, 10, 11))
+    with open_runner(embedder) as runner:
+        expected = embed(runner, sequences, normalize=True)
+    with open_engine(EngineOptions(str(embedder), threads=1)) as engine:
+        assert engine.capacity.hidden_size == expected.shape[1]
+        engine.submit(Request("before", (5, 6, 7, 8, 9, 10, 11, 12, 13), 3))
+        engine.submit(Texts("texts", sequences, "vectors", normalize=True))
+        engine.submit(Request("behind", (5, 6, 7, 8, 9, 10, 11, 12, 13), 3))
+        events = []
+        while not engine.idle:
+            events += engine.tick().events
+    found = {p: v for e in events if isinstance(e, Measured) for p, v in zip(e.places, e.values, strict=True)}
+    np.testing.assert_allclose([found[place] for place in range(3)], expected, atol=2e-5)
+    answers = {
+        name: [e.token_id for e in events if isinstance(e, Token) and e.request == name]
+        for name in ("before", "behind")
+    }
+    assert answers["before"] == answers["behind"]
+    assert len(answers["before"]) == 3
+
+
+def test_a_server_gives_the_same_scores(scorer: Path) -> None:
+    sequences = ((5, 17, 99), (11, 2))
+    with open_runner(scorer) as runner:
+        expected = runner.score(sequences)
+    with open_engine(EngineOptions(str(scorer), threads=1)) as engine:
+        engine.submit(Texts("texts", sequences, "scores"))
+        (started, measured) = engine.tick().events
+    assert isinstance(started, Started)
+    assert isinstance(measured, Measured)
+    np.testing.assert_allclose([measured.values[n] for n in np.argsort(measured.places)], expected, atol=1e-5)
+    assert served_model(open_package(scorer), "scorer").labels == ("bad", "good")

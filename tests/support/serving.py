@@ -22,6 +22,14 @@ from runtimes.serve.engine import Engine
 from runtimes.serve.requests import Request
 from runtimes.text.tokenizer import Tokenizer
 
+FAKE_SIZE = 3
+"""numbers of a fake hidden state"""
+
+
+def fake_state(token_id: int) -> list[float]:
+    """The hidden state of a token, whatever stands before it."""
+    return [1.0, token_id % 7 - 3.0, token_id % 5 - 2.0]
+
 
 class FakeClock:
     """Seconds that pass where somebody says so."""
@@ -50,12 +58,28 @@ class FakeSlots(RowRunner):
         exact: bool = False,
         clock: FakeClock | None = None,
         step_seconds: float = 0.01,
+        hidden_states: Sequence[int] = (),
+        labels: Sequence[str] = (),
+        pad_token_id: int | None = 0,
     ) -> None:
         spec = SimpleNamespace(max_cache_length=context)
         variant = SimpleNamespace(
-            top_k=0, kv_cache=spec, name_of=str, answer="logits", inputs=(), name="fake", hidden_states={}
+            top_k=0,
+            kv_cache=spec,
+            name_of=str,
+            answer="score" if labels else "logits",
+            inputs=(),
+            name="fake",
+            hidden_states={number: f"hidden_states.{number}" for number in hidden_states},
         )
-        model = SimpleNamespace(vocab_size=vocab_size, hidden_size=0, task="language-model", hidden_states=())
+        model = SimpleNamespace(
+            vocab_size=vocab_size,
+            hidden_size=FAKE_SIZE,
+            task="sequence-classification" if labels else "language-model",
+            hidden_states=tuple(hidden_states),
+            labels=tuple(labels),
+            pad_token_id=pad_token_id,
+        )
         super().__init__(variant, model, max_slots, exact=exact)  # type: ignore[arg-type]
         self.adapters = ("first", "second")
         self.clock = clock or FakeClock()
@@ -65,6 +89,8 @@ class FakeSlots(RowRunner):
         """tokens of each piece of a prompt"""
         self.rows: list[int] = []
         """rows of each step"""
+        self.batches: list[int] = []
+        """texts of each batch of whole ones"""
         self.height = 5.0
         """of the likeliest token's logit; the others have 0"""
         self.broken: set[int] = set()
@@ -84,10 +110,20 @@ class FakeSlots(RowRunner):
         raise AssertionError("a server does not call it")
 
     def _extend(self, rows: list[Ids], tokens: list[Ids], all_positions: bool) -> list[Logits]:  # noqa: ARG002
-        raise AssertionError("a server does not call it")
+        """A classifier scores a batch; a server computes prompts otherwise."""
+        assert self.model.labels
+        self.batches.append(len(rows))
+        return [self._measured(row)[-1:, : len(self.model.labels)] for row in rows]
 
     def _hidden(self, rows: list[Ids], tokens: list[Ids], wanted: Sequence[str]) -> list[list[Logits]]:  # noqa: ARG002
-        raise AssertionError("it gives none")
+        self.batches.append(len(rows))
+        each = [self._measured(row) for row in rows]
+        return [[states * (int(name.rpartition(".")[2]) + 1) for name in wanted] for states in each]
+
+    def _measured(self, ids: Ids) -> Logits:
+        states = np.array([fake_state(token_id) for token_id in ids], np.float32)
+        states[[int(token_id) in self.broken for token_id in ids]] = np.nan
+        return states
 
     def _reserve(self, rows: int) -> None:
         assert rows <= len(self.buffer)
@@ -143,9 +179,16 @@ class InlineEngine:
     """An engine in the event loop of a server: what a process would do, without one. It says what it is told to say."""
 
     def __init__(
-        self, tokenizer: Tokenizer, *, ends: int, max_slots: int = 4, context: int = 256, queue: int = 8
+        self,
+        tokenizer: Tokenizer,
+        *,
+        ends: int,
+        max_slots: int = 4,
+        context: int = 256,
+        queue: int = 8,
+        **options: Any,
     ) -> None:
-        self.runner = FakeSlots(vocab_size=100_352, context=context, max_slots=max_slots)
+        self.runner = FakeSlots(vocab_size=100_352, context=context, max_slots=max_slots, **options)
         self.runner.next_token = self._next
         self.runner.height = 30.0
         self.engine = Engine(self.runner)
@@ -174,9 +217,10 @@ class InlineEngine:
     def _send(self, message: ToEngine) -> None:
         match message:
             case Submit(request):
-                self.requests.append(request)
-                script = self._tokenizer.encode(self.script, add_special_tokens=False)
-                self._answers[request.prompt_ids] = [*script, self._ends]
+                if isinstance(request, Request):
+                    self.requests.append(request)
+                    script = self._tokenizer.encode(self.script, add_special_tokens=False)
+                    self._answers[request.prompt_ids] = [*script, self._ends]
                 self.engine.submit(request)
             case Cancel(request_id, choice):
                 self.engine.cancel(request_id, choice)

@@ -487,9 +487,6 @@ def test_what_does_not_fit_says_so_by_its_code(served: Served) -> None:
         ("GET", "/nowhere", 404),
         ("GET", "/v1/completions", 405),
         ("POST", "/health", 405),
-        ("POST", "/v1/embeddings", 501),
-        ("POST", "/v1/score", 501),
-        ("POST", "/v1/rerank", 501),
     ],
 )
 def test_paths_that_are_none_are_refused_in_the_same_form(served: Served, method: str, path: str, status: int) -> None:
