@@ -49,7 +49,7 @@ from runtimes.serve.metrics import CONTENT_TYPE, Metrics
 from runtimes.serve.model import ServedModel
 from runtimes.serve.problems import CallError, Problem, problem_of
 from runtimes.serve.requests import Capacity, Request, Scored, Started
-from runtimes.serve.responses import ResponseWriter, read_response
+from runtimes.serve.responses import ResponseWriter, read_response, told_choice
 from runtimes.serve.strict_json import Fields, parse_object
 from runtimes.serve.texts import Answering, Patience, Ping, Said, measured
 from runtimes.serve.writers import ChatWriter, CompletionWriter, merged_chat, merged_completion, usage
@@ -161,6 +161,7 @@ class Routes:
             "temperature": request.temperature,
             "top_p": request.top_p,
             "max_output_tokens": request.max_new_tokens,
+            "tool_choice": told_choice(parsed.tool_choice),
         }
         writer = ResponseWriter(chat, form)
         answering = await self._begun(http, [request], parsed.call)

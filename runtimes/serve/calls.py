@@ -8,7 +8,7 @@
 | top_k, min_p, repetition_penalty, return_token_ids                   | vLLM         |
 | of completions: prompt, max_tokens, logprobs, echo                   | OpenAI's API |
 | of chats: messages, max_tokens, max_completion_tokens, logprobs,     | OpenAI's API |
-| top_logprobs, tools, tool_choice                                     |              |
+| top_logprobs, tools, tool_choice, parallel_tool_calls                |              |
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from runtimes.chat.answers import THOUGHT
+from runtimes.chat.call_grammar import RULE, call_rules
 from runtimes.chat.messages import checked_tools
+from runtimes.errors import InputError
 from runtimes.serve.model import Chat, ServedModel
 from runtimes.serve.problems import CallError
-from runtimes.serve.requests import Form, Request
+from runtimes.serve.requests import Request
 from runtimes.serve.strict_json import Fields, kind_of
+from runtimes.text.structured import Form
 
 MOST_CHOICES = 4
 MOST_STOPS = 4
@@ -65,6 +69,8 @@ class ChatCall:
     call: Call
     messages: tuple[Mapping[str, Any], ...]
     tools: tuple[Mapping[str, Any], ...] | None
+    tool_choice: str
+    """none, auto, required, or the name of a function"""
 
 
 def read_completion(body: Mapping[str, Any], model: ServedModel) -> CompletionCall:
@@ -102,6 +108,7 @@ def read_chat(body: Mapping[str, Any], model: ServedModel) -> ChatCall:
         raise CallError("this model has no chat template; use /v1/completions", "messages", status=404)
     messages = _messages(fields, model.chat)
     tools = _tools(fields, model.chat)
+    choice, several = _tool_choice(fields, tools)
     wanted = fields.flag("logprobs")
     top = fields.integer("top_logprobs", 0, MOST_LOGPROBS)
     if top is not None and not wanted:
@@ -112,12 +119,56 @@ def read_chat(body: Mapping[str, Any], model: ServedModel) -> ChatCall:
         raise CallError("max_tokens: differs from max_completion_tokens; give one", "max_tokens")
     limit = new if new is not None else old
     call = _call(fields, model, -1 if limit is None else limit, (top or 0) if wanted else None)
-    if call.base.form is not None and (model.chat.thinks or tools):
-        what = "tools" if tools else "a model that thinks first"
-        raise CallError(f"response_format: not together with {what}", "response_format")
     fields.done()
-    call = replace(call, base=replace(call.base, eos_token_ids=model.chat.eos_token_ids))
-    return ChatCall(call, messages, tools)
+    shown = None if choice == "none" else tools
+    form = _answer_form(call.base.form, shown, choice, several=several, thinks=model.chat.thinks)
+    call = replace(call, base=replace(call.base, eos_token_ids=model.chat.eos_token_ids, form=form))
+    return ChatCall(call, messages, shown, choice)
+
+
+def _answer_form(
+    form: Form | None,
+    tools: Sequence[Mapping[str, Any]] | None,
+    choice: str,
+    *,
+    several: bool,
+    thinks: bool,
+) -> Form | None:
+    """Return the form of a whole answer: thoughts, then a text of a form or calls of tools; None: it is free.
+
+    Args:
+        form: of the text; None: any.
+        tools: that may be called, if any.
+        choice: see `ChatCall`.
+        several: there may be more calls than one.
+        thinks: an answer begins with thoughts.
+    """
+    called = choice not in ("none", "auto")
+    if form is None and not called:
+        return None
+    if form is not None and not tools and not thinks:
+        return form
+    rules, ways, parts = [], [], list[tuple[str, Form]]()
+    if form is not None and not called:
+        ways.append("@answer")
+        parts.append(("answer", form))
+    if tools:
+        named = [tool for tool in tools if choice in ("auto", "required", _name(tool))]
+        try:
+            rules.append(call_rules(named, several=several and choice in ("auto", "required")))
+        except InputError as error:
+            raise CallError(f"tools: {error}", "tools") from error
+        ways.append(RULE)
+    start = " | ".join(ways)
+    if thinks:
+        rules.append(f'thought[suffix="{THOUGHT}"]: /(?s:.*)/')
+        start = f'thought ("\\n" "\\n"?)? ({start})'
+    return Form("grammar", "\n".join([f"start: {start}", *rules]), tuple(parts))
+
+
+def _name(tool: Mapping[str, Any]) -> str:
+    name: str = tool.get("function", tool)["name"]
+    return name
 
 
 def _call(fields: Fields, model: ServedModel, new_tokens: int, logprobs: int | None) -> Call:
@@ -278,16 +329,35 @@ def _joined(parts: Sequence[Any], where: str) -> str:
 
 def _tools(fields: Fields, chat: Chat) -> tuple[Mapping[str, Any], ...] | None:
     given = fields.list("tools", _MOST_TOOLS)
-    choice = fields.any("tool_choice")
-    if fields.any("parallel_tool_calls") not in (None, True):
-        raise CallError("parallel_tool_calls: the model decides how many tools it calls; leave it out")
-    if choice not in (None, "none", "auto"):
-        raise CallError(
-            "tool_choice: expected auto or none; this server cannot make a model call a tool", "tool_choice"
-        )
     if not given:
         return None
     if not chat.takes_tools:
         raise CallError("tools: the chat template of this model shows none to it; leave them out", "tools")
-    tools = checked_tools(given)
-    return None if choice == "none" or tools is None else tuple(tools)
+    return tuple(checked_tools(given) or ())
+
+
+def _tool_choice(fields: Fields, tools: Sequence[Mapping[str, Any]] | None) -> tuple[str, bool]:
+    """Return which tools are to be called, see `ChatCall`, and whether several may be."""
+    given = fields.any("tool_choice")
+    parallel = fields.flag("parallel_tool_calls", missing=True)
+    field = "tool_choice"
+    if isinstance(given, dict):
+        function = given.get("function")
+        name = function.get("name") if isinstance(function, dict) else None
+        if given.get("type") != "function" or not isinstance(name, str):
+            raise CallError(f'{field}: expected {{"type": "function", "function": {{"name": ...}}}}', field)
+        if name not in [_name(tool) for tool in tools or ()]:
+            raise CallError(f"{field}: {name[:64]!r} is none of the tools", field)
+        return name, False
+    if given not in (None, "none", "auto", "required"):
+        raise CallError(f"{field}: expected none, auto, required or a function", field)
+    choice = "auto" if given is None else str(given)
+    if choice == "required" and not tools:
+        raise CallError(f"{field}: there are no tools; give some, or leave it out", field)
+    if not parallel and tools and choice == "auto":
+        raise CallError(
+            "parallel_tool_calls: may be false where tool_choice is required or a function; a model that need not "
+            "call decides how often it does",
+            "parallel_tool_calls",
+        )
+    return choice, parallel

@@ -35,7 +35,6 @@ from runtimes.serve.requests import (
     Event,
     Failed,
     FailureKind,
-    Form,
     Request,
     Scored,
     Started,
@@ -46,7 +45,7 @@ from runtimes.serve.requests import (
 )
 from runtimes.text.logit_rules import LogitRule
 from runtimes.text.logprobs import TokenLogprobs, token_logprobs
-from runtimes.text.structured import StructuredOutput
+from runtimes.text.structured import Form, StructuredOutput
 
 _SCORED_TOKENS = 64  # of a prompt whose logits are in memory at once, 25 MB at a vocabulary of 100,352
 
@@ -429,10 +428,4 @@ class Engine:
             return []
         if self._structured is None:
             raise InputError("this server enforces no form of a text: install llguidance, and start it again")
-        match form.kind:
-            case "json_schema":
-                return [self._structured.json_schema(form.source)]
-            case "regex":
-                return [self._structured.regex(form.source)]
-            case "grammar":
-                return [self._structured.grammar(form.source)]
+        return [self._structured.of(form)]

@@ -16,21 +16,14 @@ from runtimes.runners.runner import check_rows, chosen_adapters
 from runtimes.text.logit_rules import LogitBias, LogitRule, Penalties
 from runtimes.text.logprobs import TokenLogprobs, check_top
 from runtimes.text.sampling import Sampler
+from runtimes.text.structured import Form
 
 Measure: TypeAlias = Literal["vectors", "scores"]
 """of a whole text: a vector of its hidden states, or a classifier's scores, one for each label"""
-FormKind: TypeAlias = Literal["json_schema", "regex", "grammar"]
 EndReason: TypeAlias = Literal["eos", "length"]
 """an end-of-sequence token, or as many tokens as were asked for"""
 FailureKind: TypeAlias = Literal["input", "numeric", "lost"]
 """the request cannot be answered; the model broke down; the engine's process ended"""
-
-
-class Form(NamedTuple):
-    """What a text has to look like, see `runtimes.text.structured`."""
-
-    kind: FormKind
-    source: str
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from runtimes.serve.writers import ChatWriter
 
 _SAME = (
     "model stream temperature top_p top_k min_p seed presence_penalty frequency_penalty repetition_penalty logit_bias "
-    "tool_choice parallel_tool_calls user"
+    "parallel_tool_calls user"
 ).split()
 """fields that a chat has by the same name"""
 _NAMES = {
@@ -50,6 +50,10 @@ def read_response(body: Mapping[str, Any], model: ServedModel) -> ChatCall:
     chat: dict[str, Any] = {name: fields.any(name) for name in _SAME}
     chat["messages"] = _messages(fields.text("instructions"), fields.any("input"))
     chat["max_completion_tokens"] = fields.any("max_output_tokens")
+    choice = fields.any("tool_choice")
+    if isinstance(choice, dict) and choice.get("type") == "function":
+        choice = {"type": "function", "function": {"name": choice.get("name")}}
+    chat["tool_choice"] = choice
     tools = fields.list("tools", 128)
     if tools is not None:
         chat["tools"] = [_tool(tool, number) for number, tool in enumerate(tools)]
@@ -138,6 +142,11 @@ def _form(given: Any) -> Any:
     return {"type": "json_schema", "json_schema": {n: v for n, v in given.items() if n != "type"}}
 
 
+def told_choice(choice: str) -> str | dict[str, str]:
+    """Return a chat's `tool_choice` as a response has it."""
+    return choice if choice in ("none", "auto", "required") else {"type": "function", "name": choice}
+
+
 class ResponseWriter:
     """The items of one answer, and the events of a stream of it."""
 
@@ -150,7 +159,6 @@ class ResponseWriter:
         """
         self._chat = chat
         self.document: dict[str, Any] = {
-            **form,
             "status": "in_progress",
             "error": None,
             "incomplete_details": None,
@@ -159,6 +167,7 @@ class ResponseWriter:
             "parallel_tool_calls": True,
             "tool_choice": "auto",
             "tools": [],
+            **form,
         }
         self._sent = 0
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,23 @@ from runtimes.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
+FormKind: TypeAlias = Literal["json_schema", "regex", "grammar"]
 _ONE_LINE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Form(NamedTuple):
+    """What a text has to look like, as plain values."""
+
+    kind: FormKind
+    source: str
+    """JSON, a regular expression, or a grammar in llguidance's dialect of Lark"""
+    parts: tuple[tuple[str, Form], ...] = ()
+    """of a grammar: forms that it names, `@name`; they have no parts"""
+
+
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """Return what stands in a Lark grammar for JSON of a schema, on one line."""
+    return f"%json {json.dumps({**schema, 'x-guidance': _ONE_LINE})}"
 
 
 class StructuredOutput:
@@ -54,6 +70,38 @@ class StructuredOutput:
         except ValueError as error:
             raise InputError(f"structured output: llguidance cannot read the tokenizer ({_line(error)})") from error
         self._vocab_size = vocab_size
+
+    def of(self, form: Form) -> GrammarRule:
+        """Return a rule for texts of a form.
+
+        Raises:
+            InputError: as the method of its kind; or a form among its parts has parts.
+        """
+        match form.kind:
+            case "json_schema":
+                return self.json_schema(form.source)
+            case "regex":
+                return self.regex(form.source)
+            case "grammar" if form.parts:
+                parts = [{**self._part(part), "name": name} for name, part in form.parts]
+                return self._rule("grammar", json.dumps({"grammars": [{"lark_grammar": form.source}, *parts]}))
+            case "grammar":
+                return self.grammar(form.source)
+
+    def _part(self, form: Form) -> dict[str, Any]:
+        """Check a form, and return it as one among several of a grammar."""
+        if form.parts:
+            raise InputError("grammar: a part of it has parts of its own")
+        self.of(form)
+        if form.kind == "grammar":
+            return {"lark_grammar": form.source}
+        made = (
+            self._matcher.grammar_from_json_schema(form.source, overrides=_ONE_LINE)
+            if form.kind == "json_schema"
+            else self._matcher.grammar_from_regex(form.source)
+        )
+        (found,) = json.loads(made)["grammars"]
+        return dict(found)
 
     def json_schema(self, schema: str | Mapping[str, Any]) -> GrammarRule:
         """Return a rule for texts that are JSON of a schema, on one line: ", " and ": " are all the space there is.

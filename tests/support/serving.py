@@ -20,6 +20,7 @@ from runtimes.runners.runner import Ids, Logits
 from runtimes.serve.desk import Cancel, Desk, Submit, ToEngine
 from runtimes.serve.engine import Engine
 from runtimes.serve.requests import Request
+from runtimes.text.structured import StructuredOutput
 from runtimes.text.tokenizer import Tokenizer
 
 FAKE_SIZE = 3
@@ -186,12 +187,13 @@ class InlineEngine:
         max_slots: int = 4,
         context: int = 256,
         queue: int = 8,
+        structured: StructuredOutput | None = None,
         **options: Any,
     ) -> None:
         self.runner = FakeSlots(vocab_size=100_352, context=context, max_slots=max_slots, **options)
         self.runner.next_token = self._next
         self.runner.height = 30.0
-        self.engine = Engine(self.runner)
+        self.engine = Engine(self.runner, structured=structured)
         self.desk = Desk(self._send, queue=queue)
         self.desk.ready(self.engine.capacity)
         self.script = "Hello there."

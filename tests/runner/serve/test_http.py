@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import http.client
 import json
 import logging
-import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from starlette.types import Message
-from support.chat import EOS, IM_END, template_folder
-from support.serving import InlineEngine, listening, until
+from support.chat import EOS, IM_END
+from support.served import Served, chat_model, read_until, serving
+from support.serving import InlineEngine, until
 
-from runtimes.chat.template import ChatTemplate
 from runtimes.errors import UsageError
 from runtimes.serve.app import Routes
 from runtimes.serve.edge import Edge, EdgeLimits, JsonLines
 from runtimes.serve.keys import Keys, read_keys
 from runtimes.serve.metrics import VLLM_PREFIX, Metrics
-from runtimes.serve.model import Chat, ServedModel
+from runtimes.serve.model import ServedModel
 from runtimes.serve.protocol import LimitedProtocol
 from runtimes.serve.texts import Patience
-from runtimes.text.tokenizer import Tokenizer
 
 WEATHER = {
     "type": "function",
@@ -37,84 +33,10 @@ WEATHER = {
 }
 
 
-@dataclass
-class Served:
-    """A server, and what is behind it."""
-
-    port: int
-    engine: InlineEngine
-    model: ServedModel
-    metrics: Metrics
-    client: openai.OpenAI
-
-    def post(self, path: str, body: Any, **headers: str) -> tuple[int, dict[str, Any], dict[str, str]]:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return self.call("POST", path, data, **headers)
-
-    def call(
-        self, method: str, path: str, data: bytes = b"", **headers: str
-    ) -> tuple[int, dict[str, Any], dict[str, str]]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        with contextlib.closing(connection):
-            connection.request(method, path, data, {n.replace("_", "-"): v for n, v in headers.items()})
-            response = connection.getresponse()
-            found = response.read()
-            names = {name.lower(): value for name, value in response.getheaders()}
-            return response.status, json.loads(found) if "json" in names.get("content-type", "") else {}, names
-
-    def send(self, data: bytes) -> socket.socket:
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
-        connection.sendall(data)
-        return connection
-
-    def stream(self, path: str, body: dict[str, Any]) -> socket.socket:
-        """Send a call whose answer is a stream, and read until its first event."""
-        data = json.dumps({**body, "stream": True}).encode()
-        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n".encode()
-        connection = self.send(head + data)
-        assert b"data: " in read_until(connection, b"data: ")
-        return connection
-
-
-def read_until(connection: socket.socket, mark: bytes = b"") -> bytes:
-    """What comes until a mark, or the end."""
-    found = b""
-    while not mark or mark not in found:
-        more = connection.recv(65536)
-        if not more:
-            return found
-        found += more
-    return found
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
-    folder = template_folder(
-        tmp_path_factory.mktemp("serve") / "olmo3", "olmo3_instruct", model_type="olmo3", eos=[EOS, IM_END]
-    )
-    tokenizer = Tokenizer.from_folder(folder)
-    with ChatTemplate.from_folder(folder) as template:
-        yield ServedModel("olmo", "c0ffee" * 10, tokenizer, Chat.of(template, tokenizer), adapters=("first",))
-
-
-@contextlib.contextmanager
-def serving(
-    model: ServedModel,
-    *,
-    keys: Keys | None = None,
-    limits: EdgeLimits | None = None,
-    patience: Patience | None = None,
-    draining: Any = lambda: False,
-    **options: Any,
-) -> Iterator[Served]:
-    engine = InlineEngine(model.tokenizer, ends=IM_END, **options)
-    metrics = Metrics(model.name)
-    routes = Routes(model, engine.desk, metrics, patience=patience)
-    edge = Edge(routes.app(), keys=keys or Keys(), limits=limits or EdgeLimits(), metrics=metrics, draining=draining)
-    with listening(edge, LimitedProtocol) as port:
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="a key", max_retries=0, timeout=20)
-        with client:
-            yield Served(port, engine, model, metrics, client)
+    with chat_model(tmp_path_factory.mktemp("serve") / "olmo3") as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -415,7 +337,7 @@ def test_a_shared_beginning_is_told_in_the_usage(served: Served) -> None:
             "response_format.type",
         ),
         ("/v1/completions", completion(response_format={"type": "regex", "regex": "a"}), "llguidance", None),
-        ("/v1/chat/completions", chat(tool_choice="required"), "tool_choice: expected auto or none", "tool_choice"),
+        ("/v1/chat/completions", chat(tool_choice="required"), "tool_choice: there are no tools", "tool_choice"),
         ("/v1/chat/completions", chat(tools=[{"type": "function"}]), "tool 1", None),
         ("/v1/chat/completions", chat(top_logprobs=2), "top_logprobs: needs logprobs", "top_logprobs"),
         ("/v1/chat/completions", chat(max_tokens=3, max_completion_tokens=4), "max_tokens: differs", "max_tokens"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
 from collections.abc import Iterator
@@ -10,45 +9,30 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import openai
 import pytest
 from support.chat import EOS, IM_END, template_folder
-from support.serving import FAKE_SIZE, InlineEngine, fake_state, listening, until
+from support.served import Served, serving
+from support.serving import FAKE_SIZE, fake_state, until
 
-from runtimes.serve.app import Routes
-from runtimes.serve.edge import Edge, EdgeLimits
-from runtimes.serve.keys import Keys
-from runtimes.serve.metrics import Metrics
 from runtimes.serve.model import ServedModel
-from runtimes.serve.protocol import LimitedProtocol
 from runtimes.serve.texts import Patience
 from runtimes.text.tokenizer import Tokenizer
 
 
-class Served:
-    """A server, and what is behind it."""
+def mean(served: Served, text: str) -> list[float]:
+    """The vector of a text, before it has length 1."""
+    states = [fake_state(token_id) for token_id in served.model.tokenizer.encode(text)]
+    return (3 * np.mean(states, axis=0)).tolist()
 
-    def __init__(self, port: int, engine: InlineEngine, model: ServedModel) -> None:
-        self.port, self.engine, self.model = port, engine, model
 
-    def post(self, path: str, **body: Any) -> tuple[int, dict[str, Any]]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        with contextlib.closing(connection):
-            connection.request("POST", path, json.dumps({"model": "olmo", **body}))
-            response = connection.getresponse()
-            return response.status, json.loads(response.read())
+def unit(served: Served, text: str) -> list[float]:
+    vector = np.array(mean(served, text))
+    return (vector / np.linalg.norm(vector)).tolist()
 
-    def refused(self, path: str, **body: Any) -> tuple[int, str, str | None]:
-        status, found = self.post(path, **body)
-        return status, found["error"]["message"], found["error"]["param"]
 
-    def mean(self, text: str) -> list[float]:
-        states = [fake_state(token_id) for token_id in self.model.tokenizer.encode(text)]
-        return (3 * np.mean(states, axis=0)).tolist()
-
-    def unit(self, text: str) -> list[float]:
-        mean = np.array(self.mean(text))
-        return (mean / np.linalg.norm(mean)).tolist()
+def post(served: Served, path: str, **body: Any) -> tuple[int, dict[str, Any]]:
+    status, found, _ = served.post(path, {"model": "olmo", **body})
+    return status, found
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +40,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
     folder = tmp_path_factory.mktemp("measures") / "olmo3"
     tokenizer = Tokenizer.from_folder(template_folder(folder, "olmo3_instruct", model_type="olmo3", eos=[EOS, IM_END]))
     return ServedModel("olmo", "c0ffee" * 10, tokenizer, adapters=("first",))
-
-
-@contextlib.contextmanager
-def serving(model: ServedModel, *, patience: Patience | None = None, **options: Any) -> Iterator[Served]:
-    engine = InlineEngine(
-        model.tokenizer, ends=IM_END, hidden_states=model.hidden_states, labels=model.labels, **options
-    )
-    metrics = Metrics(model.name)
-    routes = Routes(model, engine.desk, metrics, patience=patience)
-    edge = Edge(routes.app(), keys=Keys(), limits=EdgeLimits(), metrics=metrics)
-    with listening(edge, LimitedProtocol) as port:
-        yield Served(port, engine, model)
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +55,11 @@ def scorer(base: ServedModel) -> Iterator[Served]:
 
 
 def test_openais_client_gets_vectors_of_length_one(embedder: Served) -> None:
-    with openai.OpenAI(base_url=f"http://127.0.0.1:{embedder.port}/v1", api_key="none", max_retries=0) as client:
-        found = client.embeddings.create(model="olmo", input=["Once upon a time", "Twice"])  # base64, as it asks
-        floats = client.embeddings.create(model="olmo", input="Twice", encoding_format="float", dimensions=FAKE_SIZE)
+    create = embedder.client.embeddings.create
+    found = create(model="olmo", input=["Once upon a time", "Twice"])  # base64, as it asks
+    floats = create(model="olmo", input="Twice", encoding_format="float", dimensions=FAKE_SIZE)
     assert [entry.index for entry in found.data] == [0, 1]
-    np.testing.assert_allclose(found.data[0].embedding, embedder.unit("Once upon a time"), rtol=1e-6)
+    np.testing.assert_allclose(found.data[0].embedding, unit(embedder, "Once upon a time"), rtol=1e-6)
     shortest = [float(str(np.float32(x))) for x in found.data[1].embedding]
     assert shortest == floats.data[0].embedding
     count = sum(len(embedder.model.tokenizer.encode(text)) for text in ("Once upon a time", "Twice"))
@@ -96,38 +68,38 @@ def test_openais_client_gets_vectors_of_length_one(embedder: Served) -> None:
 
 def test_what_else_a_vector_may_be(embedder: Served) -> None:
     ids = embedder.model.tokenizer.encode("Once upon")
-    _, found = embedder.post("/v1/embeddings", input=[ids, [7]], pooling="last", hidden_state=1, normalize=False)
+    _, found = post(embedder, "/v1/embeddings", input=[ids, [7]], pooling="last", hidden_state=1, normalize=False)
     assert [entry["embedding"] for entry in found["data"]] == [[2 * x for x in fake_state(i)] for i in (ids[-1], 7)]
 
 
 def test_pairs_of_texts_are_likened_by_the_cosine(embedder: Served) -> None:
-    _, found = embedder.post("/v1/score", text_1="Once", text_2=["Once", "Twice upon"])
-    expected = [1.0, float(np.dot(embedder.unit("Once"), embedder.unit("Twice upon")))]
+    _, found = post(embedder, "/v1/score", text_1="Once", text_2=["Once", "Twice upon"])
+    expected = [1.0, float(np.dot(unit(embedder, "Once"), unit(embedder, "Twice upon")))]
     np.testing.assert_allclose([entry["score"] for entry in found["data"]], expected, rtol=1e-6)
-    _, each = embedder.post("/v1/score", text_1=["Once", "Once"], text_2=["Once", "Twice upon"])
+    _, each = post(embedder, "/v1/score", text_1=["Once", "Once"], text_2=["Once", "Twice upon"])
     assert each["data"] == found["data"]
     assert found["object"] == "list"
 
 
 def test_documents_are_ranked_the_best_first(embedder: Served) -> None:
     documents = ["Twice upon", "Once", "Never at all"]
-    _, found = embedder.post("/v1/rerank", query="Once", documents=documents)
+    _, found = post(embedder, "/v1/rerank", query="Once", documents=documents)
     scores = [result["relevance_score"] for result in found["results"]]
     assert scores == sorted(scores, reverse=True)
     assert found["results"][0] == {"index": 1, "document": {"text": "Once"}, "relevance_score": pytest.approx(1.0)}
-    _, best = embedder.post("/v1/rerank", query="Once", documents=documents, top_n=1, return_documents=False)
+    _, best = post(embedder, "/v1/rerank", query="Once", documents=documents, top_n=1, return_documents=False)
     assert best["results"] == [{"index": 1, "relevance_score": pytest.approx(1.0)}]
 
 
 def test_a_classifier_scores_texts_and_pairs(scorer: Served) -> None:
     encode = scorer.model.tokenizer.encode
-    _, found = scorer.post("/v1/score", input=["Once upon", "Twice"])
+    _, found = post(scorer, "/v1/score", input=["Once upon", "Twice"])
     last = [fake_state(encode(text)[-1]) for text in ("Once upon", "Twice")]
     assert [e["scores"] for e in found["data"]] == [{"bad": s[0], "good": s[1]} for s in last]
-    _, found = scorer.post("/v1/score", text_1="Once", text_2=[" upon", " a"], label="good")
+    _, found = post(scorer, "/v1/score", text_1="Once", text_2=[" upon", " a"], label="good")
     assert [e["score"] for e in found["data"]] == [fake_state(encode(text)[-1])[1] for text in (" upon", " a")]
     assert found["usage"]["prompt_tokens"] == sum(len(encode("Once")) + len(encode(t)) for t in (" upon", " a"))
-    _, found = scorer.post("/v1/rerank", query="Once", documents=[" upon", " a"], label="good")
+    _, found = post(scorer, "/v1/rerank", query="Once", documents=[" upon", " a"], label="good")
     assert {r["index"]: r["relevance_score"] for r in found["results"]} == {
         n: fake_state(encode(text)[-1])[1] for n, text in enumerate((" upon", " a"))
     }
@@ -193,7 +165,7 @@ def test_numbers_that_break_are_an_error_and_the_next_call_is_answered(embedder:
     status, said, _ = embedder.refused("/v1/embeddings", input=[[5], [7]])
     embedder.engine.runner.broken = set()
     assert (status, "NaN or infinite" in said) == (500, True)
-    assert embedder.post("/v1/embeddings", input=[[5], [7]])[0] == 200
+    assert post(embedder, "/v1/embeddings", input=[[5], [7]])[0] == 200
 
 
 def test_who_waits_too_long_or_goes_away_leaves_nothing_behind(base: ServedModel) -> None:

@@ -13,7 +13,8 @@ from support.serving import FakeClock, FakeSlots, fake_text
 
 from runtimes.errors import BusyError, ContextLengthError, InputError
 from runtimes.serve.engine import Engine
-from runtimes.serve.requests import Event, Failed, Form, Request, Scored, Started, Token
+from runtimes.serve.requests import Event, Failed, Request, Scored, Started, Token
+from runtimes.text.structured import Form
 
 VOCAB, CONTEXT = 50, 64
 
