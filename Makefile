@@ -35,7 +35,7 @@ REVISION_FLAG := $${REVISION:+--revision "$$REVISION"}
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export test test-all support test-interop test-quantised test-pythons test-oldest check format lint types docs docs-links bench targets gpu-test peers clean
+.PHONY: help setup export test test-all support test-page test-interop test-quantised test-pythons test-oldest check format lint types docs docs-links bench targets gpu-test peers clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -128,6 +128,16 @@ test-interop: $(STAMP) $(INTEROP) ## onnxruntime-genai, optimum and transformers
 build/interop/.installed: Makefile
 	mkdir -p $(@D)
 	cd $(@D) && ONNXRUNTIME_NODE_INSTALL=skip npm install --silent --no-save --prefix . @huggingface/transformers@4.3.2
+	@touch $@
+
+AXE := build/page/node_modules/axe-core/axe.min.js
+
+test-page: $(STAMP) $(AXE) ## the server's page in Chromium, with axe-core, which it installs; pictures in build/page
+	AXE=$(AXE) PICTURES=build/page $(BIN)/python -m pytest -q tests/runner/serve/test_page.py
+
+$(AXE): Makefile
+	mkdir -p build/page
+	cd build/page && npm install --silent --no-save --prefix . axe-core@4.14.1
 	@touch $@
 
 # transformers imports torchao where it is there, in every process: 1 s, and two warnings. A venv that sees .venv's libraries has it.

@@ -194,14 +194,15 @@ def package_checksum(package: Path) -> str:
     return str(_read(package, MANIFEST_NAME)["checksum"])
 
 
-def read_verdicts(package: Path, checksum: str) -> dict[str, bool]:
-    """Return what parity.json says of an export, by its checksum: variant -> whether it passed every gate.
+def read_reports(package: Path, checksum: str) -> dict[str, dict[str, Any]]:
+    """Return what parity.json says of an export, by its checksum: variant -> its part of the report.
 
     It is a report and no part of the contract: where it is not there, damaged or of another export, it says nothing.
     """
     try:
         document = read_sealed(package / PARITY_NAME)
         known = document["package_checksum"] == checksum
-        return {str(name): entry["passed"] is True for name, entry in document["variants"].items()} if known else {}
-    except (OSError, PackageError, KeyError, TypeError, AttributeError):
+        found = {str(name): dict(entry) for name, entry in document["variants"].items()} if known else {}
+    except (OSError, PackageError, KeyError, TypeError, ValueError, AttributeError):
         return {}
+    return found if all("passed" in entry for entry in found.values()) else {}

@@ -13,11 +13,11 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path, PurePath
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from runtimes.errors import BackendError, UsageError, VariantNotFoundError
 from runtimes.manifest import MANIFEST_NAME, PARITY_NAME, TRT_FOLDER, Manifest, ModelSpec, TrtManifest, Variant
-from runtimes.manifest_file import read_manifest, read_trt_manifest, read_verdicts
+from runtimes.manifest_file import read_manifest, read_reports, read_trt_manifest
 from runtimes.sealed import FileEntry, check_files, hash_files
 
 HUB = "hf:"
@@ -76,12 +76,17 @@ class Package:
         return read_trt_manifest(self.folder, self.checksum)
 
     @cached_property
-    def verdicts(self) -> Mapping[str, bool]:
-        """Variant -> whether it passed every gate, as parity.json says of this very export; {} where it says nothing.
+    def reports(self) -> Mapping[str, Mapping[str, Any]]:
+        """Variant -> what parity.json says of it, in this very export; {} where it says nothing.
 
         It is a report and no part of the contract.
         """
-        return read_verdicts(self.folder, self.checksum)
+        return read_reports(self.folder, self.checksum)
+
+    @property
+    def verdicts(self) -> Mapping[str, bool]:
+        """Variant -> whether it passed every gate, as `reports` has it."""
+        return {name: report["passed"] is True for name, report in self.reports.items()}
 
     def variant(self, name: str | None = None) -> Variant:
         """Return a variant, of the export or of the TensorRT graphs.

@@ -7,6 +7,8 @@
 | POST /v1/responses                               | the same as a chat; nothing is kept                        |
 | POST /tokenize, /detokenize                      | ids of a text or of a chat; text of ids                    |
 | POST /v1/embeddings, /v1/score, /v1/rerank       | vectors and scores of texts, where the package has them    |
+| GET /                                            | a page to chat on, and its two files                       |
+| GET /package, /parity.json                       | what the package is, for people; its parity report         |
 | GET /health, /ready                              | 200 while the process lives; 503 while it takes no calls   |
 | GET /metrics, /version                           | for Prometheus; of the distribution and the package        |
 """
@@ -31,6 +33,7 @@ from starlette.types import Receive, Scope, Send
 
 from runtimes.errors import NotReadyError, Olmo2ExportError
 from runtimes.generation.generate import encode_prompt
+from runtimes.serve.about import About
 from runtimes.serve.calls import Call, ChatCall, CompletionCall, read_chat, read_completion
 from runtimes.serve.desk import Desk
 from runtimes.serve.edge import CALL_ID, NOTES, json_response, problem_response, to_json
@@ -47,6 +50,7 @@ from runtimes.serve.measures import (
 )
 from runtimes.serve.metrics import CONTENT_TYPE, Metrics
 from runtimes.serve.model import ServedModel
+from runtimes.serve.page_files import PATHS, page_file
 from runtimes.serve.problems import CallError, Problem, problem_of
 from runtimes.serve.requests import Capacity, Request, Scored, Started
 from runtimes.serve.responses import ResponseWriter, read_response, told_choice
@@ -68,6 +72,8 @@ class Routes:
         desk: Desk,
         metrics: Metrics,
         *,
+        about: About | None = None,
+        page: bool = True,
         patience: Patience | None = None,
         ready: Callable[[], bool] | None = None,
     ) -> None:
@@ -77,10 +83,13 @@ class Routes:
             model: whose texts.
             desk: takes requests.
             metrics: that `/metrics` shows.
+            about: the package, for people; None: there is none to tell of.
+            page: there is a page at `/`.
             patience: how long things may take.
             ready: tells whether calls are taken; None: while there is an engine.
         """
         self._model, self._desk, self._metrics = model, desk, metrics
+        self._about, self._page = about, page
         self._patience = patience or Patience()
         self._ready = ready or (lambda: desk.open)
 
@@ -102,6 +111,9 @@ class Routes:
             Route("/ready", self.ready, methods=get),
             Route("/metrics", self.metrics, methods=get),
             Route("/version", self.version, methods=get),
+            Route("/package", self.package, methods=get),
+            Route("/parity.json", self.parity, methods=get),
+            *(Route(path, page_file, methods=get) for path in PATHS if self._page),
         ]
         handlers: Mapping[Any, Any] = {
             HTTPException: _http_problem,
@@ -350,6 +362,29 @@ class Routes:
             "exact": None if capacity is None else capacity.exact,
         }
         return json_response(document)
+
+    async def package(self, _: HttpRequest) -> Response:
+        """GET /package: what is served, for people."""
+        capacity, model = self._capacity(), self._model
+        chat = None if model.chat is None else {"thinks": model.chat.thinks, "tools": model.chat.takes_tools}
+        document = {
+            "model": model.name,
+            "variant": capacity.variant,
+            "exact": capacity.exact,
+            "max_model_len": capacity.max_cache_length,
+            "chat": chat,
+            "forms": capacity.forms,
+            "labels": list(model.labels),
+            "about": None if self._about is None else self._about.document(capacity.variant),
+        }
+        return json_response(document)
+
+    async def parity(self, _: HttpRequest) -> Response:
+        """GET /parity.json: the parity report, as it lies in the package."""
+        found = None if self._about is None else self._about.parity()
+        if found is None:
+            raise CallError("this package has no parity report; run olmo2-export verify", status=404, code="not_found")
+        return Response(found, media_type="application/json")
 
 
 class _EventStream(StreamingResponse):

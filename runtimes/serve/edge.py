@@ -20,11 +20,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from runtimes.errors import BusyError, NotReadyError, Olmo2ExportError
 from runtimes.serve.keys import Keys
 from runtimes.serve.metrics import Metrics
+from runtimes.serve.page_files import PATHS
 from runtimes.serve.problems import CallError, Problem, problem_of
 
 logger = logging.getLogger("runtimes.serve.calls")
 
-PUBLIC = ("/health", "/ready")
+PUBLIC = ("/health", "/ready", *PATHS)
 """paths that need no key, and are not logged"""
 NOTES = "olmo2_notes"
 """in a scope: what a route adds to the line of the log"""

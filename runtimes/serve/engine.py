@@ -135,6 +135,7 @@ class Engine:
             adapters=tuple(runner.adapters),
             exact=runner.exact,
             variant=runner.variant.name,
+            forms=structured is not None,
             hidden_size=runner.model.hidden_size,
             hidden_states=tuple(runner.variant.hidden_states),
             labels=tuple(runner.model.labels),

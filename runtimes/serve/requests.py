@@ -40,6 +40,8 @@ class Capacity:
     adapters: tuple[str, ...] = ()
     exact: bool = False
     variant: str = ""
+    forms: bool = False
+    """whether answers can be held to forms"""
     hidden_size: int = 0
     """numbers of a vector"""
     hidden_states: tuple[int, ...] = ()

@@ -23,6 +23,7 @@ import uvicorn
 
 from runtimes import open_package
 from runtimes.errors import BackendError, UsageError
+from runtimes.serve.about import About
 from runtimes.serve.app import Routes
 from runtimes.serve.edge import Edge, EdgeLimits, JsonLines
 from runtimes.serve.engine import Tick
@@ -55,6 +56,8 @@ class ServerOptions:
     """PEM, with the chain; None: no TLS"""
     private_key: Path | None = None
     """PEM; None: it is in the certificate's file"""
+    page: bool = True
+    """there is a page at /"""
     limits: EdgeLimits = field(default_factory=EdgeLimits)
     patience: Patience = field(default_factory=Patience)
 
@@ -105,13 +108,16 @@ class _Server(uvicorn.Server):
 class Serving:
     """A server that runs."""
 
-    def __init__(self, model: ServedModel, opened: OpenEngine, options: ServerOptions) -> None:
+    def __init__(
+        self, model: ServedModel, opened: OpenEngine, options: ServerOptions, about: About | None = None
+    ) -> None:
         """Bind the address; start nothing.
 
         Args:
             model: the texts of the package.
             opened: opens the engine, in its process.
             options: how it is reached.
+            about: the package, for people.
 
         Raises:
             UsageError: the address is taken, or none.
@@ -124,7 +130,15 @@ class Serving:
         self._draining = False
         self._ends = 0
         desk = self.supervisor.desk
-        routes = Routes(model, desk, self._metrics, patience=options.patience, ready=self._ready)
+        routes = Routes(
+            model,
+            desk,
+            self._metrics,
+            about=about,
+            page=options.page,
+            patience=options.patience,
+            ready=self._ready,
+        )
         edge = Edge(
             routes.app(),
             keys=options.keys,
@@ -241,7 +255,7 @@ def serve(
     if not engine.exact:
         model = replace(model, adapters=tuple(package.manifest.adapters))
     try:
-        asyncio.run(Serving(model, partial(open_engine, engine), options).run(on_ready))
+        asyncio.run(Serving(model, partial(open_engine, engine), options, About(package)).run(on_ready))
     finally:
         if model.chat is not None:
             model.chat.template.close()

@@ -48,6 +48,7 @@ _OPTIONS = {
     "calls-per-key": _Option(int, None, "N", "calls with one key that are not answered yet (default: any number)"),
     "tls-certificate": _Option(str, None, "FILE", "PEM, with the chain (default: no TLS)"),
     "tls-key": _Option(str, None, "FILE", "PEM (default: in the certificate's file)"),
+    "no-page": _Option(bool, False, "", "no page to chat on at /"),
     "vllm-metric-names": _Option(bool, False, "", "names in /metrics begin with vllm: instead of olmo2_"),
 }
 
@@ -132,6 +133,7 @@ def run(args: argparse.Namespace) -> None:
         metrics_prefix=metrics.VLLM_PREFIX if options["vllm-metric-names"] else metrics.PREFIX,
         certificate=None if options["tls-certificate"] is None else Path(options["tls-certificate"]),
         private_key=None if options["tls-key"] is None else Path(options["tls-key"]),
+        page=not options["no-page"],
         limits=edge.EdgeLimits(calls_per_key=options["calls-per-key"]),
         patience=texts.Patience(queue=options["queue-seconds"], generation=options["answer-seconds"]),
     )

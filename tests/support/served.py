@@ -56,6 +56,15 @@ class Served:
             names = {name.lower(): value for name, value in response.getheaders()}
             return response.status, json.loads(found) if "json" in names.get("content-type", "") else {}, names
 
+    def raw(self, method: str, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
+        """Send a call without a body; the status, the headers and the body of what comes back."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        with contextlib.closing(connection):
+            connection.request(method, path, headers={n.replace("_", "-"): v for n, v in headers.items()})
+            response = connection.getresponse()
+            names = {name.lower(): value for name, value in response.getheaders()}
+            return response.status, names, response.read()
+
     def send(self, data: bytes) -> socket.socket:
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
         connection.sendall(data)
@@ -96,6 +105,8 @@ def serving(
     keys: Keys | None = None,
     limits: EdgeLimits | None = None,
     patience: Patience | None = None,
+    about: Any = None,
+    page: bool = True,
     draining: Callable[[], bool] = lambda: False,
     **options: Any,
 ) -> Iterator[Served]:
@@ -104,7 +115,7 @@ def serving(
         model.tokenizer, ends=IM_END, hidden_states=model.hidden_states, labels=model.labels, **options
     )
     metrics = Metrics(model.name)
-    routes = Routes(model, engine.desk, metrics, patience=patience)
+    routes = Routes(model, engine.desk, metrics, about=about, page=page, patience=patience)
     edge = Edge(routes.app(), keys=keys or Keys(), limits=limits or EdgeLimits(), metrics=metrics, draining=draining)
     with listening(edge, LimitedProtocol) as port:
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="a key", max_retries=0, timeout=20)

@@ -12,6 +12,13 @@ from collections.abc import Sequence
 import pytest
 
 SLOW = {
+    # The page in other colours at another width, and of other kinds of packages.
+    "runner/serve/test_page.py": (
+        "test_it_fits_and_can_be_used_by_everybody[False-1280]",
+        "test_it_fits_and_can_be_used_by_everybody[True-360]",
+        "test_a_classifier_says_what_to_use",
+        "test_a_model_without_a_chat_template_goes_on_with_a_text",
+    ),
     # Another architecture, or another variant of it: OLMo 1 is run whole, and each model in one or two forms.
     "exporter/package/test_family_quality.py": ("test_quantised_it_holds_the_gates_of_quality",),
     "exporter/family/test_family.py": (

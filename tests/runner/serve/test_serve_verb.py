@@ -60,7 +60,7 @@ def test_flags_reach_the_server_and_count_more_than_the_file(asked: list[Any], t
     flags = f"""serve p --config {tmp_path}/config.toml --host 0.0.0.0 --port 4321 --name flag --variant q4
         --backend ort --device cpu --threads 3 --skip-hash-check --max-slots 2
         --kept-texts 0 --answer-seconds 9 --drain-seconds 4 --api-keys-file {tmp_path}/keys --vllm-metric-names
-        --calls-per-key 6 --tls-certificate {TLS}/cert.pem --tls-key {TLS}/key.pem"""
+        --calls-per-key 6 --no-page --tls-certificate {TLS}/cert.pem --tls-key {TLS}/key.pem"""
     assert main(flags.split()) == 0
     engine, options, name = asked
     assert engine == EngineOptions(
@@ -79,7 +79,7 @@ def test_flags_reach_the_server_and_count_more_than_the_file(asked: list[Any], t
     assert (options.patience.queue, options.patience.generation, options.drain_seconds) == (5, 9.0, 4.0)
     assert options.keys.name_of("Bearer a key")
     assert (options.certificate, options.private_key) == (TLS / "cert.pem", TLS / "key.pem")
-    assert options.limits.calls_per_key == 6
+    assert (options.limits.calls_per_key, options.page) == (6, False)
     assert name == "flag"
 
 
@@ -88,6 +88,7 @@ def test_without_flags_it_is_reached_from_this_machine_alone(asked: list[Any]) -
     engine, options, name = asked
     assert engine == EngineOptions(package="p")
     assert (options.host, options.port, bool(options.keys), name) == ("127.0.0.1", 8000, False, None)
+    assert options.page
     assert main(["serve", "p", "--exact", "--queue", "3", "--kv-tokens", "5", "--queue-seconds", "2"]) == 0
     assert (asked[3].exact, asked[3].kv_tokens, asked[4].queue, asked[4].patience.queue) == (True, 5, 3, 2.0)
 
