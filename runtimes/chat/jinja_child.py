@@ -7,9 +7,10 @@ the standard library; it is run as a script and imported by nobody, so that a ru
 | request                                   | reply                                             |
 |-------------------------------------------|---------------------------------------------------|
 | (none, at the start)                      | {"jinja2": version}, or null where there is none  |
-| {"template", "variables"}                 | {"text": what it renders}                         |
-| {"template", "words"}                     | {"found": those that stand in the template's text}|
+| {"template", "seconds", "variables"}      | {"text": what it renders}                         |
+| {"template", "seconds", "words"}          | {"found": those that stand in the template's text}|
 | any, where the template fails             | {"error": kind, "message", "line"}                |
+| any that takes more seconds of a CPU      | (SIGPROF ends the process)                        |
 
 Source: the environment is that of transformers' `apply_chat_template`, utils/chat_template_utils.py of 5.23.
 """
@@ -17,6 +18,7 @@ Source: the environment is that of transformers' `apply_chat_template`, utils/ch
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import textwrap  # jinja2 imports it when a template wraps words, and by then no memory may be left
 from datetime import datetime
@@ -29,7 +31,6 @@ except ImportError:  # Windows: the parent's clock is the only limit there
     resource = None  # type: ignore[assignment]
 
 MEMORY = 256 << 20  # bytes of address space
-SECONDS = 3  # of one request, should the parent not be there to end it
 OUTPUT = 8 << 20  # characters
 OLDEST = (3, 1, 6)  # older ones have known ways out of the sandbox
 del textwrap
@@ -43,11 +44,10 @@ def _limit() -> None:
         resource.setrlimit(kind, (most, most))
 
 
-def _limit_request() -> None:
-    if resource is not None:
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-        resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + SECONDS, hard))
+def _limit_request(seconds: float) -> None:
+    """Let a signal end this process after so many seconds of a CPU; 0: let none."""
+    if hasattr(signal, "setitimer"):  # not on Windows
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _environment() -> Any:
@@ -179,9 +179,10 @@ def main() -> None:
     _write({"jinja2": jinja2.__version__})
     answer = _Answers(_environment())
     for line in sys.stdin.buffer:
-        _limit_request()
+        request = json.loads(line)
+        _limit_request(request["seconds"])
         try:
-            reply = answer(json.loads(line))
+            reply = answer(request)
         except MemoryError:
             reply = {"error": "memory", "message": f"it needs more than {MEMORY >> 20} MB", "line": None}
         except jinja2.TemplateSyntaxError as error:
@@ -194,6 +195,7 @@ def main() -> None:
             reply = _failed(
                 e, "template"
             )  # whatever a template's operations raise; what else there is ends the process
+        _limit_request(0)
         _write(reply)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -20,10 +21,13 @@ from runtimes.errors import BackendError, InputError, PackageError
 
 _CHILD = Path(jinja_child.__file__)
 _START_SECONDS = 30.0  # of an interpreter and one import, on a machine that does much else
+_WAIT = 10.0  # by the clock, times the seconds of a CPU that a rendering may take: others want the CPU too
 _MOST_INPUT = 8 << 20  # bytes
 _LONGEST_REPLY = 6 * jinja_child.OUTPUT + 4096  # bytes; a character is at most \uXXXX
 _KEPT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "SYSTEMROOT", "TZ")
 """of the environment; keys and tokens are no business of a template's"""
+_OUT_OF_TIME = getattr(signal, "SIGPROF", 0)
+"""the signal that ends the process when a rendering takes too long"""
 
 
 class TemplateError(PackageError):
@@ -46,7 +50,7 @@ class Renderer:
         """Start nothing yet.
 
         Args:
-            seconds: that one rendering may take.
+            seconds: of a CPU that one rendering may take; by the clock, ten times as many.
         """
         self._seconds = seconds
         self._lock = threading.Lock()
@@ -93,12 +97,12 @@ class Renderer:
         self.close()
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        data = _encoded(request)
+        data = _encoded({"seconds": self._seconds, **request})
         with self._lock:
             try:
                 process = self._process or self._started()
                 self._process = process
-                reply = _exchange(process, data, self._seconds)
+                reply = _exchange(process, data, self._seconds, _WAIT * self._seconds)
             except BaseException:  # an interruption too: what it answers next would be the answer to this
                 self._end()
                 raise
@@ -116,7 +120,7 @@ class Renderer:
             start_new_session=True,  # Ctrl-C in the terminal is not for it
         )
         self._process = process
-        hello = _exchange(process, b"", _START_SECONDS)
+        hello = _exchange(process, b"", _START_SECONDS, _START_SECONDS)
         version = hello.get("jinja2")
         if version is None:
             raise BackendError("chat templates need jinja2, which is not installed; pip install 'olmo2-export[chat]'")
@@ -147,8 +151,15 @@ def _encoded(request: Mapping[str, Any]) -> bytes:
     return data
 
 
-def _exchange(process: subprocess.Popen[bytes], data: bytes, seconds: float) -> dict[str, Any]:
-    """Write a request and read a reply; the process is killed when the time is over, which ends the reading."""
+def _exchange(process: subprocess.Popen[bytes], data: bytes, seconds: float, wait: float) -> dict[str, Any]:
+    """Write a request and read a reply; the process is killed after a wait, which ends the reading.
+
+    Args:
+        process: which ends itself after so many `seconds` of a CPU.
+        data: the request.
+        seconds: for the error.
+        wait: seconds by the clock.
+    """
     assert process.stdin is not None
     assert process.stdout is not None
     late = threading.Event()
@@ -157,7 +168,7 @@ def _exchange(process: subprocess.Popen[bytes], data: bytes, seconds: float) -> 
         late.set()
         process.kill()
 
-    timer = threading.Timer(seconds, end)
+    timer = threading.Timer(wait, end)
     timer.start()
     try:
         process.stdin.write(data)
@@ -167,9 +178,12 @@ def _exchange(process: subprocess.Popen[bytes], data: bytes, seconds: float) -> 
         line = b""
     finally:
         timer.cancel()
-    if late.is_set():
+    complete = line.endswith(b"\n")
+    if not complete:
+        process.kill()  # where it has not ended by itself
+    if late.is_set() or (not complete and process.wait() == -_OUT_OF_TIME):
         raise TemplateError("time", f"it takes longer than {seconds:g} s")
-    if not line.endswith(b"\n"):
+    if not complete:
         raise TemplateError("end", "its process ended without an answer")
     reply = json.loads(line)
     return reply if isinstance(reply, dict) else {}

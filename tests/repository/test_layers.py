@@ -45,7 +45,7 @@ OWNERS = {
     "lm_eval": {"olmo2_export/evaluate/lm_eval_adapter.py"},
     "huggingface_hub": {"runtimes/hub.py", "olmo2_export/weights/hub.py", "olmo2_export/publish/push.py"},
     "safetensors": set(),
-    "starlette": {"runtimes/serve/app.py", "runtimes/serve/edge.py"},
+    "starlette": {"runtimes/serve/app.py", "runtimes/serve/edge.py", "runtimes/serve/page_files.py"},
     "uvicorn": {"runtimes/serve/protocol.py", "runtimes/serve/server.py"},
     "prometheus_client": {"runtimes/serve/metrics.py"},
 }

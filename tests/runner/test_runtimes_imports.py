@@ -32,7 +32,7 @@ OWNERS = {
     "tokenizers": {"text.tokenizer"},
     "cuda": {"trt.cuda"},
     "huggingface_hub": {"hub"},
-    "starlette": {"serve.app", "serve.edge"},
+    "starlette": {"serve.app", "serve.edge", "serve.page_files"},
     "uvicorn": {"serve.protocol", "serve.server"},
     "prometheus_client": {"serve.metrics"},
 }

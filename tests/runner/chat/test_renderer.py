@@ -85,6 +85,13 @@ def test_an_endless_loop_is_ended_in_time() -> None:
         assert failure(renderer, loop).kind == "time"  # and the next one is rendered
 
 
+def test_a_machine_that_does_something_else_is_no_fault_of_the_template(renderer: Renderer) -> None:
+    assert renderer._process is not None
+    renderer._process.send_signal(signal.SIGSTOP)
+    threading.Timer(2.0, renderer._process.send_signal, [signal.SIGCONT]).start()
+    assert renderer.render("{{ 1 + 1 }}", {}) == "2"
+
+
 def test_a_template_that_kills_its_process_is_an_error_too(renderer: Renderer) -> None:
     assert renderer._process is not None
     renderer._process.kill()
