@@ -217,7 +217,8 @@ def test_accepted_answers_are_those_of_a_client_alone_and_sigterm_lets_them_end(
             form["json_schema"] = {"schema": {"type": "array", "uniqueItems": True}}
             with pytest.raises(openai.BadRequestError, match="JSON schema"):
                 client.completions.create(model=name, prompt="x", extra_body={"response_format": form})
-            stream = client.completions.create(model=name, prompt="In the", max_tokens=900, stream=True, stop=None)
+            endless: Any = {"logit_bias": {"0": -100.0}, "max_tokens": 900}  # the demo's end of a text has the id 0
+            stream = client.completions.create(model=name, prompt="In the", stream=True, **endless)
             first = next(iter(stream))
             served.process.send_signal(signal.SIGTERM)
             until(lambda: served.get("/ready") == '{"status":"not ready"}')
@@ -238,7 +239,8 @@ def test_a_killed_engine_is_an_error_and_then_ready_again(demo_two_package: Path
         openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=60) as client,
     ):
         name = next(iter(client.models.list())).id
-        stream = iter(client.completions.create(model=name, prompt="In", max_tokens=900, stream=True, seed=1))
+        endless: Any = {"logit_bias": {"0": -100.0}, "max_tokens": 1000}  # the demo's end of a text has the id 0
+        stream = iter(client.completions.create(model=name, prompt="In", stream=True, **endless))
         next(stream)
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(client.completions.create, model=name, prompt="And", max_tokens=5)
