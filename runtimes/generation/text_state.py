@@ -36,6 +36,8 @@ class _Held:
         self._parts: list[tuple[str, bool]] = []  # (text, whether it is given out)
         self.stopped: str | None = None
         """the text in front of the first stop string that is complete"""
+        self.stop_string: str | None = None
+        """that one"""
 
     @property
     def text(self) -> str:
@@ -51,7 +53,8 @@ class _Held:
         self._parts += [part for part in ((text, True), (hidden, False)) if part[0]]
         cuts = [cut for cut in (_find_stop(self.text, self._stop), self._find_with_names()) if cut is not None]
         if cuts:
-            self.stopped = self.text[: min(cuts)]
+            at, self.stop_string = min(cuts)
+            self.stopped = self.text[:at]
 
     def free(self) -> str:
         """Drop and return the text that can be no part of a stop string."""
@@ -72,9 +75,9 @@ class _Held:
     def _with_names(self) -> str:
         return "".join(text for text, _ in self._parts) if self._stop_with_names else ""
 
-    def _find_with_names(self) -> int | None:
+    def _find_with_names(self) -> tuple[int, str] | None:
         cut = _find_stop(self._with_names(), self._stop_with_names)
-        return None if cut is None else self._shown(cut)
+        return None if cut is None else (self._shown(cut[0]), cut[1])
 
     def _shown(self, length: int) -> int:
         """Return how many characters are given out of the first `length` with names; all where there are no names."""
@@ -88,10 +91,10 @@ class _Held:
         return count
 
 
-def _find_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Return where the stop string begins that is complete first; the longest, if several end there."""
-    ends = [(at + len(s), at) for s in stop if (at := text.find(s)) >= 0]
-    return min(ends)[1] if ends else None
+def _find_stop(text: str, stop: Sequence[str]) -> tuple[int, str] | None:
+    """Return where the stop string begins that is complete first, and it; the longest, if several end there."""
+    ends = [(at + len(s), at, s) for s in stop if (at := text.find(s)) >= 0]
+    return min(ends)[1:] if ends else None
 
 
 def _undecided(text: str, stop: Sequence[str]) -> int:
@@ -129,6 +132,11 @@ class TextState:
         self._eos_token_ids = tokenizer.eos_token_ids if eos_token_ids is None else eos_token_ids
         self._stream = tokenizer.stream()
         self._held = _Held(stop, tokenizer.special_tokens)
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the text, if one did."""
+        return self._held.stop_string
 
     def push(self, token_id: int) -> str:
         """Take the next id.

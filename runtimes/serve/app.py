@@ -6,6 +6,7 @@
 | POST /v1/completions, /v1/chat/completions       | texts, at once or as a stream                              |
 | POST /v1/responses                               | the same as a chat; nothing is kept                        |
 | POST /tokenize, /detokenize                      | ids of a text or of a chat; text of ids                    |
+| POST /v1/messages, /v1/messages/count_tokens     | the same as Anthropic's API has it; how long a prompt is   |
 | POST /v1/embeddings, /v1/score, /v1/rerank       | vectors and scores of texts, where the package has them    |
 | GET /                                            | a page to chat on, and its two files                       |
 | GET /package, /parity.json                       | what the package is, for people; its parity report         |
@@ -48,6 +49,7 @@ from runtimes.serve.measures import (
     rerank_answer,
     score_answer,
 )
+from runtimes.serve.messages import MessageWriter, error_document, read_messages
 from runtimes.serve.metrics import CONTENT_TYPE, Metrics
 from runtimes.serve.model import ServedModel
 from runtimes.serve.page_files import PATHS, page_file
@@ -102,6 +104,8 @@ class Routes:
             Route("/v1/completions", self.completions, methods=post),
             Route("/v1/chat/completions", self.chats, methods=post),
             Route("/v1/responses", self.responses, methods=post),
+            Route("/v1/messages", self.messages, methods=post),
+            Route("/v1/messages/count_tokens", self.counted, methods=post),
             Route("/v1/embeddings", self.embeddings, methods=post),
             Route("/v1/score", self.scores, methods=post),
             Route("/v1/rerank", self.ranks, methods=post),
@@ -135,6 +139,15 @@ class Routes:
     async def responses(self, http: HttpRequest) -> Response:
         """POST /v1/responses."""
         return await _while_connected(http, self._respond(http))
+
+    async def messages(self, http: HttpRequest) -> Response:
+        """POST /v1/messages."""
+        return await _while_connected(http, self._message(http))
+
+    async def counted(self, http: HttpRequest) -> Response:
+        """POST /v1/messages/count_tokens."""
+        parsed = read_messages(parse_object(await http.body()), self._model, counted=True)
+        return json_response({"input_tokens": len(await self._chat_ids(parsed))})
 
     async def _complete(self, http: HttpRequest) -> Response:
         parsed = read_completion(parse_object(await http.body()), self._model)
@@ -179,13 +192,18 @@ class Routes:
         answering = await self._begun(http, [request], parsed.call)
         if parsed.call.stream:
             return _EventStream(_response_events(answering, writer, http), answering)
-        try:
-            async for news in answering.news():
-                if isinstance(news, Said):
-                    writer.events(news)
-        finally:
-            _note(answering, http)
-            answering.close()
+        await _said(answering, writer, http)
+        writer.last(_usage(answering))
+        return json_response(writer.document)
+
+    async def _message(self, http: HttpRequest) -> Response:
+        parsed = read_messages(parse_object(await http.body()), self._model)
+        request, chat = await self._chat_writer(http, parsed)
+        writer = MessageWriter(chat, _id(http), parsed.call.model)
+        answering = await self._begun(http, [request], parsed.call)
+        if parsed.call.stream:
+            return _EventStream(_message_events(answering, writer, http), answering)
+        await _said(answering, writer, http)
         writer.last(_usage(answering))
         return json_response(writer.document)
 
@@ -440,25 +458,58 @@ async def _events(
         _note(answering, http)
 
 
+def _named(event: Mapping[str, Any]) -> bytes:
+    return f"event: {event['type']}\n".encode() + _event(event)
+
+
+async def _message_events(answering: Answering, writer: MessageWriter, http: HttpRequest) -> AsyncIterator[bytes]:
+    """Yield the events of /v1/messages, each with its name."""
+    try:
+        async for news in answering.news():
+            match news:
+                case Started():
+                    for event in writer.first(_usage(answering)):
+                        yield _named(event)
+                case Said():
+                    for event in writer.events(news):
+                        yield _named(event)
+                case Ping():
+                    yield _named({"type": "ping"})
+        for event in writer.last(_usage(answering)):
+            yield _named(event)
+    except Olmo2ExportError as error:
+        yield _named(error_document(problem_of(error)))
+        http.scope[NOTES]["error"] = str(error)
+    finally:
+        _note(answering, http)
+
+
+async def _said(answering: Answering, writer: ResponseWriter | MessageWriter, http: HttpRequest) -> None:
+    """Have a writer hear a whole answer."""
+    try:
+        async for news in answering.news():
+            if isinstance(news, Said):
+                writer.events(news)
+    finally:
+        _note(answering, http)
+        answering.close()
+
+
 async def _response_events(answering: Answering, writer: ResponseWriter, http: HttpRequest) -> AsyncIterator[bytes]:
     """Yield the events of /v1/responses, each with its name."""
-
-    def named(event: Mapping[str, Any]) -> bytes:
-        return f"event: {event['type']}\n".encode() + _event(event)
-
     try:
         for event in writer.first():
-            yield named(event)
+            yield _named(event)
         async for news in answering.news():
             if isinstance(news, Said):
                 for event in writer.events(news):
-                    yield named(event)
+                    yield _named(event)
             elif isinstance(news, Ping):
                 yield b": ping\n\n"
         for event in writer.last(_usage(answering)):
-            yield named(event)
+            yield _named(event)
     except Olmo2ExportError as error:
-        yield named(writer.failed(problem_of(error).document()))
+        yield _named(writer.failed(problem_of(error).document()))
         http.scope[NOTES]["error"] = str(error)
     finally:
         _note(answering, http)
@@ -542,21 +593,22 @@ def _version() -> str:
         return "unknown"
 
 
-async def _problem(_: HttpRequest, error: Exception) -> Response:
+async def _problem(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, Olmo2ExportError)
-    return problem_response(problem_of(error))
+    return problem_response(problem_of(error), http.url.path)
 
 
 async def _http_problem(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     said = {404: "there is no such path", 405: f"{http.method} is not what this path takes"}
     message = f"{http.url.path}: {said.get(error.status_code, error.detail)}"
-    response = problem_response(Problem(error.status_code, message, "invalid_request_error", code="not_found"))
+    problem = Problem(error.status_code, message, "invalid_request_error", code="not_found")
+    response = problem_response(problem, http.url.path)
     for name, value in (error.headers or {}).items():
         response.headers[name] = value
     return response
 
 
-async def _internal_problem(_: HttpRequest, error: Exception) -> Response:
+async def _internal_problem(http: HttpRequest, error: Exception) -> Response:
     """The log has what happened; a client is told no more than that something did."""
-    return problem_response(Problem(500, f"internal error: {type(error).__name__}", "server_error"))
+    return problem_response(Problem(500, f"internal error: {type(error).__name__}", "server_error"), http.url.path)

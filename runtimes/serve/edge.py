@@ -19,6 +19,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtimes.errors import BusyError, NotReadyError, Olmo2ExportError
 from runtimes.serve.keys import Keys
+from runtimes.serve.messages import PATHS as PATHS_OF_MESSAGES
+from runtimes.serve.messages import error_document
 from runtimes.serve.metrics import Metrics
 from runtimes.serve.page_files import PATHS
 from runtimes.serve.problems import CallError, Problem, problem_of
@@ -57,9 +59,10 @@ def json_response(document: Mapping[str, Any], status: int = 200, headers: Mappi
     return Response(to_json(document), status, headers, media_type="application/json")
 
 
-def problem_response(problem: Problem) -> Response:
-    """Return an error as a response."""
-    return json_response(problem.document(), problem.status, problem.headers())
+def problem_response(problem: Problem, path: str) -> Response:
+    """Return an error as a response to a call of a path, in the form that its clients read."""
+    document = error_document(problem) if path in PATHS_OF_MESSAGES else problem.document()
+    return json_response(document, problem.status, problem.headers())
 
 
 class Edge:
@@ -115,7 +118,7 @@ class Edge:
             body = await self._admitted(scope, headers, receive, key)
             await self._app(scope, _again(body, receive), sending)
         except Olmo2ExportError as error:
-            await problem_response(problem_of(error))(scope, receive, sending)
+            await problem_response(problem_of(error), scope["path"])(scope, receive, sending)
         except TimeoutError:  # the client takes nothing
             notes["error"] = "the client took nothing for too long"
             raise
@@ -130,7 +133,8 @@ class Edge:
                 logger.info("call", extra={"fields": {**line, "seconds": seconds, **notes}})
 
     def _key(self, headers: Headers) -> str:
-        name = self._keys.name_of(headers.get("authorization", ""))
+        given = headers.get("authorization") or f"Bearer {headers.get('x-api-key', '')}"  # the latter is Anthropic's
+        name = self._keys.name_of(given)
         if name is None:
             raise CallError("a key is needed: Authorization: Bearer KEY", status=401, code="invalid_api_key")
         return name

@@ -43,6 +43,8 @@ class Said(NamedTuple):
     logprobs: TokenLogprobs | None
     reason: FinishReason | None
     """set with the last"""
+    stop: str | None = None
+    """which stop string it was, if it was one"""
 
 
 class Ping(NamedTuple):
@@ -227,7 +229,9 @@ class Answering:
             if token.reason is None:  # a stop string, of which the engine knows nothing
                 self._desk.cancel(*key)
             self._metrics.ended(state.finish_reason, self._clock() - self._began)
-        return Said(token.request, token.choice, text, token.token_id, token.logprobs, state.finish_reason)
+        return Said(
+            token.request, token.choice, text, token.token_id, token.logprobs, state.finish_reason, state.stop_string
+        )
 
     def _count(self, key: tuple[str, int]) -> None:
         now = self._clock()
