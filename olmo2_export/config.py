@@ -74,7 +74,8 @@ _ACTIVATIONS = ("silu", "swish")
 _READ = frozenset(
     "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
     "head_dim max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters partial_rotary_factor "
-    "hidden_act attention_bias tie_word_embeddings layer_types sliding_window pretraining_tp".split()
+    "hidden_act attention_bias tie_word_embeddings layer_types sliding_window pretraining_tp "
+    "original_max_position_embeddings".split()
 )
 # What is near, by its model_type -> what it is, and what to do.
 _OTHER_FORMS = {
@@ -157,8 +158,9 @@ class ModelConfig:
         refuse_other_forms(raw, where)
         fields = Fields(raw)
         kind, known = raw.get("model_type"), get_args(ModelType)
-        fields.require(kind in known, f"model_type {short(kind)} (only {', '.join(known)})")
-        model_type: ModelType = next((name for name in known if name == kind), "olmo2")
+        model_type: ModelType | None = next((name for name in known if name == kind), None)
+        if model_type is None:  # what else it has is another model's, and no problem of an OLMo
+            raise ConfigError(f"{where}: cannot express model_type {short(kind)} (only {', '.join(known)})")
         activation = raw.get("hidden_act", "silu")
         fields.require(activation in _ACTIVATIONS, f"hidden_act {short(activation)} (only 'silu')")
         for name, neutral in sorted(_INEXPRESSIBLE.items()):
@@ -215,6 +217,8 @@ class ModelConfig:
         )
         if fields.problems:
             raise ConfigError(f"{where}: cannot express {'; '.join(fields.problems)}")
+        if assumed := _assumed(raw, config, context):
+            fields.said.append(f"it does not say {', '.join(assumed)}; assumed, as transformers does")
         unknown = sorted(raw.keys() - _READ - _NEUTRAL - _INEXPRESSIBLE.keys() - _IGNORED.keys())
         if unknown:
             fields.said.append(f"unknown fields {', '.join(unknown)} are not used; verify will tell if they matter")
@@ -288,6 +292,23 @@ class ModelConfig:
             hidden_states=self.hidden_states,
             inputs_embeds=self.inputs_embeds,
         )
+
+
+def _assumed(raw: Mapping[str, Any], config: ModelConfig, context: int) -> list[str]:
+    """Return the fields that decide what is computed and are not there, with what transformers takes for each."""
+    tables = [table for name in ("rope_scaling", "rope_parameters") if isinstance(table := raw.get(name), Mapping)]
+    nested = [inner for table in tables for inner in table.values() if isinstance(inner, Mapping)]
+    windows = SLIDING in config.layer_types
+    found = {
+        "max_position_embeddings": f"{context}",
+        "rms_norm_eps": f"{config.norm_eps:g}" if config.model_type != "olmo" else "",
+        "layer_types": f"{SLIDING}, every {_FULL_EVERY}th {FULL}" if windows else "",
+        "sliding_window": f"{_DEFAULT_WINDOW}" if windows else "",
+    }
+    said = [f"{name} ({value})" for name, value in found.items() if value and raw.get(name) is None]
+    if not any(place.get("rope_theta") is not None for place in (raw, *tables, *nested)):
+        said.append(f"rope_theta ({config.full_rope.theta:g})")
+    return said
 
 
 def config_of(folder: Path, model: ModelSpec) -> ModelConfig:

@@ -10,7 +10,9 @@ transformers 5.23 reads some of these otherwise than the model was trained, with
 
 - Olmo 3 with one table for all layers: it takes plain RoPE of theta 500000, whatever the table says;
 - Olmo 3 with another rope_theta outside the tables: it reaches the layers of full attention alone;
-- Olmo 3 with "type" for "rope_type" in rope_scaling, and with "truncate": false in a table: neither is read.
+- Olmo 3 with "type" for "rope_type" in rope_scaling, and with "truncate": false in a table: neither is read;
+- original_max_position_embeddings outside the tables, where it differs: it goes before that of the table, and for
+  Olmo 3 it is not read.
 
 `model.rotary` makes the numbers of each kind. Two kinds change with the length of the text, as no table of a graph can:
 
@@ -50,6 +52,8 @@ _OWN: dict[RopeType, frozenset[str]] = {
     "longrope": frozenset("factor original_max_position_embeddings attention_factor short_factor long_factor".split()),
 }
 """kind -> the fields that mean something for it"""
+_ORIGINAL = "original_max_position_embeddings"
+_KINDS_OF_LENGTH = tuple(kind for kind, own in _OWN.items() if _ORIGINAL in own)
 _COMMON = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 
 
@@ -102,6 +106,10 @@ def read_ropes(fields: Fields, context: int, head_dim: int, *, by_layer_type: bo
         full, sliding = _olmo3(fields, tables, context, head_dim)
     else:
         full = sliding = _one_for_all(fields, tables, context, head_dim)
+    if fields.raw.get(_ORIGINAL) is not None and not any(
+        rope.rope_type in _KINDS_OF_LENGTH for rope in (full, sliding)
+    ):
+        fields.said.append(f"{_ORIGINAL} means nothing for {full.rope_type}, here as in transformers")
     ends = {rope.original_length for rope in (full, sliding) if rope.rope_type == "longrope"}
     longest = min([context, *ends])
     if longest < context:
@@ -141,6 +149,8 @@ def both_forms(raw: Mapping[str, Any], *, by_layer_type: bool) -> dict[str, Any]
     theta = float(said[0]) if said else _THETA
     kind = table.pop("rope_type", table.pop("type", "default"))
     own = {"rope_type": kind} | {name: value for name, value in table.items() if name not in _COMMON}
+    if raw.get(_ORIGINAL) is not None and kind in _KINDS_OF_LENGTH:
+        own[_ORIGINAL] = raw[_ORIGINAL]  # transformers 4 reads that of the table alone
     return {
         "rope_theta": theta,
         "rope_scaling": None if kind == "default" else own,
@@ -168,14 +178,31 @@ def _one_for_all(fields: Fields, tables: Mapping[str, Mapping[str, Any]], contex
     for name, table in tables.items():
         nested = sorted(table.keys() & {FULL, SLIDING})
         fields.require(not nested, f"{name}: {', '.join(nested)} (tables by layer type, which olmo3 alone has)")
+    tables = {name: _with_outer_length(fields, name, table) for name, table in tables.items()}
     ropes = [_read(fields, name, table, theta, context, head_dim) for name, table in tables.items()]
     if len(ropes) == 2 and ropes[0] != ropes[1] and not fields.problems:
         fields.problems.append("rope_scaling and rope_parameters differ; transformers takes rope_scaling; say one")
     return ropes[0] if ropes else Rope(theta=theta)
 
 
+def _with_outer_length(fields: Fields, name: str, table: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a table with the original length that the file says outside it, as transformers takes it."""
+    outer, inner = fields.raw.get(_ORIGINAL), table.get(_ORIGINAL)
+    if outer is None or table.get("rope_type", table.get("type")) not in _KINDS_OF_LENGTH:
+        return table
+    fields.require(
+        inner in (None, outer),
+        f"{_ORIGINAL} {short(inner)} in {name} beside {short(outer)}, which transformers takes; say one",
+    )
+    return {**table, _ORIGINAL: outer}
+
+
 def _olmo3(fields: Fields, tables: Mapping[str, Mapping[str, Any]], context: int, head_dim: int) -> tuple[Rope, Rope]:
     parameters, scaling = tables.get("rope_parameters", {}), tables.get("rope_scaling", {})
+    fields.require(
+        not scaling or fields.raw.get("rope_parameters") != {},
+        "rope_scaling beside rope_parameters {} (transformers fails; remove rope_parameters)",
+    )
     nested = parameters.keys() <= {FULL, SLIDING}
     outer = fields.raw.get("rope_theta")
     fields.require(
@@ -215,6 +242,11 @@ def _olmo3(fields: Fields, tables: Mapping[str, Mapping[str, Any]], context: int
             table, name = {**table, **scaling}, "rope_scaling"
         if table.get("truncate") is False:
             fields.problems.append(f"{name}: truncate false (transformers does not read it there, and truncates)")
+        length = fields.raw.get(_ORIGINAL)
+        fields.require(
+            length in (None, table.get(_ORIGINAL, context)) or table.get("rope_type") not in _KINDS_OF_LENGTH,
+            f"{_ORIGINAL} {short(length)} (for olmo3 transformers reads it in {name} alone; write it there)",
+        )
         theta = fields.number("rope_theta", default=_OLMO3_THETA, source=table)
         found.append(_read(fields, name, table, theta, context, head_dim))
     return found[0], found[1]
@@ -240,8 +272,13 @@ def _read(fields: Fields, name: str, table: Mapping[str, Any], theta: float, con
     if kind == "longrope":
         return _longrope(fields, name, table, plain, context, head_dim)
     factor = fields.number("factor", source=table)
+    if kind == "dynamic":
+        fields.said.append(
+            f"{name}: dynamic is plain RoPE up to max_position_embeddings, where the package ends: beyond it, "
+            "transformers turns new tokens otherwise than those that the cache has"
+        )
     if kind == "dynamic" or (kind == "linear" and factor == 1):
-        return Rope(theta=theta)  # up to max_position_embeddings, where the package ends
+        return Rope(theta=theta)
     if kind == "linear":
         return replace(plain, factor=factor)
     original = fields.integer("original_max_position_embeddings", 1, _LONGEST, default=context, source=table)

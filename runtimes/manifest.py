@@ -131,8 +131,8 @@ class KVCacheSpec:
     """tokens: for `concat` and `shared` the model's context, for `static` the capacity of the buffer"""
     quantization: KVCacheQuantization | None = None
     windows: tuple[int, ...] = ()
-    """tokens that each layer sees, the present one among them, 0: all; empty: all layers see all. A runner may forget
-    keys and values that no later token sees"""
+    """tokens that each layer sees and keeps, the present one among them, 0: all; empty: every layer keeps all, also one
+    with a window. The runner gives back keys and values that no later token sees, some hundred tokens late"""
 
     @property
     def name(self) -> str:

@@ -52,6 +52,13 @@ def cache_bytes_per_token(cache: KVCacheSpec) -> int:
     return 2 * cache.num_layers * cache.num_key_value_heads * cache.stored_head_dim * size
 
 
+def cache_bytes(cache: KVCacheSpec, tokens: int) -> int:
+    """Return what so many tokens of one row take of memory; layers that keep a window have no more than that."""
+    per_layer = cache_bytes_per_token(cache) // cache.num_layers
+    windows = cache.windows or (0,) * cache.num_layers
+    return sum(per_layer * min(tokens, window or tokens) for window in windows)
+
+
 def shortened(config: ModelConfig, layers: int = LAYERS) -> ModelConfig:
     """Return a config with few layers, of each kind that it has if there are so many; all kinds have the same sizes."""
     count = config.num_hidden_layers

@@ -22,7 +22,7 @@ from olmo2_export.fuse import DEVICE
 from olmo2_export.fuse.quantized_kv_cache import quantized_kv_cache
 from olmo2_export.graphs.device import device_graph
 from olmo2_export.graphs.files import attach_weights
-from olmo2_export.graphs.predicted import GraphBytes, cache_bytes_per_token, predicted_bytes, shortened
+from olmo2_export.graphs.predicted import GraphBytes, cache_bytes, cache_bytes_per_token, predicted_bytes, shortened
 from olmo2_export.graphs.shared import decode_graph, padded_graph, prefill_graph, shared_graph
 from olmo2_export.graphs.static import static_graph
 from olmo2_export.graphs.trace import trace
@@ -58,6 +58,10 @@ class VariantSizes:
     """paths of the graphs with other KV caches than the first -> their bytes, on the same weights"""
     cache_bytes_per_token: int
     """of one row, over all layers, in the first of its KV caches"""
+    cache_bytes: int
+    """the same of a row that fills the context, where layers with a window may keep it alone"""
+    windowed: int
+    """layers that keep a window alone"""
     bits_per_weight: float
     """over embedding, layers and head, as the decode graph stores them; of codes taken over, over those"""
     at_most: bool
@@ -86,7 +90,7 @@ def variant_sizes(name: str, checkpoint: Checkpoint, config: ModelConfig, option
     """
     row = catalog.find(name)
     stored = written_caches(row, config, options)[0]
-    cache = cache_spec(config, row.form, stored.dtype if row.quantized_cache else row.dtype)
+    cache = cache_spec(config, row, stored.dtype if row.quantized_cache else row.dtype)
     if stored.bits is not None:
         cache = dataclasses.replace(cache, quantization=KVCacheQuantization(stored.bits, 0, {}))
     found = dict(_graphs(row, checkpoint, config, options))
@@ -111,7 +115,18 @@ def variant_sizes(name: str, checkpoint: Checkpoint, config: ModelConfig, option
     if extra:  # the tensors that the budget pays for have the format of 8 bits
         path, first = next(iter(graphs.items()))
         graphs[path] = dataclasses.replace(first, data=first.data + extra)
-    return VariantSizes(name, graphs, portable, others, cache_bytes_per_token(cache), bits, mixed, notes)
+    return VariantSizes(
+        name=name,
+        graphs=graphs,
+        portable=portable,
+        other_caches=others,
+        cache_bytes_per_token=cache_bytes_per_token(cache),
+        cache_bytes=cache_bytes(cache, cache.max_cache_length),
+        windowed=sum(map(bool, cache.windows)),
+        bits_per_weight=bits,
+        at_most=mixed,
+        notes=notes,
+    )
 
 
 def _bits_per_weight(

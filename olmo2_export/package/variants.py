@@ -62,7 +62,6 @@ from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.stored_names import weight_shapes
 from runtimes.errors import CheckpointError, ConfigError, FusionError, UsageError
 from runtimes.manifest import (
-    CacheForm,
     Dtype,
     KVCacheQuantization,
     KVCacheSpec,
@@ -150,16 +149,19 @@ def check_takes_adapters(config: ModelConfig) -> None:
         raise UsageError("--lora-inputs: a classifier takes no adapters at run time, language models do; use --lora")
 
 
-def cache_spec(config: ModelConfig, form: CacheForm, dtype: Dtype) -> KVCacheSpec:
-    """Return the KV cache of a model in a package, not quantised."""
+def cache_spec(config: ModelConfig, row: VariantRow, dtype: Dtype) -> KVCacheSpec:
+    """Return the KV cache of a model in a package, not quantised.
+
+    Layers with a window keep it alone where the runner of the variant gives memory back: on CPUs, in a shared buffer.
+    """
     return KVCacheSpec(
-        form=form,
+        form=row.form,
         dtype=dtype,
         num_layers=config.num_hidden_layers,
         num_key_value_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         max_cache_length=config.max_position_embeddings,
-        windows=config.windows,
+        windows=config.windows if row.graph == "blocks" else (),
     )
 
 
@@ -249,7 +251,7 @@ class VariantWriter:
 
     def _portable(self, row: VariantRow) -> Variant:
         model = self._traced.clone()
-        cache = self._cache_spec(row.form, row.dtype)
+        cache = self._cache_spec(row, row.dtype)
         return Variant(
             name=row.name,
             precision=row.weights.precision,
@@ -299,7 +301,7 @@ class VariantWriter:
 
     def _stored_in(self, shared: ir.Model, row: VariantRow, stored: KVCacheFormat) -> tuple[ir.Model, KVCacheSpec]:
         """Return a shared-cache graph that keeps keys and values in a format."""
-        cache, graph = self._cache_spec(row.form, stored.dtype), shared.clone()
+        cache, graph = self._cache_spec(row, stored.dtype), shared.clone()
         if stored.bits is None:
             return graph, cache
         return graph, dataclasses.replace(cache, quantization=self._quantize_cache(graph, stored.bits))
@@ -332,7 +334,7 @@ class VariantWriter:
 
     def _device(self, row: VariantRow) -> Variant:
         spec, graph, dtype = self._config.spec, row.path, ir_dtype(row.dtype)
-        cache = self._cache_spec(row.form, row.dtype)
+        cache = self._cache_spec(row, row.dtype)
         safety = self._safety if row.dtype == "float16" else None
         if safety is not None and (safety.blocked or not self._options.fp16_islands):
             refuse_overflow(safety, f"{self._checkpoint.model}, variant {row.name}")
@@ -368,7 +370,7 @@ class VariantWriter:
         """Write the graph that other runtimes load, over the weights that are written; its cache is not quantised."""
         model, _ = decode_graph(padded, weights, self._rows)
         self._save(model, row.portable_path, row.data, variant.graph)
-        spec, cache = self._config.spec, self._cache_spec(row.form, row.dtype)
+        spec, cache = self._config.spec, self._cache_spec(row, row.dtype)
         return PortableGraph(row.portable_path, shared_inputs(spec, cache), shared_outputs(spec, cache))
 
     def _measured(self, variant: Variant) -> Variant:
@@ -453,8 +455,8 @@ class VariantWriter:
         with open_ort(self._staging, variant, self._config.spec, None) as runner:
             return measure_quality(runner, sequences, reference, origin).quality
 
-    def _cache_spec(self, form: CacheForm, dtype: Dtype) -> KVCacheSpec:
-        return cache_spec(self._config, form, dtype)
+    def _cache_spec(self, row: VariantRow, dtype: Dtype) -> KVCacheSpec:
+        return cache_spec(self._config, row, dtype)
 
     def _quantize_cache(self, shared: ir.Model, bits: Literal[8, 4]) -> KVCacheQuantization:
         """Calibrate the cache and rewrite the graph in place."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from pathlib import PurePath
 
+from olmo2_export.graphs.predicted import cache_bytes
 from olmo2_export.report import plots
 from olmo2_export.report.bench_file import Bench, Ratio
 from olmo2_export.report.data import ReportData
@@ -128,7 +129,7 @@ def memory(data: ReportData) -> Section:
         cache = v.summary.variant.kv_cache
         contexts = sorted({min(c, cache.max_cache_length) for c in _CONTEXTS})
         weights = sum(graph.nbytes for graph in v.summary.graphs)
-        held = {tokens: tokens * v.summary.cache_bytes_per_token for tokens in contexts}
+        held = {tokens: cache_bytes(cache, tokens) for tokens in contexts}
         peak = peaks.get(f"ours {v.name}", math.nan)
         bars[v.name] = plots.Memory(weights, held, None if math.isnan(peak) else round(peak))
         rows.append(

@@ -19,9 +19,10 @@ def plan_lines(plan: ExportPlan) -> Iterator[str]:
         yield f"quantised: {plan.quantized}"
     for variant in plan.variants:
         bits = f"{'at most ' if variant.at_most else ''}{variant.bits_per_weight:.2f} bits per weight"
-        yield (
-            f"{variant.name}: {size(variant.nbytes)}, {bits}; KV cache {size(variant.cache_bytes_per_token)} per token"
-        )
+        cache = f"{size(variant.cache_bytes_per_token)} per token"
+        if variant.windowed:
+            cache += f", {size(variant.cache_bytes)} for all, as {variant.windowed} layers keep a window alone"
+        yield f"{variant.name}: {size(variant.nbytes)}, {bits}; KV cache {cache}"
         row = find(variant.name)
         for number, (path, files) in enumerate(variant.graphs.items()):
             data = f"{row.prefill_path}_data" if number else row.data

@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from olmo2_export.graphs.predicted import cache_bytes_per_token
+from olmo2_export.graphs.predicted import cache_bytes, cache_bytes_per_token
 from olmo2_export.summary.engine import EngineSummary
 from olmo2_export.summary.graph import GraphSummary, OpChange, Part
 from olmo2_export.summary.package import PackageSummary, VariantSummary
@@ -164,6 +164,7 @@ def _variant(summary: VariantSummary, package: PackageSummary) -> list[Renderabl
     entry, kv = summary.variant, summary.variant.kv_cache
     length = kv.max_cache_length if kv.form == "static" else "length"
     bits = f", {kv.quantization.bits} bits" if kv.quantization else ""
+    kept = f", as {sum(map(bool, kv.windows))} layers keep {max(kv.windows):,} tokens alone" if kv.windows else ""
     facts = [("graph", f"{entry.graph}, {entry.precision}, opset {entry.opset}")]
     if entry.prefill:
         facts.append(("prefill", f"{entry.prefill.graph}, for steps of {entry.prefill.min_rows} tokens and more"))
@@ -178,7 +179,7 @@ def _variant(summary: VariantSummary, package: PackageSummary) -> list[Renderabl
             "KV cache",
             f"{kv.form}, {kv.dtype}{bits}: {kv.num_layers} layers of 2 x [batch, {kv.num_key_value_heads}, {length}, "
             f"{kv.stored_head_dim}]; {size(summary.cache_bytes_per_token)} a token, "
-            f"{size(summary.cache_bytes_per_token * kv.max_cache_length)} for {kv.max_cache_length:,} tokens",
+            f"{size(cache_bytes(kv, kv.max_cache_length))} for {kv.max_cache_length:,} tokens{kept}",
         )
     )
     for other in entry.each_cache[1:]:

@@ -31,12 +31,29 @@ def test_both_forms_give_the_same_config() -> None:
     assert (config.attention_bias, config.tie_word_embeddings) == (False, False)
 
 
-def test_defaults_are_those_of_transformers() -> None:
+def test_defaults_are_those_of_transformers_and_are_said(caplog: pytest.LogCaptureFixture) -> None:
     raw = {
         k: v for k, v in V4.items() if k not in ("num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling")
     }
-    config = ModelConfig.from_dict(raw)
+    config = ModelConfig.from_dict(raw, where="defaults")
     assert (config.num_key_value_heads, config.norm_eps, config.full_rope.theta) == (6, 1e-5, 10_000.0)
+    said = "defaults: it does not say rms_norm_eps (1e-05), rope_theta (10000); assumed, as transformers does"
+    assert [record.getMessage() for record in caplog.records] == [said]
+    caplog.clear()
+    windows = {"layer_types": None, "sliding_window": "absent", "model_type": "olmo3", "rope_theta": None}
+    raw = {k: v for k, v in (V4 | windows | {"max_position_embeddings": None}).items() if v != "absent"}
+    assert ModelConfig.from_dict(raw, where="windows").windows == ()  # no wider than the context
+    assert (
+        "max_position_embeddings (2048), layer_types (sliding_attention, every 4th full_attention), sliding_window "
+        "(4096), rope_theta (500000)" in caplog.text
+    )
+
+
+def test_of_another_model_the_model_type_alone_is_a_problem() -> None:
+    """A Llama was told that OLMo 2 attends to all."""
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_dict(V4_OLMO3 | {"model_type": "llama"}, where="c")
+    assert str(caught.value) == "c: cannot express model_type 'llama' (only olmo, olmo2, olmo3)"
 
 
 def test_optional_fields_are_read() -> None:
@@ -83,6 +100,17 @@ def test_optional_fields_are_read() -> None:
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "which olmo3 alone has"),
         ({"rope_parameters": {"rope_theta": 0}}, "rope_theta 0"),
         ({"rope_parameters": {"rope_theta": 1e4, "factor": 8.0}}, "factor"),
+        (
+            {
+                "original_max_position_embeddings": 64,
+                "rope_parameters": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32},
+            },
+            "original_max_position_embeddings 32 in rope_parameters beside 64, which transformers takes; say one",
+        ),
+        (
+            {"original_max_position_embeddings": 64, "rope_parameters": {"rope_type": ["yarn"], "rope_theta": 5e5}},
+            "rope_type ['yarn']",
+        ),
         ({"rope_parameters": [1]}, "rope_parameters [1]"),
         ({"rope_theta": 1e4}, "rope_theta 10000.0 beside 500000"),
         ({"rope_scaling": {"type": "linear", "factor": 1.0}}, "rope_theta 500000.0 beside 10000"),
@@ -141,6 +169,8 @@ def test_null_fields_of_other_models_are_fine() -> None:
         ({"attention_bias": None, "tie_word_embeddings": None}, ""),
         ({"rope_scaling": {"type": "linear", "factor": 1, "rope_theta": 5e5}}, ""),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "factor": 8.0}}, "factor mean nothing"),
+        ({"original_max_position_embeddings": 64}, "original_max_position_embeddings means nothing for default"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 5e5, "factor": 4.0}}, "where the package ends"),
         ({"eos_token_id": 50279}, "eos_token_id 50279: the vocabulary has 131"),
         ({"eos_token_id": [130, 131]}, "131 is never sampled"),
         ({"pad_token_id": -1}, "pad_token_id -1"),
@@ -276,6 +306,11 @@ def test_one_rope_for_all_layers_is_one_table() -> None:
             "truncate false",
         ),
         ({"rope_parameters": {"sliding_attention": {"rope_type": "default"}}}, "transformers fails"),
+        ({"rope_parameters": {}}, "rope_scaling beside rope_parameters {} (transformers fails"),
+        (
+            {"original_max_position_embeddings": 64},
+            "original_max_position_embeddings 64 (for olmo3 transformers reads it in rope_scaling alone; write it",
+        ),
         ({"layer_types": ["full_attention"] * 7}, "layer_types"),
         ({"layer_types": ["full_attention"] * 7 + ["linear_attention"]}, "layer_types"),
         ({"sliding_window": None}, "sliding_window None"),

@@ -65,6 +65,13 @@ SHAPES |= {
     if name not in ("default", "yarn") and "truncate" not in table  # which Olmo 3 has by default, or is refused
 }
 V4 = {"rope_theta": 500000, "rope_parameters": None}
+OUTSIDE = {"original_max_position_embeddings": 32}
+SHAPES |= {
+    f"{kind}, its original length outside": OLMO2
+    | OUTSIDE
+    | {"rope_parameters": {field: value for field, value in KINDS[kind].items() if field not in OUTSIDE}}
+    for kind in ("llama3", "yarn", "longrope")
+}
 SHAPES["OLMo 2, transformers 4"] = OLMO2 | V4 | {"rope_scaling": {"type": "linear", "factor": 2.0}}
 SHAPES["Olmo 3 7B, as AI2 writes it"] = (
     OLMO3

@@ -209,6 +209,19 @@ NESTED = {"full_attention": YARN | {"rope_theta": 500000.0}, "sliding_attention"
                 "rope_parameters": {"rope_theta": 1e6, "rope_type": "linear", "factor": 2.0},
             },
         ),
+        (  # transformers 4 reads the original length in the table alone
+            {
+                "rope_theta": 1e6,
+                "original_max_position_embeddings": 16,
+                "rope_scaling": {"type": "yarn", "factor": 8.0},
+            },
+            False,
+            {
+                "rope_theta": 1e6,
+                "rope_scaling": YARN,
+                "rope_parameters": {"rope_theta": 1e6} | YARN,
+            },
+        ),
         ({"rope_parameters": NESTED}, True, {"rope_theta": 500000.0, "rope_scaling": YARN}),
         ({"rope_theta": 500000, "rope_scaling": YARN}, True, {}),  # AI2's own form, read by both
         ({"rope_parameters": NESTED | {"sliding_attention": PLAIN | {"rope_theta": 1e4}}}, True, {}),

@@ -10,18 +10,21 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from support.checkpoints import make_checkpoint
+from support.checkpoints import OLMO3, make_checkpoint
 from support.hub import REPOSITORY, local_hub
 
 from olmo2_export import cli
-from olmo2_export.catalog import exported
+from olmo2_export.catalog import exported, find
+from olmo2_export.config import ModelConfig
 from olmo2_export.engine.options import MAX_CACHE_LENGTH
 from olmo2_export.graphs.predicted import cache_bytes_per_token
 from olmo2_export.package import graph_sizes, plan
 from olmo2_export.package.export import export
 from olmo2_export.package.plan import plan_export
 from olmo2_export.package.trt_variants import TrtOptions, write_trt_variant
+from olmo2_export.package.variants import cache_spec
 from olmo2_export.package.weight_choice import Options
+from olmo2_export.summary.plan_text import plan_lines
 from olmo2_export.weights import stored_tensors
 from olmo2_export.weights.checkpoint import open_checkpoint, open_headers
 from runtimes.errors import CheckpointError, ResourceError
@@ -93,6 +96,21 @@ def test_options_are_predicted_too(tiny_checkpoint: Path, tmp_path: Path, varian
     assert said.cache_bytes_per_token == cache_bytes_per_token(entry.kv_cache)
     assert entry.quantization is not None
     assert said.bits_per_weight == pytest.approx(entry.quantization.bits_per_weight, rel=1e-9)
+
+
+def test_layers_that_keep_a_window_alone_are_counted_so(tmp_path: Path) -> None:
+    """Runners of q4 give back what no later token sees; those of the other variants keep all, and manifests say so."""
+    opened = open_headers(str(make_checkpoint(tmp_path / "model", **OLMO3)))
+    config = ModelConfig.from_json(opened.folder / "config.json")
+    kept = {name: cache_spec(config, find(name), "float32").windows for name in exported()}
+    assert kept == {"fp32": (), "q4": (8, 8, 8, 0), "q8": (8, 8, 8, 0), "bf16": (), "fp16": (), "q4f16": ()}
+    said = plan_export(opened, variants=["fp32", "q4"])
+    a_layer = 2 * 2 * 16 * 4  # keys and values of a token
+    assert [v.cache_bytes for v in said.variants] == [4 * 256 * a_layer, (256 + 3 * 8) * a_layer]
+    lines = list(plan_lines(said))
+    fp32, q4 = (next(line for line in lines if line.startswith(f"{name}: ")) for name in ("fp32", "q4"))
+    assert fp32.endswith("; KV cache 1.0 kB per token")
+    assert q4.endswith("; KV cache 1.0 kB per token, 71.7 kB for all, as 3 layers keep a window alone")
 
 
 def test_a_budget_is_an_upper_bound(tiny_checkpoint: Path, tmp_path: Path) -> None:
