@@ -29,6 +29,8 @@ Graph: TypeAlias = Literal["portable", "blocks", "device", "static"]
 all of it in 16 bits. static: what TensorRT compiles"""
 
 BLOCK_SIZES = (32, 64, 128)
+DISTILL_STEPS = 300
+"""of training, where none are asked for"""
 """that can be asked for"""
 HELD_BLOCKS = (16, 32, 64, 128, 256)
 """that the kernels of MatMulNBits read; a quantised checkpoint is imported into these"""

@@ -5,6 +5,7 @@ Memory is the largest of the phases, each with one tensor or one layer of weight
 | phase                         | holds                                                                             |
 |-------------------------------|-----------------------------------------------------------------------------------|
 | writing a graph               | the largest tensor as it is read, and as it is written                             |
+| distilling                    | a layer, then the head, with their gradients; inputs of all layers; logits         |
 | reference logits              | one layer in float32, a matrix as it is stored; hidden states, logits              |
 | measuring quality, whole      | the graph's weights, mapped, and as the kernels keep them                          |
 | measuring quality, by layer   | the same of one layer or of the head                                               |
@@ -28,8 +29,9 @@ from olmo2_export.measure.quality import quality_size
 from olmo2_export.package.graph_sizes import VariantSizes
 from olmo2_export.package.variants import LARGE_GRAPH
 from olmo2_export.package.weight_choice import Options, choose_weights
+from olmo2_export.quantize.distill import training_memory, training_products
 from olmo2_export.quantize.int8 import quantize_int8
-from olmo2_export.quantize.recipes import QUANTIZERS
+from olmo2_export.quantize.recipes import DISTILLED, QUANTIZERS, SPOOLED
 from olmo2_export.quantize.search import search
 from olmo2_export.weights.stored_names import linear_names, weight_shapes
 
@@ -69,12 +71,14 @@ def estimate_costs(
         options: how.
         source_bytes: of the checkpoint.
     """
-    phases = dict(_phases(config, variants, source_bytes))
+    phases = dict(_phases(config, variants, options, source_bytes))
     phase = max(phases, key=phases.__getitem__)
     return Costs(phases[phase], phase, _seconds(config, variants, options, source_bytes))
 
 
-def _phases(config: ModelConfig, variants: Sequence[VariantSizes], source_bytes: int) -> list[tuple[str, int]]:
+def _phases(
+    config: ModelConfig, variants: Sequence[VariantSizes], options: Options, source_bytes: int
+) -> list[tuple[str, int]]:
     shapes = weight_shapes(config)
     width = max(
         1.0, source_bytes / max(1, sum(math.prod(shape) for shape in tensor_shapes(operations(config)).values()))
@@ -95,6 +99,8 @@ def _phases(config: ModelConfig, variants: Sequence[VariantSizes], source_bytes:
             tokens = quality_size(config)
             logits = 4 * tokens * config.vocab_size
             states = 4 * tokens * (6 * config.hidden_size + 3 * config.intermediate_size)
+            if choose_weights(row, options, operations(config)).recipe == DISTILLED:
+                found.append(("distilling", base + training_memory(config)))
             found.append(("reference logits", base + logits + states + round(4 * layer + width * in_layer)))
             for path, files in variant.graphs.items():
                 part = files.data
@@ -123,7 +129,9 @@ def _seconds(config: ModelConfig, variants: Sequence[VariantSizes], options: Opt
         choice = choose_weights(row, options, operations(config))
         quantizer = QUANTIZERS.get(choice.recipe, search)
         per_weight = _timed(lambda q=quantizer, f=choice.form: q(sample, f)) / _SAMPLE**2  # type: ignore[misc]
-        total += weights * per_weight * (_GPTQ if choice.recipe.startswith("gptq") else 1)
+        total += weights * per_weight * (_GPTQ if choice.recipe in SPOOLED else 1)
+        if choice.recipe == DISTILLED:
+            total += training_products(choice.steps) * weights * product
         if len(variant.graphs) > 1:
             inner = sum(shapes[name][0] * shapes[name][1] for name in linear_names(config))
             total += inner * _timed(lambda: quantize_int8(sample)) / _SAMPLE**2

@@ -56,7 +56,11 @@ def check_import(checkpoint: Checkpoint, variants: Sequence[str], options: Optio
                 f"variant {row.name} of {checkpoint.model} ({found.title}): {why}; {held}, and --requantize makes "
                 f"{row.name} of the dequantised weights"
             )
-        given = {"--block-size": options.block_size, "--size-budget": options.size_budget}
+        given = {
+            "--block-size": options.block_size,
+            "--size-budget": options.size_budget,
+            "--distill-steps": options.distill_steps,
+        }
         extra = [name for name, value in given.items() if value is not None]
         if options.recipe not in (None, *QUANTIZERS):
             extra.append(f"--recipe {options.recipe}")

@@ -25,6 +25,8 @@ from olmo2_export.package.kv_caches import written_caches
 from olmo2_export.package.texts import write_texts
 from olmo2_export.package.variants import check_takes_adapters, check_variants
 from olmo2_export.package.weight_choice import Options, choose_weights
+from olmo2_export.quantize.distill import training_bytes
+from olmo2_export.quantize.recipes import DISTILLED, SPOOLED
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.merged import switchable_adapters
 from olmo2_export.weights.stored_names import EMBEDDING, HEAD, weight_shapes
@@ -213,13 +215,14 @@ def _spool(name: str, config: ModelConfig, options: Options) -> int:
     if row.defaults is None:
         return 0
     choice = choose_weights(row, options, operations(config))
-    if not choice.recipe.startswith("gptq"):
+    if choice.recipe not in SPOOLED:
         return 0
     shapes = weight_shapes(config)
     bits = choice.size_budget
     if bits is not None:
         return int(sum(bits * shapes[n][0] * shapes[n][1] for n in choice.formats(config)) / 8)
-    return sum(form.nbytes(*shapes[n]) for n, form in choice.formats(config).items())
+    training = training_bytes(config, choice.formats(config)) if choice.recipe == DISTILLED else 0
+    return training + sum(form.nbytes(*shapes[n]) for n, form in choice.formats(config).items())
 
 
 def _text_bytes(

@@ -57,7 +57,8 @@ from olmo2_export.package.weight_choice import Options, choose_weights, defaults
 from olmo2_export.quantize.calibration import calibration_tokens
 from olmo2_export.quantize.imported import IMPORTED
 from olmo2_export.quantize.kv_cache import kv_cache_scales
-from olmo2_export.quantize.recipes import CALIBRATED, RECIPES, QuantizedWeights
+from olmo2_export.quantize.recipes import CALIBRATED, DISTILLED, RECIPES, SPOOLED, QuantizedWeights
+from olmo2_export.quantize.self_text import check_writes
 from olmo2_export.weights.checkpoint import Checkpoint
 from olmo2_export.weights.stored_names import weight_shapes
 from runtimes.errors import CheckpointError, ConfigError, FusionError, UsageError
@@ -115,6 +116,10 @@ def check_variants(variants: Sequence[str], config: ModelConfig, options: Option
     catalog.kv_caches(options.kv_caches)
     if options.recipe is not None and options.recipe not in RECIPES:
         raise UsageError(f"recipe {options.recipe}: this version has {', '.join(RECIPES)}")
+    if options.recipe == DISTILLED:
+        check_writes(config)
+    if options.distill_steps is not None and (options.recipe != DISTILLED or options.distill_steps < 1):
+        raise UsageError(f"steps of distillation {options.distill_steps}: 1 or more, of recipe {DISTILLED} alone")
 
     def only_for(what: str, has: Callable[[VariantRow], object], why: str = "") -> None:
         if not any(map(has, wanted)):
@@ -125,7 +130,7 @@ def check_variants(variants: Sequence[str], config: ModelConfig, options: Option
     if options.fp16_islands:
         only_for("float32 islands", lambda r: r.dtype == "float16", ": the other variants have the range of float32")
     if dataclasses.replace(options, fp16_islands=False, hidden_states=(), inputs_embeds=False) != Options():
-        only_for("recipe, calibration, size budget and block size", lambda row: row.defaults)
+        only_for("recipe, calibration, size budget, steps and block size", lambda row: row.defaults)
     if options.calibration is not None and options.recipe not in CALIBRATED and not quantized_cache:
         raise UsageError(f"calibration text: only {', '.join(CALIBRATED)} and a quantised KV cache have use for one")
     if options.size_budget is not None and not 0 < options.size_budget <= _MOST_BITS:
@@ -483,7 +488,7 @@ class VariantWriter:
             self._checkpoint,
             self._config,
             options.calibration if choice.recipe in CALIBRATED else None,
-            self._staging / SPOOL if choice.recipe.startswith("gptq") else None,
+            self._staging / SPOOL if choice.recipe in SPOOLED else None,
         )
 
     def _describe(self, row: VariantRow, weights: QuantizedWeights, scale_bytes: int = 4) -> Quantization:

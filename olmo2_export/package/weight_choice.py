@@ -28,6 +28,8 @@ class Options:
     """a UTF-8 text for the recipes, and the KV cache, that measure activations"""
     size_budget: float | None = None
     """bits per weight, for the recipes that choose"""
+    distill_steps: int | None = None
+    """of training, for the recipe distill; None: its default"""
     block_size: int | None = None
     """weights that share a scale; None: the default of the recipe"""
     kv_caches: tuple[str, ...] = ()
@@ -59,6 +61,8 @@ class WeightChoice:
     """weights that stay as they are, by the checkpoint's names"""
     size_budget: float | None
     """bits per weight; None: the recipe does not choose"""
+    steps: int | None = None
+    """of training; None: the recipe's default"""
 
     def formats(self, config: ModelConfig) -> dict[str, BlockFormat]:
         """Return the format of each tensor, before a recipe with a budget has chosen."""
@@ -78,6 +82,7 @@ class WeightChoice:
             keep=self.keep,
             calibration=calibration,
             size_budget=self.size_budget,
+            steps=self.steps,
             spool=spool,
         )
 
@@ -119,4 +124,4 @@ def choose_weights(
     if budget is None and recipe in MIXED:
         budget = default.size_budget
     keep = (*(() if default.embedding else (EMBEDDING,)), *(name for name in products if name is not None))
-    return WeightChoice(recipe, form, head, embedding, keep, budget)
+    return WeightChoice(recipe, form, head, embedding, keep, budget, options.distill_steps)

@@ -9,6 +9,8 @@ walk.py              the model layer by layer, one layer's weights in memory at 
 input_scales.py      one fixed scale per input of a linear, from calibration
 gptq.py              rounding errors made good by the columns that follow; one matrix
 gptq_walk.py        the same, layer by layer
+self_text.py         the model -> sequences that it wrote
+distill.py           codes and scales trained until the quantised model says what the float model says
 sensitivity.py       which tensors deserve 8 bits
 kv_cache.py          scales of keys and values, from calibration
 int8.py              int8 weights with a scale per output channel

@@ -8,6 +8,8 @@
 |            | from GPTQ                 |             |                                                          |
 | mixed      | as search                 | yes         | as search; the most sensitive tensors get 8 bits         |
 | gptq-mixed | as gptq                   | yes         | as gptq; the most sensitive tensors get 8 bits           |
+| distill    | as gptq; then trained,    | no: a text  | as gptq; then all at once                                |
+|            | and codes too             | of its own  |                                                          |
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from olmo2_export.catalog import BlockFormat
+from olmo2_export.catalog import DISTILL_STEPS, BlockFormat
 from olmo2_export.config import ModelConfig
 from olmo2_export.quantize.blocks import QuantizedMatrix
 from olmo2_export.quantize.calibration import calibration_tokens
+from olmo2_export.quantize.distill import distilled
 from olmo2_export.quantize.encode import dots, over_rows
 from olmo2_export.quantize.gptq_walk import gptq_checkpoint
 from olmo2_export.quantize.round_to_nearest import round_to_nearest
@@ -41,8 +44,13 @@ QUANTIZERS: dict[str, Callable[[Tensor, BlockFormat], QuantizedMatrix]] = {"rtn"
 CALIBRATED = ("gptq", "mixed", "gptq-mixed")
 """the recipes that run the model on a calibration text"""
 
-RECIPES = (*QUANTIZERS, *CALIBRATED)
+DISTILLED = "distill"
+"""the recipe that trains the weights on text that the model writes"""
+
+RECIPES = (*QUANTIZERS, *CALIBRATED, DISTILLED)
 MIXED = ("mixed", "gptq-mixed")
+SPOOLED = ("gptq", "gptq-mixed", DISTILLED)
+"""the recipes that begin with GPTQ, and make all tensors at once"""
 
 _SENSITIVITY_SEQUENCES, _SENSITIVITY_LENGTH = 8, 128
 _GPTQ_GAIN = 2.5  # search's divergence / GPTQ's, of linears; an embedding has none (measured on the demo: 2.5 to 3)
@@ -128,6 +136,7 @@ def quantize(
     keep: Collection[str] = (),
     calibration: Path | None = None,
     size_budget: float | None = None,
+    steps: int | None = None,
     spool: Path | None = None,
 ) -> QuantizedWeights:
     """Quantise a checkpoint's linear weights, its head and its embedding.
@@ -142,7 +151,8 @@ def quantize(
         keep: names of tensors that stay as they are.
         calibration: a UTF-8 text for the recipes of `CALIBRATED`; see `calibration_tokens` for None.
         size_budget: bits per weight over all tensors, for the recipes of `MIXED`.
-        spool: a folder for the recipes with GPTQ; it must outlive the result, and its owner removes it.
+        steps: of training, for distill; None: `catalog.DISTILL_STEPS`.
+        spool: a folder for the recipes of `SPOOLED`; it must outlive the result, and its owner removes it.
 
     Raises:
         UsageError: no such recipe, an option that it needs is absent, or one that it has no use for is given.
@@ -150,7 +160,7 @@ def quantize(
         NumericError: activations on the calibration tokens that are not finite.
         ResourceError: no room for the spool.
     """
-    _check_options(recipe, calibration, size_budget, spool)
+    _check_options(recipe, calibration, size_budget, steps, spool)
     formats = tensor_formats(config, form=form, head=head, embedding=embedding, keep=keep)
     if size_budget is not None:
         better = replace(form, bits=8)
@@ -168,21 +178,28 @@ def quantize(
 
     if spool is not None:
         store = Spool(spool)
-        gptq_checkpoint(checkpoint, config, calibration_tokens(checkpoint, config, calibration), formats, store)
+        if recipe == DISTILLED:
+            distilled(checkpoint, config, formats, store, DISTILL_STEPS if steps is None else steps)
+        else:
+            gptq_checkpoint(checkpoint, config, calibration_tokens(checkpoint, config, calibration), formats, store)
         return QuantizedWeights(formats, lambda name, _: store.load(name), source)
     quantizer = QUANTIZERS.get(recipe, search)
     return QuantizedWeights(formats, lambda name, form: quantizer(source(name), form), source)
 
 
-def _check_options(recipe: str, calibration: Path | None, size_budget: float | None, spool: Path | None) -> None:
+def _check_options(
+    recipe: str, calibration: Path | None, size_budget: float | None, steps: int | None, spool: Path | None
+) -> None:
     if recipe not in RECIPES:
         raise UsageError(f"recipe {recipe}: expected one of {', '.join(RECIPES)}")
     if calibration is not None and recipe not in CALIBRATED:
         raise UsageError(f"recipe {recipe} has no use for a calibration text; those that have: {', '.join(CALIBRATED)}")
     if (size_budget is not None) != (recipe in MIXED):
         raise UsageError(f"recipe {recipe}: a size budget goes with {' and '.join(MIXED)}, and they need one")
-    if (spool is not None) != ("gptq" in recipe):
-        raise UsageError(f"recipe {recipe}: a spool folder goes with gptq and gptq-mixed, and they need one")
+    if steps is not None and recipe != DISTILLED:
+        raise UsageError(f"recipe {recipe} has no steps, {DISTILLED} has")
+    if (spool is not None) != (recipe in SPOOLED):
+        raise UsageError(f"recipe {recipe}: a spool folder goes with {', '.join(SPOOLED)}, and they need one")
 
 
 def measure_error(name: str, matrix: QuantizedMatrix, weight: Tensor) -> TensorError:

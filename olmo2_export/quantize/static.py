@@ -30,7 +30,7 @@ from olmo2_export.quantize.calibration import calibration_tokens
 from olmo2_export.quantize.imported import in_static_blocks, static_block
 from olmo2_export.quantize.input_scales import Choose, fp8_scale, input_scales, int8_scale
 from olmo2_export.quantize.linear import QuantizedLinear, fp8_linear, int4_linear, int8_linear, squared_error
-from olmo2_export.quantize.recipes import CALIBRATED, MIXED, QuantizedWeights, quantize
+from olmo2_export.quantize.recipes import CALIBRATED, MIXED, RECIPES, QuantizedWeights, quantize
 from olmo2_export.weights.source import WeightSource
 from olmo2_export.weights.stored_names import EMBEDDING, HEAD, naming, stored_weight, weight_shapes
 from runtimes.errors import UsageError
@@ -125,7 +125,8 @@ def check_recipe(config: ModelConfig, precision: str, recipe: str | None) -> Non
         free = [name for name in precisions() if static_row(name).weights.recipes]
         raise UsageError(f"recipe {recipe}: {listed(free)} alone has a choice, {precision} has none")
     if recipe is not None and recipe not in recipes:
-        reason = "mixes precisions" if recipe in MIXED else "is unknown"
+        known = "is for onnxruntime's variants" if recipe in RECIPES else "is unknown"
+        reason = "mixes precisions" if recipe in MIXED else known
         raise UsageError(f"recipe {recipe}: it {reason}; TensorRT's {precision} takes {', '.join(recipes)}")
     if static_row(precision).weights.layout == "blocks":
         static_block_size(config, precision)

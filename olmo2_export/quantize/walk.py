@@ -143,7 +143,7 @@ class WalkedLayer:
         last_reader = {name: row.name for row in rows for name in row.reads}
         values = {start: x}
         for row in rows:
-            values[row.name] = (compute or self._compute)(row, [values[name] for name in row.reads])
+            values[row.name] = (compute or self.compute)(row, [values[name] for name in row.reads])
             for name in set(row.reads):
                 if last_reader[name] == row.name and name not in wanted:
                     del values[name]
@@ -157,7 +157,8 @@ class WalkedLayer:
         """Run the layer: [B, S, hidden] -> [B, S, hidden]."""
         return self.value(x, self.writes)
 
-    def _compute(self, row: Operation, inputs: Sequence[Tensor]) -> Tensor:
+    def compute(self, row: Operation, inputs: Sequence[Tensor]) -> Tensor:
+        """Compute one operation with the layer's weights."""
         weight, bias = (None if name is None else self.weights[name] for name in (row.weight, row.bias))
         return self.arithmetic(row, inputs, weight, bias)
 
@@ -196,8 +197,8 @@ def embed(checkpoint: WeightSource, sequences: Sequence[np.ndarray]) -> list[Ten
     ]
 
 
-def walked_layers(checkpoint: WeightSource, config: ModelConfig) -> Iterator[WalkedLayer]:
+def walked_layers(checkpoint: WeightSource, config: ModelConfig, *, backwards: bool = False) -> Iterator[WalkedLayer]:
     """Read one layer after the other; drop each before asking for the next."""
     rows, arithmetic = operations(config), Arithmetic(config, model_tables(config))
-    for index in range(config.num_hidden_layers):
+    for index in sorted(range(config.num_hidden_layers), reverse=backwards):
         yield WalkedLayer(checkpoint, of_layer(rows, index), index, arithmetic)

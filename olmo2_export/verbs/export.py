@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import olmo2_export.catalog as catalog
-from olmo2_export.catalog import BLOCK_SIZES, exported, listed, names
+from olmo2_export.catalog import BLOCK_SIZES, DISTILL_STEPS, exported, listed, names
 from olmo2_export.verbs.arguments import declare_lora, declare_lora_inputs, declare_outputs, declare_variant
 from olmo2_export.verbs.words import megabytes
 from runtimes.errors import UsageError
@@ -33,6 +33,9 @@ def declare(verb: argparse.ArgumentParser) -> None:
         "--calibration", type=Path, metavar="FILE", help="UTF-8 text for gptq, mixed and a quantised KV cache"
     )
     verb.add_argument("--size-budget", type=float, metavar="BITS", help="bits per weight, for mixed and gptq-mixed")
+    verb.add_argument(
+        "--distill-steps", type=int, metavar="N", help=f"of training, for distill; default {DISTILL_STEPS}"
+    )
     verb.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="weights that share a scale")
     cached, prefilled = listed(exported(lambda row: row.quantized_cache)), listed(exported(lambda r: r.prefill_graph))
     halves = listed(exported(lambda row: row.dtype == "float16"))
@@ -86,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         recipe=args.recipe,
         calibration=args.calibration,
         size_budget=args.size_budget,
+        distill_steps=args.distill_steps,
         block_size=args.block_size,
         kv_caches=tuple(args.kv_cache),
         prefill_graph=not args.no_prefill_graph,

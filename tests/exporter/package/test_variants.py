@@ -20,6 +20,7 @@ from olmo2_export.measure.quality import broken_limits, quality_tokens
 from olmo2_export.package import variants
 from olmo2_export.package.export import export
 from olmo2_export.package.weight_choice import Options
+from olmo2_export.quantize import distill
 from olmo2_export.summary.package import describe
 from olmo2_export.summary.text import plain
 from olmo2_export.weights.checkpoint import open_checkpoint
@@ -111,14 +112,21 @@ def test_a_quantised_cache_costs_little(tiny_checkpoint: Path, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("hardly_judged")
-@pytest.mark.parametrize("recipe", ["rtn", "gptq", "mixed", "gptq-mixed"])
+@pytest.mark.parametrize("recipe", ["rtn", "gptq", "mixed", "gptq-mixed", "distill"])
 def test_every_recipe_by_its_flag(
-    tiny_checkpoint: Path, tmp_path: Path, recipe: str, capsys: pytest.CaptureFixture[str]
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    recipe: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without a tokenizer they are calibrated on random ids. The spool of GPTQ is not in the package."""
+    monkeypatch.setattr(distill, "LENGTH", 24)
     flags: list[object] = ["--recipe", recipe, "--no-prefill-graph", *FLOAT32_CACHE]
     if "mixed" in recipe:
         flags += ["--size-budget", 7]
+    if recipe == "distill":
+        flags += ["--distill-steps", 1]
     assert run(tiny_checkpoint, "--out", tmp_path / "p", "--variant", "q4", *flags) == 0
     variant = open_package(tmp_path / "p").manifest.variants["q4"]
     assert variant.prefill is None
@@ -130,6 +138,13 @@ def test_every_recipe_by_its_flag(
     eight = [name for name, t in variant.quantization.tensors.items() if t.bits == 8]
     assert bool(eight) == ("mixed" in recipe)
     assert variant.quantization.bits_per_weight <= (7 if eight else 5.9)
+
+
+def test_a_classifier_cannot_be_distilled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_checkpoint(tmp_path / "model", num_labels=3)
+    assert run(model, "--out", tmp_path / "p", "--variant", "q4", "--recipe", "distill") == 2
+    assert "recipe distill: a classifier writes no text" in capsys.readouterr().err
+    assert not (tmp_path / "p").exists()
 
 
 def test_gptq_takes_a_text(tmp_path: Path) -> None:
@@ -162,6 +177,8 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "a budget for nobody": (["--variant", "q4", "--size-budget", "5"], "size budget"),
     "a budget that nothing meets": (["--variant", "q4", "--recipe", "mixed", "--size-budget", "2"], "size budget 2"),
     "a budget that is no number": (["--variant", "q4", "--recipe", "mixed", "--size-budget", "nan"], "size budget nan"),
+    "steps for nobody": (["--variant", "q4", "--recipe", "gptq", "--distill-steps", "9"], "of recipe distill alone"),
+    "no steps": (["--variant", "q4", "--recipe", "distill", "--distill-steps", "0"], "1 or more"),
     "no such text": (["--variant", "q4", "--recipe", "gptq", "--calibration", "/no/such"], "/no/such"),
     "no such block size": (["--variant", "q4", "--block-size", "48"], "block-size"),
     "no such cache": (["--variant", "q4", "--kv-cache", "fp8"], "kv-cache"),

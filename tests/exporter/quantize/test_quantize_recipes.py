@@ -14,11 +14,12 @@ from support.checkpoints import make_checkpoint
 from olmo2_export.catalog import Q4, Q4_EMBEDDING, Q8, BlockFormat
 from olmo2_export.config import ModelConfig
 from olmo2_export.measure.parity import kl_divergence
+from olmo2_export.quantize import distill
 from olmo2_export.quantize.calibration import calibration_tokens
 from olmo2_export.quantize.encode import cut
 from olmo2_export.quantize.gptq import Hessian, factor, gptq
 from olmo2_export.quantize.int8 import LARGEST_CODE, quantize_int8
-from olmo2_export.quantize.recipes import MIXED, QUANTIZERS, RECIPES, QuantizedWeights, quantize
+from olmo2_export.quantize.recipes import DISTILLED, MIXED, QUANTIZERS, RECIPES, SPOOLED, QuantizedWeights, quantize
 from olmo2_export.quantize.search import search
 from olmo2_export.quantize.sensitivity import choose_formats, measure_sensitivity
 from olmo2_export.quantize.spool import Spool
@@ -48,8 +49,9 @@ def run(checkpoint: Checkpoint, sequences: list[np.ndarray], weights: QuantizedW
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_on_odd_shapes(tmp_path: Path, recipe: str, tied: bool) -> None:
+def test_every_recipe_on_odd_shapes(tmp_path: Path, recipe: str, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hidden 96 and intermediate 160 are no multiples of the block, vocabulary 131 is odd."""
+    monkeypatch.setattr(distill, "LENGTH", 24)
     checkpoint = open_checkpoint(str(make_checkpoint(tmp_path / "checkpoint", tie_word_embeddings=tied)))
     config = ModelConfig.from_json(checkpoint.folder / "config.json")
     weights = quantize(
@@ -59,7 +61,8 @@ def test_every_recipe_on_odd_shapes(tmp_path: Path, recipe: str, tied: bool) -> 
         form=FORM,
         head=BlockFormat(8, 32, True),
         size_budget=7.5 if recipe in MIXED else None,
-        spool=tmp_path / "spool" if "gptq" in recipe else None,
+        steps=2 if recipe == DISTILLED else None,
+        spool=tmp_path / "spool" if recipe in SPOOLED else None,
     )
     assert list(weights.formats) == [EMBEDDING, *linear_names(config), HEAD]
     assert weights.formats[HEAD] == BlockFormat(8, 32, True)
@@ -150,7 +153,7 @@ def test_a_nan_names_its_tensor(tmp_path: Path, recipe: str) -> None:
 def test_options_that_mean_nothing_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(tiny_checkpoint))
     config = ModelConfig.from_json(tiny_checkpoint / "config.json")
-    with pytest.raises(UsageError, match="expected one of rtn, search, gptq, mixed, gptq-mixed"):
+    with pytest.raises(UsageError, match="expected one of rtn, search, gptq, mixed, gptq-mixed, distill"):
         quantize(checkpoint, config, "awq", form=FORM)
     with pytest.raises(UsageError, match="no use for a calibration text"):
         quantize(checkpoint, config, "search", form=FORM, calibration=tmp_path)
@@ -158,6 +161,12 @@ def test_options_that_mean_nothing_are_refused(tiny_checkpoint: Path, tmp_path: 
         quantize(checkpoint, config, "mixed", form=FORM)
     with pytest.raises(UsageError, match="spool folder goes with"):
         quantize(checkpoint, config, "gptq", form=FORM)
+    with pytest.raises(UsageError, match="recipe gptq has no steps, distill has"):
+        quantize(checkpoint, config, "gptq", form=FORM, steps=3, spool=tmp_path)
+    with pytest.raises(UsageError, match="recipe distill: a spool folder goes with"):
+        quantize(checkpoint, config, "distill", form=FORM)
+    with pytest.raises(UsageError, match="recipe distill has no use for a calibration text"):
+        quantize(checkpoint, config, "distill", form=FORM, calibration=tmp_path, spool=tmp_path)
     with pytest.raises(UsageError, match="raise the budget"):
         quantize(checkpoint, config, "mixed", form=FORM, size_budget=3.0)
 

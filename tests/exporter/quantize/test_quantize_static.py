@@ -150,6 +150,7 @@ def test_shapes_that_no_block_divides_are_refused(tmp_path: Path) -> None:
     [
         ({"precision": "int8", "recipe": "rtn"}, "int4 alone has a choice"),
         ({"precision": "int4", "recipe": "mixed"}, "it mixes precisions; TensorRT's int4 takes rtn, search, gptq"),
+        ({"precision": "int4", "recipe": "distill"}, "it is for onnxruntime's variants"),
         ({"precision": "int4", "recipe": "best"}, "it is unknown"),
         ({"precision": "int4", "calibration": Path("x")}, "only int8, fp8 and int4 with --recipe gptq"),
         ({"precision": "bf16", "calibration": Path("x")}, "only int8, fp8 and int4 with --recipe gptq"),
