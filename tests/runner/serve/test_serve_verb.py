@@ -183,7 +183,7 @@ def running(*arguments: str | Path) -> Iterator[Running]:
 
 @pytest.mark.alone  # signals, and time
 def test_accepted_answers_are_those_of_a_client_alone_and_sigterm_lets_them_end(demo_two_package: Path) -> None:
-    """Random arrivals; then a stream that is under way when the server is told to end."""
+    """Rows 38 and 42 of test_fault_rows: random arrivals; then a stream that is under way when it is told to end."""
     tokenizer = Tokenizer.from_package(demo_two_package)
     prompts = ["In the beginning", "And it came to pass, that", "In the beginning God created the", "And", "The LORD"]
     with open_runner(demo_two_package, variant="q4", exact=True) as runner:
@@ -234,6 +234,7 @@ def test_accepted_answers_are_those_of_a_client_alone_and_sigterm_lets_them_end(
 
 @pytest.mark.alone  # it kills
 def test_a_killed_engine_is_an_error_and_then_ready_again(demo_two_package: Path) -> None:
+    """Row 41 of test_fault_rows."""
     with (
         running(demo_two_package, "--variant", "q4", "--max-slots", "1") as served,
         openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=60) as client,
