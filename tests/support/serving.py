@@ -199,6 +199,8 @@ class InlineEngine:
         self.script = "Hello there."
         """what every answer says"""
         self.tick_seconds = 0.0
+        self.held = False
+        """whether it waits"""
         self.requests: list[Request] = []
         self._tokenizer, self._ends = tokenizer, ends
         self._answers: dict[tuple[int, ...], list[int]] = {}
@@ -232,6 +234,8 @@ class InlineEngine:
     async def _tick(self) -> None:
         while not self.engine.idle:
             await asyncio.sleep(self.tick_seconds)
+            while self.held:
+                await asyncio.sleep(0.002)
             self.desk.take(self.engine.tick())
 
 
