@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.served import Served, chat_model, serving
+from support.served import Served, chat_model, read_until, serving
 from support.serving import until
 
 from runtimes.serve.keys import Keys
@@ -130,11 +130,10 @@ def test_anthropics_client_reads_it_whole_and_as_a_stream(served: Served) -> Non
 
 def test_a_stream_that_breaks_off_ends_in_an_error_event(served: Served) -> None:
     served.engine.runner.broken = set(served.model.tokenizer.encode(" there", add_special_tokens=False))
-    connection = served.stream("/v1/messages", {"model": "olmo", "max_tokens": 40, "messages": HI})
-    with connection:
-        found = b""
-        while more := connection.recv(65536):
-            found += more
+    data = json.dumps({"model": "olmo", "max_tokens": 40, "messages": HI, "stream": True}).encode()
+    head = f"POST /v1/messages HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n".encode()
+    with served.send(head + data) as connection:
+        found = read_until(connection, b"0\r\n\r\n")
     assert b"event: error\n" in found
     assert b"message_stop" not in found
     assert b'"type":"api_error"' in found
