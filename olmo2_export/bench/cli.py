@@ -65,6 +65,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     verb.add_argument(
         "--variant", action="append", choices=list(quality.OURS), metavar="V", help="default: all of ours"
     )
+    verb.add_argument(
+        "--model", type=Path, metavar="DIR", help="a checkpoint with heldout.txt and calibration.txt; default: the demo"
+    )
     verb.add_argument("--windows", type=int, metavar="N", help="of 512 tokens; default: the whole held-out text")
     verb = verbs.add_parser("cpu", parents=[work, sized, kept, beside], help="the table of targets")
     verb.add_argument("--rounds", type=int, default=3)
@@ -148,6 +151,7 @@ def run(args: argparse.Namespace) -> int:
                     variants=args.variant or list(quality.OURS),
                     llama_types=args.llama_type or ["Q4_K_M", "Q4_0", "Q8_0"],
                     most_windows=args.windows,
+                    model=args.model,
                 )
                 report = quality.table(result)
             case "cpu":

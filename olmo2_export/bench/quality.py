@@ -1,8 +1,9 @@
-"""What quantisation costs on the demo model, ours beside llama.cpp's: one table over the same tokens.
+"""What quantisation costs on the demo model, or on another small one, ours beside llama.cpp's: one table over the same
+tokens.
 
 The reference is transformers in float32. Everybody sees the held-out text in windows of 512 tokens, each begun with
-bos, and is compared at every position: KL(reference || test) in nats, top-1 agreement, perplexity; and bits per weight,
-scales and the like included, over the matrices alone.
+bos, and is compared at every position: KL(reference || test) in nats with its standard error over blocks of tokens,
+top-1 agreement, perplexity; and bits per weight, scales and the like included, over the matrices alone.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from olmo2_export.bench.contenders import DEMO, LLAMA_VENV, peer_python
 from olmo2_export.bench.processes import stage, worker
+from olmo2_export.measure.error_bars import mean
 from olmo2_export.measure.parity import kl_divergence
 from olmo2_export.measure.quality import token_losses
 from olmo2_export.truth.reference import open_reference
@@ -31,6 +33,7 @@ WINDOW = 512
 OURS: dict[str, tuple[str, tuple[str, ...]]] = {
     "q4": ("q4", ()),
     "q4 gptq": ("q4", ("--recipe", "gptq")),
+    "q4 distill": ("q4", ("--recipe", "distill")),
     "q4 gptq-mixed": ("q4", ("--recipe", "gptq-mixed", "--size-budget", "5.18")),
     "q8": ("q8", ()),
 }
@@ -71,6 +74,7 @@ def metrics(
     perplexity = math.exp(losses.mean())
     return {
         "kl_mean_nats": float(divergences.mean()),
+        "kl_se_nats": mean(divergences).se or 0.0,
         "kl_p99_nats": float(np.quantile(divergences, 0.99)),
         "top1_share": float(np.concatenate(same).mean()),
         "perplexity": perplexity,
@@ -79,7 +83,13 @@ def metrics(
 
 
 def run(
-    work: Path, peers_folder: Path, *, variants: Sequence[str], llama_types: Sequence[str], most_windows: int | None
+    work: Path,
+    peers_folder: Path,
+    *,
+    variants: Sequence[str],
+    llama_types: Sequence[str],
+    most_windows: int | None,
+    model: Path | None = None,
 ) -> dict[str, Any]:
     """Export, convert and compare, in an empty folder.
 
@@ -89,34 +99,39 @@ def run(
         variants: names out of `OURS`; of one with two graphs, each graph is a line.
         llama_types: of GGUF.
         most_windows: None means the whole text.
+        model: a checkpoint whose folder has heldout.txt too, and calibration.txt for the recipes that want one; None:
+            the demo model.
 
     Returns:
         What the last line of stdout says.
     """
-    bos: int = json.loads((DEMO / "config.json").read_text())["bos_token_id"]
-    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
-    ids = tokenizer.encode((DEMO / "heldout.txt").read_text(encoding="utf-8")).ids
+    folder, name = (DEMO, "demo") if model is None else (model, str(model))
+    bos: int = json.loads((folder / "config.json").read_text())["bos_token_id"]
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = tokenizer.encode((folder / "heldout.txt").read_text(encoding="utf-8")).ids
     table = windows(ids, bos)[:most_windows]
     rows = [row[row >= 0] for row in table]
-    with open_reference(open_checkpoint("demo"), "fp32") as model:
-        reference = _stored(work / "reference.f32", (model.logits([row])[0] for row in rows), len(np.concatenate(rows)))
-    shapes = [info.shape for info in open_checkpoint("demo").tensors.values()]
+    with open_reference(open_checkpoint(name), "fp32") as truth:
+        reference = _stored(work / "reference.f32", (truth.logits([row])[0] for row in rows), len(np.concatenate(rows)))
+    shapes = [info.shape for info in open_checkpoint(name).tensors.values()]
     weights, norms = (sum(math.prod(s) for s in shapes if len(s) == n) for n in (2, 1))
     models = {"transformers fp32": {"bits_per_weight": 16.0, **metrics(rows, reference, reference)}}
 
-    for name in tqdm(variants, desc="ours", leave=False):
-        variant, flags = OURS[name]
-        folder = work / f"package-{name}"
-        stage("export", ["demo", "--out", folder, "--variant", variant, *flags])
-        package = open_package(folder)
+    for form in tqdm(variants, desc="ours", leave=False):
+        variant, flags = OURS[form]
+        out = work / f"package-{form}"
+        needs_text = model is not None and "gptq" in form
+        text: list[str | Path] = ["--calibration", folder / "calibration.txt"] if needs_text else []
+        stage("export", [name, "--out", out, "--variant", variant, *flags, *text])
+        package = open_package(out)
         found = package.variant(variant)
         assert found.quantization is not None  # all of OURS are
         test = _run_ours(package, variant, rows, work / "test.f32", exact=True)
         size = found.quantization.bits_per_weight
-        models[f"ours {name}"] = {"bits_per_weight": size, **metrics(rows, reference, test)}
+        models[f"ours {form}"] = {"bits_per_weight": size, **metrics(rows, reference, test)}
         if found.prefill is not None:
             test = _run_ours(package, variant, rows, work / "test.f32")
-            models[f"ours {name}, prefill graph"] = {"bits_per_weight": 8.0, **metrics(rows, reference, test)}
+            models[f"ours {form}, prefill graph"] = {"bits_per_weight": 8.0, **metrics(rows, reference, test)}
 
     python = peer_python(peers_folder, LLAMA_VENV)
     missing = []
@@ -124,7 +139,7 @@ def run(
         missing.append(f"llama.cpp is left out: {peers_folder / LLAMA_VENV} is not there; make peers installs it")
     else:
         np.save(work / "ids.npy", table)
-        worker(python, "convert_llama", ["f16", DEMO, work / "f16.gguf"])
+        worker(python, "convert_llama", ["f16", folder, work / "f16.gguf"])
         for ftype in tqdm(llama_types, desc="llama.cpp", leave=False):
             made = worker(python, "convert_llama", ["quantize", work / "f16.gguf", work / "test.gguf", ftype])
             out = work / "test.f32"
@@ -132,19 +147,21 @@ def run(
             test = np.memmap(out, np.float32, "r").reshape(reference.shape)
             size = 8 * (made["tensor_bytes"] - 4 * norms) / weights
             models[f"llama.cpp {ftype}"] = {"bits_per_weight": size, **metrics(rows, reference, test)}
-    return {"tokens": sum(len(row) - 1 for row in rows), "left_out": missing, "models": models}
+    tokens = sum(len(row) - 1 for row in rows)
+    return {"model": name, "tokens": tokens, "left_out": missing, "models": models}
 
 
 def table(result: dict[str, Any]) -> str:
     """Return the result in markdown."""
     lines = [
-        f"demo model, {result['tokens']:,} held-out tokens in windows of {WINDOW}",
+        f"{result['model']}, {result['tokens']:,} held-out tokens in windows of {WINDOW}",
         *result["left_out"],
         "| | bits per weight | KL mean | KL p99 | top-1 | perplexity |",
         "|---|---|---|---|---|---|",
     ]
     for name, m in result["models"].items():
-        numbers = f"{m['kl_mean_nats']:.2e} | {m['kl_p99_nats']:.2e} | {m['top1_share']:.2%} | {m['perplexity']:.3f}"
+        kl = f"{m['kl_mean_nats']:.2e} ± {m['kl_se_nats']:.0e}"
+        numbers = f"{kl} | {m['kl_p99_nats']:.2e} | {m['top1_share']:.2%} | {m['perplexity']:.3f}"
         lines.append(f"| {name} | {m['bits_per_weight']:.2f} | {numbers} ± {m['perplexity_se']:.2f} |")
     return "\n".join(lines)
 

@@ -67,7 +67,7 @@ class ExportPlan:
     texts: int
     """bytes of tokenizer and configs, exact, of the manifest, an estimate, and of what adapters hold"""
     spool: int
-    """bytes that are on disk only while a recipe with GPTQ runs"""
+    """bytes that are on disk only while a recipe with GPTQ, or distillation, runs"""
     engines: tuple[EngineSizes, ...]
     costs: Costs
     free_disk: int | None
@@ -189,10 +189,10 @@ def check_room(
     weights = sum(math.prod(shape) for shape in tensor_shapes(operations(config)).values())
     tables = 4 * config.max_position_embeddings * config.head_dim
     graphs = sum(2 if find(name).prefill_graph and not config.labels else 1 for name in names)
-    if graphs * (_MOST_PER_WEIGHT * weights + tables + (64 << 20)) + 2 * weights < free:
+    spool = max((_spool(name, config, options) for name in names), default=0)
+    if graphs * (_MOST_PER_WEIGHT * weights + tables + (64 << 20)) + spool < free:
         return
     sizes = [variant_sizes(name, checkpoint, config, options) for name in names]
-    spool = max((_spool(name, config, options) for name in names), default=0)
     needed = sum(variant.nbytes for variant in sizes) + spool
     needed += _text_bytes(checkpoint, config, names, sizes, options)
     if needed + _KEPT_FREE <= free:

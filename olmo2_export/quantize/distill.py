@@ -435,7 +435,7 @@ def _products_in_bfloat16() -> Iterator[None]:
 
     That is exact enough for gradients, which rounding weights to 4 bits outweighs by far; what judges is in float32.
     """
-    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    known: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if known.get("amx_bf16") else before)
     try:

@@ -43,7 +43,7 @@ def self_text(
 ) -> list[np.ndarray]:
     """Sample sequences; equal at every call on one machine with one number of threads.
 
-    In memory are one layer, and keys and values of as many sequences as fit into 2 GiB.
+    In memory are one layer, the head as it is stored, and keys and values of as many sequences as fit into 2 GiB.
 
     Args:
         checkpoint: the weights, and config.json with its token ids.
@@ -66,12 +66,13 @@ def self_text(
     generator = torch.Generator().manual_seed(seed)
     groups = [min(at_once, sequences - start) for start in range(0, sequences, at_once)]
     found: list[np.ndarray] = []
+    head = Head(checkpoint, config)
     with tqdm(total=len(groups) * (length - 1), desc="writing text", unit="step", leave=False) as bar:
         for count in groups:
             ids = _first(checkpoint, config, count, generator)
             caches = [_Cache(config, count, length) for _ in range(config.num_hidden_layers)]
             for _ in range(length - 1):
-                following = _next(checkpoint, config, ids[:, -1], caches, generator)
+                following = _next(checkpoint, config, ids[:, -1], caches, head, generator)
                 ids = torch.cat([ids, following[:, None]], dim=1)
                 bar.update()
             found += list(ids.numpy())
@@ -92,6 +93,7 @@ def _next(
     config: ModelConfig,
     last: Tensor,
     caches: Sequence[_Cache],
+    head: Head,
     generator: torch.Generator,
 ) -> Tensor:
     """Draw one token more for each sequence: int64 [B] -> int64 [B]."""
@@ -99,7 +101,7 @@ def _next(
     x = x.transpose(0, 1)  # (B, 1, hidden)
     for layer, cache in zip(walked_layers(checkpoint, config), caches, strict=True):
         x = cache.run(layer, x)
-    logits = Head(checkpoint, config).logits(x)[:, 0]
+    logits = head.logits(x)[:, 0]
     if not bool(torch.isfinite(logits).all()):
         raise NumericError("logits of the model's own text are NaN or Inf; it has no text to learn from")
     # Gumbel: the largest of logit - log(exponential) is a draw from the softmax.

@@ -35,7 +35,7 @@ def plan_lines(plan: ExportPlan) -> Iterator[str]:
             yield f"  {note}"
     for engine in plan.engines:
         yield f"engine {engine.precision}: {size(engine.plan)} and its kernels, from a graph of {size(engine.graph)}"
-    spool = f", and {size(plan.spool)} while GPTQ runs" if plan.spool else ""
+    spool = f", and {size(plan.spool)} while weights are quantised" if plan.spool else ""
     yield f"package: {size(plan.package)}; tokenizer, configs and manifest {size(plan.texts)}{spool}"
     free = "" if plan.free_disk is None else f", free {size(plan.free_disk)}"
     short = plan.free_disk is not None and plan.disk > plan.free_disk

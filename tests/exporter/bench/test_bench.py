@@ -530,6 +530,8 @@ def test_metrics_of_known_logits() -> None:
     uniform = 0.5 * np.log(0.5 * 4) + 0.5 * np.log(4 / 6)
     exact = 0.5 * np.log(0.5 / (np.e / (np.e + 3))) + 0.5 * np.log((1 / 6) * (np.e + 3))
     assert found["kl_mean_nats"] == pytest.approx((4 * uniform + exact) / 5)
+    spread = [uniform - (4 * uniform + exact) / 5] * 4 + [exact - (4 * uniform + exact) / 5]  # blocks of one token
+    assert found["kl_se_nats"] == pytest.approx(np.sqrt(5 / 4 * np.square(spread).sum()) / 5)
     assert found["top1_share"] == pytest.approx(1 / 5)
     assert found["perplexity"] == pytest.approx(4.0)  # the positions that predict are uniform
     assert found["perplexity_se"] == pytest.approx(0.0)

@@ -27,6 +27,7 @@ from olmo2_export.package.weight_choice import Options
 from olmo2_export.summary.plan_text import plan_lines
 from olmo2_export.weights import stored_tensors
 from olmo2_export.weights.checkpoint import open_checkpoint, open_headers
+from olmo2_export.weights.stored_names import weight_shapes
 from runtimes.errors import CheckpointError, ResourceError
 
 GRAPH, TEXTS = 0.04, 0.06
@@ -121,6 +122,25 @@ def test_a_budget_is_an_upper_bound(tiny_checkpoint: Path, tmp_path: Path) -> No
     real = manifest.files["onnx/model_q4.onnx_data"].size
     assert said.at_most
     assert real <= said.graphs["onnx/model_q4_shared.onnx"].data <= 1.05 * real
+
+
+def test_distilling_takes_files_and_time(tiny_checkpoint: Path) -> None:
+    opened = open_checkpoint(str(tiny_checkpoint))
+    gptq, distilled, longer = (
+        plan_export(opened, variants=["q4"], options=options)
+        for options in (
+            Options(recipe="gptq"),
+            Options(recipe="distill"),
+            Options(recipe="distill", distill_steps=1_000_000),
+        )
+    )
+    shapes = weight_shapes(ModelConfig.from_json(tiny_checkpoint / "config.json"))
+    padded = sum(rows * -(-columns // 128) * 128 for rows, columns in shapes.values())  # some blocks are smaller
+    extra = distilled.disk - gptq.disk - 4 * 272 * 256 * 96
+    assert 0.7 * 8 * padded < extra <= 8 * padded
+    assert longer.disk == distilled.disk
+    assert longer.costs.seconds > distilled.costs.seconds + 1
+    assert gptq.costs.seconds < distilled.costs.seconds
 
 
 def test_graphs_for_engines_are_predicted_to_the_byte(tmp_path: Path) -> None:
