@@ -16,13 +16,17 @@ from typing import Any, TypeAlias
 import numpy as np
 import pytest
 import torch
+from support.adapters import factors, write_adapter
 from support.packages import sequences
 from support.plain_loop import parted, plain_loop
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from olmo2_export.package.export import export
+from olmo2_export.package.weight_choice import Options
 from olmo2_export.weights.checkpoint import open_checkpoint
+from olmo2_export.weights.merged import open_merged
+from runtimes import open_runner
 
 Job: TypeAlias = dict[str, Any]
 WORKERS = Path(__file__).parent / "workers"
@@ -146,19 +150,25 @@ def test_transformers_js_finds_the_template_and_the_default_variant(
     assert found["text"] == RENDERED
 
 
+def of_genai(package: Path, copy: Path, variant: str) -> Path:
+    """Copy a package; genai opens this variant of it."""
+    shutil.copytree(package, copy)
+    config = json.loads((copy / "genai_config.json").read_text())
+    if variant != "fp32":  # the edit that docs/interop.md shows; --default-variant writes the same
+        config["model"]["decoder"]["filename"] = f"onnx/{FILES[variant]}"
+        del config["model"]["decoder"]["inputs"]["position_ids"]
+        config["search"]["past_present_share_buffer"] = True
+    (copy / "genai_config.json").write_text(json.dumps(config))
+    return copy
+
+
 def test_genai_opens_the_default_variant_and_pads_on_the_right(
     pytestconfig: pytest.Config, models: dict[str, tuple[Path, Path]], rows: dict[str, list[list[int]]], tmp_path: Path
 ) -> None:
     for name, (checkpoint, package) in models.items():
         asked = []
         for variant in FILES:
-            copy = Path(shutil.copytree(package, tmp_path / name / variant))
-            config = json.loads((copy / "genai_config.json").read_text())
-            if variant != "fp32":  # the edit that docs/interop.md shows; --default-variant writes the same
-                config["model"]["decoder"]["filename"] = f"onnx/{FILES[variant]}"
-                del config["model"]["decoder"]["inputs"]["position_ids"]
-                config["search"]["past_present_share_buffer"] = True
-            (copy / "genai_config.json").write_text(json.dumps(config))
+            copy = of_genai(package, tmp_path / name / variant, variant)
             asked += [job(copy, variant, part, "right") for part in (rows[name][:1], rows[name])]
         if name == "demo":
             asked[0]["chat"] = SYSTEM
@@ -178,3 +188,30 @@ def test_genai_reads_a_batch_padded_on_the_left_as_padded_on_the_right(
     (found,) = run(pytestconfig, "genai", [asked])
     with pytest.raises(AssertionError):
         check(found, asked, checkpoint)
+
+
+def test_genai_loads_adapter_files_as_they_are(
+    pytestconfig: pytest.Config, models: dict[str, tuple[Path, Path]], rows: dict[str, list[list[int]]], tmp_path: Path
+) -> None:
+    """Into fp32 and q4; its logits were to the bit the runner's, which `verify` compares with PyTorch."""
+    checkpoint, row = models["tiny"][0], rows["tiny"][0]
+    adapter = write_adapter(tmp_path / "chat", factors(checkpoint))
+    merged = open_merged(str(checkpoint), switchable=[str(adapter)])
+    export(merged, tmp_path / "package", variants=["fp32", "q4"], options=Options(prefill_graph=False))
+    tokens = {}
+    for variant in ("fp32", "q4"):
+        copy = of_genai(tmp_path / "package", tmp_path / variant, variant)
+        asked = [job(copy, variant, [row], "right"), job(copy, variant, [row], "right", adapter="chat")]
+        with open_runner(copy, variant=variant, kv_cache="float32") as runner:
+            for one, found in zip(asked, run(pytestconfig, "genai", asked), strict=True):
+                assert "error" not in found, found["error"]
+                runner.reset()
+                logits, wanted, gaps = runner.prefill([row], adapter=one.get("adapter"))[0][-1], [], []
+                for _ in range(COUNT):
+                    logits[NEVER] = -np.inf
+                    wanted.append(int(logits.argmax()))
+                    gaps.append(np.diff(np.sort(logits)[-2:])[0])
+                    logits = runner.decode(wanted[-1:])[0]
+                assert parted(found["tokens"][0], np.array(wanted), np.array(gaps), MARGIN[variant]) is None
+                tokens[variant, one.get("adapter")] = wanted
+        assert tokens[variant, "chat"] != tokens[variant, None]

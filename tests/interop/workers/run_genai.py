@@ -25,6 +25,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         length = width + count
         parameters.set_search_options(max_length=length, min_length=length, do_sample=False, batch_size=len(rows))
         generator = og.Generator(model, parameters)
+        if "adapter" in job:
+            adapters = og.Adapters(model)
+            adapters.load(str(Path(job["package"]) / "adapters" / f"{job['adapter']}.onnx_adapter"), job["adapter"])
+            generator.set_active_adapter(adapters, job["adapter"])
         generator.append_tokens(np.array(ids, np.int32))
         steps = []
         while len(steps) < count and not generator.is_done():
