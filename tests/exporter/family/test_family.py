@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from transformers import AutoModelForCausalLM
 
 from olmo2_export.catalog import find, precisions
 from olmo2_export.config import ModelConfig
-from olmo2_export.engine.build import build
-from olmo2_export.engine.options import EngineOptions
 from olmo2_export.locate.locate import format_location, locate
 from olmo2_export.measure.parity import KERNEL_PARITY, ParityReport
 from olmo2_export.package.export import export
@@ -128,17 +125,6 @@ def test_every_graph_for_tensorrt_computes_what_its_weights_say(
         location = locate(package, checkpoint, f"trt_{precision}")
         assert location.first is None, format_location(location)
     seen(request, name, "graph for TensorRT", precision, "verified")
-
-
-@pytest.mark.parametrize(("name", "precision"), [("olmo", "bf16"), ("olmo3", "bf16"), ("olmo3", "int4")])
-def test_tensorrt_compiles_it(
-    name: str, precision: str, family_package: Callable[[str], Path], tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    package = Path(shutil.copytree(family_package(name), tmp_path / "p"))
-    options = EngineOptions(precision, compute_capabilities=["8.9"], max_cache_length=64)  # type: ignore[arg-type]
-    report = build(package, options, progress=False)
-    assert report.engine.layer_counts["KV_CACHE_UPDATE"] == 2 * open_package(package).manifest.model.num_hidden_layers
-    seen(request, name, "TensorRT for RTX", precision, "compiled")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
