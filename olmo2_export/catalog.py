@@ -29,7 +29,7 @@ Graph: TypeAlias = Literal["portable", "blocks", "device", "static"]
 all of it in 16 bits. static: what TensorRT compiles"""
 
 BLOCK_SIZES = (32, 64, 128)
-DISTILL_STEPS = 300
+DISTILL_STEPS = 150
 """of training, where none are asked for"""
 """that can be asked for"""
 HELD_BLOCKS = (16, 32, 64, 128, 256)
