@@ -172,12 +172,38 @@ $(VENV)-gpu/.installed: pyproject.toml constraints.txt
 	$(if $(TENSORRT),$(@D)/bin/$(PIP) tensorrt --extra-index-url https://pypi.nvidia.com)
 	@touch $@
 
-peers: $(addprefix $(VENV)-peers-,$(addsuffix /.installed,llama genai optimum)) ## what make bench compares with; compiles llama.cpp
+peers: $(addprefix $(VENV)-peers-,$(addsuffix /.installed,llama genai optimum openvino)) ## what make bench compares with; compiles llama.cpp
+
+# llama.cpp as llama-cpp-python ships it, compiled once for its library and its server, in two jobs: one per core takes the memory of all.
+# With AMX it dies of SIGSEGV when it loads a model: gcc is told to use all that this processor has but that.
+LLAMA       := 0.3.36
+CPUINFO     := /proc/cpuinfo
+AMX         := $(shell grep -swq amx_int8 $(CPUINFO) && echo yes)
+LLAMA_FLAGS := $(if $(AMX),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
+LLAMA_CMAKE := -DCMAKE_BUILD_TYPE=Release -DCMAKE_BUILD_WITH_INSTALL_RPATH=ON '-DCMAKE_INSTALL_RPATH=$$ORIGIN' \
+  '-DCMAKE_C_FLAGS=$(LLAMA_FLAGS)' '-DCMAKE_CXX_FLAGS=$(LLAMA_FLAGS)' -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF
 
 # A venv each, which git and ruff are told to ignore, because the peers pin other versions than we do.
-$(VENV)-peers-llama/.installed: constraints.txt
+$(VENV)-peers-llama/.installed: constraints.txt Makefile
 	$(PYTHON) -m venv $(@D) && echo '*' > $(@D)/.gitignore
-	$(@D)/bin/$(PIP) llama-cpp-python==0.3.36 gguf==0.19.0
+	$(@D)/bin/$(PIP) cmake ninja gguf==0.19.0
+	$(@D)/bin/pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python --dest build/peers llama-cpp-python==$(LLAMA)
+	tar -xzf build/peers/llama_cpp_python-$(LLAMA).tar.gz -C build/peers
+	$(if $(AMX),@echo "This processor has AMX: llama.cpp is built without$(COMMA) because with it it dies of SIGSEGV.")
+	PATH="$(CURDIR)/$(@D)/bin:$$PATH" && cd build/peers && \
+	cmake -G Ninja -S llama_cpp_python-$(LLAMA)/vendor/llama.cpp -B llama.cpp $(LLAMA_CMAKE) >cmake.log && \
+	cmake --build llama.cpp --target llama-server --parallel 2 >>cmake.log
+	CMAKE_ARGS=-DLLAMA_BUILD=OFF $(@D)/bin/$(PIP) build/peers/llama_cpp_python-$(LLAMA)
+	lib=$$(echo $(@D)/lib/python3*/site-packages/llama_cpp)/lib && mkdir -p $$lib && \
+	cp -P build/peers/llama.cpp/bin/lib*.so* build/peers/llama.cpp/bin/llama-server $$lib && ln -sf ../$${lib#*/}/llama-server $(@D)/bin
+	@touch $@
+
+# What optimum-intel allows, not the versions of constraints.txt. Nobody wants its torchvision, and that of another build of torch breaks transformers.
+$(VENV)-peers-openvino/.installed: constraints.txt
+	$(PYTHON) -m venv $(@D) && echo '*' > $(@D)/.gitignore
+	$(@D)/bin/$(PIP) torch
+	$(@D)/bin/pip install --quiet --disable-pip-version-check openvino-genai==2026.4.1.0 optimum-intel==2.2.0 torch==2.13.0
+	$(@D)/bin/pip uninstall --quiet --yes torchvision
 	@touch $@
 
 $(VENV)-peers-genai/.installed: constraints.txt

@@ -330,7 +330,7 @@ VARIANTS: tuple[VariantRow, ...] = (
         defaults=QuantizationDefaults("search", Q4, Q4_EMBEDDING, Q4_EMBEDDING, size_budget=4.8),
         prefill_graph=True,
         quantized_cache=True,
-        peers={"llama.cpp": "Q4_K_M", "onnxruntime-genai": "int4"},
+        peers={"llama.cpp": "Q4_K_M", "onnxruntime-genai": "int4", "openvino-genai": "int4"},
     ),
     VariantRow(
         name="q8",
@@ -375,7 +375,7 @@ VARIANTS: tuple[VariantRow, ...] = (
         weights=INT4_BLOCKS,
         colour="#b8860b",
         defaults=QuantizationDefaults("search", Q4, None, Q4_EMBEDDING, size_budget=4.8),
-        peers={"llama.cpp": "Q4_K_M", "onnxruntime-genai": "int4"},
+        peers={"llama.cpp": "Q4_K_M", "onnxruntime-genai": "int4", "openvino-genai": "int4"},
     ),
     *(
         VariantRow(

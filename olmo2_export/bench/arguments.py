@@ -7,7 +7,7 @@ from pathlib import Path
 
 from olmo2_export.bench.processes import ROOT
 
-PEERS = ("transformers", "optimum-onnx", "onnxruntime-genai", "llama.cpp")
+PEERS = ("transformers", "optimum-onnx", "onnxruntime-genai", "openvino-genai", "llama.cpp")
 CONTEXTS = (128, 512, 2048)
 """tokens of the prompts, where no others are asked for"""
 

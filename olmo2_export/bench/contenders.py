@@ -12,13 +12,20 @@ from typing import Any
 
 import olmo2_export.demo
 from olmo2_export.bench.checkpoint import SIZES, Form, shape_of, write_checkpoint
+from olmo2_export.bench.machine import multiplies_in_tiles
 from olmo2_export.bench.processes import run, stage, worker
 from olmo2_export.catalog import find
 from runtimes.package import open_package
 
 LLAMA_VENV, GENAI_VENV, OPTIMUM_VENV = ".venv-peers-llama", ".venv-peers-genai", ".venv-peers-optimum"
+OPENVINO_VENV = ".venv-peers-openvino"
+LLAMA_8_BIT_CACHE = ("--kv", "q8_0")
+"""arguments of llama.cpp's worker: its KV cache in Q8_0, with flash attention"""
 SPEED = ("decode_128", "decode_3000", "prefill_512", "streams_8", "load", "memory_1024")
+WITH_CACHE = ("decode_128", "decode_3000", "prefill_512", "memory_1024")
+"""what an 8-bit KV cache changes"""
 DEMO = Path(olmo2_export.demo.__file__).parent
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -106,8 +113,16 @@ class Workshop:
         folder = f"package-{self.size}-{backend}-{precision}"
         return self.folder / folder, self._once(folder, make)
 
-    def gguf(self, python: Path, ftype: str) -> tuple[Path, dict[str, float]]:
-        """Convert for llama.cpp.
+    def served(self, variant: str) -> Path:
+        """Export with a tokenizer, which a server wants: the checkpoint's, or that of the demo; return the package."""
+        checkpoint = self.checkpoint("olmo2")
+        if not (checkpoint / _TOKENIZER[0]).exists():
+            for name in _TOKENIZER:
+                shutil.copy(DEMO / name, checkpoint)
+        return self.package("served", checkpoint, variant)[0]
+
+    def gguf(self, python: Path, ftype: str, *, tokenizer: bool = False) -> tuple[Path, dict[str, float]]:
+        """Convert for llama.cpp; with the checkpoint's tokenizer, for llama-server.
 
         Returns:
             The file, and what it cost: the seconds of writing F16 and of quantising that, the larger peak of the two.
@@ -117,8 +132,9 @@ class Workshop:
             out.mkdir()
             convert: list[str | Path] = [python, "-m", "olmo2_export.bench.workers.convert_llama"]
             f16 = out / "intermediate.gguf"
+            flags = ["--tokenizer"] if tokenizer else []
             costs = [
-                run([*convert, "f16", self.checkpoint("olmo2"), f16]).cost,
+                run([*convert, "f16", self.checkpoint("olmo2"), f16, *flags]).cost,
                 run([*convert, "quantize", f16, out / f"{ftype}.gguf", ftype]).cost,
             ]
             f16.unlink()
@@ -127,7 +143,7 @@ class Workshop:
                 "peak_memory_mb": max(cost["peak_memory_mb"] for cost in costs),
             }
 
-        folder = f"gguf-{self.size}-{ftype}"
+        folder = f"gguf-{self.size}-{ftype}{'-served' if tokenizer else ''}"
         cost = self._once(folder, make)
         return self.folder / folder / f"{ftype}.gguf", cost
 
@@ -136,7 +152,7 @@ class Workshop:
 
         def make(out: Path) -> dict[str, float]:
             checkpoint = self.checkpoint("llama")
-            for name in ("tokenizer.json", "tokenizer_config.json"):  # the builder wants one, of any model
+            for name in _TOKENIZER:  # the builder wants one, of any model
                 shutil.copy(DEMO / name, checkpoint)
             cache = self.folder / "genai-cache"
             builder: list[str | Path] = [python, "-m", "onnxruntime_genai.models.builder", "-i", checkpoint, "-o", out]
@@ -159,6 +175,18 @@ class Workshop:
             return run([*convert, self.checkpoint("olmo2"), out]).cost
 
         folder = f"optimum-{self.size}"
+        cost = self._once(folder, make)
+        return self.folder / folder, cost
+
+    def openvino(self, python: Path) -> tuple[Path, dict[str, float]]:
+        """Export with optimum-intel, its defaults for 4 bits; return the folder and what that cost."""
+
+        def make(out: Path) -> dict[str, float]:
+            model: list[str | Path] = ["--model", self.checkpoint("olmo2"), "--task", "text-generation-with-past"]
+            weights = ["--weight-format", "int4", "--group-size-fallback", "adjust"]  # of rows that 128 does not divide
+            return run([python.with_name("optimum-cli"), "export", "openvino", *model, *weights, out]).cost
+
+        folder = f"openvino-{self.size}"
         cost = self._once(folder, make)
         return self.folder / folder, cost
 
@@ -189,8 +217,7 @@ def ours(workshop: Workshop, variants: Sequence[str]) -> list[Contender]:
         one = _ours("one_graph", f"ours {first}, one graph", alone, first, ("memory_1024", "prefill_512"), cost)
     found = [_ours("ours", f"ours {first}", package, first, tuple(tasks), made), one]
     if find(first).quantized_cache:
-        long = ("decode_128", "decode_3000", "prefill_512", "memory_1024")
-        int8 = _ours("int8_cache", f"ours {first}, int8 KV cache", package, first, long, made)
+        int8 = _ours("int8_cache", f"ours {first}, int8 KV cache", package, first, WITH_CACHE, made)
         found.append(replace(int8, arguments=(*int8.arguments, "--kv-cache", "int8")))
     package, made = workshop.package("demo-model", DEMO, first)
     found.append(_ours("demo", f"ours {first}, demo model", package, first, ("lookup_demo",), made))
@@ -209,23 +236,41 @@ def _ours(
 def peers(
     workshop: Workshop, folder: Path, threads: int, llama_types: Sequence[str]
 ) -> tuple[list[Contender], list[str]]:
-    """Return the peers whose interpreters are there, and a line for each that is not."""
-    found, missing = [], []
+    """Return the peers whose interpreters are there, and a line for each that is not, or was built in a special way."""
+    found, said = [], []
     python = peer_python(folder, LLAMA_VENV)
     if python is None:
-        missing.append(left_out("llama.cpp", folder / LLAMA_VENV))
+        said.append(left_out("llama.cpp", folder / LLAMA_VENV))
     else:
+        said += filter(None, [f"llama.cpp: {how}" if (how := llama_build(python)) else ""])
         for ftype in llama_types:
             key = "llama" if ftype == llama_types[0] else f"llama_{ftype}"
             path, made = workshop.gguf(python, ftype)
             found.append(Contender(key, f"llama.cpp {ftype}", python, "llama", ("task", str(path)), SPEED, made))
+            if ftype == llama_types[0]:
+                arguments = ("task", str(path), *LLAMA_8_BIT_CACHE)
+                name = f"llama.cpp {ftype}, q8_0 KV cache"
+                found.append(Contender("llama_int8_cache", name, python, "llama", arguments, WITH_CACHE, made))
     python = peer_python(folder, GENAI_VENV)
     if python is None:
-        missing.append(left_out("onnxruntime-genai", folder / GENAI_VENV))
+        said.append(left_out("onnxruntime-genai", folder / GENAI_VENV))
     else:
         path, made = workshop.genai(python, threads)
         found.append(Contender("genai", "onnxruntime-genai int4", python, "genai", (str(path),), SPEED, made))
-    return found, missing
+    python = peer_python(folder, OPENVINO_VENV)
+    if python is None:
+        said.append(left_out("openvino-genai", folder / OPENVINO_VENV))
+    else:
+        path, made = workshop.openvino(python)
+        found.append(Contender("openvino", "OpenVINO GenAI int4", python, "openvino", (str(path),), SPEED, made))
+    return found, said
+
+
+def llama_build(python: Path) -> str:
+    """Say how llama.cpp was compiled where that is not what its own build does here; else nothing."""
+    if not multiplies_in_tiles() or "AMX_INT8 = 1" in worker(python, "convert_llama", ["features"])["features"]:
+        return ""
+    return "built without AMX, which this processor has: with it, it dies of SIGSEGV"
 
 
 def left_out(peer: str, venv: Path) -> str:

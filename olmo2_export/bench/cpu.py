@@ -89,7 +89,12 @@ def run(
     samples["export"] = {contender.key: [contender.made] for contender in contenders}
     results = judge(samples)
     names = {contender.key: contender.name for contender in contenders}
-    for key, name in (("llama", f"llama.cpp {llama_types[0]}"), ("genai", "onnxruntime-genai int4")):
+    absent = (
+        ("llama", f"llama.cpp {llama_types[0]}"),
+        ("llama_int8_cache", f"llama.cpp {llama_types[0]}, q8_0 KV cache"),
+        ("genai", "onnxruntime-genai int4"),
+    )
+    for key, name in absent:
         names.setdefault(key, name)  # claims are about them, there or not
     machine = f"{processor()}, {os.cpu_count()} cores, load average {busy:.1f} before the first sample"
     setting = f"{size} shape, {threads} threads, {rounds} rounds"

@@ -5,7 +5,9 @@
 | transformers       | the checkpoint in float32, and in bfloat16 where that is fast  | fp32, bf16         |
 | optimum-onnx       | its own export, by its own runner; not grouped-query attention | fp32               |
 | onnxruntime-genai  | its own int4 build of a Llama of this shape                    | q4                 |
-| llama.cpp          | GGUF in Q4_K_M, Q8_0, or F16, whichever is like our variants   | q4, q8, bf16, fp16 |
+| openvino-genai     | optimum-intel's own int4 export                                | q4                 |
+| llama.cpp          | GGUF in Q4_K_M, Q8_0, or F16, whichever is like our variants;  | q4, q8, bf16, fp16 |
+|                    | with an F16 KV cache, and with one in Q8_0                     |                    |
 
 onnxruntime-genai's builder has no OLMo 2: a Llama of the same sizes with made-up weights stands in for it, which lacks
 the norms of queries and keys. Speed and memory are those of the shape; text and quality are not the model's.
@@ -25,11 +27,14 @@ from pathlib import Path
 from olmo2_export.bench.bytes_moved import Traffic, WeightBytes, graph_weight_bytes, package_traffic
 from olmo2_export.bench.contenders import (
     GENAI_VENV,
+    LLAMA_8_BIT_CACHE,
     LLAMA_VENV,
+    OPENVINO_VENV,
     OPTIMUM_VENV,
     Contender,
     Workshop,
     left_out,
+    llama_build,
     peer_python,
 )
 from olmo2_export.bench.machine import multiplies_bfloat16
@@ -121,6 +126,7 @@ def peer_entries(
         "transformers": lambda: _transformers(workshop, device),
         "optimum-onnx": lambda: _optimum(workshop, folder),
         "onnxruntime-genai": lambda: _genai(workshop, folder, threads),
+        "openvino-genai": lambda: _openvino(workshop, folder),
         "llama.cpp": lambda: _llama(workshop, folder, variants),
     }
     for peer in dict.fromkeys(wanted):
@@ -137,7 +143,12 @@ def peer_entries(
 
 
 def _missing(peer: str, folder: Path) -> str | None:
-    venvs = {"optimum-onnx": OPTIMUM_VENV, "onnxruntime-genai": GENAI_VENV, "llama.cpp": LLAMA_VENV}
+    venvs = {
+        "optimum-onnx": OPTIMUM_VENV,
+        "onnxruntime-genai": GENAI_VENV,
+        "openvino-genai": OPENVINO_VENV,
+        "llama.cpp": LLAMA_VENV,
+    }
     if peer == "transformers":
         there = importlib.util.find_spec("transformers") is not None
         return None if there else "transformers is left out: it is not installed; pip install 'olmo2-export[export]'"
@@ -204,8 +215,26 @@ def _genai(workshop: Workshop, folder: Path, threads: int) -> Iterator[Entry]:
     yield Entry(contender, False, like_peer("onnxruntime-genai", "int4"), _folder_bytes(path), traffic, note)
 
 
+def _openvino(workshop: Workshop, folder: Path) -> Iterator[Entry]:
+    python = _python(folder, OPENVINO_VENV)
+    path, made = workshop.openvino(python)
+    contender = Contender("openvino", "OpenVINO GenAI int4", python, "openvino", (str(path),), (POINTS,), made)
+    checkpoint = workshop.checkpoint("olmo2")
+    config = ModelConfig.from_json(checkpoint / "config.json")
+    weights, row = (path / "openvino_model.bin").stat().st_size, config.hidden_size  # 8 bits of the embedding
+    traffic = Traffic(
+        ((1, WeightBytes(weights - row * config.vocab_size, row)),),
+        _cache_bytes(checkpoint, 1),
+        None,
+        "openvino_model.bin, int8 KV cache",
+    )
+    note = "optimum-intel's defaults for int4 weights, continuous batching, int8 KV cache"
+    yield Entry(contender, False, like_peer("openvino-genai", "int4"), _folder_bytes(path), traffic, note)
+
+
 def _llama(workshop: Workshop, folder: Path, variants: Sequence[str]) -> Iterator[Entry]:
     python = _python(folder, LLAMA_VENV)
+    built = llama_build(python)
     checkpoint = workshop.checkpoint("olmo2")
     config = ModelConfig.from_json(checkpoint / "config.json")
     rows = [row for row in map(known, variants) if row is not None]
@@ -215,11 +244,26 @@ def _llama(workshop: Workshop, folder: Path, variants: Sequence[str]) -> Iterato
         sizes = worker(python, "convert_llama", ["sizes", path])
         step = sizes["tensor_bytes"] - (0 if sizes["head_is_embedding"] else sizes["embedding_bytes"])
         weights = WeightBytes(step, sizes["embedding_bytes"] / config.vocab_size)
-        arguments = ("task", str(path))
-        contender = Contender(f"llama_{ftype}", f"llama.cpp {ftype}", python, "llama", arguments, (POINTS,), made)
+        arguments, name = ("task", str(path)), f"llama.cpp {ftype}"
+        contender = Contender(f"llama_{ftype}", name, python, "llama", arguments, (POINTS,), made)
         traffic = Traffic(((1, weights),), _cache_bytes(checkpoint, 2), None, "tensors of the GGUF file, F16 KV cache")
         alike = like_peer("llama.cpp", ftype)
-        yield Entry(contender, False, alike, sizes["bytes"], traffic, "C defaults: mmap, F16 KV cache")
+        note = "; ".join(filter(None, ["C defaults: mmap, F16 KV cache, flash attention auto", built]))
+        yield Entry(contender, False, alike, sizes["bytes"], traffic, note)
+        cached = Contender(
+            f"llama_{ftype}_q8_0",
+            f"{name}, q8_0 KV cache",
+            python,
+            "llama",
+            (*arguments, *LLAMA_8_BIT_CACHE),
+            (POINTS,),
+            made,
+        )
+        traffic = Traffic(
+            ((1, weights),), _cache_bytes(checkpoint, 1) * 34 // 32, None, "tensors of the GGUF file, Q8_0 KV cache"
+        )
+        note = "; ".join(filter(None, ["mmap, Q8_0 KV cache, flash attention on", built]))
+        yield Entry(cached, False, alike, sizes["bytes"], traffic, note)
 
 
 def _python(folder: Path, venv: str) -> Path:

@@ -47,5 +47,10 @@ def multiplies_bfloat16() -> bool:
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
+def multiplies_in_tiles() -> bool:
+    """Tell whether the CPU has AMX."""
+    return "amx_int8" in _cpuinfo().split()
+
+
 def _cpuinfo() -> str:
     return _CPUINFO.read_text() if _CPUINFO.is_file() else ""  # Linux alone has it

@@ -1,4 +1,4 @@
-"""make export: what a user writes arrives as it is, and none of it runs."""
+"""make export: what a user writes arrives as it is, and none of it runs. make peers: llama.cpp without AMX."""
 
 from __future__ import annotations
 
@@ -85,3 +85,16 @@ def test_model_folder_and_revision_arrive_as_they_are(tmp_path: Path) -> None:
 def test_the_folder_has_the_name_of_the_model(tmp_path: Path, model: str, out: str) -> None:
     export, *_ = make_export(tmp_path, f"MODEL={model}")
     assert export == ["export", model, "--out", out, "--force", "--variant", "fp32", "--variant", "q4"]
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_llama_cpp_is_built_without_amx_where_the_processor_has_it(tmp_path: Path, amx: bool) -> None:
+    (tmp_path / "cpuinfo").write_text(f"flags : fpu avx512_vnni {'amx_tile amx_int8' if amx else 'amx_int8x'} sse2\n")
+    command = ["make", "-n", "-C", str(ROOT), "-W", "constraints.txt", ".venv-peers-llama/.installed"]
+    said = subprocess.run(
+        [*command, f"CPUINFO={tmp_path / 'cpuinfo'}"], check=True, capture_output=True, text=True
+    ).stdout
+    assert ("llama.cpp is built without, because with it it dies of SIGSEGV" in said) == amx
+    flags = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16" if amx else ""
+    assert f"'-DCMAKE_C_FLAGS={flags}' '-DCMAKE_CXX_FLAGS={flags}'" in said
+    assert "--parallel 2" in said

@@ -3,7 +3,7 @@
     python fake_peers.py LOG GRAPH -m MODULE ARGUMENTS
 
 LOG gets a line per worker; GRAPH is an ONNX file that stands for what a peer's exporter writes. A task of llama.cpp
-Q8_0 ends as a process does that the kernel kills.
+Q8_0 ends as a process does that the kernel kills; it was built with all that a processor has but AMX.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import signal
 import sys
 from pathlib import Path
 
-STEP_SECONDS = {"llama": 0.010, "genai": 0.020, "hugging_face": 0.040}
+STEP_SECONDS = {"llama": 0.010, "genai": 0.020, "openvino": 0.030, "hugging_face": 0.040}
 TTFT_SECONDS = 0.5
 MEMORY = 123_000_000
 
@@ -25,8 +25,10 @@ def install(peers: Path, log: Path, graph: Path, venvs: list[str]) -> None:
     for name in venvs:
         python = peers / name / "bin" / "python"
         python.parent.mkdir(parents=True)
-        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__).resolve()}" "{log}" "{graph}" "$@"\n')
-        python.chmod(0o755)
+        command = f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__).resolve()}" "{log}" "{graph}"'
+        for path, words in ((python, ""), (python.with_name("optimum-cli"), " -m optimum-cli")):
+            path.write_text(f'{command}{words} "$@"\n')
+            path.chmod(0o755)
         (peers / name / ".installed").touch()
 
 
@@ -55,6 +57,11 @@ def main() -> None:
     elif name == "convert_optimum":
         Path(words[1]).mkdir()
         shutil.copy(graph, Path(words[1], "model.onnx"))
+    elif name == "optimum-cli":
+        Path(words[-1]).mkdir()
+        Path(words[-1], "openvino_model.bin").write_bytes(bytes(20_000))
+    elif name == "convert_llama" and words[0] == "features":
+        result = {"features": "CPU : AVX512 = 1 | AVX512_VNNI = 1 | "}
     elif name == "convert_llama" and words[0] == "sizes":
         size = Path(words[1]).stat().st_size
         result = {"bytes": size, "tensor_bytes": 1000, "embedding_bytes": 262, "head_is_embedding": False}

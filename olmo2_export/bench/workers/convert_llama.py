@@ -1,12 +1,14 @@
 """Checkpoint -> F16 GGUF -> quantised GGUF, by llama.cpp's own quantiser. Runs in the interpreter of llama-cpp-python.
 
-    python -m olmo2_export.bench.workers.convert_llama f16 CHECKPOINT F16.gguf
+    python -m olmo2_export.bench.workers.convert_llama f16 CHECKPOINT F16.gguf [--tokenizer]
     python -m olmo2_export.bench.workers.convert_llama quantize F16.gguf OUT.gguf Q4_K_M
     python -m olmo2_export.bench.workers.convert_llama sizes OUT.gguf
+    python -m olmo2_export.bench.workers.convert_llama features
 
 The F16 file is written with llama.cpp's gguf package instead of by its convert_hf_to_gguf.py, which refuses a tokenizer
 that it has no name for; the keys and tensor names are those of its conversion/olmo.py (llama.cpp as vendored by
-llama-cpp-python 0.3.36). No tokenizer is stored: the benchmark feeds token ids.
+llama-cpp-python 0.3.36). A tokenizer is stored where it is asked for, as llama-server does not answer without: its
+tokens and merges, not how it splits words, since prompts are token ids. Ids beyond it have made-up names.
 """
 
 from __future__ import annotations
@@ -63,11 +65,15 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{_LAYER_NAMES[rest]}.{kind}"
 
 
-def write_f16(checkpoint: Path, out: Path) -> None:
+def write_f16(checkpoint: Path, out: Path, tokenizer: bool = False) -> None:
     """Write the F16 GGUF of a checkpoint in safetensors, one tensor in memory at a time."""
     config = json.loads((checkpoint / "config.json").read_text())
     tensors = [tensor for path in sorted(checkpoint.glob("*.safetensors")) for tensor in _tensors(path)]
     writer = _writer(config, out)
+    if tokenizer:
+        _add_tokenizer(writer, json.loads((checkpoint / "tokenizer.json").read_text()), config["vocab_size"])
+    else:
+        writer.add_tokenizer_model("none")
     for tensor in tensors:
         dtype = np.dtype(np.float32 if len(tensor.shape) == 1 else np.float16)
         count = int(np.prod(tensor.shape))
@@ -119,8 +125,23 @@ def _writer(config: dict[str, Any], out: Path) -> Any:
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_file_type(FTYPES["F16"])
-    writer.add_tokenizer_model("none")
     return writer
+
+
+def _add_tokenizer(writer: Any, tokenizer: dict[str, Any], vocab_size: int) -> None:
+    tokens = [f"[{number}]" for number in range(vocab_size)]
+    types = [int(gguf.TokenType.UNUSED)] * vocab_size
+    for token, number in tokenizer["model"]["vocab"].items():
+        tokens[number], types[number] = token, int(gguf.TokenType.NORMAL)
+    for token in tokenizer["added_tokens"]:
+        tokens[token["id"]], types[token["id"]] = token["content"], int(gguf.TokenType.CONTROL)
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(tokenizer["added_tokens"][0]["id"])
 
 
 def _converted(tensor: Stored) -> np.ndarray:
@@ -168,15 +189,20 @@ def main() -> None:
     verb = verbs.add_parser("f16")
     verb.add_argument("checkpoint", type=Path)
     verb.add_argument("out", type=Path)
+    verb.add_argument("--tokenizer", action="store_true")
     verb = verbs.add_parser("quantize")
     verb.add_argument("f16", type=Path)
     verb.add_argument("out", type=Path)
     verb.add_argument("type", choices=list(FTYPES))
     verb = verbs.add_parser("sizes")
     verb.add_argument("out", type=Path)
+    verbs.add_parser("features")
     args = parser.parse_args()
+    if args.verb == "features":
+        finish({"features": llama_cpp.llama_print_system_info().decode()})
+        return
     if args.verb == "f16":
-        write_f16(args.checkpoint, args.out)
+        write_f16(args.checkpoint, args.out, args.tokenizer)
     elif args.verb == "quantize":
         quantize(args.f16, args.out, args.type)
     finish(sizes(args.out))

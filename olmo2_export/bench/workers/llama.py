@@ -1,10 +1,10 @@
 """llama.cpp: one task, or the logits of given tokens, of a GGUF. Runs in the interpreter of llama-cpp-python.
 
-    python -m olmo2_export.bench.workers.llama task FILE.gguf '{"kind": "decode", ...}'
+    python -m olmo2_export.bench.workers.llama task FILE.gguf [--kv q8_0] '{"kind": "decode", ...}'
     python -m olmo2_export.bench.workers.llama logits FILE.gguf IDS.npy LOGITS.f32
 
 It calls llama.cpp's C functions with the C defaults (mmap, F16 cache, flash attention "auto"), because the Python class
-on top of them turns flash attention off.
+on top of them turns flash attention off. With `--kv q8_0` the cache is Q8_0 and flash attention on, which it needs.
 """
 
 from __future__ import annotations
@@ -40,8 +40,11 @@ def load_model(path: Path) -> Any:
 class Llama:
     """A context of a model, of some sequences, called rows; an `Engine`."""
 
-    def __init__(self, model: Any, threads: int, context: int, rows: int) -> None:
+    def __init__(self, model: Any, threads: int, context: int, rows: int, kv: str = "f16") -> None:
         options = llama_cpp.llama_context_default_params()
+        if kv == "q8_0":
+            options.type_k = options.type_v = llama_cpp.GGML_TYPE_Q8_0
+            options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         options.n_ctx = context * rows
         options.n_seq_max = rows
         options.n_threads = options.n_threads_batch = threads
@@ -110,6 +113,7 @@ def main() -> None:
     verb = verbs.add_parser("task")
     verb.add_argument("path", type=Path)
     verb.add_argument("task", type=json.loads)
+    verb.add_argument("--kv", choices=["f16", "q8_0"], default="f16")
     verb = verbs.add_parser("logits")
     verb.add_argument("path", type=Path)
     verb.add_argument("ids", type=Path)
@@ -123,7 +127,7 @@ def main() -> None:
 
         def load() -> OpenEngine:
             model = load_model(args.path)
-            return lambda context, rows: Llama(model, args.task["threads"], context, rows)
+            return lambda context, rows: Llama(model, args.task["threads"], context, rows, args.kv)
 
         finish(measure(args.task, load))
 

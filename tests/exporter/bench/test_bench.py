@@ -121,7 +121,7 @@ def test_cpu_with_ours_alone(kept: Path, tmp_path: Path, capfd: pytest.CaptureFi
     assert "llama.cpp Q4_0: not there" in out
     result = last_line(out)
     assert result["failures"] == []
-    assert len(result["left_out"]) == 2
+    assert len(result["left_out"]) == 3
     samples = result["samples"]
     assert set(samples) == {*only, "export"}
     assert samples["decode_128"]["ours"][0]["tokens_per_second"] > 1

@@ -25,7 +25,7 @@ from olmo2_export.bench.bytes_moved import Traffic, WeightBytes, graph_weight_by
 from olmo2_export.bench.cli import main as bench_main
 from olmo2_export.bench.cli import parse_args as parse_bench
 from olmo2_export.bench.compare import Setting
-from olmo2_export.bench.contenders import DEMO, GENAI_VENV, LLAMA_VENV, OPTIMUM_VENV, Contender
+from olmo2_export.bench.contenders import DEMO, GENAI_VENV, LLAMA_VENV, OPENVINO_VENV, OPTIMUM_VENV, Contender
 from olmo2_export.bench.processes import run
 from olmo2_export.bench.workers import common
 from olmo2_export.cli import main
@@ -104,7 +104,11 @@ def test_peers_take_turns_and_one_that_dies_is_a_result(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     log = tmp_path / "log"
-    fake_peers.install(tmp_path, log, tiny_package / "onnx" / "model.onnx", [LLAMA_VENV, GENAI_VENV, OPTIMUM_VENV])
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("model name : A processor\nflags : fpu amx_int8 sse2\n")
+    monkeypatch.setattr(machine, "_CPUINFO", cpuinfo)
+    venvs = [LLAMA_VENV, GENAI_VENV, OPENVINO_VENV, OPTIMUM_VENV]
+    fake_peers.install(tmp_path, log, tiny_package / "onnx" / "model.onnx", venvs)
     sample = Contender.sample
 
     def noted(self: Contender, task: dict[str, Any]) -> dict[str, Any]:
@@ -119,20 +123,24 @@ def test_peers_take_turns_and_one_that_dies_is_a_result(
     peers = {"fp32": {"llama.cpp": "Q8_0"}, "q4": {"llama.cpp": "Q4_K_M"}}
     rows = [dataclasses.replace(row, peers=row.peers | peers.get(row.name, {})) for row in catalog.VARIANTS]
     monkeypatch.setattr(catalog, "VARIANTS", tuple(rows))
-    vs = ["--vs", "optimum-onnx", "onnxruntime-genai", "llama.cpp", "--reference", str(tiny_checkpoint)]
+    vs = ["--vs", "optimum-onnx", "onnxruntime-genai", "openvino-genai", "llama.cpp"]
+    vs += ["--reference", str(tiny_checkpoint)]
     kept = ["--keep", str(tmp_path / "kept"), "--peers", str(tmp_path)]
     assert main(["bench", str(tiny_package), *SMALL, "--repeats", "3", *vs, *kept]) == 0
     out = capfd.readouterr().out
     document = document_of(out)
-    around = ["ours", "hugging_face optimum", "genai genai-of", "llama Q8_0"]
+    around = ["ours", "hugging_face optimum", "genai genai-of", "openvino openvino-of", "llama Q8_0", "llama Q8_0"]
     turns_taken = [next(name for name in around if line.startswith(name)) for line in log.read_text().splitlines()]
-    assert turns_taken == around + 2 * around[:3]  # the one that died is not asked again
-    (failure,) = document["failures"]
+    assert turns_taken == around + 2 * around[:4]  # the one that died is not asked again
+    failure, with_cache = document["failures"]
     assert failure.startswith("llama.cpp Q8_0, points: ")
+    assert with_cache.startswith("llama.cpp Q8_0, q8_0 KV cache, points: ")
     assert "ended by SIGKILL, most likely for want of memory" in failure
     assert f"FAILED: {failure}" in out
     dead = document["contenders"]["llama.cpp Q8_0"]
     assert (dead["points"], dead["load_s"], dead["peak_memory_bytes"], dead["disk_bytes"]) == ([], None, None, 20)
+    assert dead["note"].endswith("; built without AMX, which this processor has: with it, it dies of SIGSEGV")
+    assert document["contenders"]["OpenVINO GenAI int4"]["points"][0]["itl_p50_s"] == 0.03
     genai = document["contenders"]["onnxruntime-genai int4"]
     assert "a Llama of this shape" in genai["note"]
     assert (genai["load_s"], genai["peak_memory_bytes"], genai["repeats"]) == (1.5, fake_peers.MEMORY, 3)
@@ -142,7 +150,7 @@ def test_peers_take_turns_and_one_that_dies_is_a_result(
     assert (point["decode_tokens_per_s"], point["prefill_tokens_per_s"]) == (50.0, 16.0)
     assert point["bandwidth_share"] == point["bytes_per_token"] * 50.0 / 2e9
 
-    assert len(document["ratios"]) == 2 * 4 * 2  # peers that live, points, metrics
+    assert len(document["ratios"]) == 3 * 4 * 2  # peers that live, points, metrics
     for ratio in document["ratios"]:
         mine, other = (
             next(
@@ -179,7 +187,7 @@ def test_missing_peers_are_named_and_the_run_goes_on(
     document = document_of(out)
     assert [line.partition(" is left out")[0] for line in document["left_out"]] == list(PEERS)
     assert all(line in out for line in document["left_out"])
-    assert sum("make peers installs it" in line for line in document["left_out"]) == 3
+    assert sum("make peers installs it" in line for line in document["left_out"]) == 4
     (point,) = document["contenders"]["ours fp32"]["points"]
     assert point["context_tokens"] == 128  # of 128, 512 and 2048 what the model's 256 tokens leave room for
     assert document["ratios"] == []
