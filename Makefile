@@ -35,7 +35,7 @@ REVISION_FLAG := $${REVISION:+--revision "$$REVISION"}
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export test test-all support test-page test-interop test-quantised test-pythons test-oldest check format lint types docs docs-links bench targets gpu-test peers clean
+.PHONY: help setup export test test-all support test-page test-interop test-quantised test-pythons test-oldest check format lint types docs docs-links bench targets bench-serve gpu-test peers clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -102,6 +102,12 @@ targets: $(STAMP) ## the table of targets on the 1B shape, and what quantising c
 	$(BIN)/python -m olmo2_export.bench stages
 	$(BIN)/python -m olmo2_export.bench quality
 	$(BIN)/python -m olmo2_export.bench cpu
+
+REQUESTS ?= 10000
+
+bench-serve: $(STAMP) ## clients of the server: throughput, waits, a soak of REQUESTS requests; beside llama-server if make peers built it
+	$(BIN)/python -m olmo2_export.bench serve --size demo --requests $(REQUESTS)
+	$(BIN)/python -m olmo2_export.bench serve --size 1B --requests $$(( $(REQUESTS) / 50 ))
 
 # The runner's tests that need neither torch nor the exporter, on packages that the exporter has made before.
 RUNNER_TESTS := $(patsubst %,tests/runner/%.py,test_runtimes_imports test_threads test_run_cli ort/test_ort_runner \

@@ -4,6 +4,7 @@
     stages    seconds and peak memory of export and build
     quality   KL, top-1 and perplexity of quantised variants on the demo model, and llama.cpp's
     cpu       the table of targets: ours, llama.cpp and onnxruntime-genai in turns
+    serve     clients of a server: throughput, what a token costs more, waits, a soak; llama-server beside it
     gpu       the table of targets on a GPU: ours, transformers' compiled static cache, and the hardware's limits
     profile   where the time of our prefill and decode goes, by operator
     lora      what a LoRA adapter that is chosen at run time costs a decode step
@@ -19,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from olmo2_export.bench import cpu, gpu, lora, profile, quality, stages
+from olmo2_export.bench import cpu, gpu, lora, profile, quality, serve, stages
 from olmo2_export.bench.arguments import declare_setting
 from olmo2_export.bench.checkpoint import SIZES
 from olmo2_export.bench.command import check_out, run_comparison, work_folder, write_out
@@ -72,6 +73,28 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     verb = verbs.add_parser("cpu", parents=[work, sized, kept, beside], help="the table of targets")
     verb.add_argument("--rounds", type=int, default=3)
     verb.add_argument("--only", action="append", choices=cpu.TASKS, metavar="TASK", help=f"of {', '.join(cpu.TASKS)}")
+    verb = verbs.add_parser("serve", parents=[work, sized], help="a server and its clients")
+    load = serve.Load()
+    verb.add_argument("--keep", type=Path, metavar="DIR", help="make the models here, and use those already here")
+    verb.add_argument("--peers", type=Path, default=ROOT, metavar="DIR", help="where make peers put its venvs")
+    verb.add_argument("--variant", default="q4", metavar="V", help="of ours; default q4")
+    verb.add_argument(
+        "--package", type=Path, metavar="DIR", help="measure a package that is there, without llama-server"
+    )
+    verb.add_argument(
+        "--clients", type=int, nargs="+", default=list(load.clients), metavar="N", help="at once; default 1 2 4 8"
+    )
+    for name, words in (
+        ("rounds", "of everything, in turns"),
+        ("threads", "of each server"),
+        ("slots", "answers that a server makes at once"),
+        ("prompt-tokens", "of a prompt"),
+        ("new-tokens", "of an answer"),
+        ("long-tokens", "of the prompts that arrive while others are answered"),
+        ("requests", "of the soak; 0: none"),
+    ):
+        default = getattr(load, name.replace("-", "_"))
+        verb.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{words}; default {default}")
     verb = verbs.add_parser("gpu", parents=[work, sized], help="the table of targets on a GPU")
     verb.add_argument("--keep", type=Path, metavar="DIR", help="make the models here, and use those already here")
     verb.add_argument(
@@ -165,6 +188,20 @@ def run(args: argparse.Namespace) -> int:
                     rounds=args.rounds,
                     threads=args.threads,
                     steps=args.steps,
+                )
+            case "serve":
+                load = serve.Load(
+                    clients=tuple(args.clients),
+                    prompt_tokens=args.prompt_tokens,
+                    new_tokens=args.new_tokens,
+                    long_tokens=args.long_tokens,
+                    rounds=args.rounds,
+                    threads=args.threads,
+                    slots=args.slots,
+                    requests=args.requests,
+                )
+                result, report = serve.run(
+                    args.size, work, args.peers, load=load, variant=args.variant, package=args.package
                 )
             case "gpu":
                 result, report = gpu.run(
