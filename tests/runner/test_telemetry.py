@@ -104,8 +104,11 @@ def test_the_switch_is_the_first_import_of_both_packages() -> None:
         assert not {"onnxruntime", "onnxruntime_genai"} & {str(name).split(".")[0] for name in [*names, *ours]}
         first = next(n for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom)) and "runtimes" in ast.unparse(n))
         assert ast.unparse(first) == "import runtimes.telemetry"
-    sources = [p for p in ROOT.rglob("*.py") if not {".venv", "tests", "build"} & set(p.relative_to(ROOT).parts)]
-    assert {p.relative_to(ROOT).parts[0] for p in sources if "import onnxruntime" in p.read_text()} <= {
+    places = [p for p in ROOT.iterdir() if p.name not in ("tests", "build") and not p.name.startswith(".")]
+    sources = [file for place in places for file in (place.rglob("*.py") if place.is_dir() else [place])]
+    assert {
+        p.relative_to(ROOT).parts[0] for p in sources if p.suffix == ".py" and "import onnxruntime" in p.read_text()
+    } <= {
         "runtimes",
         "olmo2_export",
     }
