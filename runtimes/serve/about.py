@@ -1,9 +1,11 @@
-"""What a package is, for people: where it is from, what it holds, and which gates it passed."""
+"""What a package is, for people: where it is from, what it holds, and which gates it passed; and what serves it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError as NotInstalledError
+from importlib.metadata import version
 from typing import Any
 
 from runtimes.errors import VariantNotFoundError
@@ -14,6 +16,14 @@ _MODES = ("prefill", "decode", "chunked", "prefix reuse")
 """of the cases: those of the variant's graph itself; others are of other forms of it, and of hidden states"""
 _LIMITS = {"error_ratio": max, "kl_mean": max, "nmse": max, "max_abs": max, "top1": min}
 """of a gate: metric of the cases -> which of them is the worst"""
+
+
+def own_version() -> str:
+    """Return the version of the distribution that serves."""
+    try:
+        return version("olmo2-export")
+    except NotInstalledError:
+        return "unknown"
 
 
 class About:

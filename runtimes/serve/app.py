@@ -21,8 +21,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError as NotInstalledError
-from importlib.metadata import version
 from typing import Any
 
 from starlette.applications import Starlette
@@ -34,10 +32,10 @@ from starlette.types import Receive, Scope, Send
 
 from runtimes.errors import NotReadyError, Olmo2ExportError
 from runtimes.generation.generate import encode_prompt
-from runtimes.serve.about import About
+from runtimes.serve.about import About, own_version
 from runtimes.serve.calls import Call, ChatCall, CompletionCall, read_chat, read_completion
 from runtimes.serve.desk import Desk
-from runtimes.serve.edge import CALL_ID, NOTES, json_response, problem_response, to_json
+from runtimes.serve.edge import CALL_ID, NOTES, PROGRESS, json_response, problem_response, to_json
 from runtimes.serve.measures import (
     MeasureCall,
     Values,
@@ -54,6 +52,7 @@ from runtimes.serve.metrics import CONTENT_TYPE, Metrics
 from runtimes.serve.model import ServedModel
 from runtimes.serve.page_files import PATHS, page_file
 from runtimes.serve.problems import CallError, Problem, problem_of
+from runtimes.serve.progress import Progress
 from runtimes.serve.requests import Capacity, Request, Scored, Started
 from runtimes.serve.responses import ResponseWriter, read_response, told_choice
 from runtimes.serve.strict_json import Fields, parse_object
@@ -229,6 +228,7 @@ class Routes:
             metrics=self._metrics,
             patience=self._patience,
         )
+        http.scope[PROGRESS] += answering.progress.values()
         await answering.begin()
         return answering
 
@@ -296,10 +296,13 @@ class Routes:
         """Return what was measured of a call's texts, and how many tokens they have."""
         self._capacity()
         sequences = await asyncio.to_thread(encoded_texts, call, self._model)
-        tokens = sum(map(len, sequences))
-        http.scope[NOTES] |= {"model": call.model, "texts": len(sequences), "prompt_tokens": tokens}
         request = replace(call.measured, id=_id(http), sequences=sequences)
-        return await measured(self._desk, request, metrics=self._metrics, patience=self._patience), tokens
+        progress = Progress(request)
+        tokens = progress.prompt_tokens
+        http.scope[NOTES] |= {"model": call.model, "texts": len(sequences), "prompt_tokens": tokens}
+        http.scope[PROGRESS].append(progress)
+        more: dict[str, Any] = {"metrics": self._metrics, "patience": self._patience}
+        return await measured(self._desk, request, progress=progress, **more), tokens
 
     # About the server
 
@@ -373,7 +376,7 @@ class Routes:
         """GET /version."""
         capacity = self._desk.capacity
         document = {
-            "version": _version(),
+            "version": own_version(),
             "model": self._model.name,
             "package": self._model.checksum,
             "variant": None if capacity is None else capacity.variant,
@@ -452,8 +455,7 @@ async def _events(
             yield _event({**form, "choices": [], "usage": _usage(answering)})
         yield b"data: [DONE]\n\n"
     except Olmo2ExportError as error:
-        yield _event(problem_of(error).document())
-        http.scope[NOTES]["error"] = str(error)
+        yield _event(_broken_off(error, http).document())
     finally:
         _note(answering, http)
 
@@ -478,8 +480,7 @@ async def _message_events(answering: Answering, writer: MessageWriter, http: Htt
         for event in writer.last(_usage(answering)):
             yield _named(event)
     except Olmo2ExportError as error:
-        yield _named(error_document(problem_of(error)))
-        http.scope[NOTES]["error"] = str(error)
+        yield _named(error_document(_broken_off(error, http)))
     finally:
         _note(answering, http)
 
@@ -509,8 +510,7 @@ async def _response_events(answering: Answering, writer: ResponseWriter, http: H
         for event in writer.last(_usage(answering)):
             yield _named(event)
     except Olmo2ExportError as error:
-        yield _named(writer.failed(problem_of(error).document()))
-        http.scope[NOTES]["error"] = str(error)
+        yield _named(writer.failed(_broken_off(error, http).document()))
     finally:
         _note(answering, http)
 
@@ -577,6 +577,13 @@ def _note(answering: Answering, http: HttpRequest) -> None:
     http.scope[NOTES] |= {"completion_tokens": answering.new_tokens, "cached_tokens": answering.reused_tokens}
 
 
+def _broken_off(error: Olmo2ExportError, http: HttpRequest) -> Problem:
+    """Return what the client of a stream is told of an error, which the status does not say any more."""
+    problem = problem_of(error)
+    http.scope[NOTES] |= {"error": str(error), "error_code": problem.code or problem.type}
+    return problem
+
+
 def _event(document: Mapping[str, Any]) -> bytes:
     return b"data: " + to_json(document) + b"\n\n"
 
@@ -584,13 +591,6 @@ def _event(document: Mapping[str, Any]) -> bytes:
 def _id(http: HttpRequest) -> str:
     call_id: str = http.scope[CALL_ID]
     return call_id
-
-
-def _version() -> str:
-    try:
-        return version("olmo2-export")
-    except NotInstalledError:
-        return "unknown"
 
 
 async def _problem(http: HttpRequest, error: Exception) -> Response:

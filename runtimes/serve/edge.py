@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
@@ -24,6 +24,10 @@ from runtimes.serve.messages import error_document
 from runtimes.serve.metrics import Metrics
 from runtimes.serve.page_files import PATHS
 from runtimes.serve.problems import CallError, Problem, problem_of
+from runtimes.serve.progress import EndedCall, Progress
+
+if TYPE_CHECKING:
+    from runtimes.serve.tracing import Traces
 
 logger = logging.getLogger("runtimes.serve.calls")
 
@@ -31,6 +35,8 @@ PUBLIC = ("/health", "/ready", *PATHS)
 """paths that need no key, and are not logged"""
 NOTES = "olmo2_notes"
 """in a scope: what a route adds to the line of the log"""
+PROGRESS = "olmo2_progress"
+"""in a scope: a list to which a route adds the progress of its requests"""
 CALL_ID = "olmo2_call_id"
 """in a scope: a name of this call that no other has; a client may give two calls the same request id"""
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -76,6 +82,7 @@ class Edge:
         limits: EdgeLimits,
         metrics: Metrics,
         draining: Callable[[], bool] = lambda: False,
+        traces: Traces | None = None,
     ) -> None:
         """Take what is in it.
 
@@ -85,9 +92,10 @@ class Edge:
             limits: of what a call may take.
             metrics: are told of refused calls.
             draining: tells whether the server is about to end, and takes no new calls.
+            traces: are told of calls that ask for something, which are POSTs; None: of none.
         """
         self._app, self._keys, self._limits, self._metrics = app, keys, limits, metrics
-        self._draining = draining
+        self._draining, self._traces = draining, traces
         self._calls: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -98,7 +106,8 @@ class Edge:
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
         notes: dict[str, Any] = {}
-        scope[NOTES] = notes
+        progress: list[Progress] = []
+        scope[NOTES], scope[PROGRESS] = notes, progress
         scope[CALL_ID] = secrets.token_hex(12)
         status = 0
 
@@ -120,7 +129,7 @@ class Edge:
         except Olmo2ExportError as error:
             await problem_response(problem_of(error), scope["path"])(scope, receive, sending)
         except TimeoutError:  # the client takes nothing
-            notes["error"] = "the client took nothing for too long"
+            notes |= {"error": "the client took nothing for too long", "error_code": "client_stalled"}
             raise
         finally:
             if key is not None:
@@ -128,9 +137,11 @@ class Edge:
             if status in (400, 401, 404, 408, 413, 422, 429, 503):
                 self._metrics.rejected(status)
             if scope["path"] not in PUBLIC:
-                seconds = round(time.monotonic() - began, 6)
-                line = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
-                logger.info("call", extra={"fields": {**line, "seconds": seconds, **notes}})
+                method, path, ended = scope["method"], scope["path"], time.monotonic()
+                call = EndedCall(request_id, method, _route(scope), status, began, ended, notes, progress)
+                trace = {} if self._traces is None or method != "POST" else self._traces.called(headers, call)
+                line = {"request_id": request_id, **trace, "method": method, "path": path, "status": status}
+                logger.info("call", extra={"fields": {**line, "seconds": round(ended - began, 6), **notes}})
 
     def _key(self, headers: Headers) -> str:
         given = headers.get("authorization") or f"Bearer {headers.get('x-api-key', '')}"  # the latter is Anthropic's
@@ -161,6 +172,11 @@ class Edge:
                 return await _read(receive, most)
         except TimeoutError as error:
             raise CallError(f"body: not there after {self._limits.body_seconds:g} s", status=408) from error
+
+
+def _route(scope: Scope) -> str | None:
+    """Return the path of a call that found a route; the routes of POSTs have no parameters."""
+    return scope["path"] if "endpoint" in scope and not scope.get("path_params") else None
 
 
 async def _read(receive: Receive, most: int) -> bytes:

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import uvicorn
 
@@ -35,6 +37,9 @@ from runtimes.serve.protocol import LimitedProtocol
 from runtimes.serve.supervisor import Supervisor
 from runtimes.serve.texts import Patience
 from runtimes.serve.worker import OpenEngine, open_engine
+
+if TYPE_CHECKING:
+    from runtimes.serve.tracing import Traces
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +65,8 @@ class ServerOptions:
     """there is a page at /"""
     limits: EdgeLimits = field(default_factory=EdgeLimits)
     patience: Patience = field(default_factory=Patience)
+    traces_endpoint: str | None = None
+    """URL to which OpenTelemetry's traces are sent, by OTLP over HTTP; None: there are none"""
 
 
 def check_reach(options: ServerOptions) -> None:
@@ -96,6 +103,27 @@ def check_certificate(options: ServerOptions) -> None:
         ) from error
 
 
+def check_traces(options: ServerOptions) -> None:
+    """Refuse what traces could not be sent to.
+
+    Raises:
+        UsageError: it is no URL, or has a password, which the log would show.
+    """
+    if options.traces_endpoint is None:
+        return
+    try:
+        url = urlsplit(options.traces_endpoint)
+        usable = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # a port that is none
+        usable = False
+    if not usable:
+        raise UsageError(
+            f"--otlp-traces-endpoint {options.traces_endpoint}: expected a URL such as http://localhost:4318/v1/traces"
+        )
+    if "@" in url.netloc:
+        raise UsageError("--otlp-traces-endpoint: has a user or a password; use OTEL_EXPORTER_OTLP_TRACES_HEADERS")
+
+
 class _Server(uvicorn.Server):
     """uvicorn's server without its own handling of signals, which ends by raising them again."""
 
@@ -109,7 +137,12 @@ class Serving:
     """A server that runs."""
 
     def __init__(
-        self, model: ServedModel, opened: OpenEngine, options: ServerOptions, about: About | None = None
+        self,
+        model: ServedModel,
+        opened: OpenEngine,
+        options: ServerOptions,
+        about: About | None = None,
+        traces: Traces | None = None,
     ) -> None:
         """Bind the address; start nothing.
 
@@ -118,6 +151,7 @@ class Serving:
             opened: opens the engine, in its process.
             options: how it is reached.
             about: the package, for people.
+            traces: are told of calls.
 
         Raises:
             UsageError: the address is taken, or none.
@@ -145,6 +179,7 @@ class Serving:
             limits=options.limits,
             metrics=self._metrics,
             draining=lambda: self._draining,
+            traces=traces,
         )
         self._socket = _bound(options.host, options.port)
         config = uvicorn.Config(
@@ -240,10 +275,12 @@ def serve(
 
     Raises:
         UsageError: an address that everybody reaches and no keys, or one that is taken.
+        BackendError: traces are wanted, and OpenTelemetry is not installed.
         Olmo2ExportError: the package cannot be opened.
     """
     check_reach(options)
     check_certificate(options)
+    check_traces(options)
     package = open_package(engine.package)
     named = name or package.folder.resolve().name
     if package.manifest.adapters and named in package.manifest.adapters:
@@ -254,11 +291,30 @@ def serve(
         raise BackendError(f"the package has a chat template: {error}") from error
     if not engine.exact:
         model = replace(model, adapters=tuple(package.manifest.adapters))
+    opened = partial(open_engine, engine)
     try:
-        asyncio.run(Serving(model, partial(open_engine, engine), options, About(package)).run(on_ready))
+        with _traces(options.traces_endpoint) as traces:
+            asyncio.run(Serving(model, opened, options, About(package), traces).run(on_ready))
     finally:
         if model.chat is not None:
             model.chat.template.close()
+
+
+@contextlib.contextmanager
+def _traces(endpoint: str | None) -> Iterator[Traces | None]:
+    """Give what is told of calls, and send what it has at the end."""
+    if endpoint is None:
+        yield None
+        return
+    try:
+        from runtimes.serve.collector import Collector
+        from runtimes.serve.tracing import Traces
+    except ImportError as error:
+        raise BackendError(
+            "--otlp-traces-endpoint needs OpenTelemetry's SDK and its OTLP exporter; pip install 'olmo2-export[otel]'"
+        ) from error
+    with Collector(endpoint) as collector:
+        yield Traces(collector.provider)
 
 
 def log_as_json() -> None:

@@ -15,6 +15,7 @@ from runtimes.errors import EngineLostError, FailedError, InputError, NotReadyEr
 from runtimes.generation.text_state import FinishReason, TextState
 from runtimes.serve.desk import Desk, Feed
 from runtimes.serve.metrics import Metrics
+from runtimes.serve.progress import Progress
 from runtimes.serve.requests import Clock, Event, Failed, Measured, Request, Scored, Started, Texts, Token
 from runtimes.text.logprobs import TokenLogprobs
 from runtimes.text.tokenizer import Tokenizer
@@ -55,13 +56,20 @@ News: TypeAlias = Started | Scored | Said | Ping
 
 
 async def measured(
-    desk: Desk, request: Texts, *, metrics: Metrics, patience: Patience, clock: Clock = time.monotonic
+    desk: Desk,
+    request: Texts,
+    *,
+    progress: Progress,
+    metrics: Metrics,
+    patience: Patience,
+    clock: Clock = time.monotonic,
 ) -> npt.NDArray[np.floating[Any]]:
     """Have whole texts measured; whoever gives it up gives up the request.
 
     Args:
         desk: takes the request.
         request: at least one text.
+        progress: of the request; is told of times.
         metrics: are told of times and tokens.
         patience: how long it may take.
         clock: tells the time, of the event loop.
@@ -74,10 +82,11 @@ async def measured(
     """
     began, found = clock(), dict[int, npt.NDArray[np.floating[Any]]]()
     feed = desk.submit([request])
-    started = failed = False
+    progress.submitted = began
+    failed = False
     try:
         while len(found) < len(request.sequences):
-            least = patience.generation if started else patience.queue
+            least = patience.queue if progress.started is None else patience.generation
             async with asyncio.timeout(max(0.0, began + least - clock())):
                 event = await feed.get()
             match event:
@@ -86,12 +95,14 @@ async def measured(
                     metrics.failed(event.kind)
                     raise error_of(event)
                 case Started():
-                    started = True
-                    metrics.started(clock() - began, sum(map(len, request.sequences)), 0)
+                    progress.started = clock()
+                    metrics.started(progress.started - began, progress.prompt_tokens, 0)
                 case Measured():
                     found.update(zip(event.places, event.values, strict=True))
+                    progress.last = clock()
+                    progress.reasons += ["stop"] * len(event.places)
     except TimeoutError as error:
-        if started:
+        if progress.started is not None:
             raise FailedError(f"the texts took longer than {patience.generation:g} s; give fewer") from error
         raise NotReadyError(f"the request waited {patience.queue:g} s and was not begun; try again later") from error
     finally:
@@ -139,7 +150,7 @@ class Answering:
             clock: tells the time, of the event loop.
         """
         self._desk, self._metrics, self._patience, self._clock = desk, metrics, patience, clock
-        self._requests = {request.id: request for request in requests}
+        self.progress = {request.id: Progress(request) for request in requests}
         self._texts = {
             (request.id, choice): TextState(tokenizer, stop=stop, eos_token_ids=request.eos_token_ids)
             for request in requests
@@ -149,9 +160,22 @@ class Answering:
         self._first: Event | None = None
         self._began = clock()
         self._last: dict[tuple[str, int], float] = {}
-        self.prompt_tokens = sum(len(request.prompt_ids) for request in requests)
-        self.new_tokens = 0
-        self.reused_tokens = 0
+        self._requests = requests
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return sum(one.prompt_tokens for one in self.progress.values())
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens of all answers so far."""
+        return sum(one.new_tokens for one in self.progress.values())
+
+    @property
+    def reused_tokens(self) -> int:
+        """Tokens of prompts that were not computed, so far."""
+        return sum(one.reused_tokens for one in self.progress.values())
 
     async def begin(self) -> None:
         """Submit the requests, and wait until the first is begun.
@@ -159,7 +183,9 @@ class Answering:
         Raises:
             Olmo2ExportError: they are refused, the first one fails, or it is not begun in time.
         """
-        self._feed = self._desk.submit(list(self._requests.values()))
+        self._feed = self._desk.submit(self._requests)
+        for one in self.progress.values():
+            one.submitted = self._began
         try:
             async with asyncio.timeout(self._patience.queue):
                 self._first = await self._feed.get()
@@ -196,9 +222,9 @@ class Answering:
             self._check(event)
             match event:
                 case Started():
-                    self.reused_tokens += event.reused
-                    prompt = len(self._requests[event.request].prompt_ids)
-                    self._metrics.started(self._clock() - self._began, prompt, event.reused)
+                    one = self.progress[event.request]
+                    one.started, one.reused_tokens = self._clock(), event.reused
+                    self._metrics.started(one.started - self._began, one.prompt_tokens, event.reused)
                     yield event
                 case Scored():
                     yield event
@@ -216,25 +242,28 @@ class Answering:
 
     def _said(self, token: Token) -> Said:
         key = token.request, token.choice
-        state = self._texts[key]
+        state, progress = self._texts[key], self.progress[token.request]
         text = ""
         if token.token_id is not None:
-            self.new_tokens += 1
-            self._count(key)
+            self._count(key, progress)
             text = state.push(token.token_id)
         if state.finish_reason is None and token.reason is not None:
             text += state.finish()
         if state.finish_reason is not None:
             del self._texts[key]
+            progress.reasons.append(state.finish_reason)
+            progress.last = self._clock()
             if token.reason is None:  # a stop string, of which the engine knows nothing
                 self._desk.cancel(*key)
-            self._metrics.ended(state.finish_reason, self._clock() - self._began)
+            self._metrics.ended(state.finish_reason, progress.last - self._began)
         return Said(
             token.request, token.choice, text, token.token_id, token.logprobs, state.finish_reason, state.stop_string
         )
 
-    def _count(self, key: tuple[str, int]) -> None:
+    def _count(self, key: tuple[str, int], progress: Progress) -> None:
         now = self._clock()
+        progress.new_tokens += 1
+        progress.first, progress.last = now if progress.first is None else progress.first, now
         if key in self._last:
             self._metrics.token(now - self._last[key])
         else:

@@ -49,6 +49,9 @@ _OPTIONS = {
     "tls-certificate": _Option(str, None, "FILE", "PEM, with the chain (default: no TLS)"),
     "tls-key": _Option(str, None, "FILE", "PEM (default: in the certificate's file)"),
     "no-page": _Option(bool, False, "", "no page to chat on at /"),
+    "otlp-traces-endpoint": _Option(
+        str, None, "URL", "where OpenTelemetry's traces go, by OTLP over HTTP; needs the extra otel (default: nowhere)"
+    ),
     "vllm-metric-names": _Option(bool, False, "", "names in /metrics begin with vllm: instead of olmo2_"),
 }
 
@@ -135,10 +138,12 @@ def run(args: argparse.Namespace) -> None:
         private_key=None if options["tls-key"] is None else Path(options["tls-key"]),
         page=not options["no-page"],
         limits=edge.EdgeLimits(calls_per_key=options["calls-per-key"]),
+        traces_endpoint=options["otlp-traces-endpoint"],
         patience=texts.Patience(queue=options["queue-seconds"], generation=options["answer-seconds"]),
     )
     server.check_reach(reached)
     server.check_certificate(reached)
+    server.check_traces(reached)
     server.log_as_json()
 
     def on_ready(url: str) -> None:

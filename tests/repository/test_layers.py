@@ -48,6 +48,7 @@ OWNERS = {
     "starlette": {"runtimes/serve/app.py", "runtimes/serve/edge.py", "runtimes/serve/page_files.py"},
     "uvicorn": {"runtimes/serve/protocol.py", "runtimes/serve/server.py"},
     "prometheus_client": {"runtimes/serve/metrics.py"},
+    "opentelemetry": {"runtimes/serve/collector.py", "runtimes/serve/tracing.py"},
 }
 
 

@@ -35,6 +35,7 @@ OWNERS = {
     "starlette": {"serve.app", "serve.edge", "serve.page_files"},
     "uvicorn": {"serve.protocol", "serve.server"},
     "prometheus_client": {"serve.metrics"},
+    "opentelemetry": {"serve.collector", "serve.tracing"},
 }
 
 BLOCKER = """
@@ -95,6 +96,26 @@ sys.exit(code)
 def test_base_install_imports_without_any_backend() -> None:
     backends = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda", "starlette", "uvicorn", "prometheus_client"}
     result = run_blocked("import runtimes, runtimes.cli, runtimes.generation.generate", FORBIDDEN | backends)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_server_without_opentelemetry_says_what_traces_need(demo_package: Path) -> None:
+    code = f"""
+import runtimes.serve.server
+from runtimes.cli import main
+sys.exit(main(["serve", {str(demo_package)!r}, "--otlp-traces-endpoint", "http://127.0.0.1:9"]))
+"""
+    result = run_blocked(code, FORBIDDEN | {"opentelemetry"})
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert "--otlp-traces-endpoint needs OpenTelemetry's SDK" in line
+    assert "pip install 'olmo2-export[otel]'" in line
+
+
+def test_a_server_that_sends_no_traces_imports_nothing_of_opentelemetry() -> None:
+    result = run_blocked(
+        "import runtimes.serve.server, runtimes.serve.verb; assert 'opentelemetry' not in sys.modules", set()
+    )
     assert result.returncode == 0, result.stderr
 
 

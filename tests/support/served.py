@@ -23,6 +23,7 @@ from runtimes.serve.metrics import Metrics
 from runtimes.serve.model import Chat, ServedModel
 from runtimes.serve.protocol import LimitedProtocol
 from runtimes.serve.texts import Patience
+from runtimes.serve.tracing import Traces
 from runtimes.text.tokenizer import Tokenizer
 
 
@@ -64,6 +65,13 @@ class Served:
             response = connection.getresponse()
             names = {name.lower(): value for name, value in response.getheaders()}
             return response.status, names, response.read()
+
+    def raw_post(self, path: str, body: dict[str, Any]) -> bytes:
+        """Send a call; the body of what comes back, be it a stream."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        with contextlib.closing(connection):
+            connection.request("POST", path, json.dumps(body).encode())
+            return connection.getresponse().read()
 
     def send(self, data: bytes) -> socket.socket:
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
@@ -108,6 +116,7 @@ def serving(
     about: Any = None,
     page: bool = True,
     draining: Callable[[], bool] = lambda: False,
+    traces: Traces | None = None,
     **options: Any,
 ) -> Iterator[Served]:
     """A server of an engine without a model, whose answers end as those of Olmo 3 do."""
@@ -116,7 +125,14 @@ def serving(
     )
     metrics = Metrics(model.name)
     routes = Routes(model, engine.desk, metrics, about=about, page=page, patience=patience)
-    edge = Edge(routes.app(), keys=keys or Keys(), limits=limits or EdgeLimits(), metrics=metrics, draining=draining)
+    edge = Edge(
+        routes.app(),
+        keys=keys or Keys(),
+        limits=limits or EdgeLimits(),
+        metrics=metrics,
+        draining=draining,
+        traces=traces,
+    )
     with listening(edge, LimitedProtocol) as port:
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="a key", max_retries=0, timeout=20)
         with client:

@@ -21,6 +21,7 @@ from typing import Any
 
 import openai
 import pytest
+from support.collector import collecting
 from support.serving import until
 
 import runtimes
@@ -58,9 +59,9 @@ def test_flags_reach_the_server_and_count_more_than_the_file(asked: list[Any], t
         'port = 1234\nqueue = 7\nexact = true\nqueue-seconds = 5\nname = "file"\nkv-tokens = 900\n'
     )
     flags = f"""serve p --config {tmp_path}/config.toml --host 0.0.0.0 --port 4321 --name flag --variant q4
-        --backend ort --device cpu --threads 3 --skip-hash-check --max-slots 2
-        --kept-texts 0 --answer-seconds 9 --drain-seconds 4 --api-keys-file {tmp_path}/keys --vllm-metric-names
-        --calls-per-key 6 --no-page --tls-certificate {TLS}/cert.pem --tls-key {TLS}/key.pem"""
+        --otlp-traces-endpoint http://localhost:4318 --backend ort --device cpu --threads 3 --skip-hash-check
+        --max-slots 2 --kept-texts 0 --answer-seconds 9 --drain-seconds 4 --api-keys-file {tmp_path}/keys
+        --vllm-metric-names --calls-per-key 6 --no-page --tls-certificate {TLS}/cert.pem --tls-key {TLS}/key.pem"""
     assert main(flags.split()) == 0
     engine, options, name = asked
     assert engine == EngineOptions(
@@ -80,6 +81,7 @@ def test_flags_reach_the_server_and_count_more_than_the_file(asked: list[Any], t
     assert options.keys.name_of("Bearer a key")
     assert (options.certificate, options.private_key) == (TLS / "cert.pem", TLS / "key.pem")
     assert (options.limits.calls_per_key, options.page) == (6, False)
+    assert options.traces_endpoint == "http://localhost:4318"
     assert name == "flag"
 
 
@@ -89,6 +91,7 @@ def test_without_flags_it_is_reached_from_this_machine_alone(asked: list[Any]) -
     assert engine == EngineOptions(package="p")
     assert (options.host, options.port, bool(options.keys), name) == ("127.0.0.1", 8000, False, None)
     assert options.page
+    assert options.traces_endpoint is None
     assert main(["serve", "p", "--exact", "--queue", "3", "--kv-tokens", "5", "--queue-seconds", "2"]) == 0
     assert (asked[3].exact, asked[3].kv_tokens, asked[4].queue, asked[4].patience.queue) == (True, 5, 3, 2.0)
 
@@ -105,6 +108,17 @@ def test_without_flags_it_is_reached_from_this_machine_alone(asked: list[Any]) -
         (f"--tls-key {TLS}/key.pem", "of no certificate; give --tls-certificate too"),
         (f"--tls-certificate {TLS}/cert.pem", "not a certificate with its key"),
         ("--tls-certificate nowhere", "not a certificate with its key, in PEM ([Errno 2]"),
+        (
+            "--otlp-traces-endpoint localhost:4318",
+            "localhost:4318: expected a URL such as http://localhost:4318/v1/traces",
+        ),
+        ("--otlp-traces-endpoint grpc://localhost:4317", "expected a URL"),
+        ("--otlp-traces-endpoint http:///v1/traces", "expected a URL"),
+        ("--otlp-traces-endpoint http://localhost:no", "expected a URL"),
+        (
+            "--otlp-traces-endpoint http://me:secret@localhost",
+            "has a user or a password; use OTEL_EXPORTER_OTLP_TRACES_",
+        ),
         ("--api-keys-file nowhere", "nowhere: no such file"),
         ("--config nowhere", "nowhere: no such file"),
     ],
@@ -193,7 +207,20 @@ def test_accepted_answers_are_those_of_a_client_alone_and_sigterm_lets_them_end(
         ]
     trusted = ssl.create_default_context(cafile=TLS / "cert.pem")
     tls = "--tls-certificate", TLS / "cert.pem", "--tls-key", TLS / "key.pem"
-    with running(demo_two_package, "--variant", "q4", "--exact", "--max-slots", "3", *tls) as served:
+    with (
+        collecting() as traces,
+        running(
+            demo_two_package,
+            "--variant",
+            "q4",
+            "--exact",
+            "--max-slots",
+            "3",
+            *tls,
+            "--otlp-traces-endpoint",
+            traces.url,
+        ) as served,
+    ):
         with openai.OpenAI(
             base_url=f"{served.url}/v1",
             api_key="none",
@@ -229,6 +256,8 @@ def test_accepted_answers_are_those_of_a_client_alone_and_sigterm_lets_them_end(
         lines = [json.loads(line) for line in log.splitlines()]
         assert {line["event"] for line in lines} >= {"call", "ending"}
         assert "In the beginning" not in log
+        logged = {line["trace_id"] for line in lines if line.get("method") == "POST"}
+        assert {span.trace_id.hex() for span in traces.spans} == logged  # the last were sent at the end
         socket.create_server(("127.0.0.1", int(served.url.rsplit(":", 1)[1]))).close()  # the port is free again
 
 
