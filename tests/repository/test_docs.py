@@ -34,6 +34,7 @@ OTHER_TOOLS = {
     "--platform",
     "--target",
     "--tasks",
+    "--weight-format",
 }
 """flags in the docs of pip, docker, hf, lm-eval; --help is everybody's"""
 

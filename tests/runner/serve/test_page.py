@@ -177,7 +177,7 @@ DONE = "document.querySelector('#send').textContent === 'Send' && document.query
 
 @in_browser
 def test_it_streams_an_answer_and_says_what_it_cost(page: Page, one: Served) -> None:
-    one.engine.script, one.engine.tick_seconds = "One two three <b>four</b> five six seven.", 0.05
+    one.engine.script, one.engine.tick_seconds = "One two three <b>four</b> five six seven.", 0.3
     say(page, "Count <i>please</i>")
     page.until("document.querySelectorAll('.answer .t').length > 1")
     assert page.text("#send") == "Stop"
@@ -194,7 +194,7 @@ def test_it_streams_an_answer_and_says_what_it_cost(page: Page, one: Served) -> 
 
 @in_browser
 def test_stop_ends_it_and_the_engine_hears_of_it(page: Page, one: Served) -> None:
-    one.engine.script, one.engine.tick_seconds = "word " * 200, 0.02
+    one.engine.script, one.engine.tick_seconds = "word " * 200, 0.1
     say(page, "Go on")
     page.until("document.querySelectorAll('.answer .t').length > 2")
     page.click("Stop")
@@ -203,7 +203,7 @@ def test_stop_ends_it_and_the_engine_hears_of_it(page: Page, one: Served) -> Non
     until(lambda: not one.engine.busy)
     one.engine.script, one.engine.tick_seconds = "Now this.", 0.0
     page.click("Regenerate")
-    page.until(DONE)
+    page.until(f"{DONE} && document.querySelector('.answer .text').textContent.startsWith('Now')")
     assert page.texts(".answer .text") == ["Now this.<|im_end|>"]
     assert len(one.engine.requests) == 2
 
