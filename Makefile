@@ -121,7 +121,8 @@ test-pythons: $(STAMP) ## the runner's tests on other Pythons, without torch (PY
 	python=$${python:-$$(command -v python$$v || true)}; \
 	[ -n "$$python" ] || { echo "no Python $$v on PATH or in pyenv"; exit 1; }; \
 	"$$python" -m venv --clear $(VENV)-$$v && echo '*' > $(VENV)-$$v/.gitignore; \
-	$(VENV)-$$v/bin/$(PIP) numpy tokenizers onnxruntime cuda-bindings pytest starlette uvicorn httptools prometheus-client llguidance; \
+	$(VENV)-$$v/bin/$(PIP) numpy tokenizers onnxruntime cuda-bindings pytest starlette uvicorn httptools prometheus-client llguidance \
+	  opentelemetry-sdk opentelemetry-exporter-otlp-proto-http; \
 	PYTHONPATH=. $(VENV)-$$v/bin/python -m pytest -q -p no:cacheprovider --packages build/packages $(RUNNER_TESTS); \
 	done
 

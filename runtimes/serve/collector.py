@@ -1,7 +1,7 @@
 """Where traces go: to a collector, by OTLP over HTTP, from a thread and a queue of OpenTelemetry's.
 
 The queue is bounded: with a collector that is away or slow, spans are lost and calls go on as ever. The log says so
-once, and once more when the collector is back; what OpenTelemetry itself would say each time is not said.
+once, and once more when the collector is back, where OpenTelemetry itself would say it each time.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
+from runtimes.errors import UsageError
 from runtimes.serve.about import own_version
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 _PATH = "/v1/traces"
 _CLOSE_SECONDS = 3.0
 _LIBRARY = logging.getLogger("opentelemetry")
+_QUEUE = "opentelemetry.sdk._shared_internal"
+"""logs that the queue is full"""
 
 
 def traces_url(endpoint: str) -> str:
@@ -71,18 +74,20 @@ class _Told(SpanExporter):
 
 
 class _Heard(logging.Handler):
-    """Takes what OpenTelemetry logs."""
+    """Takes what OpenTelemetry logs, so that each trouble is said once; what is of another kind goes on to the log."""
 
     def __init__(self, told: _Told) -> None:
         super().__init__(logging.WARNING)
         self._told = told
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep why an export failed; that the queue is full comes from the SDK, and not from an exporter."""
-        if not record.name.startswith("opentelemetry.exporter."):
+        """Keep why an export failed, and take note that the queue is full."""
+        if record.name.startswith("opentelemetry.exporter."):
+            self._told.reason = self._told.reason or record.getMessage()
+        elif record.name.startswith(_QUEUE) and record.levelno == logging.WARNING:
             self._told.full()
-        elif not self._told.reason:
-            self._told.reason = record.getMessage()
+        else:
+            logging.getLogger().handle(record)
 
 
 class Collector:
@@ -97,13 +102,20 @@ class Collector:
         Args:
             endpoint: its URL; see `traces_url`.
             delay_seconds: between two batches; None: as OpenTelemetry has it, 5.
+
+        Raises:
+            UsageError: a variable of OpenTelemetry's is not what it must be.
         """
         url = traces_url(endpoint)
-        told = _Told(OTLPSpanExporter(url), url)
+        delay = None if delay_seconds is None else delay_seconds * 1000
+        try:
+            told = _Told(OTLPSpanExporter(url), url)
+            queue = BatchSpanProcessor(told, schedule_delay_millis=delay)
+        except ValueError as error:
+            raise UsageError(f"a variable of OpenTelemetry's, OTEL_...: {error}; change it, or unset it") from error
         named = Resource({"service.name": "olmo2-run", "service.version": own_version()})
         self.provider = TracerProvider(resource=named.merge(OTELResourceDetector().detect()), shutdown_on_exit=False)
-        delay = None if delay_seconds is None else delay_seconds * 1000
-        self.provider.add_span_processor(BatchSpanProcessor(told, schedule_delay_millis=delay))
+        self.provider.add_span_processor(queue)
         self._told, self._heard = told, _Heard(told)
 
     def __enter__(self) -> Collector:

@@ -19,6 +19,7 @@ from support.collector import collecting
 from support.served import Served, chat_model, serving
 from support.serving import until
 
+from runtimes.errors import UsageError
 from runtimes.serve import collector as collector_module
 from runtimes.serve.collector import Collector, traces_url
 from runtimes.serve.edge import JsonLines
@@ -396,3 +397,16 @@ def test_a_collector_that_is_slow_holds_up_no_call_and_no_end(
             until(lambda: of_collector(caplog) == [slow])
         assert found.paths == []  # it has answered nothing, and the server has ended
         assert of_collector(caplog) == [slow]
+
+
+def test_a_variable_that_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "9")  # below that of a batch
+    with pytest.raises(UsageError, match=r"OTEL_\.\.\.: max_export_batch_size must be .*; change it, or unset it"):
+        Collector("http://localhost:4318")
+
+
+def test_what_opentelemetry_says_of_other_things_goes_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with Collector("http://localhost:4318"):
+        logging.getLogger("opentelemetry.sdk.trace").warning("something else")
+    assert "something else" in caplog.text
+    assert of_collector(caplog) == []
