@@ -245,16 +245,20 @@ def test_an_answer_that_breaks_off_is_an_error_by_its_code(traced: Traced) -> No
 
 
 def test_a_client_that_goes_away_ends_its_spans(traced: Traced) -> None:
-    traced.served.engine.script, traced.served.engine.tick_seconds = "word " * 100, 0.01
-    connection = traced.served.stream("/v1/completions", completion(max_tokens=100))
-    assert traced.exporter.get_finished_spans() == ()
-    connection.close()
-    *_, decode, call = traced.spans()
+    traced.served.engine.script, traced.served.engine.tick_seconds = "word " * 200, 0.02
+    connection = traced.served.stream("/v1/completions", completion(max_tokens=200))
+    traced.served.engine.held = True
+    try:
+        assert traced.exporter.get_finished_spans() == ()
+        connection.close()
+        *_, decode, call = traced.spans()
+    finally:
+        traced.served.engine.held = False
     assert (decode.name, decode.end_time) == ("decode", call.end_time)
     assert (call.attributes or {})["gen_ai.response.finish_reasons"] == ()
 
 
-def test_a_request_that_waits_too_long_has_a_queue_and_no_more(traced: Traced) -> None:
+def test_a_request_that_was_not_begun_has_a_queue_and_no_more(traced: Traced) -> None:
     traced.served.engine.held = True
     try:
         data = json.dumps(completion()).encode()
@@ -314,7 +318,10 @@ def test_a_collector_gets_the_spans_and_the_last_ones_at_the_end(
 ) -> None:
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=a-test")
     with collecting() as found:
-        with Collector(found.url) as collector, serving(model, traces=Traces(collector.provider)) as served:
+        with (
+            Collector(found.url, delay_seconds=600) as collector,
+            serving(model, traces=Traces(collector.provider)) as served,
+        ):
             for _ in range(3):
                 assert served.post("/v1/completions", completion(max_tokens=2), traceparent=HEADER)[0] == 200
             assert found.spans == []  # they go in batches
