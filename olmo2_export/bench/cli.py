@@ -6,7 +6,7 @@
     cpu       the table of targets: ours, llama.cpp and onnxruntime-genai in turns
     serve     clients of a server: throughput, what a token costs more, waits, a soak; llama-server beside it
     gpu       the table of targets on a GPU: ours, transformers' compiled static cache, and the hardware's limits
-    profile   where the time of our prefill and decode goes, by operator
+    profile   where the time of our prefill and decode goes, by operator, beside what memory allows
     lora      what a LoRA adapter that is chosen at run time costs a decode step
 
 Tables go to stdout, progress to stderr; the last line of stdout is JSON whose keys carry the units.
@@ -123,6 +123,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     verb.add_argument("--out", type=Path, metavar="FILE", help="write the JSON of the last line there too")
     verb = verbs.add_parser("profile", parents=[work, sized, kept], help="time by operator")
     verb.add_argument("--context", type=int, default=512, help="tokens of the prefill; default 512")
+    verb.add_argument(
+        "--rows", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="of decode steps; default 1 2 4"
+    )
+    verb.add_argument("--package", type=Path, metavar="DIR", help="profile a package that is there")
     verb = verbs.add_parser("lora", parents=[work, sized, kept], help="what an adapter costs a decode step")
     verb.add_argument("--rank", type=int, default=16, help="of the adapter; default 16")
     verb.add_argument("--rounds", type=int, default=3)
@@ -228,7 +232,16 @@ def run(args: argparse.Namespace) -> int:
                     steps=args.steps,
                 )
             case _:
-                result = profile.run(args.size, work, args.variant or ["q4"], args.threads, args.context, args.steps)
+                result = profile.run(
+                    args.size,
+                    work,
+                    args.variant or ["q4"],
+                    args.threads,
+                    args.context,
+                    args.steps,
+                    args.rows,
+                    [args.package] if args.package else [],
+                )
                 report = profile.table(result)
     print(report)
     print(json.dumps(result), flush=True)

@@ -221,7 +221,11 @@ def tasks(load: Load) -> list[str]:
 
 
 async def _measured(address: Address, load: Load, prompts: Prompts, room: int) -> dict[str, dict[str, float]]:
-    """Measure a server in all tasks."""
+    """Measure a server in all of `tasks`.
+
+    Raises:
+        FailedError: it refuses what is asked, or breaks off.
+    """
     await at_once(address, prompts.draw(2, load.prompt_tokens + 1), 8)  # warm-up
     found = {}
     for count in load.clients:

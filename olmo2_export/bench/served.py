@@ -40,6 +40,7 @@ def our_server(package: Path, variant: str, threads: int, slots: int) -> Iterato
         FailedError: it does not come up, or does not end as it should.
     """
     flags = ["--variant", variant, "--threads", str(threads), "--max-slots", str(slots), "--port", "0", "--no-page"]
+    flags += ["--queue-seconds", "3600", "--answer-seconds", "3600"]  # a slow machine is measured, too
     ends = Tokenizer.from_package(package, check_hashes=False).eos_token_ids
     with _process([sys.executable, "-m", "runtimes", "serve", package, *flags]) as (process, out, err):
         until = time.monotonic() + _START

@@ -1,9 +1,10 @@
 """This project: where the time of one prefill and one decode step goes, by operator.
 
-    python -m olmo2_export.bench.workers.profile PACKAGE VARIANT '{"context": 128, "steps": 16, ...}'
+    python -m olmo2_export.bench.workers.profile PACKAGE VARIANT '{"context": 128, "steps": 16, "rows": [1, 2], ...}'
 
 The runner is the public one. Its sessions are made by onnxruntime's own class with profiling turned on, so that every
-other option is the runner's. Profiling makes operators a few percent slower.
+other option is the runner's. Profiling makes operators a few percent slower. `(rest)` is what a session does outside
+its operators, `(Python)` what the runner does outside the session.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import argparse
 import json
 import os
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,23 +69,33 @@ def operator_times(events: list[dict[str, Any]], phases: list[str]) -> dict[str,
 
 
 def profile(package: Path, variant: str, task: Mapping[str, Any]) -> dict[str, Any]:
-    """Return milliseconds by operator: of a prefill, and of a decode step behind it, the mean of all steps."""
-    ids = prompt(task["context"], task["vocab_size"])
+    """Return milliseconds by operator: of a prefill, and of decode steps of so many rows behind it, the mean of all."""
+    prompts = [prompt(task["context"], task["vocab_size"], row) for row in range(max(task["rows"]))]
+    ids, seconds = [tokens[0] for tokens in prompts], dict[str, float]()
+
+    def timed(phase: str, call: Callable[[], object], times: int = 1) -> None:
+        Session.phase, started = phase, time.perf_counter()
+        for _ in range(times):
+            call()
+        Session.phase, seconds[phase] = "warm", time.perf_counter() - started
+
     with open_runner(package, variant=variant, threads=task["threads"]) as runner:
-        runner.prefill([ids])
-        runner.decode([ids[0]])
+        runner.prefill(prompts[:1])
         runner.reset()
-        Session.phase = "prefill"
-        runner.prefill([ids])
-        Session.phase = "decode"
-        for _ in range(task["steps"]):
-            runner.decode([ids[0]])
-    totals: dict[str, Counter[str]] = {"prefill": Counter(), "decode": Counter()}
+        timed("prefill", lambda: runner.prefill(prompts[:1]))
+        for rows in task["rows"]:
+            runner.reset()
+            runner.prefill(prompts[:rows])
+            runner.decode(ids[:rows])
+            timed(f"decode_{rows}", partial(runner.decode, ids[:rows]), task["steps"])
+    totals: dict[str, Counter[str]] = {phase: Counter() for phase in seconds}
     for session in Session.made:
         path = Path(session.end_profiling())
         for phase, sums in operator_times(json.loads(path.read_text()), session.phases).items():
             totals.setdefault(phase, Counter()).update(sums)
-    calls = {"prefill": 1, "decode": task["steps"]}
+    for phase, taken in seconds.items():
+        totals[phase]["(Python)"] = round(1e6 * taken - totals[phase].total())
+    calls = {phase: 1 if phase == "prefill" else task["steps"] for phase in seconds}
     return {
         f"{phase}_ms": {name: round(time / 1000 / calls[phase], 3) for name, time in totals[phase].most_common()}
         for phase in calls

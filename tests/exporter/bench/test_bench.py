@@ -175,14 +175,21 @@ def test_a_contender_of_no_backend_is_refused(text: str, tmp_path: Path) -> None
 
 def test_profile_of_a_kept_package(kept: Path, capfd: pytest.CaptureFixture[str]) -> None:
     options = ["--size", "demo", "--keep", str(kept), "--variant", "fp32", "--threads", "1"]
-    assert main(["profile", *options, "--context", "19", "--steps", "2"]) == 0
+    assert main(["profile", *options, "--context", "19", "--steps", "2", "--rows", "1", "3"]) == 0
     out = capfd.readouterr().out
     assert "fp32, prefill of 19 tokens: " in out
-    times = last_line(out)["variants"]["fp32"]
-    assert set(times) == {"prefill_ms", "decode_ms"}
+    assert "fp32, one decode step, rows 3: " in out
+    result = last_line(out)
+    times = result["variants"]["fp32"]
+    assert set(times) == {"prefill_ms", "decode_1_ms", "decode_3_ms"}
     for operators in times.values():
-        assert operators["MatMul"] > 0
-        assert operators["(rest)"] > 0
+        for name in ("MatMul", "(rest)", "(Python)"):
+            assert operators[name] > 0
+    one, three = (result["walls"]["fp32"][f"decode_{rows}_ms"] for rows in (1, 3))
+    cache = 2 * 6 * 4 * 32 * 4 * 20 + 256 * 4  # bytes of a row: what it holds, and its embedding
+    assert three - one == pytest.approx(1000 * 2 * cache / result["memory_bandwidth_bytes_per_s"], rel=0.01)
+    assert main(["profile", *options, "--rows", "0"]) == 2
+    assert "--rows [0]: expected different integers from 1" in capfd.readouterr().err
 
 
 def test_what_an_adapter_costs_is_measured_in_turns_on_packages_with_and_without_inputs(
