@@ -21,7 +21,8 @@ from runtimes.errors import BackendError, InputError, PackageError
 
 _CHILD = Path(jinja_child.__file__)
 _START_SECONDS = 30.0  # of an interpreter and one import, on a machine that does much else
-_WAIT = 10.0  # by the clock, times the seconds of a CPU that a rendering may take: others want the CPU too
+_WAIT = 40.0 if hasattr(signal, "setitimer") else 1.0
+"""by the clock, times the seconds of a CPU that a rendering may take: others want the CPU too"""
 _MOST_INPUT = 8 << 20  # bytes
 _LONGEST_REPLY = 6 * jinja_child.OUTPUT + 4096  # bytes; a character is at most \uXXXX
 _KEPT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "SYSTEMROOT", "TZ")
@@ -50,7 +51,7 @@ class Renderer:
         """Start nothing yet.
 
         Args:
-            seconds: of a CPU that one rendering may take; by the clock, ten times as many.
+            seconds: of a CPU that one rendering may take; by the clock forty times as many, or on Windows as many.
         """
         self._seconds = seconds
         self._lock = threading.Lock()
