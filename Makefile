@@ -67,7 +67,7 @@ support: SUPPORT := write
 support: test-all ## all tests, and the support matrix written anew from what they have seen
 
 test-all: FAST :=
-test-all: test ## the tests, and those that repeat them for another model, precision, shape or page; half an hour
+test-all: test ## the tests, and those that repeat them for another model, precision, shape or page; a quarter of an hour
 
 test: $(STAMP) ## the tests
 	rm -rf build/shared

@@ -1,4 +1,4 @@
-"""Weights -> codes, in chunks of rows that stay in the processor's cache."""
+"""Weights -> codes, in chunks of rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ SMALLEST_SCALE = 2.0**-100
 """a block of zeros or denormals gets it: codes equal to the zero point, and no division by zero anywhere"""
 
 _LARGEST = 1e36  # a larger weight would overflow float32 in the kernels' sums
-_CHUNK = 1 << 18  # weights: 1 MB in float32
+_CHUNK = (
+    1 << 20
+)  # weights: 4 MB in float32; threads wait for Python between operators, so that smaller ones take longer
 
 
 def quantize_rows(weight: Tensor, form: BlockFormat, choose: Choose) -> QuantizedMatrix:
@@ -63,9 +65,9 @@ def over_rows(work: Callable[[int, int], None], rows: int, columns: int) -> None
     Operators that share out so little work among threads spend their time waiting for each other: with other programs
     on the machine, a hundred times as long as the work takes.
     """
-    step = max(1, _CHUNK // columns)
-    spans = [(start, min(start + step, rows)) for start in range(0, rows, step)]
     threads = torch.get_num_threads()
+    step = max(1, min(_CHUNK // columns, -(-rows // threads)))
+    spans = [(start, min(start + step, rows)) for start in range(0, rows, step)]
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             list(pool.map(work, *zip(*spans, strict=True)))
