@@ -21,9 +21,7 @@ SMALLEST_SCALE = 2.0**-100
 """a block of zeros or denormals gets it: codes equal to the zero point, and no division by zero anywhere"""
 
 _LARGEST = 1e36  # a larger weight would overflow float32 in the kernels' sums
-_CHUNK = (
-    1 << 20
-)  # weights: 4 MB in float32; threads wait for Python between operators, so that smaller ones take longer
+_CHUNK = 1 << 20  # weights: 4 MB in float32; of smaller ones much of the time is Python's, and threads wait for it
 
 
 def quantize_rows(weight: Tensor, form: BlockFormat, choose: Choose) -> QuantizedMatrix:
